@@ -1,0 +1,76 @@
+"""All that the trainer sees of the data: a batch, and something that yields batches for ever.
+
+Shape legend: B samples of one rank in one step (global batch / data-parallel world), H x W pixels,
+C x h x w latent, L text tokens (padded), Y width of a text embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One rank's share of one global step, in slot order.
+
+    `position` is unique over the whole endless stream: `step * global_batch + slot`. It keys every random draw
+    of the step, so the same position means the same noise on any number of ranks. Fields that the loader was
+    not asked for are None.
+    """
+
+    position: np.ndarray
+    """int64 (B,)"""
+    keys: tuple[str, ...]
+    """B sample keys, as in the tar"""
+    images: np.ndarray | None = None
+    """uint8 (B, H, W, 3), RGB"""
+    latents: np.ndarray | None = None
+    """float16 or float32 (B, C, h, w), as stored"""
+    captions: tuple[str, ...] | None = None
+    """B captions"""
+    text: np.ndarray | None = None
+    """float16 or float32 (B, L, Y), zeros where `text_mask` is False"""
+    text_mask: np.ndarray | None = None
+    """bool (B, L), True for real tokens"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderStats:
+    """Counters of one rank since the loader was made (not saved: they describe a life, not a run)."""
+
+    steps: int = 0
+    """delivered steps"""
+    samples: int = 0
+    """delivered samples"""
+    bytes_read: int = 0
+    """bytes read from shards, prefetched ones included"""
+    stall_seconds: float = 0.0
+    """time that the consumer waited in `next()`"""
+    read_retries: int = 0
+    """reads repeated after an operating-system error"""
+    bad: Mapping[str, int] = field(default_factory=dict)
+    """substituted samples by error class, delivered ones only"""
+
+
+class Loader(Protocol):
+    """An endless stream of batches whose place is a few hundred bytes."""
+
+    def __iter__(self) -> Loader: ...
+
+    def __next__(self) -> Batch: ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the next batch starts: JSON-able, below 1 KB, equal on all ranks."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go to a saved place, at any world size. Raises WrongView for another data set, seed or global batch."""
+        ...
+
+    def stats(self) -> LoaderStats: ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,221 @@
+"""`manifest.json`: which shards make a data set. Its sha256 names the data set and goes into the loader state.
+
+Checks come in two prices. `open_view` looks at existence and sizes only, at every start of a run. `verify` reads
+every byte, once after a copy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.commit import write_committed
+from data_pipeline.errors import CorruptShard, DataError, MissingShard, TruncatedShard
+from data_pipeline.index import Index, build_index, index_bytes, index_path, load_index, write_index
+
+MANIFEST = "manifest.json"
+VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One row: file name, samples, bytes and sha256 of the tar, field names in the index's order."""
+
+    name: str
+    n: int
+    bytes: int
+    sha256: str
+    fields: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """A data set as training sees it. `sha256` is that of the manifest; `meta` is free information of its writer."""
+
+    folder: Path
+    shards: tuple[Shard, ...]
+    sha256: str
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_samples(self) -> int:
+        return sum(shard.n for shard in self.shards)
+
+    @cached_property
+    def fields(self) -> tuple[str, ...]:
+        """Every field name that occurs in a shard."""
+        return tuple(dict.fromkeys(name for shard in self.shards for name in shard.fields))
+
+    @cached_property
+    def shard_sizes(self) -> np.ndarray:
+        """int64 (S,) samples per shard"""
+        return np.array([shard.n for shard in self.shards], dtype=np.int64)
+
+    def tar(self, shard: int) -> Path:
+        return self.folder / self.shards[shard].name
+
+    def load_index(self, shard: int) -> Index:
+        """Index of one shard. Raises CorruptShard when it was made for other bytes than the manifest names."""
+        row, index = self.shards[shard], load_index(index_path(self.tar(shard)))
+        if (index.tar_sha256, len(index), index.tar_bytes) != (row.sha256, row.n, row.bytes):
+            raise CorruptShard(f"index of shard {row.name} in {self.folder}: made for another tar than {MANIFEST} names")
+        return index
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verified:
+    """What a full pass has read."""
+
+    shards: int
+    samples: int
+    bytes: int
+    view_sha256: str
+
+
+def write_manifest(folder: Path, *, shards: Sequence[Shard], meta: Mapping[str, Any] | None = None) -> View:
+    """Write the manifest, last of all files: a folder without one is an unfinished data set."""
+    content = {"version": VERSION, "meta": dict(meta or {}), "shards": [asdict(shard) for shard in shards]}
+    write_committed((json.dumps(content, indent=1, sort_keys=True) + "\n").encode(), folder / MANIFEST)
+    return read_manifest(folder)
+
+
+def read_manifest(folder: Path | str) -> View:
+    """Parse the manifest without looking at the shards.
+
+    Raises:
+        MissingShard: no manifest in this folder.
+        CorruptShard: not a manifest of this version.
+    """
+    folder = Path(folder)
+    try:
+        raw = (folder / MANIFEST).read_bytes()
+    except OSError as error:
+        raise MissingShard(
+            f"no {MANIFEST} in {folder}: {error.strerror}; `ecdit data index` makes one for a folder of WebDataset tars"
+        ) from error
+    try:
+        content = json.loads(raw)
+        if content["version"] != VERSION:
+            raise CorruptShard(f"{folder / MANIFEST}: version {content['version']}, this program reads {VERSION}")
+        shards = tuple(Shard(**{**row, "fields": tuple(row["fields"])}) for row in content["shards"])
+        meta = dict(content.get("meta", {}))
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorruptShard(f"{folder / MANIFEST}: not a manifest ({error!r})") from error
+    for shard in shards:
+        if Path(shard.name).name != shard.name:
+            raise CorruptShard(f"{folder / MANIFEST}: shard name {shard.name!r} is not a plain file name")
+    return View(folder=folder, shards=shards, sha256=hashlib.sha256(raw).hexdigest(), meta=meta)
+
+
+def open_view(folder: Path | str) -> View:
+    """The data set in a folder, after a check that every shard and index is there with the size it must have.
+
+    Raises:
+        MissingShard: naming all absent files and the folder.
+        TruncatedShard: a tar or an index is smaller than it must be.
+        CorruptShard: it is larger, or the manifest is unreadable.
+    """
+    view = read_manifest(folder)
+    problems: list[DataError] = []
+    for shard in view.shards:
+        tar = view.folder / shard.name
+        idx_bytes = index_bytes(shard.n, fields=shard.fields)
+        for path, expected in ((tar, shard.bytes), (index_path(tar), idx_bytes)):
+            try:
+                size = path.stat().st_size
+            except OSError:
+                problems.append(MissingShard(f"{path.name} is missing in {view.folder}"))
+                continue
+            if size != expected:
+                kind = TruncatedShard if size < expected else CorruptShard
+                problems.append(kind(f"{path.name} in {view.folder} has {size} bytes, must have {expected}"))
+    _raise_all(problems)
+    return view
+
+
+def index_folder(folder: Path | str) -> View:
+    """Make `.idx` files and a manifest for a folder of plain WebDataset tars (any writer). Tars stay untouched.
+
+    An index that is newer than its tar and names its size is kept, so an interrupted pass goes on where it stopped.
+
+    Raises:
+        MissingShard: no `*.tar` here.
+        TruncatedShard, CorruptShard, BadMember: from `build_index`, naming the shard.
+    """
+    folder = Path(folder)
+    tars = sorted(folder.glob("*.tar"))
+    if not tars:
+        raise MissingShard(f"no *.tar in {folder}")
+    shards = []
+    for tar in tars:
+        index = _kept_index(tar)
+        if index is None:
+            index = build_index(tar)
+            write_index(index, index_path(tar))
+        shards.append(describe(tar, index=index))
+    return write_manifest(folder, shards=shards, meta={"made_by": "index_folder"})
+
+
+def describe(tar: Path, *, index: Index) -> Shard:
+    """The manifest row of an indexed tar."""
+    return Shard(
+        name=tar.name, n=len(index), bytes=index.tar_bytes, sha256=index.tar_sha256, fields=index.fields
+    )  # fmt: skip
+
+
+def verify(folder: Path | str) -> Verified:
+    """Read every byte: sizes, sha256 of every tar, crc32 of every sample.
+
+    Raises:
+        DataError: the class of the first problem, with a line for every problem found.
+    """
+    view = open_view(folder)
+    problems: list[DataError] = []
+    for number in range(len(view.shards)):
+        try:
+            _verify_shard(view, number)
+        except DataError as error:
+            problems.append(error)
+    _raise_all(problems)
+    num_bytes = sum(shard.bytes for shard in view.shards)
+    return Verified(shards=len(view.shards), samples=view.num_samples, bytes=num_bytes, view_sha256=view.sha256)
+
+
+def _verify_shard(view: View, number: int) -> None:
+    row, index = view.shards[number], view.load_index(number)
+    digest, bad = hashlib.sha256(), []
+    with view.tar(number).open("rb") as file:
+        for sample in range(len(index)):
+            payload = file.read(index.span(sample)[1]) if index.span(sample)[0] == file.tell() else b""
+            digest.update(payload)
+            if zlib.crc32(payload) != int(index.crc_N[sample]):
+                bad.append(sample)
+        while block := file.read(1 << 20):
+            digest.update(block)
+    if bad:
+        shown = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
+        raise CorruptShard(f"shard {row.name} in {view.folder}: crc32 differs in {len(bad)} samples (number {shown})")
+    if digest.hexdigest() != row.sha256:
+        raise CorruptShard(f"shard {row.name} in {view.folder}: sha256 differs from {MANIFEST}, all samples are intact")
+
+
+def _kept_index(tar: Path) -> Index | None:
+    try:
+        index = load_index(index_path(tar))
+        fresh = index_path(tar).stat().st_mtime_ns >= tar.stat().st_mtime_ns
+    except DataError:
+        return None
+    return index if fresh and index.tar_bytes == tar.stat().st_size else None
+
+
+def _raise_all(problems: Sequence[DataError]) -> None:
+    if problems:
+        raise type(problems[0])("\n".join(str(problem) for problem in problems))

@@ -1,0 +1,81 @@
+"""Errors a user can cause, each with its own exit code. `assert` is for our own mistakes.
+
+Every message is one line per problem: what, where, the rule, and the nearest valid value where one exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+EXIT_OK = 0
+EXIT_REQUEUE = 75
+"""Stopped on request with everything saved: run me again (matches Slurm's RequeueExit)."""
+
+
+class EcditError(Exception):
+    """Base of everything a user can cause; `exit_code` is what the process returns."""
+
+    exit_code = 1
+
+
+class DataError(EcditError):
+    """Shards, samples or captions that cannot be used."""
+
+    exit_code = 74
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One broken rule of a configuration."""
+
+    field: str
+    value: object
+    rule: str
+    nearest: object | None = None
+
+    def __str__(self) -> str:
+        hint = f"; nearest valid: {self.nearest}" if self.nearest is not None else ""
+        return f"{self.field} = {self.value!r}: {self.rule}{hint}"
+
+
+class ConfigError(EcditError):
+    """A configuration refused before anything started; lists every problem at once."""
+
+    exit_code = 77
+
+    def __init__(self, problems: Sequence[Problem] | Problem | str) -> None:
+        if isinstance(problems, Problem):
+            problems = [problems]
+        self.problems: list[Problem] = [] if isinstance(problems, str) else list(problems)
+        super().__init__(problems if isinstance(problems, str) else "\n".join(str(p) for p in self.problems))
+
+
+class CheckpointError(EcditError):
+    """A checkpoint that is damaged, incomplete or does not fit the model."""
+
+    exit_code = 78
+
+
+class RunFolderError(EcditError):
+    """A run folder that is missing, or belongs to another configuration."""
+
+    exit_code = 79
+
+
+class NonFiniteError(EcditError):
+    """The loss or the gradient norm was not finite; the update was not applied."""
+
+    exit_code = 80
+
+
+class EncoderError(EcditError):
+    """A frozen encoder that cannot be loaded (no folder, no safetensors weights, wrong width)."""
+
+    exit_code = 81
+
+
+class VendorMissing(EcditError):
+    """An optional package is needed; names the extra that brings it."""
+
+    exit_code = 82

@@ -1,0 +1,106 @@
+"""The network, on one device, as the paper has it (sections 2 and 3.1). Parallelism is applied from outside.
+
+Legend: B images, C channels, H W latent height and width, N patches, K kept patches, P values of a patch, D hidden width,
+L text tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ecdit_train.config.schema import HEAD_DIM, ModelConfig, MoEConfig
+
+from .attention import Attention
+from .block import Block, modulate
+from .embed import Conditioning, Text, TextEmbedding, TimestepEmbedding, patchify, sincos_2d, take_tokens
+from .feed_forward import FeedForward
+from .moe import DeterministicDispatcher, Experts, LocalDispatcher, MoE
+from .router import Assignment, ExpertChoiceRouter, Router, TokenChoiceRouter
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What the network says about a batch."""
+
+    patches_BKP: Tensor
+    """Velocity or data (the network does not know which) at the patches it saw."""
+    assignments: tuple[Assignment, ...]
+    """One per sparse block, first to last."""
+
+    @property
+    def balance_loss(self) -> Tensor | None:
+        """Sum of token choice's auxiliary losses; None for routers that have none."""
+        losses = [a.balance_loss for a in self.assignments if a.balance_loss is not None]
+        return sum(losses[1:], losses[0]) if losses else None
+
+
+class DiT(nn.Module):
+    def __init__(self, model: ModelConfig, moe: MoEConfig, *, channels: int, text_features: int) -> None:
+        super().__init__()
+        D = model.width
+        self.patch = model.patch
+        patch_values = model.patch * model.patch * channels
+        self.patch_embed = nn.Linear(patch_values, D)
+        self.timestep = TimestepEmbedding(D)
+        self.text = TextEmbedding(text_features, width=model.text_width, layers=model.text_refiner_layers,
+                                  head_dim=HEAD_DIM)
+        self.pooled_text = nn.Linear(model.text_width, D)
+        self.shared_modulation = nn.Linear(D, 6 * D)
+        self.blocks = nn.ModuleList(make_block(model, moe, number=n) for n in range(1, model.layers + 1))
+        self.final_modulation = nn.Linear(D, 2 * D)
+        self.final = nn.Linear(D, patch_values)
+
+    def forward(self, latents_BCHW: Tensor, *, t_B: Tensor, text: Text, keep_BK: Tensor | None, pool: int) -> Prediction:
+        """latents: noisy x_t; t: fp32 in [0, 1]; keep: patches to look at, ascending, or None for all of them; `pool`: tokens
+        that compete for an expert. Activations take the type of the weights."""
+        dtype = self.patch_embed.weight.dtype
+        x = self.patch_embed(patchify(latents_BCHW, patch=self.patch).to(dtype))
+        x = x + sincos_2d(latents_BCHW.shape[-1] // self.patch, x.shape[-1], device=x.device).to(dtype)
+        if keep_BK is not None:
+            x = take_tokens(x, keep_BK)
+        c = self.condition(t_B, text)
+        assignments = []
+        for block in self.blocks:
+            x, assignment = block(x, c, pool=pool)
+            if assignment is not None:
+                assignments.append(assignment)
+        shift, scale = self.final_modulation(c.vector_BD).chunk(2, dim=-1)
+        patches = self.final(modulate(x, shift_BD=shift, scale_BD=scale))
+        return Prediction(patches_BKP=patches, assignments=tuple(assignments))
+
+    def condition(self, t_B: Tensor, text: Text) -> Conditioning:
+        text_BLY, mask_BL, pooled_BY = self.text(text)
+        vector = F.silu(self.timestep(t_B) + self.pooled_text(pooled_BY))
+        return Conditioning(text_BLY=text_BLY, text_mask_BL=mask_BL, vector_BD=vector,
+                            shared_B6D=self.shared_modulation(vector).unflatten(-1, (6, -1)))
+
+
+def is_sparse(number: int, moe: MoEConfig) -> bool:
+    """Blocks are counted from 1; every second one is sparse, starting with the second (paper section 3.1)."""
+    return moe.router != "dense" and number % 2 == 0
+
+
+def make_block(model: ModelConfig, moe: MoEConfig, *, number: int) -> Block:
+    D = model.width
+    return Block(
+        D,
+        self_attention=Attention(D, context_width=D, heads=model.heads, kv_heads=model.kv_heads, head_dim=HEAD_DIM),
+        cross_attention=Attention(D, context_width=model.text_width, heads=model.heads, kv_heads=model.heads,
+                                  head_dim=HEAD_DIM),
+        feed_forward=make_moe(model, moe) if is_sparse(number, moe) else FeedForward(D, hidden=model.ffn_ratio * D),
+    )
+
+
+def make_moe(model: ModelConfig, moe: MoEConfig) -> MoE:
+    router: Router
+    if moe.router == "expert_choice":
+        router = ExpertChoiceRouter(model.width, experts=moe.experts, capacity_factor=moe.capacity_factor)
+    else:
+        router = TokenChoiceRouter(model.width, experts=moe.experts, capacity_factor=moe.capacity_factor,
+                                   top_k=moe.top_k, balance_weight=moe.balance_weight)
+    experts = Experts(model.width, hidden=model.ffn_ratio * model.width, experts=moe.experts)
+    dispatcher = DeterministicDispatcher() if moe.combine == "deterministic" else LocalDispatcher()
+    return MoE(router, experts, dispatcher=dispatcher)

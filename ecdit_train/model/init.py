@@ -1,0 +1,41 @@
+"""First values of every parameter, as a pure function of (seed, name, global element): the same on every layout.
+
+Matrices are Xavier-uniform; modulations, the output layer and biases start at zero (AdaLN-Zero: every block is the identity at
+first); norms start at one. Built on the meta device, a rank fills only the box it holds.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ecdit_train import keyed
+
+_ZERO = ("modulation.weight", "shared_modulation.weight", "final_modulation.weight", "final.weight")
+
+
+def initial_values(
+    name: str, *, seed: int, global_shape: tuple[int, ...], offsets: tuple[int, ...], sizes: tuple[int, ...],
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """fp32 values of the box `[offsets, offsets + sizes)` of parameter `name`."""
+    if name.endswith(_ZERO) or name.endswith(".bias"):
+        return torch.zeros(sizes, device=device)
+    if ".norm" in f".{name}" and name.endswith(".weight"):
+        return torch.ones(sizes, device=device)
+    u = keyed.uniform_box(seed, name, global_shape=global_shape, offsets=offsets, sizes=sizes, device=device)
+    if name.endswith("text.null"):
+        return (2.0 * u - 1.0) * 0.02 * math.sqrt(3.0)
+    fan_in_plus_out = sum(global_shape[-2:])
+    return (2.0 * u - 1.0) * math.sqrt(6.0 / fan_in_plus_out)
+
+
+def initialise(model: torch.nn.Module, *, seed: int) -> None:
+    """Fill every parameter of an unsharded model in place."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            shape = tuple(p.shape)
+            p.copy_(initial_values(name, seed=seed, global_shape=shape, offsets=(0,) * len(shape), sizes=shape,
+                                   device=p.device))
