@@ -28,3 +28,14 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install -q -e '.[dev]'
 	$(BIN)/pip check
 	@touch $@
+
+RUN ?= runs/demo
+DEMO_DATA ?= data/shapes_demo
+TORCHRUN := $(BIN)/python -m torch.distributed.run --standalone --nproc-per-node 2
+
+# The main job on real input, in the commands a user would type. Exit code 75 of the first leg means "saved, run me again".
+demo: setup  ## shapes into shards, train a small EC-DiT on 2 processes, resume it once, draw, grade, report (about 6 minutes)
+	$(BIN)/python -m benchmarks.demo_banner start
+	$(BIN)/ecdit data shapes out=$(DEMO_DATA) $(DEMO_SHAPES)
+	rm -rf $(RUN)
+	OMP_NUM_THREADS=1 $(TORCHRUN) -m ecdit_train.cli train experiment=shapes_tiny run=$(RUN) data.shards=$(DEMO_DATA)

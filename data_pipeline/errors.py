@@ -17,6 +17,7 @@ BadArray             69  latents or text embeddings that are not a plain finite 
 =================  ====  ==========================================================================
 """
 
+# ruff: noqa: N818 - the names say what is wrong; "Error" at the end of each would add nothing
 from __future__ import annotations
 
 from dataclasses import dataclass

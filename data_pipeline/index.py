@@ -35,25 +35,25 @@ _HEADER = struct.Struct("<8sIIQQ32sII")
 
 @dataclass(frozen=True, kw_only=True)
 class Index:
-    """Content of one `.idx`. Arrays may be read-only views of a mapped file.
+    """Content of one `.idx`. Arrays are read-only views of the file's bytes when loaded.
 
-    `offset_N1` uint32 (n + 1,) in 512-byte blocks; `length_NF` uint32 (n, F) in bytes; `crc_N` uint32 (n,).
+    `offset` uint32 (n + 1,) in 512-byte blocks; `length` uint32 (n, F) in bytes; `crc` uint32 (n,).
     """
 
     fields: tuple[str, ...]
     tar_bytes: int
     tar_sha256: str
-    offset_N1: np.ndarray
-    length_NF: np.ndarray
-    crc_N: np.ndarray
+    offset: np.ndarray
+    length: np.ndarray
+    crc: np.ndarray
 
     def __len__(self) -> int:
-        return len(self.crc_N)
+        return len(self.crc)
 
     def span(self, sample: int) -> tuple[int, int]:
         """(first byte, number of bytes) of a sample in the tar."""
-        start = int(self.offset_N1[sample]) * BLOCK
-        return start, int(self.offset_N1[sample + 1]) * BLOCK - start
+        start = int(self.offset[sample]) * BLOCK
+        return start, int(self.offset[sample + 1]) * BLOCK - start
 
 
 def index_path(tar: Path) -> Path:
@@ -88,9 +88,9 @@ def build_index(tar: Path) -> Index:
 def write_index(index: Index, path: Path) -> None:
     """Write by rename: a reader sees the whole file or none."""
     records = np.full((len(index) + 1, len(index.fields) + 2), ABSENT, dtype="<u4")
-    records[:, 0] = index.offset_N1
-    records[:-1, 1:-1] = index.length_NF
-    records[:-1, -1] = index.crc_N
+    records[:, 0] = index.offset
+    records[:-1, 1:-1] = index.length
+    records[:-1, -1] = index.crc
     names = _names(index.fields)
     body = names + records.tobytes()
     header = _HEADER.pack(
@@ -101,29 +101,29 @@ def write_index(index: Index, path: Path) -> None:
 
 
 def load_index(path: Path) -> Index:
-    """Map an `.idx` into memory.
+    """Read an `.idx`: tens of kilobytes per thousand samples. (A map would hold a second descriptor per open shard.)
 
     Raises:
         MissingShard: no such file.
         CorruptShard: not an index, cut, or its own checksum is wrong.
     """
     try:
-        raw = np.memmap(path, dtype=np.uint8, mode="r") if path.stat().st_size else np.empty(0, np.uint8)
+        raw = path.read_bytes()
     except OSError as error:
         raise MissingShard(f"index {path.name} in {path.parent}: {error.strerror}; run `ecdit data index`") from error
-    if len(raw) < _HEADER.size or raw[:8].tobytes() != MAGIC:
+    if len(raw) < _HEADER.size or raw[:8] != MAGIC:
         raise CorruptShard(f"index {path}: not an ecdit index")
-    _, version, num_fields, n, tar_bytes, sha, names_bytes, crc = _HEADER.unpack(raw[: _HEADER.size].tobytes())
+    _, version, num_fields, n, tar_bytes, sha, names_bytes, crc = _HEADER.unpack_from(raw)
     if version != VERSION:
         raise CorruptShard(f"index {path}: version {version}, this program reads {VERSION}")
-    body = raw[_HEADER.size :]
+    body = memoryview(raw)[_HEADER.size :]
     if len(body) != names_bytes + 4 * (num_fields + 2) * (n + 1) or zlib.crc32(body) != crc:
         raise CorruptShard(f"index {path}: cut or changed (checksum differs); run `ecdit data index`")
-    fields = tuple(body[:names_bytes].tobytes().rstrip(b"\0").decode().split("\n")) if num_fields else ()
-    records = body[names_bytes:].view("<u4").reshape(n + 1, num_fields + 2)
+    fields = tuple(bytes(body[:names_bytes]).rstrip(b"\0").decode().split("\n")) if num_fields else ()
+    records = np.frombuffer(body[names_bytes:], "<u4").reshape(n + 1, num_fields + 2)
     return Index(
         fields=fields, tar_bytes=tar_bytes, tar_sha256=sha.hex(),
-        offset_N1=records[:, 0], length_NF=records[:-1, 1:-1], crc_N=records[:-1, -1],
+        offset=records[:, 0], length=records[:-1, 1:-1], crc=records[:-1, -1],
     )  # fmt: skip
 
 
@@ -147,22 +147,24 @@ def _scan(buffer: mmap.mmap, *, shard: str) -> Index:
         # Cut exactly between two members: only the absent end-of-archive block betrays it.
         cut = TruncatedShard(f"shard {shard}: ends at byte {len(buffer)} without an end-of-archive block")
     if cut is not None:
-        # The last sample is whole only if it has every field that the first has.
-        whole = len(lengths) - bool(lengths and set(lengths[-1]) != set(lengths[0]))
+        # The last sample counts as whole only if it has every field of the first, and a lone one does not: with
+        # nothing to compare it with, it may have lost its caption.
+        whole = len(lengths) if len(lengths) > 1 and set(lengths[-1]) == set(lengths[0]) else max(0, len(lengths) - 1)
         raise TruncatedShard(f"{cut}; {whole} whole samples before the cut", num_whole=whole)
 
     fields = tuple(dict.fromkeys(name for sample in lengths for name in sample))
-    offset_N1 = np.array([*starts, end], dtype=np.int64) // BLOCK
-    if offset_N1[-1] > ABSENT:
+    bounds = np.array([*starts, end], dtype=np.int64) // BLOCK
+    if bounds[-1] > ABSENT:
         raise BadMember(f"shard {shard}: larger than 2 TiB")
+    shape = (len(lengths), len(fields))
     with memoryview(buffer) as view:
-        crcs = [zlib.crc32(view[a:b]) for a, b in zip(starts, [*starts[1:], end], strict=True)]
+        crcs = [zlib.crc32(view[a:b]) for a, b in zip(starts, [*starts, end][1:], strict=True)]
         sha = hashlib.sha256(view).hexdigest()
     return Index(
         fields=fields, tar_bytes=len(buffer), tar_sha256=sha,
-        offset_N1=offset_N1.astype(np.uint32),
-        length_NF=np.array([[s.get(f, ABSENT) for f in fields] for s in lengths], np.uint32).reshape(len(lengths), len(fields)),
-        crc_N=np.array(crcs, np.uint32),
+        offset=bounds.astype(np.uint32),
+        length=np.array([[s.get(f, ABSENT) for f in fields] for s in lengths], np.uint32).reshape(shape),
+        crc=np.array(crcs, np.uint32),
     )  # fmt: skip
 
 

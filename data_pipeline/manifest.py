@@ -66,7 +66,7 @@ class View:
         """Index of one shard. Raises CorruptShard when it was made for other bytes than the manifest names."""
         row, index = self.shards[shard], load_index(index_path(self.tar(shard)))
         if (index.tar_sha256, len(index), index.tar_bytes) != (row.sha256, row.n, row.bytes):
-            raise CorruptShard(f"index of shard {row.name} in {self.folder}: made for another tar than {MANIFEST} names")
+            raise CorruptShard(f"index of {row.name} in {self.folder}: made for another tar than the manifest names")
         return index
 
 
@@ -196,7 +196,7 @@ def _verify_shard(view: View, number: int) -> None:
         for sample in range(len(index)):
             payload = file.read(index.span(sample)[1]) if index.span(sample)[0] == file.tell() else b""
             digest.update(payload)
-            if zlib.crc32(payload) != int(index.crc_N[sample]):
+            if zlib.crc32(payload) != int(index.crc[sample]):
                 bad.append(sample)
         while block := file.read(1 << 20):
             digest.update(block)

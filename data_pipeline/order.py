@@ -22,7 +22,7 @@ from data_pipeline import feistel
 from data_pipeline.errors import BadSplit
 
 MAX_LANES = 1024
-"""Mixing is as good as random from about here on (same-shard pairs 0.86 of ideal), and more lanes keep more files open."""
+"""Mixing is as good as random from about here on (same-shard pairs 0.86 of ideal); more lanes hold more files open."""
 
 _SHARDS, _TURN, _WINDOW = 1, 2, 3
 """Purposes: the first part of a key, so that the three uses of a seed are independent."""
@@ -38,10 +38,10 @@ class Located:
 
 @dataclass(frozen=True, kw_only=True)
 class _Epoch:
-    shard_R: np.ndarray
-    """shard number at rank R of the axis"""
-    end_R: np.ndarray
-    """first axis position after it"""
+    shards: np.ndarray
+    """int64 (S,) shard number at rank R of the axis"""
+    ends: np.ndarray
+    """int64 (S,) first axis position after it"""
     turn: int
 
 
@@ -115,9 +115,9 @@ class Order:
             here = epoch_K == epoch
             table = self._epoch(int(epoch))
             turned = (axis[here] + table.turn) % self.num_samples
-            rank = np.searchsorted(table.end_R, turned, side="right")  # empty shards have no room, so none is hit
-            shard[here] = table.shard_R[rank]
-            sample[here] = turned - (table.end_R[rank] - self._size_S[table.shard_R[rank]])
+            rank = np.searchsorted(table.ends, turned, side="right")  # empty shards have no room, so none is hit
+            shard[here] = table.shards[rank]
+            sample[here] = turned - (table.ends[rank] - self._size_S[table.shards[rank]])
         return Located(shard=shard, sample=sample)
 
     def _epoch(self, epoch: int) -> _Epoch:
@@ -128,7 +128,7 @@ class Order:
             epoch_key = feistel.key(_SHARDS, self.seed, epoch)
             shard_R = feistel.permute(np.arange(num_shards), size=num_shards, key=epoch_key)
             turn = int(feistel.key(_TURN, self.seed, epoch)[0] % np.uint64(self.num_samples))
-            table = _Epoch(shard_R=shard_R, end_R=np.cumsum(self._size_S[shard_R]), turn=turn)
+            table = _Epoch(shards=shard_R, ends=np.cumsum(self._size_S[shard_R]), turn=turn)
             self._epochs = {**{k: v for k, v in self._epochs.items() if abs(k - epoch) == 1}, epoch: table}
         return table
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from data_pipeline.errors import CorruptShard, MissingShard, TruncatedShard, Where
 from data_pipeline.index import Index
 from data_pipeline.manifest import View
-from data_pipeline.tar import split_name, walk
+from data_pipeline.tar import split_proven_name, walk_proven
 
 _RETRIES = 4
 _BACKOFF_SECONDS = 0.05
@@ -63,11 +63,11 @@ class ShardReader:
         where = Where(name, f"number {sample}", position)
         if len(payload) != num_bytes:
             raise TruncatedShard(f"{where}: file ends at byte {offset + len(payload)}, needs {offset + num_bytes}")
-        if zlib.crc32(payload) != int(opened.index.crc_N[sample]):
+        if zlib.crc32(payload) != int(opened.index.crc[sample]):
             raise CorruptShard(f"{where}: crc32 of {num_bytes} bytes at {offset} differs from the index")
         key, fields, whole = "", {}, memoryview(payload)
-        for member in walk(whole, shard=name):
-            key, field = split_name(member.name, shard=name)
+        for member in walk_proven(whole, shard=name):
+            key, field = split_proven_name(member.name)
             fields[field] = whole[member.data : member.data + member.size]
         return RawSample(key=key, fields=fields, num_bytes=num_bytes)
 

@@ -20,6 +20,8 @@ _MASK = 0xFFFFFFFF
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _ROUNDS = 10
+_CHUNK = 1 << 22
+"""Values made at once when weights are initialised; bounds the memory of the integer words."""
 
 
 class Purpose(IntEnum):
@@ -96,17 +98,13 @@ def uniform_box(
     """
     if math.prod(sizes) == 0:
         return torch.empty(sizes, device=device)
-    # Fold every trailing dim that the box covers whole into one contiguous run.
-    lead = len(global_shape)
-    run = 1
-    while lead > 0 and sizes[lead - 1] == global_shape[lead - 1]:
+    # Fold trailing dims into one contiguous run: up to the first that the box cuts, and no longer than a chunk of work.
+    lead, run, inner, start = len(global_shape), 1, 1, 0
+    while lead > 0 and (run == 1 or run * sizes[lead - 1] <= _CHUNK):
         lead -= 1
-        run *= global_shape[lead]
-    if lead > 0:
-        run, lead, start = run * sizes[lead - 1], lead - 1, run * offsets[lead - 1]
-        inner = math.prod(global_shape[lead:])
-    else:
-        start, inner = 0, run
+        run, start, inner = run * sizes[lead], start + inner * offsets[lead], inner * global_shape[lead]
+        if sizes[lead] != global_shape[lead]:
+            break
     rows = torch.zeros(1, dtype=torch.int64, device=device)
     for dim in range(lead):
         step = torch.arange(offsets[dim], offsets[dim] + sizes[dim], device=device)
@@ -116,8 +114,9 @@ def uniform_box(
     # Each run starts at any word of a block: make whole blocks and cut.
     num_blocks = (run + 3) // 4 + 1
     out = torch.empty((len(rows), run), device=device)
-    for i in range(0, len(rows), max(1, (1 << 22) // run)):
-        part = first[i : i + max(1, (1 << 22) // run)]
+    rows_per_chunk = max(1, _CHUNK // run)
+    for i in range(0, len(rows), rows_per_chunk):
+        part = first[i : i + rows_per_chunk]
         blocks = ((part // 4)[:, None] + torch.arange(num_blocks, device=device)).flatten()
         words = _words(seed, Purpose.INIT, position, blocks)
         values = torch.stack([_unit(w[0]) for w in words], dim=-1).view(len(part), num_blocks * 4)

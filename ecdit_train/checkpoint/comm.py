@@ -19,24 +19,24 @@ Json = Any
 """A value that survives `json.loads(json.dumps(value))`."""
 
 
-class CheckpointDamaged(CheckpointError):
+class CheckpointDamagedError(CheckpointError):
     """Bytes on disk are not the bytes that were committed: an older checkpoint may be used instead."""
 
 
-class CheckpointMismatch(CheckpointError):
-    """A sound checkpoint that does not fit the targets (names, shapes, dtypes, format): no older one will fit better."""
+class CheckpointMismatchError(CheckpointError):
+    """A sound checkpoint that does not fit (names, shapes, dtypes, format): no older one will fit better."""
 
 
-class CheckpointExists(CheckpointError):
+class CheckpointExistsError(CheckpointError):
     """The step is already committed; committed folders are never written into."""
 
 
 _KINDS: dict[str, type[CheckpointError]] = {
     # Most telling first: when ranks fail differently, all of them raise the first kind that occurred.
-    "mismatch": CheckpointMismatch,
-    "exists": CheckpointExists,
+    "mismatch": CheckpointMismatchError,
+    "exists": CheckpointExistsError,
     "error": CheckpointError,
-    "damaged": CheckpointDamaged,
+    "damaged": CheckpointDamagedError,
 }
 
 
@@ -117,9 +117,7 @@ def together(comm: Comm, work: Callable[[], Json]) -> list[Json]:
         encode_json(value)
     except Exception as error:
         failure = error
-    answers = comm.all_gather(
-        {"value": None if failure else value, "kind": _kind(failure), "error": _words(failure)}
-    )
+    answers = comm.all_gather({"value": None if failure else value, "kind": _kind(failure), "error": _words(failure)})
     failed = [(rank, answer["kind"], answer["error"]) for rank, answer in enumerate(answers) if answer["kind"]]
     if failed:
         kinds = {kind for _, kind, _ in failed}

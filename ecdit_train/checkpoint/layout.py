@@ -206,7 +206,9 @@ def describe_sharded(
     it. `coordinate` is None on a rank outside the mesh, which then holds nothing.
     """
     if local.layout != torch.strided or local.is_meta:
-        raise CheckpointError(f"{name}: only dense tensors with storage can be saved or loaded (this is {local.layout})")
+        raise CheckpointError(
+            f"{name}: only dense tensors with storage can be saved or loaded (this is {local.layout})"
+        )
     if local.dtype not in DTYPES.values():
         raise CheckpointError(f"{name}: dtype {local.dtype} has no place in a checkpoint; known: {', '.join(DTYPES)}")
     shape = tuple(part_shape) if placement is None else tuple(placement.global_shape)
@@ -281,9 +283,7 @@ def _runs_of_part(part_shape: tuple[int, ...], *, placement: ParamPlacement | No
         raise CheckpointError(f"placement dim {dim} is not a dimension of {shape}")
     if shape:
         runs_of[dim] = placement.runs()
-    wanted = tuple(
-        sum(run.size for run in runs_of[d]) if d == dim else shape[d] for d in range(len(shape))
-    )
+    wanted = tuple(sum(run.size for run in runs_of[d]) if d == dim else shape[d] for d in range(len(shape)))
     if wanted != part_shape:
         raise CheckpointError(f"part of shape {part_shape}, but its placement in {shape} says {wanted}")
     return runs_of

@@ -94,9 +94,7 @@ class SavePlan:
             itemsize = self.tensors[holding.name].itemsize
             for box in split_box(holding.box, itemsize=itemsize):
                 cursor = -(-cursor // ALIGNMENT) * ALIGNMENT
-                chunks.append(
-                    PlannedChunk(name=holding.name, box=box, offset=cursor, nbytes=box.volume * itemsize)
-                )
+                chunks.append(PlannedChunk(name=holding.name, box=box, offset=cursor, nbytes=box.volume * itemsize))
                 cursor += chunks[-1].nbytes
         return chunks
 
@@ -108,9 +106,9 @@ def agree_on_plan(slices: Sequence[TensorSlice], *, comm: Comm, last: SavePlan |
     """
     table = to_table(slices)
     mine = hashlib.sha256(encode_json(table)).hexdigest()
-    digests = together(comm, lambda: mine)
-    digest = hashlib.sha256("".join(digests).encode()).hexdigest()
-    if last is not None and last.digest == digest:  # `last` is collective state: equal on all ranks or on none
+    answers = together(comm, lambda: [mine, last.digest if last else ""])
+    digest = hashlib.sha256("".join(layout for layout, _ in answers).encode()).hexdigest()
+    if last is not None and all(known == digest for _, known in answers):
         return last
     return make_plan(together(comm, lambda: table), digest=digest)
 
@@ -155,7 +153,8 @@ def make_plan(tables: Sequence[Json], *, digest: str = "") -> SavePlan:
     holdings = []
     for name in sorted(tensors):
         for box, ranks in sorted(holders[name].items()):
-            writer = min(ranks, key=lambda rank: (load[rank], rank))  # least bytes so far: replicas share the writing
+            # Replicas share the writing: the holder with the least bytes so far, the lowest rank among equals.
+            writer = ranks[0] if len(ranks) == 1 else min(ranks, key=lambda rank: (load[rank], rank))
             load[writer] += box.volume * tensors[name].itemsize
             holdings.append(Holding(name=name, box=box, holders=tuple(ranks), writer=writer))
     return SavePlan(tensors=tensors, holdings=tuple(holdings), digest=digest)

@@ -1,7 +1,7 @@
 """What a run is: a tree of frozen dataclasses, one per Hydra group. Imports no torch.
 
-Values come from `conf/`; nothing here has a default, so a key that no YAML file sets is an error and not a silent choice.
-Each component receives its own section and nothing else.
+Values come from `conf/`; nothing here has a default, so a key that no YAML file sets is an error, not a silent
+choice. Each component receives its own section and nothing else.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ class ParallelConfig:
     """`selective` recomputes matrix products but keeps what the expert exchange received."""
     compile: bool
     overlap_chunks: int
-    """Parts into which a layer's groups are cut so that one part's exchange hides behind another's experts; 1 is off."""
+    """Parts into which a layer's groups are cut: one part's exchange hides behind another's experts; 1 is off."""
     reshard_after_forward: bool
 
 

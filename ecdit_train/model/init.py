@@ -1,7 +1,8 @@
 """First values of every parameter, as a pure function of (seed, name, global element): the same on every layout.
 
-Matrices are Xavier-uniform; modulations, the output layer and biases start at zero (AdaLN-Zero: every block is the identity at
-first); norms start at one. Built on the meta device, a rank fills only the box it holds.
+Matrices are Xavier-uniform; modulations, cross-attention's output, the output layer and biases start at zero (AdaLN-Zero: every
+block is the identity at first; cross-attention has no gate, so its output projection takes that part, as in PixArt-alpha); norms
+start at one. Built on the meta device, a rank fills only the box it holds.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from ecdit_train import keyed
 
-_ZERO = ("modulation.weight", "shared_modulation.weight", "final_modulation.weight", "final.weight")
+_ZERO = ("modulation.weight", "cross_attention.out.weight", "final.weight")
 
 
 def initial_values(

@@ -55,7 +55,8 @@ class LocalDispatcher:
 
     def combine(self, y_eRD: Tensor, assignment: Assignment, *, num_tokens: int) -> Tensor:
         weighted = y_eRD.flatten(0, 1) * assignment.gate_EGC.flatten()[:, None].to(y_eRD.dtype)
-        return y_eRD.new_zeros(num_tokens, y_eRD.shape[-1]).index_add(0, assignment.index_EGC.flatten(), weighted)
+        # In place: index_add would copy the zeros first.
+        return y_eRD.new_zeros(num_tokens, y_eRD.shape[-1]).index_add_(0, assignment.index_EGC.flatten(), weighted)
 
 
 class _SegmentSum(torch.autograd.Function):
@@ -64,9 +65,10 @@ class _SegmentSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows_RD: Tensor, target_R: Tensor, num: int) -> Tensor:
         ctx.save_for_backward(target_R)
-        order = target_R.argsort(stable=True)
-        lengths = torch.bincount(target_R, minlength=num)
-        return torch.segment_reduce(rows_RD.index_select(0, order), "sum", lengths=lengths, initial=0.0, unsafe=True)
+        target, order = target_R.sort(stable=True)
+        # Not bincount, which waits for the device to size its answer.
+        offsets = torch.searchsorted(target, torch.arange(num + 1, device=target.device))
+        return torch.segment_reduce(rows_RD.index_select(0, order), "sum", offsets=offsets, initial=0.0, unsafe=True)
 
     @staticmethod
     def backward(ctx, grad_ND: Tensor) -> tuple[Tensor, None, None]:

@@ -29,13 +29,8 @@ class Assignment:
     """Softmax over experts, fp32, detached: for metrics."""
     balance_loss: Tensor | None
     """Token choice's auxiliary loss, weight included."""
-
-    @property
-    def num_dropped(self) -> Tensor | None:
-        """Token choice: (token, choice) pairs beyond capacity; a device scalar, so reading it is the caller's sync."""
-        if self.filled_EGC is None:
-            return None
-        return self.filled_EGC.numel() - self.filled_EGC.sum()
+    num_dropped: Tensor | None = None
+    """Token choice: (token, choice) pairs beyond capacity; a device scalar, so reading it is the caller's sync."""
 
 
 class Router(nn.Module):
@@ -48,9 +43,10 @@ class Router(nn.Module):
 
     def capacity(self, pool: int) -> int:
         """C = pool * f_c / E; configuration has been checked for a whole number."""
-        capacity = pool * self.capacity_factor / self.weight.shape[1]
-        assert capacity == int(capacity) and capacity >= 1, f"capacity {capacity} is not whole"
-        return int(capacity)
+        exact = pool * self.capacity_factor / self.weight.shape[1]
+        capacity = round(exact)
+        assert abs(exact - capacity) < 1e-6 and capacity >= 1, f"capacity {exact} is not whole"
+        return capacity
 
     def affinity(self, x_GSD: Tensor) -> Tensor:
         """(G, S, E) fp32."""
@@ -102,8 +98,9 @@ class TokenChoiceRouter(Router):
 
         # Slot table of one pool: E * C slots and one more where everything beyond capacity lands.
         slot_GQ = torch.where(place_GQ < C, sorted_GQ * C + place_GQ, E * C)
-        token_GQ = order_GQ % S + torch.arange(G, device=x_GSD.device)[:, None] * S
-        index = torch.zeros(G, E * C + 1, dtype=torch.int64, device=x_GSD.device).scatter(1, slot_GQ, token_GQ)
+        # An empty slot points at its own pool's first token, so that pools can be cut apart.
+        first_G1 = torch.arange(G, device=x_GSD.device)[:, None] * S
+        index = first_G1.repeat(1, E * C + 1).scatter(1, slot_GQ, order_GQ % S + first_G1)
         gate = torch.zeros(G, E * C + 1, dtype=gate_GQ.dtype, device=x_GSD.device)
         gate = gate.scatter(1, slot_GQ, gate_GQ.gather(1, order_GQ))
         filled = torch.zeros(G, E * C + 1, dtype=torch.bool, device=x_GSD.device).scatter(1, slot_GQ, True)
@@ -116,7 +113,8 @@ class TokenChoiceRouter(Router):
         balance = E * ((counts_GE / S) * a_GSE.mean(1)).sum(-1).mean()
         return Assignment(
             index_EGC=expert_major(index), gate_EGC=expert_major(gate), filled_EGC=expert_major(filled),
-            probability_GSE=a_GSE.detach(), balance_loss=self.balance_weight * balance)
+            probability_GSE=a_GSE.detach(), balance_loss=self.balance_weight * balance,
+            num_dropped=(place_GQ >= C).sum())
 
 
 def experts_per_token(assignment: Assignment) -> Tensor:

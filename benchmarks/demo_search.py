@@ -1,0 +1,103 @@
+"""How the demo's configuration was chosen: train a candidate in memory for some CPU seconds, grade what it draws.
+
+    python -m benchmarks.demo_search seconds=200 [any ecdit override ...]
+
+Runs the trainer's own step on one thread, without shards, checkpoints or ranks, and prints a line of JSON at each quarter of
+the time: steps, loss, and the share of `colors` prompts ("a photo of a red circle") whose shape and colour the exact grader
+finds right (EMA weights, guidance as configured; chance is 1/32 for a generator that ignores the text). What was tried is in
+benchmarks/results/, and the choice with its reasons in docs/decisions/.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+
+from data_pipeline.shapes import ShapesSpec, shape_sample
+from data_pipeline.shapes_grader import grade
+from data_pipeline.shapes_prompts import all_prompts
+from ecdit_train.config.compose import compose
+from ecdit_train.diffusion.encoders import make_image_codec, make_text_encoder
+from ecdit_train.diffusion.flow import Flow
+from ecdit_train.evaluate.pictures import Painter
+from ecdit_train.model.dit import DiT
+from ecdit_train.model.init import initialise
+from ecdit_train.train.optim import learning_rate
+from ecdit_train.train.state import TrainState
+from ecdit_train.train.step import Microbatch, split, train_step
+
+
+class OneProcess:
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = model
+
+    def accumulate(self, *, last: bool) -> nullcontext:
+        return nullcontext()
+
+    def clip(self, *, max_norm: float) -> torch.Tensor:
+        return torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm if max_norm > 0 else float("inf"))
+
+    def reduce(self, vector: torch.Tensor, *, op: str) -> torch.Tensor:
+        return vector
+
+
+def main(words: list[str]) -> None:
+    torch.set_num_threads(1)
+    own = dict(w.split("=", 1) for w in words if w.split("=")[0] in ("seconds", "mix", "scale", "count"))
+    overrides = [w for w in words if w.split("=")[0] not in own]
+    seconds = float(own.get("seconds", 200))
+    mix = {k: float(v) for k, v in (part.split(":") for part in own.get("mix", "single_object:1,colors:4").split(","))}
+    scale = tuple(float(s) for s in own.get("scale", "0.4,0.7").split(","))
+    c = compose(["experiment=shapes_tiny", *overrides])
+    spec = ShapesSpec(resolution=c.data.resolution, mix=mix, scale=(scale[0], scale[1]))
+    drawn = [shape_sample(i, spec=spec, seed=0) for i in range(int(own.get("count", 4000)))]
+    codec = make_image_codec(c.encoders.image, device="cpu", dtype=torch.float32)
+    text = make_text_encoder(c.encoders.text, device="cpu", dtype=torch.float32)
+    assert codec is not None and text is not None
+    latents = codec.encode(torch.from_numpy(np.stack([s.image for s in drawn])))
+    features, mask = text.encode([s.caption for s in drawn])
+
+    model = DiT(c.model, c.moe, channels=codec.channels, text_features=text.width)
+    initialise(model, seed=c.train.seed)
+    state = TrainState.fresh(model, c.optim)
+    flow = Flow(config=c.diffusion, seed=c.train.seed, num_patches=c.patches_per_image, num_kept=c.tokens_per_image)
+    spread = OneProcess(model)
+    painter = Painter(model=model, text=text, codec=codec, config=c, device=torch.device("cpu"))
+    wanted = [m for m in all_prompts(split="all") if m["tag"] == "colors"] * 2
+    print(json.dumps({"parameters": sum(p.numel() for p in model.parameters()), "words": words}), flush=True)
+
+    rng = np.random.default_rng(0)
+    losses: list[float] = []
+    for quarter in range(1, 5):
+        while time.process_time() - START < seconds * quarter / 4:
+            rows = torch.from_numpy(rng.integers(0, len(drawn), c.train.global_batch))
+            position = torch.arange(c.train.global_batch) + state.step * c.train.global_batch
+            batch = Microbatch(position_B=position, latents_BCHW=latents[rows], features_BLX=features[rows], mask_BL=mask[rows])
+            # The schedule runs on time here: the demo's step count is fixed from what this reaches.
+            share = (time.process_time() - START) / seconds
+            step = state.step if state.step < c.optim.warmup_steps else int(
+                c.optim.warmup_steps + share * (c.train.steps - c.optim.warmup_steps))
+            result = train_step(
+                list(split(batch, size=c.train.microbatch)), model=model, optimizer=state.optimizer,
+                lr=learning_rate(step, c.optim, total_steps=c.train.steps), max_norm=c.optim.clip_norm, flow=flow,
+                pool=c.pool_tokens, patch=c.model.patch, spread=spread,
+                after=lambda: state.ema.update(state.step) if state.ema is not None else None)
+            state.step += 1
+            losses.append(result.loss)
+        with state.ema.swapped_in() if state.ema is not None else nullcontext():
+            t = time.process_time()
+            pictures = painter.draw([m["prompt"] for m in wanted], how=c.sample, step=state.step)
+            drawing = time.process_time() - t
+        right = np.mean([grade(im, m).correct for im, m in zip(pictures.images, wanted, strict=True)])
+        print(json.dumps({"quarter": quarter, "steps": state.step, "cpu_s": round(time.process_time() - START), "loss": round(
+            float(np.mean(losses[-50:])), 4), "colors": round(float(right), 3), "draw_s": round(drawing, 1)}), flush=True)
+
+
+START = time.process_time()
+if __name__ == "__main__":
+    main(sys.argv[1:])

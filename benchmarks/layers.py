@@ -1,0 +1,78 @@
+"""What the sparse layer is held against: the paper's Algorithm 1 taken literally, the bare products, and a dense layer.
+
+Legend: G pools, S tokens of a pool, D hidden width, E experts, C capacity.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ecdit_train.model.feed_forward import FeedForward
+from ecdit_train.model.moe import DeterministicDispatcher, Experts, LocalDispatcher, MoE
+from ecdit_train.model.router import ExpertChoiceRouter
+
+
+class Algorithm1(nn.Module):
+    """The paper's Algorithm 1, line by line: one-hot dispatch, a list of experts."""
+
+    def __init__(self, width: int, *, hidden: int, experts: int, capacity: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, experts))
+        self.experts = nn.ModuleList(FeedForward(width, hidden=hidden) for _ in range(experts))
+        self.capacity = capacity
+
+    def forward(self, x_GSD: Tensor) -> Tensor:
+        affinity = torch.einsum("bsd,de->bse", x_GSD, self.weight).softmax(-1).transpose(1, 2)
+        gating, index = affinity.topk(self.capacity, dim=-1)
+        dispatch = F.one_hot(index, x_GSD.shape[1]).to(x_GSD.dtype)
+        x_in = torch.einsum("becs,bsd->becd", dispatch, x_GSD)
+        x_e = torch.stack([expert(x_in[:, e]) for e, expert in enumerate(self.experts)], dim=1)
+        return torch.einsum("becs,bec,becd->bsd", dispatch, gating, x_e)
+
+
+def fill(module: nn.Module, *, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float32) * p.shape[-1] ** -0.5)
+
+
+def expert_choice(width: int, *, hidden: int, experts: int, capacity_factor: float, deterministic: bool = False) -> MoE:
+    router = ExpertChoiceRouter(width, experts=experts, capacity_factor=capacity_factor)
+    dispatcher = DeterministicDispatcher() if deterministic else LocalDispatcher()
+    return MoE(router, Experts(width, hidden=hidden, experts=experts), dispatcher=dispatcher)
+
+
+def copy_weights(source: MoE, target: Algorithm1) -> None:
+    with torch.no_grad():
+        target.weight.copy_(source.router.weight)
+        for expert, up, down in zip(target.experts, source.experts.up, source.experts.down, strict=True):
+            expert.up.weight.copy_(up.T)
+            expert.down.weight.copy_(down.T)
+
+
+def check(*, experts: int, capacity_factor: int, pool: int, deterministic: bool) -> None:
+    """The layer is Algorithm 1 in fp64: values, and gradients of the tokens, the router and every expert. Experts, capacity and
+    pool are the benchmark's, the widths are small."""
+    width, hidden = 32, 48
+    source = expert_choice(width, hidden=hidden, experts=experts, capacity_factor=capacity_factor,
+                           deterministic=deterministic).to(torch.float64)
+    reference = Algorithm1(width, hidden=hidden, experts=experts, capacity=pool * capacity_factor // experts).to(torch.float64)
+    fill(source, seed=0)
+    copy_weights(source, reference)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, pool, width, generator=generator, dtype=torch.float64)
+    weight = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+    ours, theirs = source(a, pool=pool)[0], reference(b)
+    (ours * weight).sum().backward()
+    (theirs * weight).sum().backward()
+
+    def stacked(name: str) -> Tensor:
+        return torch.stack([getattr(e, name).weight.grad.T for e in reference.experts])
+
+    for mine, other in ((ours, theirs), (a.grad, b.grad), (source.router.weight.grad, reference.weight.grad),
+                        (source.experts.up.grad, stacked("up")), (source.experts.down.grad, stacked("down"))):
+        torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-9)

@@ -1,0 +1,155 @@
+"""From raw samples to the arrays of a batch: which member feeds which field, written in place, slot by slot."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from data_pipeline.contract import Batch
+from data_pipeline.decode import decode_array, decode_caption, decode_image
+from data_pipeline.errors import SAMPLE_ERRORS, BadArray, BadCaption, BadSplit, DataError, UndecodableImage, Where
+from data_pipeline.manifest import View
+from data_pipeline.reader import RawSample, ShardReader
+
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "npy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fields:
+    """Names of the tar members that feed a batch; None leaves the field out.
+
+    `text_len` is L: shorter text embeddings are padded with zeros (mask False), longer ones are cut.
+    """
+
+    image: str | None = None
+    latents: str | None = None
+    caption: str | None = None
+    text: str | None = None
+    text_len: int = 0
+
+
+def default_fields(view: View, *, text_len: int = 0) -> Fields:
+    """Fields by their usual names: an image suffix, `latent.npy`, `txt` or `json`, `text.npy` (with `text_len`)."""
+    have = view.fields
+
+    def first(*names: str) -> str | None:
+        return next((name for name in names if name in have), None)
+
+    return Fields(
+        image=first(*IMAGE_SUFFIXES),
+        latents=first("latent.npy", "latents.npy"),
+        caption=first("txt", "json"),
+        text=first("text.npy") if text_len else None,
+        text_len=text_len,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArrayShapes:
+    """Shapes and dtypes that every sample of a stream must have; None where the stream has no such field.
+
+    Fixed once for the stream, from the data set's first good sample. Taking them from whichever sample a thread
+    decodes first would make *which* of two disagreeing samples is bad a matter of timing.
+    """
+
+    latent: tuple[tuple[int, ...], np.dtype] | None = None
+    """((C, h, w), dtype)"""
+    text: tuple[int, np.dtype] | None = None
+    """(Y, dtype)"""
+
+
+class BatchBuffer:
+    """Storage of one batch while threads fill its slots. A new one per step: the consumer may keep what it got."""
+
+    def __init__(self, position: np.ndarray, *, fields: Fields, shapes: ArrayShapes, resolution: int) -> None:
+        self._fields, self._shapes, num = fields, shapes, len(position)
+        self.position = position
+        self.keys: list[str] = [""] * num
+        self._captions: list[str] = [""] * num
+        self._images = np.empty((num, resolution, resolution, 3), np.uint8) if fields.image else None
+        self._latents = np.empty((num, *shapes.latent[0]), shapes.latent[1]) if shapes.latent else None
+        self._text = np.zeros((num, fields.text_len, shapes.text[0]), shapes.text[1]) if shapes.text else None
+        self._text_mask = np.zeros((num, fields.text_len), bool) if shapes.text else None
+
+    def fill(self, slot: int, *, raw: RawSample, where: Where) -> None:
+        """Decode one sample into its slot. Raises UndecodableImage, BadCaption or BadArray."""
+        fields = self._fields
+        if fields.image is not None and self._images is not None:
+            decode_image(_member(raw, fields.image, UndecodableImage, where), out=self._images[slot], where=where)
+        if fields.caption is not None:
+            payload = _member(raw, fields.caption, BadCaption, where)
+            self._captions[slot] = decode_caption(payload, suffix=fields.caption, where=where)
+        if fields.latents is not None and self._latents is not None and self._shapes.latent is not None:
+            latent = decode_array(_member(raw, fields.latents, BadArray, where), where=where)
+            _agree(latent, *self._shapes.latent, where)
+            self._latents[slot] = latent
+        if fields.text is not None and self._text is not None and self._text_mask is not None:
+            text = decode_array(_member(raw, fields.text, BadArray, where), where=where)
+            length = min(len(text), fields.text_len)
+            _agree(text, (len(text), self._text.shape[2]), self._text.dtype, where)
+            # Both halves are written: an attempt that failed later may have left its own tokens in this slot.
+            self._text[slot, :length], self._text[slot, length:] = text[:length], 0
+            self._text_mask[slot] = np.arange(fields.text_len) < length
+        self.keys[slot] = raw.key
+
+    def batch(self) -> Batch:
+        """The finished batch, once every slot is filled."""
+        return Batch(
+            position=self.position,
+            keys=tuple(self.keys),
+            images=self._images,
+            latents=self._latents,
+            captions=tuple(self._captions) if self._fields.caption else None,
+            text=self._text,
+            text_mask=self._text_mask,
+        )
+
+
+def probe_shapes(reader: ShardReader, *, view: View, fields: Fields, limit: int = 16) -> ArrayShapes:
+    """Shapes of the first of `limit` samples that can be read. Raises its error when none can."""
+    if fields.latents is None and fields.text is None:
+        return ArrayShapes()
+    shard = int(np.flatnonzero(view.shard_sizes)[0])
+    last: DataError | None = None
+    for sample in range(min(limit, int(view.shard_sizes[shard]))):
+        try:
+            raw = reader.read(shard, sample=sample)
+            where = Where(view.shards[shard].name, raw.key)
+            latent = text = None
+            if fields.latents is not None:
+                array = decode_array(_member(raw, fields.latents, BadArray, where), where=where)
+                if array.ndim != 3:
+                    raise BadArray(f"{where}: latent of shape {array.shape}; must be (C, h, w)")
+                latent = (array.shape, array.dtype)
+            if fields.text is not None:
+                array = decode_array(_member(raw, fields.text, BadArray, where), where=where)
+                if array.ndim != 2:
+                    raise BadArray(f"{where}: text embedding of shape {array.shape}; must be (tokens, Y)")
+                text = (array.shape[1], array.dtype)
+            return ArrayShapes(latent=latent, text=text)
+        except SAMPLE_ERRORS as error:
+            last = error
+    raise last if last is not None else BadSplit(f"{view.folder}: no sample to read")
+
+
+def check_fields(fields: Fields, *, view: View) -> None:
+    """Refuse fields that no shard has, before the first read. Raises BadSplit naming the ones there are."""
+    for label in ("image", "latents", "caption", "text"):
+        name = getattr(fields, label)
+        if name is not None and name not in view.fields:
+            raise BadSplit(f"fields.{label} = {name!r}: no shard of {view.folder} has it; there are {view.fields}")
+    if fields.text is not None and fields.text_len < 1:
+        raise BadSplit("fields.text_len = 0: must be the padded number of text tokens, 1 or more")
+
+
+def _member(raw: RawSample, name: str, error: type[Exception], where: Where) -> memoryview:
+    payload = raw.fields.get(name)
+    if payload is None:
+        raise error(f"{where}: the sample has no member {name!r}, only {sorted(raw.fields)}")
+    return payload
+
+
+def _agree(array: np.ndarray, shape: tuple[int, ...], dtype: np.dtype, where: Where) -> None:
+    if array.shape != shape or array.dtype != dtype:
+        raise BadArray(f"{where}: array of {array.shape} {array.dtype} in a stream of {shape} {dtype}")

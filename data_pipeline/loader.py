@@ -1,0 +1,252 @@
+"""The stream: positions -> reads and decoding in threads -> batches in order -> a place of a few hundred bytes.
+
+Work for a step is planned when an earlier step is delivered, so there is no background coordinator to die: the
+consumer's own `next()` keeps `prefetch` steps under way in a thread pool (reading and libjpeg release the GIL).
+Results are collected by step and slot, so the number of threads changes nothing but speed. The state counts
+*delivered* steps; what was prefetched beyond is thrown away and read again after a resume.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import Counter, deque
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from data_pipeline.assemble import BatchBuffer, Fields, check_fields, default_fields, probe_shapes
+from data_pipeline.contract import Batch, LoaderStats
+from data_pipeline.errors import SAMPLE_ERRORS, BadSplit, TooManyBad, Where, WrongView
+from data_pipeline.manifest import View
+from data_pipeline.order import Order, nearest_divisors
+from data_pipeline.reader import ShardReader
+
+STATE_VERSION = 1
+MAX_ATTEMPTS = 16
+"""Substitutes tried for one position. Sixteen bad samples in a row are a broken data set, not bad luck."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BadSample:
+    """One substitution, as written to the quarantine file."""
+
+    position: int
+    shard: str
+    sample: int
+    attempt: int
+    error: str
+    message: str
+
+
+@dataclass(kw_only=True)
+class _Step:
+    """A step under way: its buffer and one future per piece, each giving the bad samples it met."""
+
+    number: int
+    buffer: BatchBuffer
+    pieces: list[Future[list[BadSample]]] = field(default_factory=list)
+
+
+class StreamingLoader:
+    """Endless batches of one data-parallel rank. Implements `contract.Loader`.
+
+    Args:
+        view: an opened data set (`manifest.open_view`).
+        global_batch: samples of one step over all ranks.
+        rank, world: data-parallel rank and size; world must divide global_batch.
+        seed: of the order.
+        fields: which members to decode; None takes `default_fields(view)`.
+        resolution: side R of the images in pixels (not used without an image field).
+        threads: decoding threads; 0 works in the caller's thread (debugging).
+        prefetch: steps prepared ahead of the delivered one.
+        lanes, window: see `order.Order`.
+        on_bad: "fail" raises the sample's error; "substitute" takes the next sample of the shuffle window.
+        max_bad: fraction of this rank's share of an epoch (or of what it has seen, when that is more) that may be
+            substituted before TooManyBad stops the run.
+        quarantine: JSON-lines file that gets one line per substitution (append only); give every rank its own.
+
+    Raises:
+        BadSplit: sizes that do not divide (with the nearest that do), or a field that the data set lacks.
+    """
+
+    def __init__(
+        self, view: View, *, global_batch: int, rank: int = 0, world: int = 1, seed: int = 0,
+        fields: Fields | None = None, resolution: int = 256, threads: int = 2, prefetch: int = 2,
+        lanes: int | None = None, window: int = 2, on_bad: Literal["fail", "substitute"] = "fail",
+        max_bad: float = 1e-4, quarantine: Path | None = None,
+    ) -> None:  # fmt: skip
+        if world < 1 or global_batch % world:
+            near = nearest_divisors(global_batch, value=world)
+            raise BadSplit(f"world = {world}: must divide global_batch = {global_batch}; nearest: {near}")
+        if not 0 <= rank < world:
+            raise BadSplit(f"rank = {rank}: must be 0 to {world - 1}")
+        if on_bad not in ("fail", "substitute"):
+            raise BadSplit(f"on_bad = {on_bad!r}: must be 'fail' or 'substitute'")
+        self._fields = default_fields(view) if fields is None else fields
+        check_fields(self._fields, view=view)
+        self.view = view
+        self.order = Order(view.shard_sizes, seed=seed, global_batch=global_batch, lanes=lanes, window=window)
+        self._slots = np.arange(rank * global_batch // world, (rank + 1) * global_batch // world, dtype=np.int64)
+        self._resolution, self._threads = resolution, threads
+        self._prefetch = prefetch if threads else 0  # without threads, ahead means only earlier
+        self._attempts = 1 if on_bad == "fail" else MAX_ATTEMPTS
+        self._substitutes, self._max_bad, self._quarantine = on_bad == "substitute", max_bad, quarantine
+        self._reader = ShardReader(view)
+        self._shapes = probe_shapes(self._reader, view=view, fields=self._fields)
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="ecdit-data") if threads else None
+        self._pending: deque[_Step] = deque()
+        self._step = 0
+        self._bad: Counter[str] = Counter()
+        self._delivered = 0
+        self._stall_seconds = 0.0
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.order.steps_per_epoch
+
+    def __iter__(self) -> StreamingLoader:
+        return self
+
+    def __next__(self) -> Batch:
+        """This rank's share of the next global step.
+
+        Raises:
+            DataError: with on_bad="fail" the first bad sample of the step in slot order; always for a missing shard.
+            TooManyBad: more substitutes than `max_bad` allows, or none found for one position.
+        """
+        began = time.perf_counter()
+        while len(self._pending) <= self._prefetch:
+            self._pending.append(self._start(self._step + len(self._pending)))
+        step = self._pending[0]
+        bad = [sample for piece in step.pieces for sample in piece.result()]
+        # Only now: an error above leaves the state at the step that was not delivered.
+        self._pending.popleft()
+        self._step += 1
+        self._delivered += 1
+        self._record(bad)
+        self._stall_seconds += time.perf_counter() - began
+        return step.buffer.batch()
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `contract.Loader`. `step` is the next one to deliver."""
+        return {
+            "v": STATE_VERSION,
+            "step": self._step,
+            "seed": self.order.seed,
+            "global_batch": self.order.global_batch,
+            "lanes": self.order.lanes,
+            "window": self.order.window,
+            "view_sha256": self.view.sha256,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See `contract.Loader`. Ranks, threads, prefetch, fields and resolution may differ from the saving run's."""
+        mine = self.state_dict()
+        wrong = [
+            f"{name}: saved {state.get(name)!r}, here {value!r}"
+            for name, value in mine.items()
+            if name != "step" and state.get(name) != value
+        ]
+        if not isinstance(state.get("step"), int) or state.get("step", -1) < 0:
+            wrong.append(f"step: saved {state.get('step')!r}, must be 0 or above")
+        if wrong:
+            raise WrongView("the saved loader state belongs to another stream: " + "; ".join(wrong))
+        self._drop_pending()
+        self._step = state["step"]
+
+    def stats(self) -> LoaderStats:
+        return LoaderStats(
+            steps=self._delivered,
+            samples=self._delivered * len(self._slots),
+            bytes_read=self._reader.bytes_read,
+            stall_seconds=self._stall_seconds,
+            read_retries=self._reader.retries,
+            bad=dict(self._bad),
+        )
+
+    def close(self) -> None:
+        """Stop the threads and close the files. A closed loader delivers nothing more."""
+        self._drop_pending()
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+        self._reader.close()
+
+    def _start(self, number: int) -> _Step:
+        """Plan a step and hand its pieces to the threads."""
+        position = number * self.order.global_batch + self._slots
+        located = self.order.locate(position)
+        buffer = BatchBuffer(position, fields=self._fields, shapes=self._shapes, resolution=self._resolution)
+        step = _Step(number=number, buffer=buffer)
+        # One piece per thread: fine enough to share a step evenly, coarse enough that a future's cost vanishes.
+        for slots in np.array_split(np.arange(len(position)), max(1, min(self._threads, len(position)))):
+            work = (step.buffer, slots.tolist(), located.shard[slots].tolist(), located.sample[slots].tolist())
+            if self._pool is not None:
+                step.pieces.append(self._pool.submit(self._fill, *work))
+            else:
+                step.pieces.append(Future())
+                step.pieces[-1].set_result(self._fill(*work))
+        return step
+
+    def _fill(self, buffer: BatchBuffer, slots: list[int], shards: list[int], samples: list[int]) -> list[BadSample]:
+        """Read and decode the samples of some slots; runs in a thread."""
+        bad: list[BadSample] = []
+        for slot, shard, sample in zip(slots, shards, samples, strict=True):
+            position = int(buffer.position[slot])
+            for attempt in range(self._attempts):
+                if attempt:
+                    located = self.order.locate(np.array([position]), attempt=attempt)
+                    shard, sample = int(located.shard[0]), int(located.sample[0])
+                try:
+                    self._fill_slot(buffer, slot, shard, sample, position)
+                    break
+                except SAMPLE_ERRORS as error:
+                    if not self._substitutes:
+                        raise
+                    bad.append(
+                        BadSample(
+                            position=position, shard=self.view.shards[shard].name, sample=sample, attempt=attempt,
+                            error=type(error).__name__, message=str(error),
+                        )
+                    )  # fmt: skip
+            else:
+                tried = f"position {position}: {self._attempts} samples in a row are bad"
+                raise TooManyBad(f"{tried}; last: {bad[-1].message}")
+        return bad
+
+    def _fill_slot(self, buffer: BatchBuffer, slot: int, shard: int, sample: int, position: int) -> None:
+        raw = self._reader.read(shard, sample=sample, position=position)
+        buffer.fill(slot, raw=raw, where=Where(self.view.shards[shard].name, raw.key, position))
+
+    def _record(self, bad: list[BadSample]) -> None:
+        """Count and write down what was substituted in a delivered step."""
+        if not bad:
+            return
+        self._bad.update(sample.error for sample in bad)
+        if self._quarantine is not None:
+            lines = "".join(json.dumps(asdict(sample)) + "\n" for sample in bad)
+            # One write on an O_APPEND descriptor: lines of several processes do not mix.
+            fd = os.open(self._quarantine, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            try:
+                os.write(fd, lines.encode())
+            finally:
+                os.close(fd)
+        share = self.order.steps_per_epoch * len(self._slots)
+        limit = self._max_bad * max(share, self._delivered * len(self._slots))
+        if self._bad.total() > limit:
+            raise TooManyBad(
+                f"{self._bad.total()} bad samples {dict(self._bad)} exceed max_bad = {self._max_bad:g} "
+                f"({limit:.1f} samples); last: {bad[-1].message}"
+            )
+
+    def _drop_pending(self) -> None:
+        """Forget prefetched steps; threads finish the piece they are at."""
+        for step in self._pending:
+            for piece in step.pieces:
+                piece.cancel()
+        self._pending.clear()

@@ -1,0 +1,262 @@
+"""The composition root: a frozen configuration becomes objects. The only file that sees every room.
+
+Each component receives its own section and nothing else.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_pipeline.assemble import default_fields
+from data_pipeline.loader import StreamingLoader
+from data_pipeline.manifest import open_view
+from data_pipeline.shapes import ShapesSpec, shape_sample
+from data_pipeline.shapes_grader import grade
+from data_pipeline.shapes_prompts import TASKS, Split, all_prompts
+from ecdit_train.checkpoint import folder, restore
+from ecdit_train.checkpoint.comm import Comm, GroupComm, SingleProcess
+from ecdit_train.checkpoint.layout import ParamPlacement as SavedPlacement
+from ecdit_train.checkpoint.layout import Placed
+from ecdit_train.checkpoint.manager import CheckpointManager
+from ecdit_train.config.compose import to_yaml
+from ecdit_train.config.convert import to_dict
+from ecdit_train.config.schema import RunConfig, SampleConfig
+from ecdit_train.diffusion.encoders import ImageCodec, TextEncoder, make_image_codec, make_text_encoder
+from ecdit_train.diffusion.flow import Flow
+from ecdit_train.errors import CheckpointError, ConfigError, DataError, Problem
+from ecdit_train.evaluate.pictures import Painter, Pictures
+from ecdit_train.evaluate.shapes import Grader
+from ecdit_train.model.dit import DiT
+from ecdit_train.observe import figures
+from ecdit_train.observe.console import Progress
+from ecdit_train.observe.folder import routing_path
+from ecdit_train.observe.metrics import MetricWindow
+from ecdit_train.observe.sinks import open_sinks
+from ecdit_train.parallel import grads, weights
+from ecdit_train.parallel.apply import parallelize
+from ecdit_train.parallel.data_parallel import gather_over_dp, reduce_over_dp
+from ecdit_train.parallel.fsdp import accumulate
+from ecdit_train.parallel.mesh import Mesh, make_mesh
+from ecdit_train.parallel.placement import ParamPlacement
+from ecdit_train.parallel.runtime import Runtime
+from ecdit_train.train.loop import Loop
+from ecdit_train.train.state import TrainState, parameter_of
+from ecdit_train.train.step import Microbatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """This process, its place among the ranks, and the model spread over them."""
+
+    runtime: Runtime
+    mesh: Mesh
+    model: DiT
+    placements: Mapping[str, ParamPlacement]
+
+    # --- what a training step asks of the way the model is spread (train.step.Spread) -------------------------------
+
+    def accumulate(self, *, last: bool) -> AbstractContextManager[Any]:
+        return accumulate(self.model, last=last)
+
+    def clip(self, *, max_norm: float) -> Tensor:
+        grads.agree(self.model, self.placements, self.mesh)
+        return grads.clip(self.model, self.placements, self.mesh, max_norm=max_norm)
+
+    def reduce(self, vector: Tensor, *, op: Literal["mean", "max", "sum"]) -> Tensor:
+        return reduce_over_dp(vector, self.mesh, op=op)
+
+    # --- what a checkpoint asks -------------------------------------------------------------------------------------
+
+    def placed(self, tensors: Mapping[str, Tensor]) -> dict[str, Placed]:
+        """Every tensor of the state with its place in the global tensor: the place of the parameter it belongs to."""
+        out = {}
+        for name, t in tensors.items():
+            p = self.placements[parameter_of(name)]
+            out[name] = Placed(tensor=t, placement=SavedPlacement(global_shape=p.global_shape, dim=p.dim, index=p.index,
+                                                                  count=p.count, boxes=p.boxes))
+        return out
+
+    def comm(self) -> Comm:
+        return SingleProcess() if self.runtime.control is None else GroupComm(self.runtime.control)
+
+
+def spread_model(config: RunConfig, here: Runtime) -> Ranks:
+    """The network built on the meta device, spread, then filled with its first weights box by box."""
+    mesh = make_mesh(config.parallel, device_type=here.device.type, world=here.world)
+    with torch.device("meta"):
+        model = DiT(config.model, config.moe, channels=config.encoders.image.channels, text_features=config.encoders.text.width)
+    placements = parallelize(model, mesh=mesh, parallel=config.parallel, precision=config.train.precision)
+    model.to_empty(device=here.device)
+    weights.fill(model, placements, seed=config.train.seed)
+    return Ranks(runtime=here, mesh=mesh, model=model, placements=placements)
+
+
+class EncodedBatches:
+    """The loader's numpy batches as device tensors, through the frozen encoders where the shards hold raw data."""
+
+    def __init__(self, loader: StreamingLoader, *, text: TextEncoder | None, codec: ImageCodec | None, config: RunConfig,
+                 device: torch.device) -> None:
+        self._loader, self._text, self._codec, self._config, self._device = loader, text, codec, config, device
+        
+    def next(self) -> Microbatch:
+        batch = next(self._loader)
+        if batch.latents is not None:
+            image = self._config.encoders.image
+            latents = (torch.from_numpy(batch.latents).to(self._device).float() - image.shift) * image.scale
+        else:
+            assert self._codec is not None and batch.images is not None
+            latents = self._codec.encode(torch.from_numpy(batch.images).to(self._device))
+        if batch.text is not None:
+            assert batch.text_mask is not None
+            features, mask = torch.from_numpy(batch.text), torch.from_numpy(batch.text_mask)
+        else:
+            assert self._text is not None and batch.captions is not None
+            features, mask = self._text.encode(batch.captions)
+        return Microbatch(position_B=torch.from_numpy(batch.position).to(self._device), latents_BCHW=latents,
+                          features_BLX=features.to(self._device), mask_BL=mask.to(self._device))
+
+    def close(self) -> None:
+        self._loader.close()
+
+
+def make_encoders(config: RunConfig, device: torch.device) -> tuple[TextEncoder | None, ImageCodec | None]:
+    dtype = torch.bfloat16 if config.train.precision == "bf16" and device.type == "cuda" else torch.float32
+    return (make_text_encoder(config.encoders.text, device=device, dtype=dtype),
+            make_image_codec(config.encoders.image, device=device, dtype=dtype))
+
+
+def make_loader(config: RunConfig, mesh: Mesh, *, run: Path) -> StreamingLoader:
+    view = open_view(Path(config.data.shards))
+    stored_latents, stored_text = config.encoders.image.kind == "shards", config.encoders.text.kind == "shards"
+    have = default_fields(view, text_len=config.encoders.text.max_tokens if stored_text else 0)
+    fields = replace(
+        have, image=None if stored_latents else have.image, latents=have.latents if stored_latents else None,
+        caption=None if stored_text else have.caption, text=have.text if stored_text else None)
+    for section, found in (("encoders.image", fields.latents if stored_latents else fields.image),
+                           ("encoders.text", fields.text if stored_text else fields.caption)):
+        if found is None:
+            raise DataError(f"{config.data.shards}: {section}.kind = {getattr(config.encoders, section[9:]).kind} needs a member "
+                            f"that the shards do not have; they hold {', '.join(view.fields)}")
+    return StreamingLoader(
+        view, global_batch=config.train.global_batch, rank=mesh.dp_rank, world=mesh.dp_size, seed=config.train.seed,
+        fields=fields, resolution=config.data.resolution, threads=config.data.threads, prefetch=config.data.prefetch,
+        on_bad=config.data.on_bad, max_bad=config.data.max_bad, quarantine=run / f"quarantine-{mesh.dp_rank:04d}.jsonl")
+
+
+def make_painter(config: RunConfig, ranks: Ranks, *, encoders: tuple[TextEncoder | None, ImageCodec | None]) -> Painter | None:
+    """None when the shards carry what the encoders would make and no encoder is there to draw with."""
+    text, codec = encoders
+    if text is None or codec is None:
+        return None
+    return Painter(model=ranks.model, text=text, codec=codec, config=config, device=ranks.runtime.device,
+                   dp_rank=ranks.mesh.dp_rank, dp_size=ranks.mesh.dp_size,
+                   gather=lambda x: gather_over_dp(x, ranks.mesh))
+
+
+def build_training(config: RunConfig, here: Runtime, *, stop_after: int | None) -> Loop:
+    """Everything a run needs, with the newest sound checkpoint loaded if the folder has one."""
+    run = Path(config.run)
+    # What a user can get wrong comes first, the model after: nothing is half-started.
+    encoders = make_encoders(config, here.device)
+    mesh = make_mesh(config.parallel, device_type=here.device.type, world=here.world)
+    loader = make_loader(config, mesh, run=run)
+    ranks = spread_model(config, here)
+    state = TrainState.fresh(ranks.model, config.optim)
+    progress = Progress(config.train.steps, stream=sys.stdout if here.rank == 0 else None)
+
+    # Resume order: the newest sound checkpoint of this folder, else the first weights.
+    checkpoints = CheckpointManager(run / "checkpoints", comm=ranks.comm(), keep=config.checkpoint.keep)
+    resumed = checkpoints.resume(ranks.placed(state.tensors()))
+    if resumed is not None:
+        for rejected in resumed.rejected:
+            progress.message(f"checkpoint of step {rejected.step} passed over: {rejected.reason}")
+        state.restore_step(resumed.step)
+        loader.load_state_dict(resumed.objects["loader"])
+        progress.message(f"resumed from step {resumed.step}")
+    sinks = open_sinks(run, rank=here.rank, wandb_mode=config.observe.wandb, wandb_project=config.observe.wandb_project,
+                       config=to_dict(config), name=config.experiment, resume_step=state.step)
+
+    def save(step: int) -> None:
+        if resumed is None or step != resumed.step:
+            checkpoints.save(step, tensors=ranks.placed(state.tensors()),
+                             objects={"loader": loader.state_dict(), "config": to_dict(config)})
+
+    painter = make_painter(config, ranks, encoders=encoders)
+
+    def show(step: int) -> None:
+        if painter is None or not config.observe.prompts:
+            return
+        with state.ema.swapped_in() if state.ema is not None else nullcontext():
+            pictures = painter.draw(config.observe.prompts, how=config.sample, step=step)
+        if here.rank == 0:
+            grid = write_pictures(pictures, run=run, how=config.sample, step=step)
+            sinks.image(grid, key="samples/grid", step=step, caption=f"step {step}")
+
+    return Loop(
+        config=config, state=state, spread=ranks, sinks=sinks, progress=progress, save=save, show=show,
+        any_rank=here.any_rank, stop_after=stop_after,
+        batches=EncodedBatches(loader, text=encoders[0], codec=encoders[1], config=config, device=here.device),
+        flow=Flow(config=config.diffusion, seed=config.train.seed, num_patches=config.patches_per_image,
+                  num_kept=config.tokens_per_image),
+        window=MetricWindow(device=here.device, images_per_step=config.train.global_batch,
+                            tokens_per_step=config.train.global_batch * config.tokens_per_image))
+
+
+def write_pictures(pictures: Pictures, *, run: Path, how: SampleConfig, step: int) -> Path:
+    """`samples/step_N.png` with its `.json`, and `routing/step_N.npz` for a sparse model."""
+    if pictures.maps is not None:
+        pictures.maps.save(routing_path(run, step=step))
+    return figures.write_samples(run, step=step, images=pictures.images, prompts=pictures.prompts, guidance=how.guidance,
+                                 sampler=how.sampler, steps=how.steps, seed=how.seed, scope=how.scope)
+
+
+def load_weights(config: RunConfig, ranks: Ranks, *, kind: Literal["ema", "raw"], step: int | None) -> int:
+    """Put a committed checkpoint's averaged or raw weights into the model: the newest, or `step`. Returns its step."""
+    root = Path(config.run) / "checkpoints"
+    path = folder.path_of(root, step=step) if step is not None else folder.newest(root)
+    if path is None or not path.exists():
+        raise CheckpointError(f"{config.run} has no committed checkpoint{'' if step is None else f' of step {step}'}; it has "
+                              f"{[c.step for c in folder.find(root)] or 'none: train it first'}")
+    part = "ema" if kind == "ema" and config.optim.ema_decay > 0 else "model"
+    params = {f"{part}/{name}": p.detach() for name, p in ranks.model.named_parameters()}
+    skip = ("optim.", "model/" if part == "ema" else "ema/")
+    return restore.load(path, targets=ranks.placed(params), comm=ranks.comm(), skip=skip).step
+
+
+def build_painter(config: RunConfig, here: Runtime, *, kind: Literal["ema", "raw"], step: int | None) -> tuple[Painter, int]:
+    """A painter with a run's trained weights, and the step they come from."""
+    encoders = make_encoders(config, here.device)
+    ranks = spread_model(config, here)
+    step = load_weights(config, ranks, kind=kind, step=step)
+    painter = make_painter(config, ranks, encoders=encoders)
+    if painter is None:
+        raise ConfigError(Problem(field="encoders", value="shards", nearest="encoders.text.kind=t5 encoders.image.path=FOLDER",
+                                  rule="drawing needs a text encoder and a codec that can decode"))
+    return painter, step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suite:
+    """Prompts with what is wanted of them, and who judges."""
+
+    metadata: list[dict[str, Any]]
+    others: np.ndarray
+    """For each prompt a true picture of some other prompt of its task: uint8 (n, S, S, 3)."""
+    grade: Grader
+
+
+def shapes_suite(config: RunConfig, *, tasks: Sequence[str] | None, repeat: int, split: Split) -> Suite:
+    """The coloured-shapes suite: every prompt of the tasks, `repeat` times."""
+    metadata = [m for m in all_prompts(split=split, tasks=tasks or TASKS) for _ in range(repeat)]
+    specs = {task: ShapesSpec(resolution=config.data.resolution, mix={task: 1.0}) for task in TASKS}
+    others = [shape_sample(i, spec=specs[m["tag"]], seed=0).image for i, m in enumerate(metadata)]
+    return Suite(metadata=metadata, others=np.stack(others), grade=lambda image, wanted: grade(image, wanted).correct)

@@ -1,0 +1,126 @@
+"""A folder of checkpoints: which steps are committed, and how they leave.
+
+A name decides everything: `step_00000012` is committed, any suffix is not. Step numbers order events, never file
+times. `LATEST` is a hint for people and shell scripts; nothing here reads it.
+
+    step_00000012                committed, never written into again
+    step_00000012.tmp-<id>       being written, or left by a crash: deleted by `clean`
+    step_00000012.trash-<id>     being deleted: deleted by `clean`
+    step_00000012.aside-<id>     taken out of the line (damaged, or rewound past); kept for a human
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ecdit_train.checkpoint import files, manifest
+from ecdit_train.errors import CheckpointError
+
+LATEST = "LATEST"
+_COMMITTED = re.compile(r"step_([0-9]{8,18})")
+_LEFTOVER = re.compile(r"step_[0-9]{8,18}\.(tmp|trash)-[0-9a-f]+")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Committed:
+    """A committed step; whether its bytes are sound is for `verify` or `load` to say."""
+
+    step: int
+    path: Path
+
+
+def path_of(folder: Path, *, step: int) -> Path:
+    """Where a step is, or would be, committed. Raises CheckpointError for an impossible step."""
+    if not 0 <= step < 10**18:
+        raise CheckpointError(f"step = {step}: must be in 0..10**18 - 1")
+    return Path(folder) / f"step_{step:08d}"
+
+
+def find(folder: Path | str) -> list[Committed]:
+    """Committed steps, oldest first. An absent folder holds none; symbolic links do not count."""
+    found = []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                match = _COMMITTED.fullmatch(entry.name)
+                if match and entry.is_dir(follow_symlinks=False):
+                    step = int(match[1])
+                    if path_of(Path(folder), step=step).name == entry.name:  # step_000000012 is not our spelling
+                        found.append(Committed(step=step, path=Path(folder) / entry.name))
+    except FileNotFoundError:
+        return []
+    return sorted(found, key=lambda committed: committed.step)
+
+
+def newest(folder: Path | str) -> Path | None:
+    """The committed step with the highest number."""
+    found = find(folder)
+    return found[-1].path if found else None
+
+
+def clean(folder: Path | str) -> list[str]:
+    """Delete what crashes left behind; returns the names.
+
+    Only for the one run that owns the folder, before it saves: another run's save in flight looks the same.
+    """
+    removed = []
+    for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
+        path = Path(folder) / name
+        if _LEFTOVER.fullmatch(name) and path.is_dir() and not path.is_symlink():
+            files.remove_tree(path)
+            removed.append(name)
+        elif name.startswith(LATEST + ".tmp-"):
+            path.unlink(missing_ok=True)
+            removed.append(name)
+    return removed
+
+
+def prune(folder: Path | str, *, keep: int, protect: Callable[[int], bool] | None = None) -> list[int]:
+    """Delete all but the `keep` newest complete steps; returns the steps deleted. Raises CheckpointError if keep < 1.
+
+    Steps with a damaged manifest or files of the wrong size do not count as kept and are not deleted, so the last
+    usable checkpoint is never traded for a broken newer one. `protect(step)` exempts milestones.
+    """
+    if keep < 1:
+        raise CheckpointError(f"keep = {keep}: at least the newest checkpoint must stay; nearest valid: 1")
+    complete = [committed for committed in find(folder) if is_complete(committed.path)]
+    removed = []
+    for committed in complete[:-keep]:
+        if protect is not None and protect(committed.step):
+            continue
+        trash = committed.path.with_name(f"{committed.path.name}.trash-{uuid.uuid4().hex}")
+        # Durable before the first file goes: half a checkpoint must never carry a committed name.
+        files.rename_new(committed.path, target=trash)
+        files.remove_tree(trash)
+        removed.append(committed.step)
+    return removed
+
+
+def set_aside(path: Path) -> Path:
+    """Take a committed step out of the line without deleting it; returns the new path."""
+    aside = path.with_name(f"{path.name}.aside-{uuid.uuid4().hex}")
+    files.rename_new(path, target=aside)
+    return aside
+
+
+def is_complete(path: Path) -> bool:
+    """Cheap soundness: the manifest is what was written and its files are there in full (their bytes are not read)."""
+    try:
+        return all(os.lstat(path / name).st_size == nbytes for name, nbytes in manifest.read_sizes(path).items())
+    except (CheckpointError, OSError):
+        return False
+
+
+def hint_latest(folder: Path, *, step: int) -> None:
+    """Point `LATEST` at a step. Only a hint: failing to write it is not failing to save."""
+    temporary = folder / f"{LATEST}.tmp-{uuid.uuid4().hex}"
+    try:
+        temporary.write_text(path_of(folder, step=step).name + "\n")
+        os.replace(temporary, folder / LATEST)
+    except OSError:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,381 @@
+"""The `ecdit` command: one verb per function, thin. Rooms are imported inside verbs, so that `ecdit --help` is immediate."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ecdit_train import errors
+from ecdit_train.errors import ConfigError, EcditError, Problem
+
+OVERRIDES = "Hydra words: experiment=NAME, GROUP=CHOICE, section.key=value (see `ecdit config keys`)"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a verb; a user's mistake becomes one line on stderr and its own exit code."""
+    args = make_parser().parse_args(argv)
+    try:
+        code = args.verb(args)
+    except Exception as e:
+        if not isinstance(getattr(e, "exit_code", None), int):
+            raise
+        if os.environ.get("RANK", "0") == "0" or not isinstance(e, ConfigError):
+            rank = f" [rank {os.environ['RANK']}]" if "RANK" in os.environ else ""
+            for line in str(e).splitlines():
+                print(f"ecdit: {type(e).__name__}{rank}: {line}", file=sys.stderr)
+        code = e.exit_code  # type: ignore[attr-defined]
+    if code:
+        from launch.submit import leave_exit_code
+
+        leave_exit_code(code)  # torchrun answers every failure with 1; the job script reads this instead
+    sys.exit(code)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="ecdit", description="Train, sample, measure and plan EC-DiT: diffusion transformers whose "
+                                     "experts choose their tokens.", epilog=_exit_codes(),
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    def verb(name: str, function: Any, text: str, *, parent: Any = verbs) -> argparse.ArgumentParser:
+        p = parent.add_parser(name, help=text.splitlines()[0], description=text,
+                              formatter_class=argparse.RawDescriptionHelpFormatter)
+        p.set_defaults(verb=function)
+        return p
+
+    p = verb("train", train, "train a run from a configuration; goes on where it stopped if the run folder has checkpoints\n\n"
+             "  ecdit train experiment=shapes_tiny run=runs/demo train.steps=200\n"
+             "  torchrun --nproc-per-node 8 -m ecdit_train.cli train experiment=ec_dit_xl_8e parallel.ep=8 data.shards=/data/laion")
+    p.add_argument("overrides", nargs="*", metavar="WORD", help=OVERRIDES)
+    _stop_after(p)
+
+    p = verb("resume", resume, "go on with a run from its newest sound checkpoint, on any number of ranks\n\n"
+             "  ecdit resume runs/demo train.steps=2000")
+    p.add_argument("run", help="run folder")
+    p.add_argument("overrides", nargs="*", metavar="WORD", help="changes to layout, schedule or logging; what defines the network, "
+                   "the data order or the random draws is refused")
+    _stop_after(p)
+
+    p = verb("sample", sample, "draw prompts with a trained run: an image grid with captions\n\n"
+             "  ecdit sample run=runs/demo prompts='a photo of a red circle|a photo of a blue square'\n"
+             "  ecdit sample run=runs/demo prompts=@prompts.txt guidance=3 steps=50 scope=group out=grid.png")
+    p.add_argument("words", nargs="+", metavar="KEY=VALUE", help="run=FOLDER, prompts='A|B|...' or prompts=@FILE; optional: out=FILE, "
+                   "repeat=N, weights=ema|raw, step=N, and any key of the sample section (sampler, steps, guidance, scope, "
+                   "group_size, seed)")
+
+    p = verb("evaluate", evaluate, "grade a run on the coloured-shapes suite with its exact grader\n\n  ecdit evaluate run=runs/demo tasks=colors")
+    p.add_argument("words", nargs="+", metavar="KEY=VALUE", help="run=FOLDER; optional: tasks=A,B (default all six), repeat=N, "
+                   "split=all|train|heldout, weights=ema|raw, step=N, and any key of the sample section")
+
+    p = verb("report", report, "write RUN/report.html: loss, samples over time, routing heat maps, in one self-contained page")
+    p.add_argument("run", help="run folder")
+
+    p = verb("plan", plan, "what a run would cost: parameters, memory, traffic, step time, the layout that fits; on a CPU, in seconds\n\n"
+             "  ecdit plan experiment=ec_dit_m_64e cluster=h100_ib400 cluster.nodes=8")
+    p.add_argument("overrides", nargs="*", metavar="WORD", help=OVERRIDES)
+    p.add_argument("--json", action="store_true", help="print one JSON object (docs/reference/plan.md)")
+    p.add_argument("--world", type=int, help="ranks (default: cluster.nodes * cluster.gpus_per_node)")
+    p.add_argument("--dry-run", action="store_true", help="build and spread the real model on fake ranks, run forward and backward, "
+                   "list every collective")
+
+    p = verb("launch", launch, "render the sbatch script of a run, freeze its configuration and submit it\n\n"
+             "  ecdit launch experiment=ec_dit_m_64e cluster=h100_ib400 cluster.nodes=32 run=/scratch/m64e --render-only")
+    p.add_argument("overrides", nargs="*", metavar="WORD", help=OVERRIDES)
+    p.add_argument("--render-only", action="store_true", help="print the script; write and submit nothing")
+
+    data = parser_group(verbs, "data", "make, index and verify shards")
+    p = verb("shapes", data_shapes, "draw the procedural coloured-shapes set into WebDataset shards\n\n"
+             "  ecdit data shapes out=data/shapes count=4000 resolution=32", parent=data)
+    p.add_argument("words", nargs="+", metavar="KEY=VALUE", help="out=FOLDER; optional: count=N, resolution=PIXELS, seed=N, "
+                   "per_shard=N, mix=task:weight,..., scale=LOW,HIGH, format=png|jpg")
+    p = verb("index", data_index, "index plain WebDataset tars: an .idx beside each tar and a manifest.json", parent=data)
+    p.add_argument("folder")
+    p = verb("verify", data_verify, "read every byte of a data set and check it against its index and manifest", parent=data)
+    p.add_argument("folder")
+
+    config = parser_group(verbs, "config", "show, list and compare configurations")
+    p = verb("show", config_show, "print the resolved configuration of some words", parent=config)
+    p.add_argument("overrides", nargs="*", metavar="WORD", help=OVERRIDES)
+    p = verb("keys", config_keys, "list every key with its type and how it may change on resume", parent=config)
+    p = verb("diff", config_diff, "what two run folders' configurations differ in", parent=config)
+    p.add_argument("old")
+    p.add_argument("new")
+
+    checkpoint = parser_group(verbs, "checkpoint", "list and verify checkpoints")
+    p = verb("list", checkpoint_list, "committed checkpoints of a run", parent=checkpoint)
+    p.add_argument("run")
+    p = verb("verify", checkpoint_verify, "check every byte of a run's checkpoints against their manifests", parent=checkpoint)
+    p.add_argument("run")
+    return parser
+
+
+def parser_group(verbs: Any, name: str, text: str) -> Any:
+    p = verbs.add_parser(name, help=text, description=text)
+    return p.add_subparsers(required=True, metavar="VERB")
+
+
+def _stop_after(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--stop-after", type=int, metavar="STEP", help="save and exit with code 75 after this step, as if Slurm had asked "
+                   "(a drill; the demo uses it)")
+
+
+# --- training -------------------------------------------------------------------------------------------------------
+
+
+def train(args: argparse.Namespace) -> int:
+    from ecdit_train.config import compat, compose, validate
+
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    config = compose.compose(args.overrides)
+    validate.validate(config, world=world)
+    folder = Path(config.run)
+    if (folder / compose.RESOLVED).exists():
+        compat.check_resume(compose.load(folder), config, allow=compat.classes())
+    return _run(config, stop_after=args.stop_after)
+
+
+def resume(args: argparse.Namespace) -> int:
+    from ecdit_train.config import compat, compose, validate
+
+    old = compose.load(args.run)
+    changed = compose.override(old, args.overrides)
+    compat.check_resume(old, changed.config, allow=set(changed.explicit))
+    validate.validate(changed.config, world=int(os.environ.get("WORLD_SIZE", "1")))
+    return _run(changed.config, stop_after=args.stop_after)
+
+
+def _run(config: Any, *, stop_after: int | None) -> int:
+    """Freeze the configuration, build, train. 0 when finished, 75 when stopped on request."""
+    from ecdit_train.build import build_training
+    from ecdit_train.config import compose
+
+    with _ranks() as here:
+        if here.rank == 0:
+            compose.freeze(config, config.run)
+        here.barrier()
+        loop = build_training(compose.load(config.run), here, stop_after=stop_after)
+        try:
+            finished = loop.run()
+        finally:
+            loop.close()
+    return errors.EXIT_OK if finished else errors.EXIT_REQUEUE
+
+
+@contextmanager
+def _ranks() -> Iterator[Any]:
+    """Join the other ranks, on GPUs if this machine has them; leave in any case."""
+    import torch
+
+    from ecdit_train.parallel import runtime
+
+    here = runtime.start("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        yield here
+    finally:
+        here.shutdown()
+
+
+# --- looking --------------------------------------------------------------------------------------------------------
+
+
+def sample(args: argparse.Namespace) -> int:
+    words = _words(args.words, own={"run", "prompts", "out", "repeat", "weights", "step"}, required=("run", "prompts"))
+    text = words["prompts"]
+    prompts = Path(text[1:]).read_text().splitlines() if text.startswith("@") else text.strip("[]").split("|")
+    prompts = [p.strip() for p in prompts if p.strip()] * int(words.get("repeat", 1))
+    if not prompts:
+        raise ConfigError(Problem(field="prompts", value=text, rule="needs at least one prompt", nearest="'a photo of a red circle'"))
+    pictures, step, here = _draw(words, prompts)
+    if here:
+        from ecdit_train.observe import figures
+
+        out = Path(words.get("out", Path(words["run"]) / "pictures" / f"step_{step:08d}.png"))
+        out.parent.mkdir(parents=True, exist_ok=True)
+        figures.sample_grid(pictures.images, pictures.prompts, out)
+        print(f"{len(prompts)} pictures from step {step}: {out}")
+    return errors.EXIT_OK
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    from ecdit_train import build
+    from ecdit_train.config import compose
+    from ecdit_train.evaluate import shapes
+
+    words = _words(args.words, own={"run", "tasks", "repeat", "split", "weights", "step"}, required=("run",))
+    config = compose.load(words["run"])
+    suite = build.shapes_suite(config, tasks=words["tasks"].split(",") if "tasks" in words else None,
+                               repeat=int(words.get("repeat", 1)), split=words.get("split", "all"))
+    pictures, step, here = _draw(words, [m["prompt"] for m in suite.metadata])
+    if here:
+        result = shapes.score(pictures.images, suite.metadata, grade=suite.grade, others=suite.others)
+        shapes.write(result, Path(words["run"]) / "evaluation" / f"shapes_{step:08d}.json", step=step)
+        print(f"{'task':<16}{'correct':>9}{'chance':>9}   ({result.num_images} pictures, step {step})")
+        for task, share in result.by_task.items():
+            print(f"{task:<16}{share:>9.1%}{result.chance_by_task[task]:>9.1%}")
+        print(f"{'overall':<16}{result.overall:>9.1%}{result.chance:>9.1%}")
+    return errors.EXIT_OK
+
+
+def _draw(words: dict[str, str], prompts: list[str]) -> tuple[Any, int, bool]:
+    """Pictures, the step of the weights, and whether this rank is the one that writes."""
+    from ecdit_train import build
+    from ecdit_train.config import compose
+
+    stored = compose.load(words["run"])
+    keys = {"sampler", "steps", "guidance", "scope", "group_size", "seed"}
+    config = compose.override(stored, [f"sample.{k}={v}" for k, v in words.items() if k in keys]).config
+    with _ranks() as here:
+        painter, step = build.build_painter(config, here, kind=words.get("weights", "ema"),
+                                            step=int(words["step"]) if "step" in words else None)
+        return painter.draw(prompts, how=config.sample, step=step), step, here.rank == 0
+
+
+def report(args: argparse.Namespace) -> int:
+    from ecdit_train.observe.report import write_report
+
+    print(write_report(Path(args.run)))
+    return errors.EXIT_OK
+
+
+# --- planning and submitting ----------------------------------------------------------------------------------------
+
+
+def plan(args: argparse.Namespace) -> int:
+    from ecdit_train.config import compose
+    from ecdit_train.plan import estimate
+
+    config = compose.compose(args.overrides)
+    result = estimate.estimate(config, world=args.world)
+    print(json.dumps(estimate.to_json(result), indent=2) if args.json else estimate.render(result))
+    if args.dry_run:
+        from ecdit_train.plan import dry_run
+
+        print(dry_run.report(result, dry_run.dry_run(config, world=result.layout.world)))
+    return errors.EXIT_OK
+
+
+def launch(args: argparse.Namespace) -> int:
+    from ecdit_train.config import compose, validate
+    from launch import render, submit
+
+    config = compose.compose(args.overrides)
+    validate.validate(config, world=config.cluster.nodes * config.cluster.gpus_per_node)
+    if args.render_only:
+        print(render.render(config, run_folder=Path(config.run)), end="")
+        return errors.EXIT_OK
+    script = submit.prepare(config)
+    print(f"job {submit.submit(script)} submitted: {script}")
+    return errors.EXIT_OK
+
+
+# --- data, configuration, checkpoints -------------------------------------------------------------------------------
+
+
+def data_shapes(args: argparse.Namespace) -> int:
+    from data_pipeline.prepare import make_shapes
+    from data_pipeline.shapes_prompts import TASKS
+
+    words = _words(args.words, own={"out", "count", "resolution", "seed", "per_shard", "mix", "scale", "format"}, required=("out",),
+                   sampling=False)
+    mix = {k: float(v) for k, v in (w.split(":") for w in words["mix"].split(","))} if "mix" in words else dict.fromkeys(TASKS, 1.0)
+    low, high = (float(x) for x in words.get("scale", "0.2,0.35").split(","))
+    made = make_shapes(Path(words["out"]), count=int(words.get("count", 4000)), resolution=int(words.get("resolution", 32)),
+                       seed=int(words.get("seed", 0)), mix=mix, scale=(low, high), samples_per_shard=int(words.get("per_shard", 500)),
+                       image_format=words.get("format", "png"))
+    print(f"{made.num_samples} samples in {len(made.shards)} shards: {words['out']}")
+    return errors.EXIT_OK
+
+
+def data_index(args: argparse.Namespace) -> int:
+    from data_pipeline.manifest import index_folder
+
+    view = index_folder(Path(args.folder))
+    print(f"{view.num_samples} samples in {len(view.shards)} shards: {args.folder}")
+    return errors.EXIT_OK
+
+
+def data_verify(args: argparse.Namespace) -> int:
+    from data_pipeline.manifest import verify
+
+    verify(Path(args.folder))
+    print(f"{args.folder}: every byte agrees with the index and the manifest")
+    return errors.EXIT_OK
+
+
+def config_show(args: argparse.Namespace) -> int:
+    from ecdit_train.config import compose, validate
+
+    config = compose.compose(args.overrides)
+    validate.validate(config)
+    print(compose.to_yaml(config), end="")
+    return errors.EXIT_OK
+
+
+def config_keys(args: argparse.Namespace) -> int:
+    from ecdit_train.config import compat
+
+    for key, kind in compat.classes().items():
+        print(f"{key:<44}{kind}")
+    return errors.EXIT_OK
+
+
+def config_diff(args: argparse.Namespace) -> int:
+    from ecdit_train.config import compat, compose
+
+    changes = compat.diff(compose.load(args.old), compose.load(args.new))
+    for change in changes:
+        print(f"{change.field}: {change.old!r} -> {change.new!r}  ({change.kind})")
+    return errors.EXIT_OK
+
+
+def checkpoint_list(args: argparse.Namespace) -> int:
+    from ecdit_train.checkpoint import folder, manifest
+
+    for found in folder.find(Path(args.run) / "checkpoints"):
+        size = manifest.tensor_bytes(manifest.read(found.path))
+        print(f"step {found.step:>10}  {size / 1e9:10.3f} GB  {found.path}")
+    return errors.EXIT_OK
+
+
+def checkpoint_verify(args: argparse.Namespace) -> int:
+    from ecdit_train.checkpoint import folder, store
+
+    for found in folder.find(Path(args.run) / "checkpoints"):
+        store.verify(found.path)
+        print(f"step {found.step}: sound")
+    return errors.EXIT_OK
+
+
+def _words(words: Sequence[str], *, own: set[str], required: Sequence[str], sampling: bool = True) -> dict[str, str]:
+    """KEY=VALUE words of a verb, every mistake at once."""
+    import difflib
+
+    keys = own | ({"sampler", "steps", "guidance", "scope", "group_size", "seed"} if sampling else set())
+    problems, out = [], {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or key not in keys:
+            near = difflib.get_close_matches(key, sorted(keys), n=1, cutoff=0.0)
+            problems.append(Problem(field=key, value=value, rule="is not a key of this verb", nearest=f"{near[0]}=..."))
+        out[key] = value
+    problems += [Problem(field=key, value=None, rule="is required", nearest=f"{key}=...") for key in required if key not in out]
+    if problems:
+        raise ConfigError(problems)
+    return out
+
+
+def _exit_codes() -> str:
+    lines = ["exit codes:", f"  {errors.EXIT_OK:<4} done", f"  {errors.EXIT_REQUEUE:<4} stopped on request, everything saved: run again"]
+    for kind in EcditError.__subclasses__():
+        lines.append(f"  {kind.exit_code:<4} {kind.__name__}: {(kind.__doc__ or '').splitlines()[0]}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""Which differences between a stored run and a new configuration a resume may carry.
+
+identity: changes the network, the data order or a random draw; another run. Never.
+schedule: changes what happens from here on; only when the user says so on the command line.
+free:     changes where and how it runs, not what is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+from ecdit_train.config.convert import flatten, leaf_types
+from ecdit_train.config.schema import RunConfig
+from ecdit_train.errors import RunFolderError
+
+Kind = Literal["identity", "schedule", "free"]
+
+_CLASSES: dict[str, Kind] = {
+    "run": "free",
+    "experiment": "free",
+    "model": "identity",
+    "moe": "identity",
+    "moe.combine": "free",
+    "diffusion": "identity",
+    "sample": "free",
+    "encoders": "identity",
+    "encoders.text.path": "free",
+    "encoders.text.parameters": "free",
+    "encoders.image.path": "free",
+    "encoders.image.parameters": "free",
+    "data.shards": "free",  # a copy elsewhere is the same data; the loader's state holds the manifest's fingerprint
+    "data.resolution": "identity",
+    "data.threads": "free",
+    "data.prefetch": "free",
+    "data.on_bad": "free",
+    "data.max_bad": "free",
+    "train.seed": "identity",
+    "train.global_batch": "identity",
+    "train.microbatch": "free",  # identity when a pool is a microbatch, see `kind`
+    "train.steps": "schedule",
+    "train.precision": "schedule",
+    "optim": "schedule",
+    "optim.kind": "identity",
+    "parallel": "free",
+    "checkpoint": "free",
+    "observe": "free",
+    "cluster": "free",
+}
+"""Dotted key or section -> class; the longest match decides. A new key without an entry fails a test."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """One key whose value differs."""
+
+    field: str
+    old: Any
+    new: Any
+    kind: Kind
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.old!r} -> {self.new!r} ({self.kind})"
+
+
+@cache
+def classes() -> dict[str, Kind]:
+    """Every dotted key of the schema with its class; raises KeyError for an unclassified one."""
+    return {key: _lookup(key) for key in leaf_types()}
+
+
+def _lookup(key: str) -> Kind:
+    parts = key.split(".")
+    for length in range(len(parts), 0, -1):
+        if (kind := _CLASSES.get(".".join(parts[:length]))) is not None:
+            return kind
+    raise KeyError(f"{key} has no class in ecdit_train/config/compat.py")
+
+
+def kind(key: str, *, old: RunConfig, new: RunConfig) -> Kind:
+    """The class of `key` between these two configurations."""
+    if key == "train.microbatch" and any(c.moe.router != "dense" and c.moe.scope == "batch" for c in (old, new)):
+        return "identity"
+    return classes()[key]
+
+
+def diff(old: RunConfig, new: RunConfig) -> list[Change]:
+    """Every key whose value differs, in the schema's order."""
+    before, after = flatten(old), flatten(new)
+    return [
+        Change(field=key, old=before[key], new=after[key], kind=kind(key, old=old, new=new))
+        for key in before
+        if before[key] != after[key]
+    ]
+
+
+def check_resume(old: RunConfig, new: RunConfig, allow: Collection[str] = ()) -> Sequence[Change]:
+    """The changes that a resume carries.
+
+    Args:
+        old: the run folder's configuration.
+        new: what the user asks for.
+        allow: dotted keys given explicitly on the command line; only they may change the schedule.
+
+    Raises:
+        RunFolderError: lists every identity change and every schedule change that was not asked for.
+    """
+    changes = diff(old, new)
+    refused = [f"{c}: another run; start a new run folder for it" for c in changes if c.kind == "identity"]
+    refused += [
+        f"{c}: give {c.field}={c.new} on the command line if you mean it"
+        for c in changes
+        if c.kind == "schedule" and c.field not in allow
+    ]
+    if refused:
+        raise RunFolderError(f"{old.run} cannot be resumed with this configuration:\n" + "\n".join(refused))
+    return changes

@@ -1,0 +1,149 @@
+"""YAML -> Hydra -> frozen dataclasses -> `resolved.yaml` -> frozen dataclasses. The only file that composes.
+
+A run is composed once, where it is submitted; every rank, requeue and resume then reads `resolved.yaml`.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ecdit_train.config import overrides as command_line
+from ecdit_train.config.convert import from_dict, section_names, to_dict, with_values
+from ecdit_train.config.schema import RunConfig
+from ecdit_train.errors import ConfigError, RunFolderError
+
+RESOLVED = "resolved.yaml"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overridden:
+    """A stored configuration with words of the command line applied."""
+
+    config: RunConfig
+    explicit: frozenset[str]
+    """Dotted keys that the words set (for `check_resume`)."""
+
+
+def conf_folder() -> Path:
+    """The installed `conf` package; the same from any working directory."""
+    return Path(str(resources.files("conf")))
+
+
+@cache
+def groups() -> Mapping[str, tuple[str, ...]]:
+    """Hydra group -> its choices, sorted; read from the folders of `conf`."""
+    found = {
+        folder.name: tuple(sorted(file.stem for file in folder.glob("*.yaml")))
+        for folder in sorted(conf_folder().iterdir())
+        if folder.is_dir() and not folder.name.startswith(("_", "."))
+    }
+    return {name: choices for name, choices in found.items() if choices}
+
+
+def compose(overrides: Sequence[str], *, local: bool = True) -> RunConfig:
+    """The configuration of the given words, e.g. `["experiment=ec_dit_xl_8e", "train.steps=10"]`.
+
+    Types and keys are checked here, rules between sections in `validate`.
+
+    Args:
+        overrides: `key=value` and `group=choice` words; the last one about a key wins.
+        local: whether `conf/local/default.yaml` (git-ignored) takes part; off for golden files.
+
+    Raises:
+        ConfigError: every unknown key, unknown choice and ill-typed value, with the nearest valid one.
+    """
+    read = command_line.read(overrides, groups=groups())
+    words = list(read.words)
+    if not local and "local" in groups():
+        words = [w for w in words if not w.startswith(("local=", "~local"))] + ["~local"]
+    try:
+        GlobalHydra.instance().clear()
+        with initialize_config_dir(version_base="1.3", config_dir=str(conf_folder()), job_name="ecdit"):
+            composed = hydra_compose(config_name="config", overrides=words)
+        tree: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=False)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(f"the configuration does not compose: {error}") from error
+    return from_dict(tree)
+
+
+def override(cfg: RunConfig, overrides: Sequence[str]) -> Overridden:
+    """`cfg` with words applied, without composing it again: what `resume RUN parallel=ep8 train.steps=900` means.
+
+    A group's choice replaces its whole section. `experiment`, `debug` and `local` cannot be applied afterwards.
+    """
+    read = command_line.read(overrides, groups=groups())
+    values: dict[str, Any] = {}
+    for group, choice in read.groups.items():
+        if group not in section_names():
+            raise ConfigError(f"{group} = {choice!r}: cannot be changed after the run was made; set keys instead")
+        section = to_dict(compose([f"{group}={choice}"]))[group]
+        values.update({f"{group}.{key}": value for key, value in _leaves(section)})
+    values.update(read.values)
+    return Overridden(config=with_values(cfg, values), explicit=frozenset(values))
+
+
+def _leaves(tree: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Dotted keys and values of a nested mapping."""
+    found: list[tuple[str, Any]] = []
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            found += [(f"{key}.{inner}", v) for inner, v in _leaves(value)]
+        else:
+            found.append((key, value))
+    return found
+
+
+def to_yaml(cfg: RunConfig) -> str:
+    """The whole configuration as YAML, in the schema's order."""
+    return OmegaConf.to_yaml(OmegaConf.create(to_dict(cfg)))  # quotes text that its own loader would read as a number
+
+
+def freeze(cfg: RunConfig, folder: str | Path) -> Path:
+    """Writes `folder/resolved.yaml` by one rename, so that no reader ever sees half of it."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / RESOLVED
+    handle, temporary = tempfile.mkstemp(prefix=f".{RESOLVED}.", dir=folder)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(to_yaml(cfg))
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def load(folder: str | Path) -> RunConfig:
+    """The frozen configuration of a run folder; strict about keys and types.
+
+    Raises:
+        RunFolderError: no readable `resolved.yaml` there.
+        ConfigError: its keys or types are wrong (another version wrote it, or a person edited it).
+    """
+    path = Path(folder) / RESOLVED
+    try:
+        tree: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except FileNotFoundError as error:
+        raise RunFolderError(f"{folder} is not a run folder: it has no {RESOLVED}") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise RunFolderError(f"{path} cannot be read: {error}") from error
+    return from_dict(tree)

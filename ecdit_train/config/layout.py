@@ -1,0 +1,152 @@
+"""Rules of a layout over ranks: dp_replicate * dp_shard * tp == edp * ep == world."""
+
+from __future__ import annotations
+
+from ecdit_train.config.nearest import divisors, nearest_divisor, nearest_multiple
+from ecdit_train.config.rules import Checker, is_whole
+from ecdit_train.config.schema import RunConfig
+
+
+def check_layout(cfg: RunConfig, check: Checker, *, world: int | None) -> None:
+    """Appends what is wrong with `cfg.parallel`; rules that need the number of ranks only when `world` is given."""
+    parallel = cfg.parallel
+    check.at_least(1, [f"parallel.{name}" for name in ("dp_replicate", "tp", "ep", "overlap_chunks")])
+    rule = "must be at least 1, or -1 for the ranks that are left"
+    check.require(parallel.dp_shard == -1 or parallel.dp_shard >= 1, "parallel.dp_shard", rule=rule, nearest=-1)
+    _tensor(cfg, check)
+    _sequence(cfg, check)
+    _expert(cfg, check)
+    if world is not None and check.sane("parallel.dp_replicate", "parallel.dp_shard", "parallel.tp", "parallel.ep"):
+        _world(cfg, check, world=world)
+
+
+def _slots(cfg: RunConfig, check: Checker) -> int:
+    """Slots of an expert in a pool; 0 without experts (every number divides 0)."""
+    return round(cfg.capacity) if cfg.moe.router != "dense" and _capacity_is_sane(cfg, check) else 0
+
+
+def _fitting_tp(cfg: RunConfig, check: Checker) -> list[int]:
+    """Every tp that splits the heads, the feed-forward and the slots evenly.
+
+    Key/value heads are split while there are enough, and repeated evenly over the ranks when there are not.
+    """
+    model = cfg.model
+    return [
+        d
+        for d in divisors(model.heads)
+        if model.width * model.ffn_ratio % d == 0
+        and _slots(cfg, check) % d == 0
+        and (d % model.kv_heads == 0 or model.kv_heads % d == 0)
+    ]
+
+
+_TP_FIELDS = ("parallel.tp", "model.heads", "model.kv_heads", "model.width", "model.ffn_ratio")
+
+
+def _tensor(cfg: RunConfig, check: Checker) -> None:
+    """tp splits heads, feed-forward columns and every expert's slots."""
+    model, tp = cfg.model, cfg.parallel.tp
+    if not check.sane(*_TP_FIELDS) or tp == 1:
+        return
+    hidden, slots = model.width * model.ffn_ratio, _slots(cfg, check)
+    nearest = min(_fitting_tp(cfg, check), key=lambda d: (abs(d - tp), d))
+    rule = f"must divide model.heads = {model.heads}"
+    check.require(model.heads % tp == 0, "parallel.tp", rule=rule, nearest=nearest)
+    more = tp > model.kv_heads
+    rule = f"must {'be a multiple of' if more else 'divide'} model.kv_heads = {model.kv_heads}"
+    even = tp % model.kv_heads == 0 if more else model.kv_heads % tp == 0
+    check.require(even, "parallel.tp", rule=rule, nearest=nearest)
+    rule = f"must divide the feed-forward width = {model.width} * {model.ffn_ratio} = {hidden}"
+    check.require(hidden % tp == 0, "parallel.tp", rule=rule, nearest=nearest)
+    rule = f"must divide the capacity = {slots}: each tp rank carries its share of an expert's slots"
+    check.require(slots % tp == 0, "parallel.tp", rule=rule, nearest=nearest)
+
+
+def _capacity_is_sane(cfg: RunConfig, check: Checker) -> bool:
+    """Whether the capacity could be computed and is whole (if not, that is reported already)."""
+    fields = (
+        *("moe.experts", "moe.capacity_factor", "moe.group_size", "train.microbatch", "data.resolution"),
+        *("encoders.image.factor", "model.patch", "diffusion.mask_ratio"),
+    )
+    return check.sane(*fields) and is_whole(cfg.capacity)
+
+
+def _sequence(cfg: RunConfig, check: Checker) -> None:
+    """Sequence parallelism splits what tensor parallelism leaves whole, so it needs tp > 1."""
+    check.require(
+        not cfg.parallel.sequence_parallel or cfg.parallel.tp > 1,
+        "parallel.sequence_parallel",
+        rule=f"needs parallel.tp > 1, which is {cfg.parallel.tp}",
+        nearest="false",
+    )
+
+
+def _expert(cfg: RunConfig, check: Checker) -> None:
+    """ep spreads whole experts; chunks hold whole groups."""
+    parallel, moe = cfg.parallel, cfg.moe
+    if moe.router == "dense":
+        check.require(parallel.ep == 1, "parallel.ep", rule="must be 1 with moe.router dense: no experts", nearest=1)
+        return
+    if check.sane("parallel.ep", "moe.experts"):
+        check.require(
+            moe.experts % parallel.ep == 0,
+            "parallel.ep",
+            rule=f"must divide moe.experts = {moe.experts}",
+            nearest=nearest_divisor(parallel.ep, moe.experts),
+        )
+    if check.sane("parallel.overlap_chunks") and _capacity_is_sane(cfg, check):
+        groups = cfg.train.microbatch * cfg.tokens_per_image // cfg.pool_tokens
+        check.require(
+            parallel.overlap_chunks <= groups and groups % parallel.overlap_chunks == 0,
+            "parallel.overlap_chunks",
+            rule=f"must divide the {groups} routing groups of a microbatch",
+            nearest=nearest_divisor(parallel.overlap_chunks, max(groups, 1)),
+        )
+
+
+def _world(cfg: RunConfig, check: Checker, *, world: int) -> None:
+    """Both views cover the ranks exactly, and every data-parallel rank gets whole microbatches."""
+    replicate, shard, tp, ep = (getattr(cfg.parallel, n) for n in ("dp_replicate", "dp_shard", "tp", "ep"))
+    rest = world // (replicate * tp) if world % (replicate * tp) == 0 else None
+    if shard == -1:
+        rule = f"dp_replicate * tp = {replicate} * {tp} = {replicate * tp} must divide the world of {world} ranks"
+        if world % replicate == 0:
+            room = world // replicate
+            usable = _fitting_tp(cfg, check) if check.sane(*_TP_FIELDS) else divisors(room)
+            nearest = min((d for d in usable if room % d == 0), key=lambda d: (abs(d - tp), d))
+            check.require(rest is not None, "parallel.tp", rule=rule, nearest=nearest)
+        else:
+            nearest = nearest_divisor(replicate, max(world // tp, 1))
+            check.require(rest is not None, "parallel.dp_replicate", rule=rule, nearest=nearest)
+    else:
+        product = replicate * shard * tp
+        check.require(
+            product == world,
+            "parallel.dp_shard",
+            rule=f"dp_replicate * dp_shard * tp = {replicate} * {shard} * {tp} = {product} "
+            f"must equal the world of {world} ranks",
+            nearest=rest,
+        )
+    check.require(
+        world % ep == 0,
+        "parallel.ep",
+        rule=f"must divide the world of {world} ranks (edp * ep = world)",
+        nearest=max(d for d in divisors(world) if d <= ep and (cfg.moe.router == "dense" or cfg.moe.experts % d == 0)),
+    )
+    if check.sane("parallel.tp", "parallel.dp_replicate", "train.global_batch", "train.microbatch") and world % tp == 0:
+        _microbatches(cfg, check, dp=world // tp)
+
+
+def _microbatches(cfg: RunConfig, check: Checker, *, dp: int) -> None:
+    """global_batch % (dp * microbatch) == 0; a smaller microbatch is the first remedy, another batch the second."""
+    batch, micro = cfg.train.global_batch, cfg.train.microbatch
+    rule = f"dp * microbatch = {dp} * {micro} = {dp * micro} must divide train.global_batch = {batch}"
+    whole_groups = cfg.moe.router != "dense" and cfg.moe.scope == "group" and check.sane("moe.group_size")
+    images = max(cfg.moe.group_size // cfg.tokens_per_image, 1) if whole_groups else 1
+    fitting = [d for d in divisors(batch // dp) if d % images == 0] if batch % dp == 0 and batch >= dp else []
+    if fitting:
+        nearest = min(fitting, key=lambda d: (abs(d - micro), d))
+        check.require(batch % (dp * micro) == 0, "train.microbatch", rule=rule, nearest=nearest)
+    else:
+        nearest_batch = nearest_multiple(batch, dp * micro)
+        check.require(batch % (dp * micro) == 0, "train.global_batch", rule=rule, nearest=nearest_batch)

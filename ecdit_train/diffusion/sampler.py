@@ -1,0 +1,75 @@
+"""From noise to latents: Euler and Heun with classifier-free guidance.
+
+Legend: B images, C channels, H W latent height and width.
+
+Guidance runs both halves in one batch: the network gets them one after the other, so that they are separate routing pools. Noise is keyed by (seed, prompt, repetition): same prompt and seed, same picture, whatever else is drawn.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ecdit_train import keyed
+from ecdit_train.config.schema import SampleConfig
+from ecdit_train.keyed import Purpose
+
+from .flow import SAMPLE_FLOOR, as_velocity
+
+Velocity = Callable[[Tensor, float], Tensor]
+Network = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(x_t (B, C, H, W), t (B,), drop (B,) True where the caption is dropped) -> raw prediction (B, C, H, W) fp32."""
+
+
+def prompt_positions(prompts: Sequence[str]) -> Tensor:
+    """A key for each picture: the prompt's CRC-32 and how often it was asked for before. (B,) int64."""
+    seen: dict[str, int] = {}
+    positions = []
+    for prompt in prompts:
+        positions.append((zlib.crc32(prompt.encode()) << 16) + seen.get(prompt, 0))
+        seen[prompt] = seen.get(prompt, 0) + 1
+    return torch.tensor(positions, dtype=torch.int64)
+
+
+def integrate(velocity: Velocity, x: Tensor, *, steps: int, method: Literal["euler", "heun"]) -> Tensor:
+    """dx = v(x, t) dt from t = 0 to 1 in equal steps. Heun averages the slopes of both ends, except in the last step, where the
+    end is t = 1 and a velocity is not defined for a data prediction."""
+    for n in range(steps):
+        t, dt = n / steps, 1.0 / steps
+        v = velocity(x, t)
+        if method == "heun" and n < steps - 1:
+            v = 0.5 * (v + velocity(x + dt * v, t + dt))
+        x = x + dt * v
+    return x
+
+
+@torch.no_grad()
+def sample(
+    network: Network, *, position_B: Tensor, shape: tuple[int, int, int], config: SampleConfig,
+    prediction: Literal["velocity", "data"],
+) -> Tensor:
+    """Latents (B, C, H, W) fp32, one for each position, on its device.
+
+    With guidance the network sees 2 B rows, first the B captioned ones, then the B whose caption is dropped:
+    v = v_null + g (v_caption - v_null).
+    """
+    B, device = position_B.shape[0], position_B.device
+    guided = config.guidance != 1.0
+    rows = 2 * B if guided else B
+    drop_B = torch.arange(rows, device=device) >= B
+
+    def velocity(x_BCHW: Tensor, t: float) -> Tensor:
+        x = torch.cat([x_BCHW, x_BCHW]) if guided else x_BCHW
+        t_B = torch.full((rows,), t, device=device)
+        v = as_velocity(network(x, t_B, drop_B), x, t_B, prediction=prediction, floor=SAMPLE_FLOOR)
+        if not guided:
+            return v
+        captioned, null = v.chunk(2)
+        return null + config.guidance * (captioned - null)
+
+    noise = keyed.normal(config.seed, Purpose.SAMPLE_NOISE, position_B, shape=shape)
+    return integrate(velocity, noise, steps=config.steps, method=config.sampler)

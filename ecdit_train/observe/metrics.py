@@ -1,0 +1,243 @@
+"""Numbers of a run: what each is called and means (`METRICS`), how they gather between log steps (`MetricWindow`).
+
+Nothing waits for the device before `flush`: tensors are added up where they are, and one transfer reads them all.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+Reduction = Literal["mean", "max", "sum", "last"]
+"""Over the steps of a window, and then over ranks (`last`: the newest step; mean over ranks)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    unit: str
+    reduction: Reduction
+    question: str
+    """What a reader learns from it."""
+
+    def __str__(self) -> str:
+        return f"{self.question} [{self.unit}; {self.reduction}]"
+
+
+def _metric(unit: str, reduction: Reduction, question: str) -> Metric:
+    return Metric(unit=unit, reduction=reduction, question=question)
+
+
+METRICS: dict[str, Metric] = {
+    # train/
+    "train/loss": _metric(
+        "latent units^2", "mean", "Is it learning? Mean squared error of the prediction at kept patches."
+    ),
+    "train/validation_loss": _metric("latent units^2", "last", "Does it hold on images it has not seen?"),
+    "train/balance_loss": _metric("1", "mean", "Token choice only: how uneven are the experts, weight included?"),
+    "train/images": _metric("images", "last", "How many images has the run seen?"),
+    # optim/
+    "optim/lr": _metric("1", "last", "Which learning rate is in force?"),
+    "optim/grad_norm": _metric(
+        "1", "mean", "How large is the global gradient before clipping? Spikes come before trouble."
+    ),
+    "optim/grad_norm_max": _metric("1", "max", "Was there a spike between two log steps?"),
+    "optim/clipped_frac": _metric(
+        "share of steps", "mean", "How often did clipping act? Near 1: the limit sets the step."
+    ),
+    # moe/: one microbatch of the log step; L{n}: the sparse block's number counted from 1; without: over layers.
+    "moe/dropped_frac": _metric("share of tokens", "mean", "How many tokens does no expert of a layer take?"),
+    "moe/dropped_everywhere_frac": _metric(
+        "share of tokens", "mean", "How many tokens does no expert of any layer take?"
+    ),
+    "moe/experts_per_token_std": _metric(
+        "experts", "mean", "How unevenly is compute spread? (the mean is f_c by construction)"
+    ),
+    "moe/experts_per_token_max": _metric("experts", "max", "What is the largest compute that one token gets?"),
+    "moe/entropy": _metric(
+        "share of log E", "mean", "How undecided is the router? 1: uniform over experts, 0: certain."
+    ),
+    "moe/gate_mean": _metric(
+        "1", "mean", "With what weight do experts enter? Near 1/E: the router has not specialised."
+    ),
+    "moe/overflow_frac": _metric(
+        "share of choices", "mean", "Token choice only: how many choices found their expert full?"
+    ),
+    "moe/load_cv": _metric("std / mean", "mean", "Token choice only: how unequal is the load of experts? 0: equal."),
+    "moe/L{n}/dropped_frac": _metric("share of tokens", "mean", "Tokens that no expert of layer n takes."),
+    "moe/L{n}/experts_per_token_std": _metric("experts", "mean", "Spread of compute over tokens in layer n."),
+    "moe/L{n}/experts_per_token_max": _metric("experts", "max", "Largest compute of one token in layer n."),
+    "moe/L{n}/entropy": _metric(
+        "share of log E", "mean", "Indecision of layer n's router; a collapse to 0 is a dead router."
+    ),
+    "moe/L{n}/gate_mean": _metric("1", "mean", "Mean weight of the filled slots of layer n."),
+    "moe/L{n}/overflow_frac": _metric(
+        "share of choices", "mean", "Token choice only: choices of layer n beyond capacity."
+    ),
+    "moe/L{n}/load_cv": _metric("std / mean", "mean", "Token choice only: unequal load of experts in layer n."),
+    # perf/: wall time of the window without pauses (checkpoints, samples, validation).
+    "perf/images_per_s": _metric("images/s, all ranks", "mean", "How fast is it?"),
+    "perf/tokens_per_s": _metric("tokens/s, all ranks", "mean", "How fast is it, whatever resolution and mask ratio?"),
+    "perf/step_s": _metric("s", "mean", "How long does an optimizer step take?"),
+    "perf/mfu": _metric(
+        "share of peak", "mean", "How much of the GPUs' peak does model arithmetic use? Absent on CPU."
+    ),
+    "perf/memory_gib": _metric("GiB, fullest rank", "max", "How close to the end of device memory? Absent on CPU."),
+    # data/
+    "data/stall_frac": _metric(
+        "share of time", "mean", "How long do ranks wait for data? Above a few percent, feed more."
+    ),
+    "data/substituted": _metric("samples", "sum", "How many unreadable samples were replaced since the last log step?"),
+}
+"""Every name that a training run logs. `{n}` stands for a layer number."""
+
+
+def metric_key(name: str) -> str:
+    """The key of METRICS that describes a logged name: `moe/L2/entropy` -> `moe/L{n}/entropy`."""
+    return re.sub(r"/L\d+/", "/L{n}/", name)
+
+
+def undocumented(record: Mapping[str, object]) -> set[str]:
+    """Names of a record that METRICS does not describe."""
+    return {name for name in record if metric_key(name) not in METRICS}
+
+
+class AllReduce(Protocol):
+    """Reduces an fp32 vector over all ranks. Called with the same names in the same order on every rank."""
+
+    def __call__(self, vector: Tensor, *, op: Literal["mean", "max", "sum"]) -> Tensor: ...
+
+
+class MetricWindow:
+    """Metrics between two log steps.
+
+    `images_per_step` and `tokens_per_step` count one optimizer step over all ranks; `flops_per_step` are the model's
+    FLOP of such a step and `peak_flops` the FLOP/s of all devices together (None: no MFU, as on CPU).
+
+        with window.waiting():
+            batch = next(batches)
+        ...
+        window.add("train/loss", loss)          # a device scalar or a float
+        window.step_done()
+        with window.paused():
+            save()
+        record = window.flush(all_reduce)       # the one synchronisation
+    """
+
+    def __init__(
+        self,
+        *,
+        device: torch.device | str,
+        images_per_step: int,
+        tokens_per_step: int,
+        flops_per_step: float | None = None,
+        peak_flops: float | None = None,
+    ) -> None:
+        self._device = torch.device(device)
+        self._images_per_step = images_per_step
+        self._tokens_per_step = tokens_per_step
+        self._flops_per_step = flops_per_step
+        self._peak_flops = peak_flops
+        self._reset()
+
+    def _reset(self) -> None:
+        self._values: dict[str, Tensor | float] = {}
+        self._counts: dict[str, int] = {}
+        self._steps = 0
+        self._waited = 0.0
+        self._paused = 0.0
+        self._start = time.perf_counter()
+
+    def add(self, name: str, value: Tensor | float) -> None:
+        """One value of this step, reduced over the window as METRICS says; a name that METRICS lacks is our mistake."""
+        metric = METRICS.get(metric_key(name))
+        assert metric is not None, f"metric {name} is not in observe.metrics.METRICS"
+        if isinstance(value, Tensor):
+            value = value.detach().float()
+        if name not in self._values or metric.reduction == "last":
+            self._values[name], self._counts[name] = value, 1
+            return
+        before = self._values[name]
+        if metric.reduction != "max":
+            self._values[name] = before + value
+        elif isinstance(before, Tensor) or isinstance(value, Tensor):
+            self._values[name] = torch.maximum(self._tensor(before), self._tensor(value))
+        else:
+            self._values[name] = max(before, value)
+        self._counts[name] += 1
+
+    def add_all(self, values: Mapping[str, Tensor | float]) -> None:
+        for name, value in values.items():
+            self.add(name, value)
+
+    def step_done(self) -> None:
+        """An optimizer step was taken."""
+        self._steps += 1
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time inside counts as waiting for data."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._waited += time.perf_counter() - start
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time inside is not training: left out of throughput, step time and stall share."""
+        self._synchronize()
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._synchronize()
+            self._paused += time.perf_counter() - start
+
+    def flush(self, all_reduce: AllReduce | None = None) -> dict[str, float]:
+        """The record of this window, and a new window. The only synchronisation with the device."""
+        if self._device.type == "cuda":
+            self.add("perf/memory_gib", torch.cuda.max_memory_allocated(self._device) / 2**30)
+        self.add("data/stall_frac", self._waited / max(time.perf_counter() - self._start - self._paused, 1e-9))
+        record = self._reduced(all_reduce)
+        elapsed = time.perf_counter() - self._start - self._paused  # after the sync: the device has done these steps
+        if self._steps:
+            step_s = elapsed / self._steps
+            record["perf/step_s"] = step_s
+            record["perf/images_per_s"] = self._images_per_step / step_s
+            record["perf/tokens_per_s"] = self._tokens_per_step / step_s
+            if self._flops_per_step is not None and self._peak_flops is not None:
+                record["perf/mfu"] = self._flops_per_step / step_s / self._peak_flops
+        self._reset()
+        return record
+
+    def _reduced(self, all_reduce: AllReduce | None) -> dict[str, float]:
+        names: dict[Literal["mean", "max", "sum"], list[str]] = {"mean": [], "max": [], "sum": []}
+        for name in sorted(self._values):
+            reduction = METRICS[metric_key(name)].reduction
+            names["mean" if reduction == "last" else reduction].append(name)
+        vectors = []
+        for op, group in names.items():
+            if not group:
+                continue
+            vector = torch.stack([self._tensor(self._window_value(name)) for name in group])
+            vectors.append(vector if all_reduce is None else all_reduce(vector, op=op))
+        flat = torch.cat(vectors).tolist()
+        return dict(zip([name for group in names.values() for name in group], flat, strict=True))
+
+    def _window_value(self, name: str) -> Tensor | float:
+        mean = METRICS[metric_key(name)].reduction == "mean"
+        return self._values[name] / self._counts[name] if mean else self._values[name]
+
+    def _tensor(self, value: Tensor | float) -> Tensor:
+        return torch.as_tensor(value, dtype=torch.float32, device=self._device)
+
+    def _synchronize(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)

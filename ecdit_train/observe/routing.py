@@ -1,0 +1,183 @@
+"""Who got how much compute: scalars for curves, maps for pictures.
+
+Legend: G routing pools, S tokens of a pool, E experts, C capacity, N tokens of the call (G * S), B images, K patches
+the network saw of each, L sparse layers, T timesteps.
+
+Everything up to `RoutingMaps` stays on the device and waits for nothing.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ecdit_train.errors import RunFolderError
+from ecdit_train.model.router import Assignment, experts_per_token
+
+from .folder import write_atomically
+
+
+def sparse_layers(num: int) -> tuple[int, ...]:
+    """Numbers of the sparse blocks, counted from 1: 2, 4, ... (paper section 3.1)."""
+    return tuple(range(2, 2 * num + 1, 2))
+
+
+def routing_scalars(assignments: Sequence[Assignment], *, top_k: int | None = None) -> dict[str, Tensor]:
+    """`moe/L{n}/...` of every sparse layer and `moe/...` over layers (mean; max of `_max`), device scalars, fp32.
+
+    `top_k`: choices per token of token choice, for its `overflow_frac`; None: as many choices as slots (f_c = k).
+    `load_cv` compares the tokens that experts serve, after capacity. Both exist for token choice only.
+    """
+    if not assignments:
+        return {}
+    scalars: dict[str, Tensor] = {}
+    per_layer: dict[str, list[Tensor]] = {}
+    counts_LN = torch.stack([experts_per_token(a).flatten() for a in assignments])
+    for number, assignment, counts_N in zip(sparse_layers(len(assignments)), assignments, counts_LN, strict=True):
+        for name, value in _layer_scalars(assignment, counts_N=counts_N, top_k=top_k).items():
+            scalars[f"moe/L{number}/{name}"] = value
+            per_layer.setdefault(name, []).append(value)
+    for name, values in per_layer.items():
+        stacked = torch.stack(values)
+        scalars[f"moe/{name}"] = stacked.max() if name.endswith("_max") else stacked.mean()
+    scalars["moe/dropped_everywhere_frac"] = (counts_LN.sum(0) == 0).float().mean()
+    return scalars
+
+
+def _layer_scalars(assignment: Assignment, *, counts_N: Tensor, top_k: int | None) -> dict[str, Tensor]:
+    probability = assignment.probability_GSE.float()
+    gates = assignment.gate_EGC.detach().float()
+    filled = assignment.filled_EGC
+    counts = counts_N.float()
+    scalars = {
+        "dropped_frac": (counts_N == 0).float().mean(),
+        "experts_per_token_std": counts.std(correction=0),
+        "experts_per_token_max": counts.max(),
+        "entropy": torch.special.entr(probability).sum(-1).mean() / math.log(max(2, probability.shape[-1])),
+    }
+    if filled is None:
+        return scalars | {"gate_mean": gates.mean()}
+    choices = filled.numel() if top_k is None else counts_N.numel() * top_k
+    load_E = filled.sum((1, 2)).float()
+    return scalars | {
+        "gate_mean": gates.sum() / filled.sum().clamp(min=1),  # gates are 0 in empty slots
+        "overflow_frac": 1 - filled.sum() / choices,
+        "load_cv": load_E.std(correction=0) / load_E.mean().clamp(min=1e-9),
+    }
+
+
+def count_maps(assignments: Sequence[Assignment], *, batch: int, side: int, keep: Tensor | None = None) -> Tensor:
+    """Experts per patch: (L, B, side, side) int64, summing to E * C * G in every layer of expert choice.
+
+    `batch`: images of the call (with guidance, both halves: slice them afterwards). `keep`: (B, K) patches the network
+    saw, in the order of its tokens; the others are 0.
+    """
+    counts_LN = torch.stack([experts_per_token(a).flatten() for a in assignments])
+    return _on_canvas(counts_LN, batch=batch, side=side, keep=keep)
+
+
+def gate_maps(assignments: Sequence[Assignment], *, batch: int, side: int, keep: Tensor | None = None) -> Tensor:
+    """Sum of the gates a patch received: (L, B, side, side) fp32. By count alone weak picks look strong."""
+    sums = []
+    for a in assignments:
+        G, S, _ = a.probability_GSE.shape
+        zero = torch.zeros(G * S, device=a.gate_EGC.device)
+        sums.append(zero.index_add(0, a.index_EGC.flatten(), a.gate_EGC.detach().float().flatten()))
+    return _on_canvas(torch.stack(sums), batch=batch, side=side, keep=keep)
+
+
+def _on_canvas(values_LN: Tensor, *, batch: int, side: int, keep: Tensor | None) -> Tensor:
+    values_LBK = values_LN.unflatten(1, (batch, -1))
+    if keep is not None:
+        canvas = values_LBK.new_zeros(len(values_LBK), batch, side * side)
+        values_LBK = canvas.scatter(2, keep.expand(len(values_LBK), -1, -1), values_LBK)
+    assert values_LBK.shape[-1] == side * side, f"{values_LBK.shape[-1]} tokens per image do not fill {side} x {side}"
+    return values_LBK.unflatten(-1, (side, side))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutingMaps:
+    """Compute per patch of a few pictures while they were drawn: the data behind the paper's Figure 6."""
+
+    counts: np.ndarray
+    """(T, L, B, side, side) uint8: experts per patch."""
+    gates: np.ndarray | None = None
+    """(T, L, B, side, side) float16: sum of gates per patch."""
+    timesteps: np.ndarray
+    """(T,) float32; 0 is noise, 1 is data."""
+    layers: tuple[int, ...]
+    """Block numbers counted from 1."""
+    prompts: tuple[str, ...]
+    images: np.ndarray
+    """(B, H, W, 3) uint8: the finished pictures."""
+    scope: str
+    """Routing pool while sampling: group, image or batch."""
+    group_size: int
+    """Tokens of a pool when scope is `group`."""
+    experts: int
+    capacity_factor: float
+    """f_c, the mean of every map when routing is expert choice."""
+    step: int
+    """Training step of the weights."""
+
+    def __post_init__(self) -> None:
+        T, L, B = self.counts.shape[:3]
+        assert self.counts.ndim == 5, self.counts.shape
+        assert (self.counts.dtype, self.images.dtype) == (np.uint8, np.uint8)
+        assert (len(self.timesteps), len(self.layers), len(self.prompts)) == (T, L, B)
+        assert (self.images.shape[0], *self.images.shape[3:]) == (B, 3), self.images.shape
+        assert self.gates is None or self.gates.shape == self.counts.shape
+
+    def caption(self) -> str:
+        """Everything that a heatmap cannot be read without."""
+        pool = f"pools of {self.group_size} tokens" if self.scope == "group" else f"one pool per {self.scope}"
+        return f"step {self.step:,}, {self.experts} experts, f_c = {self.capacity_factor:g}, {pool}"
+
+    def save(self, path: Path) -> None:
+        """One .npz without pickle, replaced atomically."""
+        meta = {
+            "prompts": self.prompts,
+            "layers": self.layers,
+            "scope": self.scope,
+            "group_size": self.group_size,
+            "experts": self.experts,
+            "capacity_factor": self.capacity_factor,
+            "step": self.step,
+        }
+        arrays = {"counts": self.counts, "timesteps": self.timesteps.astype(np.float32), "images": self.images}
+        if self.gates is not None:
+            arrays["gates"] = self.gates.astype(np.float16)
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, meta=np.frombuffer(json.dumps(meta).encode(), np.uint8), **arrays)  # type: ignore[arg-type]
+        write_atomically(path, buffer.getvalue())
+
+    @classmethod
+    def load(cls, path: Path) -> RoutingMaps:
+        """Raises RunFolderError for a missing or damaged file."""
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                meta = json.loads(file["meta"].tobytes())
+                return cls(
+                    counts=file["counts"],
+                    timesteps=file["timesteps"],
+                    images=file["images"],
+                    gates=file.get("gates"),
+                    prompts=tuple(meta["prompts"]),
+                    layers=tuple(meta["layers"]),
+                    scope=meta["scope"],
+                    group_size=meta["group_size"],
+                    experts=meta["experts"],
+                    capacity_factor=meta["capacity_factor"],
+                    step=meta["step"],
+                )
+        except (OSError, ValueError, KeyError, TypeError, EOFError, AssertionError, zipfile.BadZipFile) as error:
+            raise RunFolderError(f"{path}: not a file of routing maps ({type(error).__name__}: {error})") from error

@@ -1,0 +1,44 @@
+"""All parallelism in one call and one fixed order: tensor -> expert -> activation checkpointing -> compile -> FSDP."""
+
+from __future__ import annotations
+
+from ecdit_train.config.schema import ParallelConfig
+from ecdit_train.model.dit import DiT
+
+from .activation import apply_activation_checkpointing
+from .compiling import apply_compile
+from .expert_parallel import apply_expert_parallel
+from .fsdp import Precision, apply_fsdp, needs_fsdp
+from .mesh import Mesh
+from .placement import ParamPlacement
+from .runtime import ensure_group
+from .tensor_parallel import apply_tensor_parallel
+from .weights import fill, full_tensor, full_tensors, load_full
+
+__all__ = ["fill", "full_tensor", "full_tensors", "load_full", "parallelize"]
+
+
+def parallelize(model: DiT, *, mesh: Mesh, parallel: ParallelConfig, precision: Precision) -> dict[str, ParamPlacement]:
+    """Spread a model (normally on the meta device) over the mesh, in place. Collective when world > 1.
+
+    Returns where each parameter of this rank lies in the global tensor, by its unchanged name. Afterwards the caller gives it
+    storage (`model.to_empty(device=...)`) and values (`fill`, or a checkpoint). Raises ConfigError for sizes that do not divide.
+
+    The order matters: tensor and expert parallelism replace modules, checkpointing and compilation then see the final ones, and
+    FSDP, which hooks into what it finds, comes last.
+    """
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    split = apply_tensor_parallel(model, mesh=mesh)
+    split |= apply_expert_parallel(model, mesh=mesh, overlap_chunks=parallel.overlap_chunks)
+    apply_activation_checkpointing(model, mode=parallel.activation_checkpointing)
+    if parallel.compile:
+        apply_compile(model)
+    if needs_fsdp(mesh, precision):
+        ensure_group(mesh.device_type)
+        mesh.build()
+        apply_fsdp(model, mesh=mesh, precision=precision, reshard_after_forward=parallel.reshard_after_forward)
+    whole = {name: ParamPlacement(global_shape=shape, replicas=mesh.tp_size, first_replica=mesh.tp_rank == 0)
+             for name, shape in shapes.items() if name not in split}
+    placements = split | whole
+    assert placements.keys() == {name for name, _ in model.named_parameters()}, "a parameter changed its name"
+    return placements

@@ -1,0 +1,91 @@
+"""Differentiable collectives: the conjugate pair of tensor parallelism, and an all-to-all that can stay in flight.
+
+All of them are torch's functional collectives: they return new tensors (an activation saved for backward is never written over),
+torch.compile keeps them in its graph, and selective checkpointing can tell which results to keep. Megatron's own pair is not
+used: its `_reduce` all-reduces `x.contiguous()` and returns `x`, so a non-contiguous tensor silently stays unreduced
+(tests/dist/test_dist_quirks.py).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives  # noqa: F401  (registers the ops)
+from torch import Tensor
+
+_ops = torch.ops._c10d_functional
+
+
+def _all_reduce(x: Tensor, group_name: str) -> Tensor:
+    return _ops.wait_tensor(_ops.all_reduce(x.contiguous(), "sum", group_name))
+
+
+class _CopyToGroup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, group_name: str) -> Tensor:
+        ctx.group_name = group_name
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return _all_reduce(grad, ctx.group_name), None
+
+
+class _SumOverGroup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, group_name: str) -> Tensor:
+        return _all_reduce(x, group_name)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def copy_to_group(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The same tensor on all ranks enters a region where each does part of the work: identity, gradients are summed."""
+    return x if group is None else _CopyToGroup.apply(x, group.group_name)
+
+
+def sum_over_group(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Partial results leave that region: summed, the gradient is handed to every rank as it is."""
+    return x if group is None else _SumOverGroup.apply(x, group.group_name)
+
+
+def _start(x: Tensor, group_name: str, size: int) -> Tensor:
+    splits = [x.shape[0] // size] * size
+    return _ops.all_to_all_single(x.contiguous(), splits, splits, group_name)
+
+
+class _AllToAllStart(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, group_name: str, size: int) -> Tensor:
+        return _start(x, group_name, size)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _ops.wait_tensor(grad), None, None
+
+
+class _AllToAllWait(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, group_name: str, size: int) -> Tensor:
+        ctx.group_name, ctx.size = group_name, size
+        return _ops.wait_tensor(x).view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _start(grad, ctx.group_name, ctx.size), None, None
+
+
+def all_to_all_start(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Begin an equal-split all-to-all over dim 0. The result may only be given to `all_to_all_wait`.
+
+    The pair is its own mirror image: in backward the wait starts the gradient's exchange and the start waits for it, so
+    what runs between the two hides the traffic in both directions.
+    """
+    return _AllToAllStart.apply(x, group.group_name, group.size())
+
+
+def all_to_all_wait(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Wait for `all_to_all_start`; on CUDA the stream waits, not the host."""
+    return _AllToAllWait.apply(x, group.group_name, group.size())

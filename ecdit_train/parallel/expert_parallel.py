@@ -1,0 +1,224 @@
+"""Expert parallelism, applied from outside with DeepSpeed's all-to-all. The only importer of deepspeed.
+
+Folded over tensor parallelism: the tokens of a tp group are the same on all its ranks, so each rank dispatches its own 1/tp of
+every expert's slots and the results are summed over tp. No token is computed twice, no expert is stored twice.
+
+Everything is static: the slots are C times the pools, cut evenly (padded with gate 0 where they do not divide), so one
+equal-split exchange each way suffices, with no exchange of counts and nothing read back to the host. Indices and gates stay on
+the rank that made them; only rows travel, in the compute precision.
+
+Legend: N tokens, D width, E experts (e on this rank), G pools, C capacity, S = G * C slots of an expert, s of them on this rank,
+R rows that reach an expert here (s times ep ranks).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from ecdit_train.errors import ConfigError, Problem
+from ecdit_train.model.dit import DiT
+from ecdit_train.model.moe import Dispatcher, Experts, MoE
+from ecdit_train.model.router import Assignment
+
+from .collectives import all_to_all_start, all_to_all_wait, copy_to_group, sum_over_group
+from .degrees import nearest_divisor
+from .mesh import Mesh
+from .placement import ParamPlacement
+
+EXCHANGE = "ecdit::expert_exchange"
+"""Name of the exchange as a torch op: selective checkpointing keeps its results, torch.compile keeps it in the graph."""
+
+
+@functools.cache
+def _vendor():
+    """DeepSpeed's `_AllToAll`, ready to use on any torch group. Imported late: it costs seconds and prints a line."""
+    if not torch.cuda.is_available():
+        import deepspeed.ops
+        # Otherwise init_distributed compiles a C++ op on the spot: minutes, or a failure where there is no compiler.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    import deepspeed.comm
+    from deepspeed.moe.sharded_moe import _AllToAll
+    # Needed although torch.distributed is up: it makes DeepSpeed's handle of it. No engine, no groups of its own.
+    deepspeed.comm.init_distributed("nccl" if torch.cuda.is_available() else "gloo", dist_init_required=None)
+    return _AllToAll
+
+
+@torch.library.custom_op(EXCHANGE, mutates_args=())
+def _exchange(x: Tensor, group_name: str) -> Tensor:
+    """Equal-split all-to-all over dim 0."""
+    group = dist.distributed_c10d._resolve_process_group(group_name)
+    return _vendor().apply(group, x)
+
+
+@_exchange.register_fake
+def _(x: Tensor, group_name: str) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _keep_group(ctx, inputs: tuple[Tensor, str], output: Tensor) -> None:
+    ctx.group_name = inputs[1]
+
+
+def _exchange_backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    return _exchange(grad, ctx.group_name), None
+
+
+_exchange.register_autograd(_exchange_backward, setup_context=_keep_group)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertExchange:
+    """Rows between their home rank (all E experts, own slots) and the experts' rank (own e experts, all ranks' slots)."""
+
+    group: dist.ProcessGroup
+    overlap: bool
+    """Two halves, `send_*` and `receive_*`, with the traffic in flight between; else all of it happens in `send_*`."""
+
+    @property
+    def ep(self) -> int:
+        return self.group.size()
+
+    def send_out(self, x_EsD: Tensor) -> Tensor:
+        return self._send(x_EsD)
+
+    def receive_out(self, x_EsD: Tensor) -> Tensor:
+        """(E, s, D) as it came in, blocks of e experts by source rank -> (e, R, D)."""
+        E, s, D = x_EsD.shape
+        return self._receive(x_EsD).view(self.ep, E // self.ep, s, D).transpose(0, 1).reshape(E // self.ep, -1, D)
+
+    def send_back(self, y_eRD: Tensor) -> Tensor:
+        e, R, D = y_eRD.shape
+        y_EsD = y_eRD.view(e, self.ep, R // self.ep, D).transpose(0, 1).reshape(e * self.ep, -1, D)
+        return self._send(y_EsD)
+
+    def receive_back(self, y_EsD: Tensor) -> Tensor:
+        """(E, s, D): the rows this rank sent out, worked on."""
+        return self._receive(y_EsD)
+
+    def _send(self, x: Tensor) -> Tensor:
+        return all_to_all_start(x, self.group) if self.overlap else _exchange(x, self.group.group_name)
+
+    def _receive(self, x: Tensor) -> Tensor:
+        return all_to_all_wait(x, self.group) if self.overlap else x
+
+
+class ChunkedExperts(Experts):
+    """Experts over slots that arrive in chunks: while one chunk is worked on, the next arrives and the last one leaves.
+
+    One module call for all chunks, because FSDP gathers and frees the weights around each call.
+    """
+
+    exchange: ExpertExchange
+
+    def forward(self, chunks: Sequence[Tensor]) -> list[Tensor]:  # type: ignore[override]
+        """Takes what `send_out` gave for each chunk; gives what `send_back` gave for each."""
+        # Results leave as soon as they exist, so that they travel under the next chunk's products.
+        return [self.exchange.send_back(super(ChunkedExperts, self).forward(self.exchange.receive_out(chunk)))
+                for chunk in chunks]
+
+
+class ExpertParallelDispatcher:
+    """Dispatcher over a mesh. `local` does the gathering and summing, so that its kind (deterministic or not) is kept."""
+
+    def __init__(self, local: Dispatcher, *, exchange: ExpertExchange | None, tp_group: dist.ProcessGroup | None,
+                 tp_rank: int, tp_size: int, chunks: int) -> None:
+        self.local = local
+        self.exchange = exchange
+        self.tp_group, self.tp_rank, self.tp_size = tp_group, tp_rank, tp_size
+        self.chunks = chunks
+
+    def dispatch(self, x_ND: Tensor, assignment: Assignment) -> Any:
+        """(N, D) -> (e, R, D) for `Experts`, or the chunks in flight for `ChunkedExperts`."""
+        x_ND = copy_to_group(x_ND, self.tp_group)
+        mine = self._mine(assignment)
+        if self.exchange is None:
+            return self.local.dispatch(x_ND, mine)
+        sent = [self.exchange.send_out(self.local.dispatch(x_ND, part)) for part in self._cut(mine)]
+        return sent if self.exchange.overlap else self.exchange.receive_out(sent[0])
+
+    def combine(self, y: Any, assignment: Assignment, *, num_tokens: int) -> Tensor:
+        """What the experts returned -> (N, D)."""
+        if self.exchange is None:
+            y_EsD = y
+        elif self.exchange.overlap:
+            # One sum over all slots, in the order of a single chunk: the same bits.
+            y_EsD = torch.cat([self.exchange.receive_back(part) for part in y], dim=1)
+        else:
+            y_EsD = self.exchange.receive_back(self.exchange.send_back(y))
+        # Like the tokens, gates are whole on every tp rank and each uses its share: their gradients are summed over tp.
+        mine = self._mine(replace(assignment, gate_EGC=copy_to_group(assignment.gate_EGC, self.tp_group)))
+        return sum_over_group(self.local.combine(y_EsD, mine, num_tokens=num_tokens), self.tp_group)
+
+    def _mine(self, assignment: Assignment) -> Assignment:
+        """This tp rank's slots as a single pool: tables (E, 1, s)."""
+        index_ES, gate_ES = assignment.index_EGC.flatten(1), assignment.gate_EGC.flatten(1)
+        missing = -index_ES.shape[1] % (self.tp_size * self.chunks)
+        if missing:
+            # Slots that nobody filled: token 0 with gate 0 adds nothing, forward or backward.
+            index_ES, gate_ES = F.pad(index_ES, (0, missing)), F.pad(gate_ES, (0, missing))
+        s = index_ES.shape[1] // self.tp_size
+        first = self.tp_rank * s
+        return replace(assignment, index_EGC=index_ES[:, None, first : first + s],
+                       gate_EGC=gate_ES[:, None, first : first + s], filled_EGC=None)
+
+    def _cut(self, mine: Assignment) -> Iterator[Assignment]:
+        """This rank's slots, chunk by chunk."""
+        size = mine.index_EGC.shape[2] // self.chunks
+        for first in range(0, size * self.chunks, size):
+            yield replace(mine, index_EGC=mine.index_EGC[:, :, first : first + size],
+                          gate_EGC=mine.gate_EGC[:, :, first : first + size])
+
+
+def check(model: DiT, *, ep: int) -> None:
+    """Raises ConfigError if ep ranks cannot share the experts evenly."""
+    for moe in sparse_layers(model).values():
+        experts = moe.experts.up.shape[0]
+        if experts % ep:
+            raise ConfigError(Problem(field="parallel.ep", value=ep, rule=f"must divide moe.experts = {experts}",
+                                      nearest=nearest_divisor(experts, ep)))
+
+
+def sparse_layers(model: DiT) -> dict[str, MoE]:
+    """The mixture-of-experts layers by their path."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
+
+
+def apply_expert_parallel(model: DiT, *, mesh: Mesh, overlap_chunks: int) -> dict[str, ParamPlacement]:
+    """Give every sparse layer this rank's experts and a dispatcher over the mesh; says where the experts lie.
+
+    Without ep and tp nothing changes; with tp alone each rank keeps all experts and works on its share of the slots.
+    """
+    check(model, ep=mesh.ep_size)
+    placements: dict[str, ParamPlacement] = {}
+    chunks = overlap_chunks if mesh.ep_size > 1 else 1       # without an exchange there is nothing to hide
+    exchange = None
+    if mesh.ep_group is not None:
+        exchange = ExpertExchange(group=mesh.ep_group, overlap=chunks > 1)
+        if chunks == 1:
+            _vendor()       # collective setup belongs here, not in the middle of the first forward pass
+    for path, moe in sparse_layers(model).items():
+        E, D, H = moe.experts.up.shape
+        for name, shape in (("up", (E, D, H)), ("down", (E, H, D))):
+            placements[f"{path}.experts.{name}"] = ParamPlacement(
+                global_shape=shape, dim=0, index=mesh.ep_rank, count=mesh.ep_size, kind="expert")
+        if mesh.ep_size > 1:
+            like = moe.experts.up
+            with like.device:
+                moe.experts = (ChunkedExperts if chunks > 1 else Experts)(D, hidden=H, experts=E // mesh.ep_size)
+            moe.experts.to(like.dtype)
+            if isinstance(moe.experts, ChunkedExperts):
+                assert exchange is not None
+                moe.experts.exchange = exchange
+        if mesh.ep_size > 1 or mesh.tp_size > 1:
+            moe.dispatcher = ExpertParallelDispatcher(
+                moe.dispatcher, exchange=exchange, tp_group=mesh.tp_group, tp_rank=mesh.tp_rank, tp_size=mesh.tp_size,
+                chunks=chunks)
+    return placements

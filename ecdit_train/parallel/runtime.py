@@ -1,0 +1,125 @@
+"""Joining and leaving the world: one process, or what torchrun / srun describe in the environment.
+
+Ranks talk about the run itself (stop? failed? which step?) over a gloo side group that never carries gradients, in JSON: no
+message of a peer is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ecdit_train.errors import ConfigError, Problem
+
+Json = Any
+"""A value that survives `json.loads(json.dumps(value))`."""
+
+TIMEOUT = timedelta(minutes=10)
+"""A collective that waits longer has lost a peer."""
+
+
+@dataclass(kw_only=True)
+class Runtime:
+    """This process in the world. All methods but `shutdown` are collective: every rank calls them in the same order."""
+
+    rank: int
+    world: int
+    local_rank: int
+    device: torch.device
+    control: dist.ProcessGroup | None
+    """Gloo group of all ranks for small host-side messages; None in a world of one."""
+
+    def any_rank(self, flag: bool) -> bool:
+        """True on all ranks if `flag` is on any."""
+        if self.control is None:
+            return bool(flag)
+        value = torch.tensor([int(flag)])
+        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.control)
+        return bool(value.item())
+
+    def broadcast_object(self, value: Json, *, source: int = 0) -> Json:
+        """The source rank's value on all ranks, through JSON even in a world of one, so that both behave alike."""
+        if self.control is None:
+            return json.loads(_encode(value))
+        data = torch.frombuffer(bytearray(_encode(value)), dtype=torch.uint8) if self.rank == source else None
+        size = torch.tensor([0 if data is None else data.numel()])
+        dist.broadcast(size, src=source, group=self.control)
+        if data is None:
+            data = torch.empty(int(size.item()), dtype=torch.uint8)
+        dist.broadcast(data, src=source, group=self.control)
+        return json.loads(data.numpy().tobytes())
+
+    def all_gather_json(self, value: Json) -> list[Json]:
+        """Every rank's value, in rank order, on all ranks."""
+        if self.control is None:
+            return [json.loads(_encode(value))]
+        data = torch.frombuffer(bytearray(_encode(value)), dtype=torch.uint8)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world)]
+        dist.all_gather(sizes, torch.tensor([data.numel()]), group=self.control)
+        lengths = [int(size.item()) for size in sizes]
+        padded = torch.zeros(max(lengths), dtype=torch.uint8)
+        padded[: data.numel()] = data
+        parts = [torch.empty_like(padded) for _ in range(self.world)]
+        dist.all_gather(parts, padded, group=self.control)
+        return [json.loads(part[:n].numpy().tobytes()) for part, n in zip(parts, lengths, strict=True)]
+
+    def barrier(self) -> None:
+        """Wait for all ranks, on the host."""
+        if self.control is not None:
+            dist.barrier(group=self.control)
+
+    def shutdown(self) -> None:
+        """Leave the world. Safe to call after a failure: it waits for nobody."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def start(device: str, *, env: Mapping[str, str] | None = None, store: dist.Store | None = None,
+          timeout: timedelta = TIMEOUT) -> Runtime:
+    """Join the world. `device` is "cpu" or "cuda"; `env` (default: the process's) holds RANK, WORLD_SIZE, LOCAL_RANK,
+    MASTER_ADDR and MASTER_PORT, or nothing for a single process; `store` takes the master's place where there is one.
+
+    CPU ranks use gloo. CUDA ranks use NCCL for CUDA tensors and gloo for CPU tensors.
+    """
+    env = os.environ if env is None else env
+    world, rank = int(env.get("WORLD_SIZE", "1")), int(env.get("RANK", "0"))
+    local_rank = int(env.get("LOCAL_RANK", "0"))
+    if device not in ("cpu", "cuda"):
+        raise ConfigError(Problem(field="device", value=device, rule="must be cpu or cuda", nearest="cpu"))
+    if device == "cuda" and local_rank >= torch.cuda.device_count():
+        raise ConfigError(Problem(field="device", value=device, nearest="cpu",
+                                  rule=f"local rank {local_rank} has no GPU (this host shows {torch.cuda.device_count()})"))
+    here = torch.device("cuda", local_rank) if device == "cuda" else torch.device("cpu")
+    if device == "cuda":
+        torch.cuda.set_device(here)
+    control = None
+    if world > 1:
+        where: dict[str, Any] = {"store": store} if store is not None else {
+            "init_method": f"tcp://{env['MASTER_ADDR']}:{env['MASTER_PORT']}"}
+        if store is None and env.get("TORCHELASTIC_USE_AGENT_STORE"):
+            where = {"init_method": "env://"}      # torchrun already runs the store at that port
+        dist.init_process_group(_backend(device), rank=rank, world_size=world, timeout=timeout, **where)
+        control = dist.new_group(backend="gloo", timeout=timeout)
+    return Runtime(rank=rank, world=world, local_rank=local_rank, device=here, control=control)
+
+
+def ensure_group(device_type: str) -> None:
+    """A world of one joins a group of one, without network or files. Needed only where FSDP is used for its bf16 policy."""
+    if not dist.is_initialized():
+        dist.init_process_group(_backend(device_type), rank=0, world_size=1, store=dist.HashStore())
+
+
+def _backend(device_type: str) -> str:
+    return "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
+
+
+def _encode(value: Json) -> bytes:
+    """JSON without NaN: a peer reads exactly what was said, or nobody does."""
+    return json.dumps(value, allow_nan=False).encode()

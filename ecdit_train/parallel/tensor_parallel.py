@@ -1,0 +1,180 @@
+"""Tensor parallelism, applied from outside with Megatron-core's column and row layers. The only importer of megatron.
+
+Megatron lends `ColumnParallelLinear` and `RowParallelLinear` with an explicit group; none of its global state is initialised.
+It is imported inside functions because importing it costs seconds, and runs without tensor parallelism never need it.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ecdit_train.errors import ConfigError, Problem
+from ecdit_train.model.attention import Attention
+from ecdit_train.model.dit import DiT
+
+from .collectives import copy_to_group
+from .degrees import nearest_divisor
+from .mesh import Mesh
+from .placement import ParamPlacement
+
+Split = Literal["column", "row"]
+
+PLAN: tuple[tuple[str, Split], ...] = (
+    (r"blocks\.\d+\.self_attention\.(query|key|value)", "column"),
+    (r"blocks\.\d+\.self_attention\.out", "row"),
+    (r"blocks\.\d+\.cross_attention\.(query|key|value)", "column"),
+    (r"blocks\.\d+\.cross_attention\.out", "row"),
+    (r"blocks\.\d+\.feed_forward\.up", "column"),
+    (r"blocks\.\d+\.feed_forward\.down", "row"),
+)
+"""Module path -> how its matrix is split; `feed_forward` of a sparse block has no up or down itself and is not met.
+
+Everything else is replicated: AdaLN projections, timestep and pooled text see one vector per image, the text refiner runs
+once and not per block, the patch embedding and the output layer are small, the router must see all tokens. Splitting them would
+save only memory, which FSDP saves already. Experts are spread by expert parallelism, folded over this axis."""
+
+
+def split_of(path: str) -> Split | None:
+    """How the linear layer at `path` is split."""
+    return next((split for pattern, split in PLAN if re.fullmatch(pattern, path)), None)
+
+
+def check(model: DiT, *, tp: int) -> None:
+    """Raises ConfigError with every size that tp ranks cannot share."""
+    problems: dict[str, Problem] = {}
+    for block in model.blocks:
+        for attention in (block.self_attention, block.cross_attention):
+            heads = attention.query.out_features // attention.head_dim
+            kv_heads = attention.key.out_features // attention.head_dim
+            if heads % tp:
+                problems["heads"] = Problem(field="parallel.tp", value=tp, rule=f"must divide model.heads = {heads}",
+                                            nearest=nearest_divisor(heads, tp))
+            elif kv_heads % tp and tp % kv_heads:
+                problems["kv_heads"] = Problem(field="parallel.tp", value=tp, nearest=nearest_divisor(kv_heads, tp),
+                                               rule=f"must divide model.kv_heads = {kv_heads}, or be a multiple of it")
+        hidden = getattr(getattr(block.feed_forward, "up", None), "out_features", tp)
+        if hidden % tp:
+            problems["hidden"] = Problem(field="parallel.tp", value=tp, nearest=nearest_divisor(hidden, tp),
+                                         rule=f"must divide the feed-forward's hidden width {hidden}")
+    if problems:
+        raise ConfigError(list(problems.values()))
+
+
+def apply_tensor_parallel(model: DiT, *, mesh: Mesh) -> dict[str, ParamPlacement]:
+    """Replace the layers of PLAN in place (meta or real device, weights left unset) and say where each weight lies."""
+    if mesh.tp_size == 1:
+        return {}
+    check(model, tp=mesh.tp_size)
+    placements: dict[str, ParamPlacement] = {}
+    for path, module in list(model.named_modules()):
+        split = split_of(path)
+        if split is None or not isinstance(module, nn.Linear):
+            continue
+        parent_path, _, name = path.rpartition(".")
+        parent = model.get_submodule(parent_path)
+        if isinstance(parent, Attention) and name in ("key", "value"):
+            layer, placements[f"{path}.weight"] = _kv(module, parent, mesh=mesh)
+        elif split == "column":
+            layer, placements[f"{path}.weight"] = _column(module, mesh=mesh)
+        else:
+            layer, placements[f"{path}.weight"] = _row(module, mesh=mesh)
+        setattr(parent, name, layer)
+        if split == "row":
+            # One row layer closes each region; its parent is where the inputs enter.
+            parent.register_forward_pre_hook(functools.partial(_enter, group=mesh.tp_group), with_kwargs=True)
+    return placements
+
+
+def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, group: dist.ProcessGroup
+           ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Copy each floating input of a region to the group once: one all-reduce in backward per input, not per projection."""
+    copies: list[tuple[Tensor, Tensor]] = []
+
+    def copy(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        for original, made in copies:
+            if original is value:       # self-attention: queries and context are one tensor
+                return made
+        copies.append((value, copy_to_group(value, group)))
+        return copies[-1][1]
+
+    return tuple(copy(a) for a in args), {k: copy(v) for k, v in kwargs.items()}
+
+
+def _column(linear: nn.Linear, *, mesh: Mesh) -> tuple[nn.Module, ParamPlacement]:
+    out, width = linear.out_features, linear.in_features
+    placement = ParamPlacement(global_shape=(out, width), dim=0, index=mesh.tp_rank, count=mesh.tp_size, kind="column")
+    return _layers().column(width, out, linear=linear, group=mesh.tp_group, shared=None), placement
+
+
+def _row(linear: nn.Linear, *, mesh: Mesh) -> tuple[nn.Module, ParamPlacement]:
+    out, width = linear.out_features, linear.in_features
+    placement = ParamPlacement(global_shape=(out, width), dim=1, index=mesh.tp_rank, count=mesh.tp_size, kind="row")
+    return _layers().row(width, out, linear=linear, group=mesh.tp_group), placement
+
+
+def _kv(linear: nn.Linear, attention: Attention, *, mesh: Mesh) -> tuple[nn.Module, ParamPlacement]:
+    """Key or value projection. With more ranks than kv heads, `tp / kv_heads` neighbours hold the same head."""
+    kv_heads = linear.out_features // attention.head_dim
+    if kv_heads % mesh.tp_size == 0:
+        return _column(linear, mesh=mesh)
+    share, head_dim, width = mesh.tp_size // kv_heads, attention.head_dim, linear.in_features
+    head = mesh.tp_rank // share
+    placement = ParamPlacement(
+        global_shape=(linear.out_features, width), dim=0, boxes=((head * head_dim, 0, head_dim),), kind="column",
+        replicas=share, first_replica=mesh.tp_rank % share == 0)
+    # As a column layer of tp heads: each rank's part is one head.
+    return _layers().column(width, mesh.tp_size * head_dim, linear=linear, group=mesh.tp_group,
+                            shared=mesh.tp_part(share)), placement
+
+
+@functools.cache
+def _layers() -> Any:
+    """Megatron's layers, with a forward that returns the tensor alone, so that they take an nn.Linear's place by name."""
+    from megatron.core.model_parallel_config import ModelParallelConfig
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+
+    def config(size: int, dtype: torch.dtype) -> Any:
+        # use_cpu_initialization: the GPU path names the current device and would override a meta context.
+        # perform_initialization=False: Megatron would build the full matrix on every rank; `fill` writes this rank's box.
+        return ModelParallelConfig(tensor_model_parallel_size=size, use_cpu_initialization=True, params_dtype=dtype,
+                                   perform_initialization=False, gradient_accumulation_fusion=False)
+
+    class Column(ColumnParallelLinear):
+        """Y_r = X W_r^T. `shared`: ranks that hold the same W_r because kv heads are repeated."""
+
+        def __init__(self, width: int, out: int, *, linear: nn.Linear, group: dist.ProcessGroup,
+                     shared: dist.ProcessGroup | None) -> None:
+            with linear.weight.device:
+                # disable_grad_reduce: the region's inputs are copied to the group once, by _enter.
+                super().__init__(width, out, config=config(group.size(), linear.weight.dtype),
+                                 init_method=nn.init.xavier_uniform_, bias=False, gather_output=False,
+                                 disable_grad_reduce=True, tp_group=group)
+            self.shared = shared
+
+        def forward(self, x: Tensor) -> Tensor:
+            # Each rank's query heads give a part of the shared head's gradient: sum it, or the copies drift apart.
+            weight = None if self.shared is None else copy_to_group(self.weight, self.shared)
+            return super().forward(x, weight=weight)[0]
+
+    class Row(RowParallelLinear):
+        """Y = sum_r X_r W_r^T."""
+
+        def __init__(self, width: int, out: int, *, linear: nn.Linear, group: dist.ProcessGroup) -> None:
+            with linear.weight.device:
+                super().__init__(width, out, config=config(group.size(), linear.weight.dtype),
+                                 init_method=nn.init.xavier_uniform_, bias=False, input_is_parallel=True,
+                                 skip_bias_add=False, tp_group=group)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)[0]
+
+    return SimpleNamespace(column=Column, row=Row)

@@ -1,0 +1,97 @@
+"""Seconds of one optimizer step: an estimate between two bounds, from the rates that the cluster file states.
+
+    matrix products   executed FLOPs / (world * peak * gemm_efficiency)
+    element-wise      180 d bytes per token and layer at memory bandwidth (compiled; 2.5 times that in eager mode), a third
+                      more when the forward is repeated; norms, GELU, residuals, gate, gather and scatter (facts: model of an
+                      H100, not measured)
+    optimizer         state read and written once
+    expert exchange   hidden behind the experts' own products as far as `overlap_chunks` allows:
+                      min(1, products / exchange) (k - 1) / k
+    weights           all-gathers and reductions of FSDP hide behind the products and element-wise work of the neighbours;
+                      what is longer than that is exposed
+    tensor parallel   never hidden
+
+`best` hides all communication, `worst` hides none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ecdit_train.config.schema import RunConfig
+
+from .flops import Flops
+from .layout import Layout
+from .memory import EMA, GRADIENT, MASTER, OPTIMIZER, Memory
+from .traffic import Flow
+
+ELEMENTWISE_BYTES = 180
+"""Bytes moved per token, layer and unit of width, forward and backward, compiled bf16 (estimate of performance.md)."""
+EAGER_FACTOR = 2.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTime:
+    """Seconds of one optimizer step."""
+
+    seconds: float
+    best: float
+    worst: float
+    products: float
+    elementwise: float
+    optimizer: float
+    exchange: float
+    exchange_exposed: float
+    weights: float
+    weights_exposed: float
+    tensor_parallel: float
+    mfu: float
+    """Model FLOPs over peak at `seconds`; recomputation does not count as useful."""
+    mfu_ceiling: float
+    """The same at `best`."""
+    tokens_per_second: float
+    images_per_second_per_gpu: float
+
+
+def estimate(cfg: RunConfig, layout: Layout, *, flops: Flops, memory: Memory, flows: Iterable[Flow]) -> StepTime:
+    """Step time of `layout`; every argument describes one step."""
+    cluster, world, d = cfg.cluster, layout.world, cfg.model.width
+    rate = world * cluster.peak_flops * cluster.gemm_efficiency
+    products = flops.total / rate
+    tokens = cfg.train.global_batch * cfg.tokens_per_image / layout.dp
+    repeated = 1.0 if layout.activation_checkpointing == "none" else 4 / 3
+    eager = 1.0 if cfg.parallel.compile else EAGER_FACTOR
+    elementwise = ELEMENTWISE_BYTES * d * tokens * cfg.model.layers * repeated * eager / cluster.memory_bandwidth
+    optimizer = _optimizer_bytes(memory) / cluster.memory_bandwidth
+
+    seconds = dict.fromkeys(("ep", "tp", "weights"), 0.0)
+    for flow in flows:
+        axis = flow.axis if flow.axis in seconds else "weights"
+        seconds[axis] += flow.seconds(intra_bandwidth=cluster.intra_bandwidth, inter_bandwidth=cluster.inter_bandwidth)
+    exchange, chunks = seconds["ep"], layout.overlap_chunks
+    experts = flops.by_part["experts"] / rate
+    hidden = min(1.0, experts / exchange) * (chunks - 1) / chunks if exchange else 0.0
+    exchange_exposed = exchange * (1 - hidden)
+    work = products + elementwise
+    weights_exposed = max(0.0, seconds["weights"] - work)
+    total = work + optimizer + exchange_exposed + seconds["tp"] + weights_exposed
+    best = max(work + optimizer, exchange, seconds["weights"])
+    worst = work + optimizer + exchange + seconds["tp"] + seconds["weights"]
+
+    def mfu(step: float) -> float:
+        return flops.model / (world * cluster.peak_flops * step)
+
+    images = cfg.train.global_batch
+    return StepTime(
+        seconds=total, best=best, worst=worst, products=products, elementwise=elementwise, optimizer=optimizer,
+        exchange=exchange, exchange_exposed=exchange_exposed, weights=seconds["weights"],
+        weights_exposed=weights_exposed, tensor_parallel=seconds["tp"], mfu=mfu(total), mfu_ceiling=mfu(best),
+        tokens_per_second=images * cfg.tokens_per_image / total, images_per_second_per_gpu=images / total / world)
+
+
+def _optimizer_bytes(memory: Memory) -> float:
+    """Gradients are read; weights, optimizer state and average are read and written."""
+    held = memory.parameters / MASTER
+    ema = 2 * EMA if memory.ema else 0
+    return held * (GRADIENT + 2 * MASTER + 2 * OPTIMIZER + ema)

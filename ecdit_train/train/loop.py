@@ -1,0 +1,135 @@
+"""A run over time: data in, steps, what people see, checkpoints, and a clean stop when asked."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ecdit_train.config.schema import RunConfig
+from ecdit_train.diffusion.flow import Flow
+from ecdit_train.errors import NonFiniteError
+from ecdit_train.observe.console import Progress
+from ecdit_train.observe.metrics import MetricWindow
+from ecdit_train.observe.routing import routing_scalars
+from ecdit_train.observe.sinks import Sinks
+
+from .optim import learning_rate
+from .state import TrainState
+from .step import Microbatch, Spread, StepResult, split, train_step
+
+
+class Batches(Protocol):
+    """The loader as the loop sees it: this rank's share of each global step, on the device."""
+
+    def next(self) -> Microbatch: ...
+    def close(self) -> None: ...
+
+
+class StopRequest:
+    """SIGTERM, SIGINT and SIGUSR2 (Slurm's warning) set a flag that the loop reads between steps; a second SIGINT kills."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        for s in self.SIGNALS:
+            self._old[s] = signal.signal(s, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for s, handler in self._old.items():
+            signal.signal(s, handler)
+
+    def _handle(self, number: int, _frame: object) -> None:
+        if self.name is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.name = signal.Signals(number).name
+
+
+@dataclass(kw_only=True)
+class Loop:
+    """Everything a run needs; `build` puts it together."""
+
+    config: RunConfig
+    state: TrainState
+    flow: Flow
+    batches: Batches
+    spread: Spread
+    sinks: Sinks
+    progress: Progress
+    window: MetricWindow
+    save: Callable[[int], None]
+    """Commit a checkpoint of the state after this many updates."""
+    show: Callable[[int], None]
+    """Draw sample grids and routing maps."""
+    any_rank: Callable[[bool], bool]
+    """True on every rank when it is true on one."""
+    stop_after: int | None = None
+    """Stop as if a signal had come once this many updates are done (drills, demo)."""
+
+    def run(self) -> bool:
+        """Train to `train.steps`. Returns True when finished, False when stopped on request with everything saved."""
+        c, state, window = self.config, self.state, self.window
+        with StopRequest() as stop:
+            while state.step < c.train.steps:
+                with window.waiting():
+                    batch = self.batches.next()
+                result = self._step(batch)
+                state.step += 1
+                last = state.step == c.train.steps
+
+                window.add("train/loss", result.loss)
+                window.add("optim/grad_norm", result.grad_norm)
+                if result.balance_loss is not None:
+                    window.add("train/balance_loss", result.balance_loss)
+                window.step_done()
+                if state.step % c.observe.log_every == 0 or last:
+                    self._log(result)
+
+                stopping = self.any_rank(stop.name is not None or state.step == self.stop_after)
+                with window.paused():
+                    if c.observe.sample_every and (state.step % c.observe.sample_every == 0 or last):
+                        self.show(state.step)
+                    if stopping or last or state.step % c.checkpoint.every_steps == 0:
+                        self.save(state.step)
+                if stopping and not last:
+                    self.progress.message(f"stopped by {stop.name or '--stop-after'} after step {state.step}, everything "
+                                          f"saved; go on with: ecdit resume {c.run}")
+                    return False
+        return True
+
+    def _step(self, batch: Microbatch) -> StepResult:
+        """One optimizer step; a non-finite one names the step and the samples, so that it can be looked at."""
+        c, state = self.config, self.state
+        lr = learning_rate(state.step, c.optim, total_steps=c.train.steps)
+        self.window.add("optim/lr", lr)
+        try:
+            return train_step(
+                list(split(batch, size=c.train.microbatch)), model=state.model, optimizer=state.optimizer, lr=lr,
+                max_norm=c.optim.clip_norm, flow=self.flow, pool=c.pool_tokens, patch=c.model.patch, spread=self.spread,
+                after=self._update_average)
+        except NonFiniteError as e:
+            first, final = int(batch.position_B[0]), int(batch.position_B[-1])
+            raise NonFiniteError(f"step {state.step}, samples {first} to {final} of this rank: {e}") from e
+
+    def _log(self, result: StepResult) -> None:
+        """One record for every log interval; routing as the last step had it."""
+        self.window.add_all(routing_scalars(result.assignments, top_k=self.config.moe.top_k))
+        record = self.window.flush(self.spread.reduce)
+        self.sinks.log(self.state.step, record)
+        self.progress.update(self.state.step, record)
+
+    def close(self) -> None:
+        """Flush what people see and end the loader's threads; also after an error."""
+        self.progress.close()
+        self.sinks.close()
+        self.batches.close()
+
+    def _update_average(self) -> None:
+        if self.state.ema is not None:
+            self.state.ema.update(self.state.step)

@@ -1,0 +1,92 @@
+"""Prepares a run folder on the login node and hands its script to Slurm."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from ecdit_train.config.compat import diff
+from ecdit_train.config.compose import RESOLVED, freeze, load
+from ecdit_train.config.schema import RunConfig
+from ecdit_train.config.validate import validate
+from ecdit_train.errors import EcditError, RunFolderError
+from launch.render import render
+
+JOB_SCRIPT = "job.sh"
+EXIT_FILE_VARIABLE = "ECDIT_EXIT_FILE"
+
+
+class SubmitError(EcditError):
+    """Slurm is not here, or it refused the job."""
+
+    exit_code = 83
+
+
+def prepare(cfg: RunConfig) -> Path:
+    """Makes `<run>/` with `resolved.yaml`, `logs/` and `job.sh`; returns the script's path.
+
+    The folder may exist if it holds the same configuration: launching twice is resuming.
+
+    Raises:
+        ConfigError: the configuration does not fit the cluster's nodes.
+        RunFolderError: the folder belongs to another configuration.
+    """
+    validate(cfg, world=cfg.cluster.nodes * cfg.cluster.gpus_per_node)
+    run = Path(cfg.run).absolute()
+    python = "python" if cfg.cluster.container else sys.executable
+    script = render(cfg, run_folder=run, python=python)
+    if (run / RESOLVED).exists() and (changes := diff(load(run), cfg)):
+        listed = "\n".join(str(change) for change in changes)
+        raise RunFolderError(f"{run} holds another configuration; resume it, or choose another run=...\n{listed}")
+    (run / "logs").mkdir(parents=True, exist_ok=True)
+    freeze(cfg, run)
+    return write_script(script, run=run)
+
+
+def write_script(script: str, *, run: Path) -> Path:
+    """Writes `<run>/job.sh` by one rename, executable."""
+    path = run / JOB_SCRIPT
+    temporary = run / f".{JOB_SCRIPT}.{os.getpid()}"
+    temporary.write_text(script, encoding="utf-8")
+    temporary.chmod(0o755)
+    temporary.replace(path)
+    return path
+
+
+def submit(script: str | Path) -> int:
+    """Hands a prepared script to `sbatch`; returns the job id.
+
+    Raises:
+        SubmitError: `sbatch` is not on this machine, or refused the job (with its own words).
+    """
+    sbatch = shutil.which("sbatch")
+    if sbatch is None:
+        raise SubmitError(
+            f"sbatch was not found: {script} is ready; submit it on a Slurm login node, or train here: ecdit train"
+        )
+    answer = subprocess.run([sbatch, "--parsable", str(script)], capture_output=True, text=True, check=False)
+    number = answer.stdout.strip().partition(";")[0]  # `--parsable` answers "id" or "id;cluster"
+    if answer.returncode != 0 or not number.isdigit():
+        said = (answer.stderr or answer.stdout).strip()
+        raise SubmitError(f"sbatch refused {script} (exit code {answer.returncode}): {said}")
+    return int(number)
+
+
+def leave_exit_code(code: int, *, environ: Mapping[str, str] = os.environ) -> None:
+    """Tells the job script this process's exit code; torchrun would turn it into 1.
+
+    The first failing process wins; outside a job (no variable) and for success this does nothing.
+    """
+    path = environ.get(EXIT_FILE_VARIABLE)
+    if not path or code == 0:
+        return
+    try:
+        handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+    except OSError:
+        return  # someone was first, or the folder is gone: the script falls back to srun's own answer
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        file.write(f"{code}\n")

@@ -1,0 +1,312 @@
+"""One training problem small enough to run on one process and on many, and what is compared between them."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from ecdit_train.config.schema import ModelConfig, MoEConfig, ParallelConfig
+from ecdit_train.model.dit import DiT, Prediction
+from ecdit_train.model.embed import Text
+from ecdit_train.parallel.apply import full_tensors, load_full, parallelize
+from ecdit_train.parallel.expert_parallel import sparse_layers
+from ecdit_train.parallel.fsdp import accumulate
+from ecdit_train.parallel.grads import agree, clip
+from ecdit_train.parallel.mesh import Mesh, make_mesh
+from ecdit_train.parallel.placement import ParamPlacement, local, local_boxes
+
+IMAGES, CHANNELS, SIDE, KEPT, TEXT_TOKENS, TEXT_FEATURES = 16, 4, 8, 8, 5, 24
+POOL = 16
+"""Two half-masked images."""
+MAX_NORM = 0.01
+
+MODEL = ModelConfig(name="test", layers=4, width=32, heads=4, kv_heads=2, ffn_ratio=2, patch=2, text_width=64,
+                    text_refiner_layers=1)
+MOE = MoEConfig(router="expert_choice", experts=8, capacity_factor=2.0, scope="group", group_size=POOL, top_k=2,
+                balance_weight=0.01, combine="index_add")
+PARALLEL = ParallelConfig(dp_replicate=1, dp_shard=-1, tp=1, ep=1, sequence_parallel=False, activation_checkpointing="none",
+                          compile=False, overlap_chunks=1, reshard_after_forward=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One layout of one problem."""
+
+    parallel: ParallelConfig = PARALLEL
+    model: ModelConfig = MODEL
+    moe: MoEConfig = MOE
+    optim: Literal["rmsprop", "adamw"] = "rmsprop"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    dtype: Literal["float32", "float64"] = "float64"
+    """Of weights and data. float64 leaves so little rounding that any real fault stands out."""
+    steps: int = 3
+    microbatches: int = 1
+    """Per step and data-parallel rank."""
+    pool: int = POOL
+    poison: str = ""
+    agree: bool = True
+    """Broadcast replicated gradients over tp, as the trainer does."""
+
+    def __str__(self) -> str:
+        p = self.parallel
+        extra = [f"{k}={v}" for k, v in vars(self).items() if k not in ("parallel", "model", "moe") and v != getattr(BASE, k)]
+        extra += [f"{k}={v}" for k, v in vars(p).items() if v != getattr(PARALLEL, k) and k not in ("tp", "ep", "dp_replicate")]
+        if self.moe.router != "expert_choice":
+            extra.append(self.moe.router)
+        if self.model.kv_heads != MODEL.kv_heads:
+            extra.append(f"kv={self.model.kv_heads}")
+        return f"rep{p.dp_replicate} tp{p.tp} ep{p.ep} {' '.join(extra)}".strip()
+
+
+BASE = Case()
+
+
+def case(*, tp: int = 1, ep: int = 1, rep: int = 1, moe: MoEConfig = MOE, model: ModelConfig = MODEL, chunks: int = 1,
+         ac: Any = "none", reshard: bool = True, compiled: bool = False, **rest: Any) -> Case:
+    parallel = replace(PARALLEL, tp=tp, ep=ep, dp_replicate=rep, overlap_chunks=chunks, activation_checkpointing=ac,
+                       reshard_after_forward=reshard, compile=compiled)
+    return Case(parallel=parallel, moe=moe, model=model, **rest)
+
+
+@dataclass(kw_only=True)
+class Trace:
+    """What a run did, in global tensors."""
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    grads: list[dict[str, Tensor]] = field(default_factory=list)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    chosen: list[list[Tensor]] = field(default_factory=list)
+    """Per step, per sparse layer: (E, pools, C) tokens inside each pool, sorted."""
+    copies_agree: bool = True
+    """This rank's shards are the bits of the global tensors (which were gathered from one of each set of copies)."""
+
+
+def make_model(c: Case) -> DiT:
+    return DiT(c.model, c.moe, channels=CHANNELS, text_features=TEXT_FEATURES)
+
+
+def full_state(c: Case) -> dict[str, Tensor]:
+    """Random weights everywhere: nothing that starts at zero may hide a wrong gradient."""
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in make_model(c).named_parameters()}
+    generator = torch.Generator().manual_seed(3)
+    state = {}
+    for name, shape in shapes.items():
+        fan_in = shape[1] if len(shape) > 1 else 16
+        value = torch.randn(shape, generator=generator) / fan_in**0.5
+        if "norm" in name and name.endswith("weight"):
+            value = 1 + 0.1 * value
+        state[name] = value.to(getattr(torch, c.dtype))
+    return state
+
+
+def batch(step: int) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(100 + step)
+    return dict(
+        latents=torch.randn(IMAGES, CHANNELS, SIDE, SIDE, generator=g), t=torch.rand(IMAGES, generator=g),
+        features=torch.randn(IMAGES, TEXT_TOKENS, TEXT_FEATURES, generator=g),
+        mask=torch.rand(IMAGES, TEXT_TOKENS, generator=g) < 0.7, drop=torch.rand(IMAGES, generator=g) < 0.2,
+        keep=torch.rand(IMAGES, 16, generator=g).argsort(1)[:, :KEPT].sort(1).values,
+        target=torch.randn(IMAGES, KEPT, 4 * CHANNELS, generator=g))
+
+
+def optimizer(c: Case, parameters: Any) -> torch.optim.Optimizer:
+    if c.optim == "rmsprop":
+        return torch.optim.RMSprop(parameters, lr=1e-3, momentum=0.9, eps=1e-6)
+    return torch.optim.AdamW(parameters, lr=1e-3, eps=1e-6)
+
+
+def forward(model: DiT, part: dict[str, Tensor], *, pool: int) -> tuple[Tensor, Prediction]:
+    text = Text(features_BLX=part["features"], mask_BL=part["mask"], drop_B=part["drop"])
+    out = model(part["latents"], t_B=part["t"], text=text, keep_BK=part["keep"], pool=pool)
+    dtype = torch.promote_types(out.patches_BKP.dtype, torch.float32)
+    loss = F.mse_loss(out.patches_BKP.to(dtype), part["target"].to(dtype))
+    return loss if out.balance_loss is None else loss + out.balance_loss, out
+
+
+def chosen_in_pool(prediction: Prediction, *, pool: int) -> list[Tensor]:
+    sets = []
+    for a in prediction.assignments:
+        index = a.index_EGC % pool
+        if a.filled_EGC is not None:
+            index = torch.where(a.filled_EGC, index, -1)
+        sets.append(index.sort(dim=-1).values)
+    return sets
+
+
+def run_reference(c: Case) -> Trace:
+    """One process, no parallel code at all; microbatches are only a loop order, so the whole batch is one forward."""
+    model = make_model(c).to(getattr(torch, c.dtype))
+    model.load_state_dict(full_state(c))
+    optim, trace = optimizer(c, model.parameters()), Trace()
+    for step in range(c.steps):
+        loss, prediction = forward(model, batch(step), pool=c.pool)
+        loss.backward()
+        trace.losses.append(loss.item())
+        grads = {n: p.grad.clone() for n, p in model.named_parameters()}
+        norm = torch.stack([g.norm() for g in grads.values()]).norm()
+        for p in model.parameters():
+            p.grad.mul_(min(1.0, MAX_NORM / (norm.item() + 1e-6)))
+        trace.norms.append(norm.item())
+        trace.grads.append(grads)
+        trace.chosen.append(chosen_in_pool(prediction, pool=c.pool))
+        optim.step()
+        optim.zero_grad()
+    trace.weights = {n: p.detach().clone() for n, p in model.named_parameters()}
+    return trace
+
+
+def run_parallel(c: Case, mesh: Mesh) -> Trace:
+    """The same problem on this mesh."""
+    with torch.device("meta"):
+        model = make_model(c).to(getattr(torch, c.dtype))
+    placements = parallelize(model, mesh=mesh, parallel=c.parallel, precision=c.precision)
+    model.to_empty(device="cpu")
+    load_full(model, placements, full_state(c))
+    POISONS[c.poison](model)
+    optim, trace = optimizer(c, model.parameters()), Trace()
+    for step in range(c.steps):
+        mine = {k: v.chunk(mesh.dp_size)[mesh.dp_rank] for k, v in batch(step).items()}
+        losses, chosen = [], []
+        for m in range(c.microbatches):
+            part = {k: v.chunk(c.microbatches)[m] for k, v in mine.items()}
+            with accumulate(model, last=m == c.microbatches - 1):
+                loss, prediction = forward(model, part, pool=c.pool)
+                (loss / c.microbatches).backward()
+            losses.append(loss.detach())
+            chosen.append(chosen_in_pool(prediction, pool=c.pool))
+        total = torch.stack(losses).mean()
+        if mesh.dp_group is not None:
+            dist.all_reduce(total, group=mesh.dp_group)
+        trace.losses.append(total.item() / mesh.dp_size)
+        if c.agree:
+            agree(model, placements, mesh)
+        grads = {n: p.grad for n, p in model.named_parameters()}
+        trace.grads.append(full_tensors(grads, placements, mesh))
+        trace.copies_agree &= same_bits(grads, trace.grads[-1], placements)
+        trace.norms.append(clip(model, placements, mesh, max_norm=MAX_NORM).item())
+        trace.chosen.append([gather_pools(torch.cat(layer, 1), mesh) for layer in zip(*chosen, strict=True)])
+        optim.step()
+        optim.zero_grad()
+    trace.weights = full_tensors(dict(model.named_parameters()), placements, mesh)
+    trace.copies_agree &= same_bits(dict(model.named_parameters()), trace.weights, placements)
+    return trace
+
+
+def same_bits(tensors: dict[str, Tensor], full: dict[str, Tensor], placements: dict[str, ParamPlacement]) -> bool:
+    """What this rank holds is what the gathered tensors say."""
+    with torch.no_grad():
+        return all(torch.equal(box.of_local(local(t)), box.of_global(full[n]))
+                   for n, t in tensors.items() for box in local_boxes(t, placements[n]))
+
+
+def gather_pools(index: Tensor, mesh: Mesh) -> Tensor:
+    """(E, own pools, C) -> (E, all pools, C)."""
+    if mesh.dp_group is None:
+        return index
+    parts = [torch.empty_like(index) for _ in range(mesh.dp_size)]
+    dist.all_gather(parts, index.contiguous(), group=mesh.dp_group)
+    return torch.cat(parts, dim=1)
+
+
+def poison_expert_scale(model: DiT) -> None:
+    """What torch's double division would do."""
+    for moe in sparse_layers(model).values():
+        moe.experts.set_gradient_divide_factor(2 * moe.experts._get_fsdp_state()._fsdp_param_group.gradient_divide_factor)
+
+
+def poison_kv_sum(model: DiT) -> None:
+    """Ranks that share a kv head keep their own part of its gradient."""
+    for block in model.blocks:
+        assert block.self_attention.key.shared is not None
+        block.self_attention.key.shared = None
+
+
+def poison_stale_index(model: DiT) -> None:
+    """Combine with the assignment of the batch before: shapes and norms are right, rows go to other tokens."""
+    moe = next(iter(sparse_layers(model).values()))
+    combine, last = moe.dispatcher.combine, []
+
+    def stale(y: Any, assignment: Any, *, num_tokens: int) -> Tensor:
+        last.append(assignment.index_EGC)
+        return combine(y, replace(assignment, index_EGC=last[-2] if len(last) > 1 else last[-1]), num_tokens=num_tokens)
+
+    moe.dispatcher.combine = stale
+
+
+def poison_gate_gradient(model: DiT) -> None:
+    """Each tp rank keeps the router gradient of its own slots."""
+    for moe in sparse_layers(model).values():
+        combine = moe.dispatcher.combine
+        moe.dispatcher.combine = functools.partial(_combine_own_gates, combine, moe.dispatcher)
+
+
+def _combine_own_gates(combine: Any, dispatcher: Any, y: Any, assignment: Any, *, num_tokens: int) -> Tensor:
+    gate = assignment.gate_EGC
+    # Undo the sum over tp: the gradient of the copy is divided by the group's size.
+    gate = gate / dispatcher.tp_size + (gate - gate / dispatcher.tp_size).detach()
+    return combine(y, replace(assignment, gate_EGC=gate), num_tokens=num_tokens)
+
+
+POISONS: dict[str, Any] = {"": lambda model: None, "expert_scale": poison_expert_scale, "kv_sum": poison_kv_sum,
+                           "stale_index": poison_stale_index, "gate_gradient": poison_gate_gradient}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Errors:
+    """Largest relative differences from the reference."""
+
+    loss: float
+    grad: float
+    grad_name: str
+    norm: float
+    weight: float
+    same_choices: bool
+    copies_agree: bool
+
+    def within(self, bound: float, *, grad: float | None = None) -> bool:
+        """`grad`: a bound of its own for gradients."""
+        return (max(self.loss, self.norm, self.weight) <= bound and self.grad <= (grad or bound)
+                and self.same_choices and self.copies_agree)
+
+
+def compare(trace: Trace, reference: Trace) -> Errors:
+    grad, grad_name = 0.0, ""
+    for mine, theirs in zip(trace.grads, reference.grads, strict=True):
+        for name, g in theirs.items():
+            assert g.norm() > 0, f"{name}: the reference gradient is zero, so the comparison would say nothing"
+            error = ((mine[name] - g).norm() / g.norm()).item()
+            if not error <= grad:
+                grad, grad_name = error, name
+    return Errors(
+        loss=max(abs(a - b) / abs(b) for a, b in zip(trace.losses, reference.losses, strict=True)),
+        norm=max(abs(a - b) / abs(b) for a, b in zip(trace.norms, reference.norms, strict=True)),
+        weight=max(((trace.weights[n] - w).norm() / w.norm()).item() for n, w in reference.weights.items()),
+        grad=grad, grad_name=grad_name, copies_agree=trace.copies_agree,
+        same_choices=all(torch.equal(a, b) for x, y in zip(trace.chosen, reference.chosen, strict=True)
+                         for a, b in zip(x, y, strict=True)))
+
+
+def check_cases(runtime: Any, cases: list[Case]) -> list[tuple[str, Errors]]:
+    """All cases in turn, each against one process. Rank 0 knows the errors; every rank answers for its own copies."""
+    results, references = [], {}
+    for c in cases:
+        mesh = make_mesh(c.parallel, device_type="cpu", world=runtime.world)
+        trace = run_parallel(c, mesh)
+        errors = None
+        if runtime.rank == 0:
+            key = repr(replace(c, parallel=PARALLEL, precision="fp32", microbatches=1, poison="", agree=True))
+            if key not in references:
+                references[key] = run_reference(c)
+            errors = compare(trace, references[key])
+        agree_everywhere = not runtime.any_rank(not trace.copies_agree)
+        if errors is not None:
+            results.append((str(c), replace(errors, copies_agree=agree_everywhere)))
+    return results

@@ -1,0 +1,44 @@
+"""Every experiment as its differences from the default configuration; job scripts for three machine rooms."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ecdit_train.config.compose import compose, groups
+from ecdit_train.config.describe import differences
+from ecdit_train.config.schema import RunConfig
+from launch.render import render
+
+HERE = Path(__file__).parent
+EXPERIMENTS = groups()["experiment"]
+SBATCH = {
+    "h100_ib400": ["experiment=ec_dit_xl_8e"],
+    "h200_ib400": ["experiment=ec_dit_m_64e", "cluster=h200_ib400"],
+    "slurm_pyxis": ["experiment=ec_dit_3xl_32e", "cluster=slurm_pyxis", "data.shards=/lustre/shared/images"],
+}
+
+
+@pytest.fixture(scope="module")
+def base() -> RunConfig:
+    return compose([], local=False)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiment(name, base, golden):
+    lines = differences(compose([f"experiment={name}"], local=False), base)
+    golden(f"experiments/{name}.txt", section="config", text="\n".join(lines))
+
+
+def test_no_golden_file_without_its_experiment():
+    assert {path.stem for path in (HERE / "experiments").glob("*.txt")} == set(EXPERIMENTS)
+
+
+@pytest.mark.parametrize("cluster", SBATCH)
+def test_job_script(cluster, request):
+    script = render(compose(SBATCH[cluster], local=False), run_folder=f"/runs/{cluster}")
+    path = HERE / "sbatch" / f"{cluster}.sh"
+    if request.config.getoption("--update-golden", default=False):
+        path.write_text(script, encoding="utf-8")
+    assert path.read_text(encoding="utf-8") == script, f"{path} is out of date: run `make golden`, read the diff"

@@ -1,0 +1,155 @@
+"""Boxes: against torch's own sharding arithmetic, and the mistakes that must not pass."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from checkpoint_worlds import MESHES, reference, shards
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
+from torch.distributed.tensor.placement_types import Partial, _StridedShard
+
+from ecdit_train.checkpoint import Box, ParamPlacement, Placed
+from ecdit_train.checkpoint import plan as plan_module
+from ecdit_train.checkpoint.layout import describe, describe_all, describe_sharded
+from ecdit_train.checkpoint.plan import cover_problem, make_plan, split_box, to_table
+from ecdit_train.errors import CheckpointError
+
+
+def rebuilt(slices, full):
+    out = torch.full_like(full, -1)
+    for s in slices:
+        for piece in s.pieces:
+            region = tuple(slice(o, o + n) for o, n in zip(piece.box.offset, piece.box.size, strict=True))
+            out[region] = piece.view
+    return out
+
+
+@pytest.mark.parametrize("length", [1, 3, 7, 16, 36])
+@pytest.mark.parametrize(("count", "inner"), [(2, 2), (8, 1), (3, 2), (4, 4)])
+def test_agrees_with_torch_on_every_placement(length, count, inner):
+    """Shard, HSDP, strided (FSDP over tp): same elements as torch cuts, uneven and empty shards included."""
+    full = torch.arange(length * 3).reshape(length, 3)
+    layouts = [
+        (Replicate(), Shard(0)),
+        (Shard(0), Replicate()),
+        (Shard(1), Shard(0)),
+        (Shard(0), Shard(0)),
+        (_StridedShard(0, split_factor=inner), Shard(0)),
+    ]
+    for placements in layouts:
+        mesh = (count, inner)
+        slices = []
+        for coordinate in itertools.product(range(count), range(inner)):
+            local = full
+            for axis, how in enumerate(placements):  # torch cuts left to right
+                if not isinstance(how, Replicate):
+                    pieces, _ = how._split_tensor(local, mesh[axis], with_padding=False)
+                    local = pieces[coordinate[axis]]
+            shape, offset = _compute_local_shape_and_global_offset(full.shape, mesh, list(coordinate), placements)
+            assert tuple(local.shape) == shape
+            s = describe_sharded(
+                "w", local=local, part_shape=full.shape, mesh_shape=mesh, coordinate=coordinate, placements=placements
+            )
+            if s.pieces:
+                assert min(piece.box.offset for piece in s.pieces) == offset
+            slices.append(s)
+        assert torch.equal(rebuilt(slices, full), full)
+        make_plan([to_table([s]) for s in slices])
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_every_layout_covers_every_tensor_once(mesh):
+    tables = [to_table(list(shards(reference(), mesh=mesh, rank=rank).values())) for rank in range(mesh.world)]
+    plan = make_plan(tables)
+    for name, full in reference().items():
+        written = sum(h.box.volume for h in plan.holdings if h.name == name)
+        assert written == full.numel()
+    load = [sum(c.nbytes for c in plan.chunks_of(rank)) for rank in range(mesh.world)]
+    assert sum(load) == plan.total_bytes
+    assert all(chunk.offset % 64 == 0 for rank in range(mesh.world) for chunk in plan.chunks_of(rank))
+
+
+def test_replicas_share_the_writing():
+    slices = [describe_sharded(f"w{i}", local=torch.zeros(16), part_shape=(16,)) for i in range(8)]
+    plan = make_plan([to_table(slices)] * 4)
+    assert [len(plan.chunks_of(rank)) for rank in range(4)] == [2, 2, 2, 2]
+
+
+def test_a_rank_outside_the_mesh_holds_nothing():
+    s = describe_sharded(
+        "w", local=torch.zeros(0), part_shape=(4,), mesh_shape=(2,), coordinate=None, placements=(Shard(0),)
+    )
+    assert s.pieces == ()
+    assert s.global_shape == (4,)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (Placed(tensor=torch.zeros(3, 2), placement=ParamPlacement(global_shape=(8, 2), index=1, count=2)), "says"),
+        (Placed(tensor=torch.zeros(4, 2), placement=ParamPlacement(global_shape=(8, 2), index=2, count=2)), "index 2"),
+        (Placed(tensor=torch.zeros(4), placement=ParamPlacement(global_shape=(8, 2), count=2)), "rank"),
+        (Placed(tensor=torch.zeros(4, 2), placement=ParamPlacement(global_shape=(8, 2), dim=2, count=2)), "dim 2"),
+        (
+            Placed(tensor=torch.zeros(4), placement=ParamPlacement(global_shape=(8,), boxes=((0, 0, 2), (6, 3, 2)))),
+            "follow local 2",
+        ),
+        (Placed(tensor=torch.zeros(4), placement=ParamPlacement(global_shape=(8,), boxes=((6, 0, 4),))), "stay in 8"),
+        (torch.zeros(2, dtype=torch.complex64), "dtype"),
+        (torch.zeros(2, device="meta"), "storage"),
+        (torch.zeros(2, 2).to_sparse(), "dense"),
+    ],
+)
+def test_impossible_tensors_are_refused_by_name(value, words):
+    with pytest.raises(CheckpointError, match=words) as caught:
+        describe("layer.w", value=value)
+    assert "layer.w" in str(caught.value)
+
+
+def test_every_problem_is_listed():
+    with pytest.raises(CheckpointError) as caught:
+        describe_all({name: torch.zeros(1, dtype=torch.complex64) for name in ("a.w", "b.w")})
+    assert "a.w" in str(caught.value)
+    assert "b.w" in str(caught.value)
+
+
+def test_partial_sums_are_refused():
+    with pytest.raises(CheckpointError, match="partial"):
+        describe_sharded(
+            "w", local=torch.zeros(4), part_shape=(4,), mesh_shape=(2,), coordinate=(0,), placements=(Partial(),)
+        )
+
+
+@pytest.mark.parametrize(
+    ("boxes", "words"),
+    [
+        ([((0, 0), (2, 4)), ((2, 0), (1, 4))], "cover 12 of 16"),
+        ([((0, 0), (3, 4)), ((2, 0), (2, 4))], "overlap"),
+        ([((0, 0), (4, 3)), ((0, 2), (4, 2))], "overlap"),
+        ([((0, 0), (4, 5))], "not inside"),
+        ([((0, 0), (4, 4)), ((1, 1), (1, 1))], "overlap"),
+        ([((0, 0), (2, 2)), ((2, 2), (2, 2)), ((0, 2), (2, 2)), ((2, 0), (2, 2))], None),
+    ],
+)
+def test_cover(boxes, words):
+    problem = cover_problem((4, 4), boxes=[Box(*box) for box in boxes])
+    assert (problem is None) if words is None else words in problem
+
+
+def test_ranks_must_agree_on_shape_and_dtype():
+    tables = [to_table([describe("w", value=torch.zeros(4))]), to_table([describe("w", value=torch.zeros(4).half())])]
+    with pytest.raises(CheckpointError, match="w: rank 1 says float16"):
+        make_plan(tables)
+
+
+def test_large_boxes_are_cut(monkeypatch):
+    monkeypatch.setattr(plan_module, "MAX_CHUNK_BYTES", 100)
+    for size in [(7, 5), (1, 90), (3, 1, 40), (1000,), ()]:
+        box = Box(tuple(range(len(size))), size)
+        parts = split_box(box, itemsize=4)
+        assert all(part.volume * 4 <= 100 for part in parts)
+        shifted = [Box(tuple(o - d for d, o in enumerate(part.offset)), part.size) for part in parts]
+        assert cover_problem(size, boxes=shifted) is None

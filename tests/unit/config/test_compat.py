@@ -1,0 +1,91 @@
+"""What a resume may change."""
+
+from __future__ import annotations
+
+import pytest
+
+from ecdit_train.config.compat import Change, check_resume, classes, diff
+from ecdit_train.config.convert import leaf_types, with_values
+from ecdit_train.errors import RunFolderError
+
+
+def test_every_key_has_a_class():
+    assert set(classes()) == set(leaf_types())
+
+
+@pytest.mark.parametrize(
+    ("key", "kind"),
+    [
+        ("model.layers", "identity"),
+        ("moe.experts", "identity"),
+        ("moe.combine", "free"),
+        ("diffusion.mask_ratio", "identity"),
+        ("encoders.text.width", "identity"),
+        ("encoders.text.path", "free"),
+        ("encoders.image.parameters", "free"),
+        ("encoders.image.scale", "identity"),
+        ("data.resolution", "identity"),
+        ("data.shards", "free"),
+        ("train.seed", "identity"),
+        ("train.global_batch", "identity"),
+        ("train.microbatch", "free"),
+        ("train.steps", "schedule"),
+        ("optim.kind", "identity"),
+        ("optim.lr", "schedule"),
+        ("optim.warmup_steps", "schedule"),
+        ("parallel.tp", "free"),
+        ("cluster.nodes", "free"),
+        ("sample.scope", "free"),
+        ("run", "free"),
+    ],
+)
+def test_class(key, kind):
+    assert classes()[key] == kind
+
+
+def test_equal_configurations_differ_in_nothing(base):
+    assert diff(base, base) == []
+    assert check_resume(base, base) == []
+
+
+def test_diff_lists_changes_in_order(base):
+    new = with_values(base, {"parallel.tp": 2, "model.layers": 30, "optim.lr": 1e-3})
+    assert diff(base, new) == [
+        Change(field="model.layers", old=28, new=30, kind="identity"),
+        Change(field="optim.lr", old=1e-4, new=1e-3, kind="schedule"),
+        Change(field="parallel.tp", old=1, new=2, kind="free"),
+    ]
+
+
+def test_free_changes_pass(base):
+    new = with_values(base, {"parallel.ep": 8, "run": "elsewhere", "cluster.nodes": 2, "train.microbatch": 8})
+    assert {c.field for c in check_resume(base, new)} == {"parallel.ep", "run", "cluster.nodes", "train.microbatch"}
+
+
+def test_schedule_changes_must_be_asked_for(base):
+    new = with_values(base, {"train.steps": 9, "optim.lr": 1e-3})
+    assert len(check_resume(base, new, {"train.steps", "optim.lr"})) == 2
+    with pytest.raises(RunFolderError) as caught:
+        check_resume(base, new, {"train.steps"})
+    assert str(caught.value) == (
+        "runs/default cannot be resumed with this configuration:\n"
+        "optim.lr: 0.0001 -> 0.001 (schedule): give optim.lr=0.001 on the command line if you mean it"
+    )
+
+
+def test_identity_changes_are_all_listed_and_never_allowed(base):
+    new = with_values(base, {"model.layers": 30, "train.seed": 1, "moe.combine": "deterministic"})
+    with pytest.raises(RunFolderError) as caught:
+        check_resume(base, new, {"model.layers", "train.seed"})
+    assert str(caught.value).splitlines() == [
+        "runs/default cannot be resumed with this configuration:",
+        "model.layers: 28 -> 30 (identity): another run; start a new run folder for it",
+        "train.seed: 0 -> 1 (identity): another run; start a new run folder for it",
+    ]
+
+
+@pytest.mark.parametrize(("router", "kind"), [("expert_choice", "identity"), ("dense", "free")])
+def test_microbatch_is_identity_where_it_is_the_pool(base, router, kind):
+    old = with_values(base, {"moe.scope": "batch", "moe.router": router})
+    (change,) = diff(old, with_values(old, {"train.microbatch": 8}))
+    assert change.kind == kind

@@ -1,0 +1,294 @@
+"""Composition, strict conversion, freezing and loading."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+
+import pytest
+
+from ecdit_train.config.compose import compose, conf_folder, freeze, groups, load, override, to_yaml
+from ecdit_train.config.convert import flatten, from_dict, leaf_types, to_dict, with_values
+from ecdit_train.config.describe import comments, differences, explain, keys
+from ecdit_train.config.validate import validate
+from ecdit_train.errors import ConfigError, RunFolderError
+
+EXPERIMENTS = groups()["experiment"]
+PAPER = {"dense_xl", "dense_xxl", "dense_3xl", "dense_m", "ec_dit_m_64e"}
+PAPER |= {f"ec_dit_{size}_{e}e" for size in ("xl", "xxl", "3xl") for e in (8, 16, 32)}
+PAPER |= {f"gshard_{size}_{e}e" for size in ("xl", "xxl") for e in (8, 16, 32)}
+TABLE_1 = {  # layers, width, heads, kv heads
+    "xl": (28, 1152, 18, 6),
+    "xxl": (38, 1536, 24, 6),
+    "3xl": (42, 2304, 36, 6),
+    "m": (38, 3072, 48, 12),
+    "m_dense46": (46, 3072, 48, 12),
+}
+
+
+def messages(call, *args, **kwargs) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        call(*args, **kwargs)
+    return str(caught.value).splitlines()
+
+
+# --- presets ---------------------------------------------------------------------------------------------------
+
+
+def test_there_is_every_preset():
+    assert set(EXPERIMENTS) == PAPER | {"shapes_tiny", "shapes_small"}
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_preset_is_valid_alone_and_on_its_cluster(name, preset):
+    cfg = preset(name)
+    assert cfg.experiment == name
+    assert cfg.run == f"runs/{name}"
+    validate(cfg)
+    validate(cfg, world=cfg.cluster.nodes * cfg.cluster.gpus_per_node)
+
+
+@pytest.mark.parametrize("name", sorted(PAPER))
+def test_paper_preset_is_the_papers(name, preset):
+    cfg = preset(name)
+    size = cfg.model.name
+    assert (cfg.model.layers, cfg.model.width, cfg.model.heads, cfg.model.kv_heads) == TABLE_1[size]
+    assert (cfg.train.steps, cfg.train.global_batch, cfg.data.resolution) == (800_000, 4096, 256)
+    assert (cfg.optim.kind, cfg.optim.lr, cfg.optim.warmup_steps) == ("rmsprop", 1e-4, 20_000)
+    assert (cfg.tokens_per_image, cfg.patches_per_image, cfg.train.microbatch % 8) == (128, 256, 0)
+    kind, experts = name.split("_")[0], name.rsplit("_", 1)[1]
+    assert cfg.moe.router == {"dense": "dense", "ec": "expert_choice", "gshard": "token_choice"}[kind]
+    if kind != "dense":
+        assert cfg.moe.experts == int(experts.removesuffix("e"))
+        assert (cfg.moe.group_size, cfg.moe.capacity_factor, cfg.moe.top_k) == (1024, 2.0, 2)
+        assert cfg.capacity == 2048 / cfg.moe.experts
+
+
+@pytest.mark.parametrize("debug", ["sanity", "overfit"])
+@pytest.mark.parametrize("name", ["shapes_tiny", "ec_dit_xl_8e", "gshard_xl_8e", "dense_m"])
+def test_debug_applies_to_any_experiment(name, debug):
+    cfg = compose([f"debug={debug}", f"experiment={name}"], local=False)
+    validate(cfg)
+    assert cfg.run == f"runs/{name}-{debug}"
+    assert cfg.observe.wandb == "disabled"
+
+
+def test_every_choice_of_every_group_composes():
+    """The n-th choice of all groups together: as few compositions as the largest group has choices."""
+    choices = {g: c for g, c in groups().items() if g not in ("local", "experiment")}  # experiments: tests above
+    for n in range(max(map(len, choices.values()))):
+        cfg = compose([f"{group}={names[n % len(names)]}" for group, names in choices.items()], local=False)
+        assert cfg.cluster.name == choices["cluster"][n % len(choices["cluster"])]
+
+
+def test_demo_fills_one_group_with_eight_images(preset):
+    cfg = preset("shapes_tiny")
+    assert (cfg.tokens_per_image, cfg.moe.group_size, cfg.capacity) == (32, 256, 64)
+
+
+# --- conf is a manual ------------------------------------------------------------------------------------------
+
+
+def test_every_key_has_a_comment():
+    assert [key for key in keys() if not comments().get(key)] == []
+
+
+def test_every_line_that_sets_something_has_a_comment():
+    bare = []
+    for path in sorted(conf_folder().rglob("*.yaml")):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        for before, line in zip(["", *lines], lines, strict=False):
+            stripped = line.strip()
+            sets = ":" in stripped and not stripped.startswith(("#", "-")) and not stripped.endswith(":")
+            if sets and " #" not in line and not before.strip().startswith("#"):
+                bare.append(f"{path.name}: {stripped}")
+    assert bare == []
+
+
+def test_every_file_says_what_it_is():
+    for path in conf_folder().rglob("*.yaml"):
+        assert path.read_text(encoding="utf-8").startswith("# "), path
+
+
+def test_explain_names_type_class_and_meaning():
+    text = explain("moe.experts")
+    assert text == "moe.experts: a whole number [identity]\nExperts in every sparse layer (E)."
+    assert explain("moe").startswith("moe: one of dense, expert_choice, token_choice")
+    assert messages(explain, "moe.expert") == ["moe.expert = None: unknown key; nearest valid: moe.experts"]
+
+
+# --- from the command line -------------------------------------------------------------------------------------
+
+
+def test_values_of_every_type():
+    cfg = compose(
+        [
+            "optim.lr=3",
+            "train.steps=7",
+            "parallel.compile=true",
+            "moe.scope=image",
+            "encoders.text.path=null",
+            "cluster.account=1234",
+            "cluster.time_limit=24:00:00",
+            "run=/tmp/a b",
+            "observe.prompts=[a b,'c, d']",
+            "cluster.env=['A=1']",
+        ],
+        local=False,
+    )
+    assert cfg.optim.lr == 3.0
+    assert isinstance(cfg.optim.lr, float)
+    assert (cfg.train.steps, cfg.parallel.compile, cfg.moe.scope) == (7, True, "image")
+    assert (cfg.encoders.text.path, cfg.cluster.account, cfg.cluster.time_limit) == (None, "1234", "24:00:00")
+    assert (cfg.run, cfg.observe.prompts, cfg.cluster.env) == ("/tmp/a b", ("a b", "c, d"), ("A=1",))
+
+
+def test_last_word_wins_also_for_groups():
+    cfg = compose(["train.seed=1", "model=m", "model=xl", "train.seed=2"], local=False)
+    assert (cfg.train.seed, cfg.model.name) == (2, "xl")
+
+
+def test_command_line_wins_over_experiment_and_debug():
+    cfg = compose(["train.steps=9", "debug=sanity", "experiment=ec_dit_xl_8e", "model=tiny"], local=False)
+    assert (cfg.train.steps, cfg.model.name, cfg.moe.experts) == (9, "tiny", 8)
+
+
+def test_experiment_can_be_switched_off():
+    assert compose(["experiment=null"], local=False).experiment == "default"
+
+
+def test_interpolation_is_resolved_then_typed():
+    assert compose(["train.microbatch=${train.global_batch}"], local=False).train.microbatch == 4096
+    assert messages(compose, ["train.microbatch=${run}"]) == [
+        "train.microbatch = 'runs/default': must be a whole number"
+    ]
+    assert "the configuration does not compose" in messages(compose, ["train.microbatch=${nope}"])[0]
+
+
+def test_composes_from_any_folder_without_torch(tmp_path):
+    code = (
+        "import sys\nfrom ecdit_train.config import compose, validate, compat, describe\nimport launch.submit\n"
+        "compose.compose(['experiment=ec_dit_xl_8e'])\nassert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+
+
+def test_local_values_take_part_and_can_be_left_out(tmp_path, monkeypatch):
+    import shutil
+
+    from ecdit_train.config import compose as module
+
+    shutil.copytree(conf_folder(), tmp_path / "conf")
+    (tmp_path / "conf" / "local").mkdir(exist_ok=True)
+    (tmp_path / "conf" / "local" / "default.yaml").write_text("# @package _global_\ncluster:\n  account: mine\n")
+    monkeypatch.setattr(module, "conf_folder", lambda: tmp_path / "conf")
+    groups.cache_clear()
+    try:
+        assert compose([]).cluster.account == "mine"
+        assert compose(["local=null"]).cluster.account is None
+        assert compose([], local=False).cluster.account is None
+    finally:
+        groups.cache_clear()
+
+
+# --- strict conversion -----------------------------------------------------------------------------------------
+
+
+def test_round_trip_through_dicts(base):
+    assert from_dict(to_dict(base)) == base
+
+
+def test_all_problems_of_a_tree_at_once(base):
+    tree = to_dict(base)
+    tree["model"]["widht"] = tree["model"].pop("width")
+    tree["moe"]["experts"] = 8.5
+    tree["moe"]["scope"] = "grop"
+    tree["optim"]["lr"] = True
+    tree["optim"]["eps"] = float("nan")
+    tree["parallel"]["compile"] = "yes"
+    tree["observe"]["prompts"] = ["a", 1.5]
+    tree["cluster"] = 3
+    tree["train"]["steps"] = "???"
+    assert messages(from_dict, tree) == [
+        "model.widht = 1152: unknown key; nearest valid: model.width",
+        "model.width = None: missing key",
+        "moe.experts = 8.5: must be a whole number; nearest valid: 8",
+        "moe.scope = 'grop': must be one of group, image, batch; nearest valid: group",
+        "train.steps = '???': must be given: a whole number",
+        "optim.lr = True: must be a number",
+        "optim.eps = nan: must be a number",
+        "parallel.compile = 'yes': must be true or false; nearest valid: true",
+        "observe.prompts[1] = 1.5: must be text",
+        "cluster = 3: must be a section with keys: "
+        + ", ".join(f.name for f in dataclasses.fields(type(base.cluster))),
+    ]
+
+
+def test_with_values_is_strict(base):
+    assert with_values(base, {"train.steps": 5, "observe.prompts": ("a",)}).observe.prompts == ("a",)
+    assert messages(with_values, base, {"train.step": 5}) == ["train.step = 5: unknown key; nearest valid: train.steps"]
+
+
+def test_keys_are_the_schemas_leaves(base):
+    assert tuple(flatten(base)) == keys() == tuple(leaf_types())
+    assert "encoders.text.width" in keys()
+    assert "encoders.text" not in keys()
+
+
+# --- frozen in the run folder ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["shapes_tiny", "ec_dit_m_64e"])
+def test_freeze_and_load(name, tmp_path):
+    cfg = compose([f"experiment={name}", "cluster=slurm_pyxis", "cluster.account='1e3'"], local=False)
+    path = freeze(cfg, tmp_path / "new" / "run")
+    assert path.name == "resolved.yaml"
+    assert load(path.parent) == cfg
+    assert path.read_text() == to_yaml(cfg)
+    assert os.listdir(path.parent) == ["resolved.yaml"]
+
+
+def test_freeze_leaves_the_old_file_when_it_fails(base, tmp_path, monkeypatch):
+    path = freeze(base, tmp_path)
+    before = path.read_text()
+
+    def broken(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", broken)
+    with pytest.raises(OSError, match="disk full"):
+        freeze(with_values(base, {"train.seed": 9}), tmp_path)
+    assert path.read_text() == before
+    assert os.listdir(tmp_path) == ["resolved.yaml"]
+
+
+def test_load_refuses_what_is_no_run_folder(tmp_path):
+    with pytest.raises(RunFolderError, match=r"is not a run folder: it has no resolved\.yaml"):
+        load(tmp_path)
+    (tmp_path / "resolved.yaml").write_text("a: [")
+    with pytest.raises(RunFolderError, match="cannot be read"):
+        load(tmp_path)
+
+
+def test_load_is_strict(base, tmp_path):
+    path = freeze(base, tmp_path)
+    path.write_text(path.read_text().replace("experts: 8", "num_experts: 8"))
+    assert messages(load, tmp_path) == [
+        "moe.num_experts = 8: unknown key; nearest valid: moe.experts",
+        "moe.experts = None: missing key",
+    ]
+
+
+def test_override_changes_a_stored_configuration():
+    cfg = compose(["experiment=ec_dit_xl_8e", "train.seed=5"], local=False)
+    changed = override(cfg, ["parallel=ep16", "train.steps=10"])
+    assert (changed.config.parallel.ep, changed.config.train.steps, changed.config.train.seed) == (16, 10, 5)
+    assert {"parallel.ep", "train.steps"} <= changed.explicit
+    assert "cannot be changed after the run was made" in messages(override, cfg, ["experiment=dense_xl"])[0]
+
+
+def test_differences_are_short(base):
+    cfg = with_values(base, {"train.steps": 9, "parallel.compile": True, "encoders.text.path": None})
+    assert differences(cfg, base) == ["encoders.text.path: null", "train.steps: 9", "parallel.compile: true"]

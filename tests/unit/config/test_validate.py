@@ -1,0 +1,238 @@
+"""Each rule with its exact message, and all of them at once. The default is EC-DiT-XL-8E on one process."""
+
+# ruff: noqa: E501 (exact messages)
+from __future__ import annotations
+
+import pytest
+
+from ecdit_train.config.cluster_rules import is_secret_name, seconds
+from ecdit_train.config.convert import with_values
+from ecdit_train.config.rules import is_whole
+from ecdit_train.config.validate import images_per_group, validate
+from ecdit_train.errors import ConfigError
+
+
+def broken(cfg, *, world=None) -> list[str]:
+    """Lines of the one ConfigError, or nothing."""
+    try:
+        validate(cfg, world=world)
+    except ConfigError as error:
+        return [str(problem) for problem in error.problems]
+    return []
+
+
+DENSE = {"moe.router": "dense", "moe.experts": 1, "moe.capacity_factor": 1.0}
+BATCH_SCOPE = {"moe.scope": "batch"}
+PIXELS = {"encoders.image.kind": "identity", "encoders.image.channels": 3, "encoders.image.factor": 1}
+
+RULES = [
+    # --- the network
+    ({"model.width": 1000}, "model.width = 1000: must be model.heads * 64 = 18 * 64 = 1152; nearest valid: 1152"),
+    ({"model.kv_heads": 5}, "model.kv_heads = 5: must divide model.heads = 18; nearest valid: 6"),
+    ({"model.text_width": 1500}, "model.text_width = 1500: must be a multiple of 64; nearest valid: 1472"),
+    ({"model.layers": 0, **DENSE}, "model.layers = 0: must be at least 1; nearest valid: 1"),
+    ({"model.layers": 1}, "model.layers = 1: must be at least 2 with moe.router expert_choice: layers 2, 4, ... carry "
+     "the experts; nearest valid: 2"),
+    ({"model.text_refiner_layers": -1}, "model.text_refiner_layers = -1: must be at least 0; nearest valid: 0"),
+    # --- experts
+    ({"moe.experts": 0}, "moe.experts = 0: must be at least 1; nearest valid: 1"),
+    ({"moe.experts": 7}, "moe.experts = 7: capacity = pool * capacity_factor / experts = 1024 * 2 / 7 = 292.571 must be "
+     "whole; nearest valid: 8"),
+    ({"moe.capacity_factor": 1.3}, "moe.capacity_factor = 1.3: capacity = pool * capacity_factor / experts = 1024 * 1.3 "
+     "/ 8 = 166.4 must be whole; nearest valid: 1.3125"),
+    ({"moe.capacity_factor": 0.0}, "moe.capacity_factor = 0.0: must be greater than 0"),
+    ({"moe.capacity_factor": 9.0}, "moe.capacity_factor = 9.0: must not exceed moe.experts = 8: an expert cannot take a "
+     "token twice; nearest valid: 8.0"),
+    ({"moe.router": "token_choice", "moe.top_k": 9}, "moe.top_k = 9: must not exceed moe.experts = 8; nearest valid: 8"),
+    ({"moe.group_size": 1000}, "moe.group_size = 1000: must hold whole images of 128 kept patches; nearest valid: 1024"),
+    ({"moe.balance_weight": -0.1}, "moe.balance_weight = -0.1: must be at least 0; nearest valid: 0"),
+    # --- image and mask
+    ({"data.resolution": 250}, "data.resolution = 250: must be a multiple of encoders.image.factor * model.patch = 8 * 2 "
+     "= 16; nearest valid: 256"),
+    ({"diffusion.mask_ratio": 0.3}, "diffusion.mask_ratio = 0.3: must keep a whole number of the 256 patches, keeps "
+     "179.2; nearest valid: 0.5"),
+    ({"diffusion.mask_ratio": 1.0}, "diffusion.mask_ratio = 1.0: must be at least 0 and below 1"),
+    ({"diffusion.caption_drop": 1.5}, "diffusion.caption_drop = 1.5: must be between 0 and 1; nearest valid: 1.0"),
+    ({"diffusion.caption_drop": -0.5}, "diffusion.caption_drop = -0.5: must be between 0 and 1; nearest valid: 0.0"),
+    ({"diffusion.timestep_std": 0.0}, "diffusion.timestep_std = 0.0: must be greater than 0"),
+    # --- sampling
+    ({"sample.scope": "group", "sample.group_size": 500}, "sample.group_size = 500: must hold whole images of 256 "
+     "patches; nearest valid: 512"),
+    ({"moe.capacity_factor": 1.0, "moe.experts": 1024, "sample.scope": "group"}, "sample.group_size = 512: sampling "
+     "capacity = pool * capacity_factor / experts = 512 * 1 / 1024 = 0.5 must be whole; nearest valid: 1024"),
+    ({"moe.capacity_factor": 1.0, "moe.experts": 512}, "sample.scope = 'image': sampling capacity = pool * "
+     "capacity_factor / experts = 256 * 1 / 512 = 0.5 must be whole; nearest valid: group"),
+    ({"sample.steps": 0}, "sample.steps = 0: must be at least 1; nearest valid: 1"),
+    # --- encoders
+    ({"encoders.text.path": None}, "encoders.text.path = None: must be a local folder with config.json and safetensors "
+     "weights when kind is t5; nearest valid: encoders/t5"),
+    ({"encoders.image.path": None}, "encoders.image.path = None: must be a local folder with config.json and safetensors "
+     "weights when kind is kl; nearest valid: encoders/vae"),
+    ({**PIXELS, "encoders.image.channels": 8, "data.resolution": 32}, "encoders.image.channels = 8: must be 3: kind "
+     "identity gives RGB pixels; nearest valid: 3"),
+    ({"encoders.image.kind": "identity", "encoders.image.channels": 3}, "encoders.image.factor = 8: must be 1: kind "
+     "identity does not downsample; nearest valid: 1"),
+    # --- batch and schedule
+    ({"train.microbatch": 60}, "train.microbatch = 60: must be a multiple of the 8 images of a routing group (1024 tokens "
+     "/ 128 per image); nearest valid: 64"),
+    ({"train.microbatch": 48}, "train.microbatch = 48: must divide train.global_batch = 4096; nearest valid: 32"),
+    ({"train.global_batch": 4100}, "train.global_batch = 4100: must be a multiple of the 8 images of a routing group "
+     "(moe.group_size 1024); nearest valid: 4096"),
+    ({"optim.warmup_steps": 800_000}, "optim.warmup_steps = 800000: must be below train.steps = 800000; nearest valid: "
+     "799999"),
+    ({"optim.lr": 0.0}, "optim.lr = 0.0: must be greater than 0"),
+    ({"optim.momentum": 1.0}, "optim.momentum = 1.0: must be at least 0 and below 1"),
+    ({"optim.ema_decay": -1.0}, "optim.ema_decay = -1.0: must be at least 0 and below 1; nearest valid: 0.0"),
+    ({"observe.prompts": ()}, "observe.prompts = (): must not be empty while observe.sample_every = 5000; nearest valid: "
+     "observe.sample_every=0"),
+    ({"run": " "}, "run = ' ': must not be empty"),
+    # --- layout, without the number of ranks
+    ({"parallel.tp": 12, **DENSE}, "parallel.tp = 12: must divide model.heads = 18; nearest valid: 6"),
+    ({"parallel.tp": 9, **DENSE}, "parallel.tp = 9: must be a multiple of model.kv_heads = 6; nearest valid: 6"),
+    ({"parallel.tp": 3}, "parallel.tp = 3: must divide the capacity = 256: each tp rank carries its share of an expert's "
+     "slots; nearest valid: 2"),
+    ({"parallel.ep": 3}, "parallel.ep = 3: must divide moe.experts = 8; nearest valid: 2"),
+    ({"parallel.ep": 2, **DENSE}, "parallel.ep = 2: must be 1 with moe.router dense: no experts; nearest valid: 1"),
+    ({"parallel.sequence_parallel": True}, "parallel.sequence_parallel = True: needs parallel.tp > 1, which is 1; nearest "
+     "valid: false"),
+    ({"parallel.overlap_chunks": 3}, "parallel.overlap_chunks = 3: must divide the 8 routing groups of a microbatch; "
+     "nearest valid: 2"),
+    ({"parallel.dp_shard": 0}, "parallel.dp_shard = 0: must be at least 1, or -1 for the ranks that are left; nearest "
+     "valid: -1"),
+    # --- machine room
+    ({"cluster.time_limit": "90"}, "cluster.time_limit = '90': must be HH:MM:SS or D-HH:MM:SS; nearest valid: 1-00:00:00"),
+    ({"cluster.signal_lead": 3600}, "cluster.signal_lead = 3600: must be below cluster.time_limit = 01:00:00 (3600 s); "
+     "nearest valid: 360"),
+    ({"cluster.gemm_efficiency": 1.2}, "cluster.gemm_efficiency = 1.2: must not exceed 1; nearest valid: 1.0"),
+    ({"cluster.partition": "a b"}, "cluster.partition = 'a b': must be one word without quotes or shell signs, or null"),
+    ({"cluster.modules": ("cuda", "x;y")}, "cluster.modules = 'x;y': must be one word without quotes or shell signs"),
+    ({"cluster.env": ("OK=1", "no equals")}, "cluster.env = 'no equals': must be NAME=value on one line"),
+    ({"cluster.env": ("WANDB_API_KEY=abc123",)}, "cluster.env = 'WANDB_API_KEY=...': looks like a secret; configs and job "
+     "scripts are copied around, so export it in your shell or read it from a 0600 file"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("values", "message"), RULES)
+def test_rule(base, values, message):
+    assert broken(with_values(base, values)) == [message]
+
+
+WORLD_RULES = [
+    ({"parallel.tp": 6, **DENSE}, 16, "parallel.tp = 6: dp_replicate * tp = 1 * 6 = 6 must divide the world of 16 ranks; "
+     "nearest valid: 2"),
+    ({"parallel.dp_replicate": 3}, 8, "parallel.dp_replicate = 3: dp_replicate * tp = 3 * 1 = 3 must divide the world of "
+     "8 ranks; nearest valid: 2"),
+    ({"parallel.dp_shard": 4}, 8, "parallel.dp_shard = 4: dp_replicate * dp_shard * tp = 1 * 4 * 1 = 4 must equal the "
+     "world of 8 ranks; nearest valid: 8"),
+    ({"parallel.ep": 8}, 4, "parallel.ep = 8: must divide the world of 4 ranks (edp * ep = world); nearest valid: 4"),
+    ({}, 128, "train.microbatch = 64: dp * microbatch = 128 * 64 = 8192 must divide train.global_batch = 4096; nearest "
+     "valid: 32"),
+    ({}, 3, "train.global_batch = 4096: dp * microbatch = 3 * 64 = 192 must divide train.global_batch = 4096; nearest "
+     "valid: 4032"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("values", "world", "message"), WORLD_RULES)
+def test_rule_of_a_world(base, values, world, message):
+    assert broken(with_values(base, values)) == []
+    assert broken(with_values(base, values), world=world) == [message]
+
+
+ONLY_OWN_RULE = {("moe.experts", 1), ("encoders.image.factor", 1)}
+"""Suggestions that satisfy their rule but ask for a second change (capacity factor; group size of larger images)."""
+
+
+@pytest.mark.parametrize(("values", "message"), RULES)
+def test_nearest_value_is_valid(base, values, message):
+    """What a message suggests must work, when it is a value of the named field."""
+    with pytest.raises(ConfigError) as caught:
+        validate(with_values(base, values))
+    (problem,) = caught.value.problems
+    nearest = {"false": False}.get(str(problem.nearest), problem.nearest)
+    if nearest is None or "=" in str(nearest) or (problem.field, nearest) in ONLY_OWN_RULE:
+        return
+    validate(with_values(base, {**values, problem.field: nearest}))
+
+
+@pytest.mark.parametrize(("values", "world", "message"), WORLD_RULES)
+def test_nearest_value_of_a_world_is_valid(base, values, world, message):
+    with pytest.raises(ConfigError) as caught:
+        validate(with_values(base, values), world=world)
+    (problem,) = caught.value.problems
+    validate(with_values(base, {**values, problem.field: problem.nearest}), world=world)
+
+
+def test_all_problems_at_once(base):
+    values = {
+        "model.width": 1000,
+        "model.kv_heads": 5,
+        "moe.experts": 7,
+        "train.microbatch": 60,
+        "optim.warmup_steps": 900_000,
+        "parallel.ep": 3,
+        "parallel.sequence_parallel": True,
+        "cluster.env": ("A_TOKEN=1",),
+        "encoders.text.path": None,
+    }
+    fields = [line.split(" = ")[0] for line in broken(with_values(base, values), world=8)]
+    assert sorted(fields) == sorted(values)
+
+
+def test_dense_asks_nothing_about_groups(base):
+    odd = {**DENSE, "moe.group_size": 1000, "train.microbatch": 1, "train.global_batch": 3}
+    assert broken(with_values(base, odd)) == []
+
+
+def test_image_and_batch_scope_ask_nothing_about_group_size(base):
+    for scope in ("image", "batch"):
+        assert broken(with_values(base, {"moe.scope": scope, "moe.group_size": 1000, "train.microbatch": 1})) == []
+
+
+def test_batch_scope_counts_the_microbatch(base):
+    cfg = with_values(base, {**BATCH_SCOPE, "moe.experts": 256, "train.microbatch": 2})
+    assert cfg.capacity == 2
+    assert broken(cfg) == []
+    assert len(broken(with_values(cfg, {"parallel.overlap_chunks": 2}))) == 1  # the pool is one group
+
+
+def test_tensor_parallel_may_exceed_kv_heads_evenly(base):
+    ok = {"model.heads": 24, "model.width": 1536, "model.kv_heads": 2, **DENSE}
+    assert broken(with_values(base, {**ok, "parallel.tp": 8})) == []
+    assert broken(with_values(base, {**ok, "parallel.tp": 2})) == []
+    assert len(broken(with_values(base, {**ok, "parallel.tp": 3}))) == 1
+
+
+def test_sequence_parallel_with_tensor_parallel(base):
+    assert broken(with_values(base, {"parallel.sequence_parallel": True, "parallel.tp": 2}), world=8) == []
+
+
+@pytest.mark.parametrize("layout", [(1, -1, 2, 8), (2, -1, 1, 4), (2, 2, 2, 8), (1, 8, 1, 1), (1, 4, 2, 2)])
+def test_good_layouts_of_eight_ranks(base, layout):
+    names = ("dp_replicate", "dp_shard", "tp", "ep")
+    values = {f"parallel.{name}": value for name, value in zip(names, layout, strict=True)}
+    assert broken(with_values(base, values), world=8) == []
+
+
+def test_images_per_group(base):
+    assert images_per_group(base) == 8
+    assert images_per_group(with_values(base, DENSE)) == 1
+    assert images_per_group(with_values(base, {"moe.scope": "image"})) == 1
+
+
+def test_secret_names_and_times():
+    assert all(map(is_secret_name, ["HF_TOKEN", "WANDB_API_KEY", "APIKEY", "db_password", "AWS_SECRET", "MY_KEYS"]))
+    assert not any(map(is_secret_name, ["TOKENIZERS_PARALLELISM", "NCCL_IB_HCA", "KEYBOARD", "PATH"]))
+    assert [seconds(t) for t in ("00:00:10", "24:00:00", "2-01:00:00")] == [10, 86_400, 176_400]
+    assert [seconds(t) for t in ("10", "1:2:3", "00:60:00")] == [None, None, None]
+
+
+def test_a_secret_is_never_printed(base):
+    lines = broken(with_values(base, {"cluster.env": ("HF_TOKEN=hf_planted", "PROXY=http://me:hf_planted@host")}))
+    assert len(lines) == 2
+    assert "hf_planted" not in "\n".join(lines)
+
+
+def test_whole_numbers_survive_floating_point():
+    assert is_whole(256 * (1 - 0.3125))
+    assert is_whole(0.1 * 30)
+    assert not is_whole(2.5)

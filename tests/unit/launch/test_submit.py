@@ -1,0 +1,71 @@
+"""Run folders on the login node, and sbatch's answers."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from ecdit_train.config.compose import compose, load
+from ecdit_train.config.convert import with_values
+from ecdit_train.errors import ConfigError, RunFolderError
+from launch.submit import SubmitError, prepare, submit
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return compose(["experiment=shapes_tiny", "cluster=h100_ib400", "cluster.nodes=1", "cluster.gpus_per_node=2"])
+
+
+def fake_sbatch(folder, body: str) -> None:
+    path = folder / "sbatch"
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+
+
+def test_prepare_fills_the_run_folder(demo, tmp_path):
+    cfg = with_values(demo, {"run": str(tmp_path / "runs" / "demo")})
+    script = prepare(cfg)
+    assert script == tmp_path / "runs" / "demo" / "job.sh"
+    assert sorted(os.listdir(script.parent)) == ["job.sh", "logs", "resolved.yaml"]
+    assert load(script.parent) == cfg
+    assert os.access(script, os.X_OK)
+    assert f"run={script.parent}\n" in script.read_text()
+
+
+def test_preparing_twice_is_fine_with_the_same_configuration(demo, tmp_path):
+    cfg = with_values(demo, {"run": str(tmp_path / "demo")})
+    assert prepare(cfg).read_text() == prepare(cfg).read_text()
+    with pytest.raises(RunFolderError) as caught:
+        prepare(with_values(cfg, {"train.seed": 1, "optim.lr": 0.5}))
+    assert "holds another configuration" in str(caught.value)
+    assert "train.seed: 0 -> 1 (identity)" in str(caught.value)
+    assert load(tmp_path / "demo") == cfg
+
+
+def test_prepare_checks_the_layout_before_it_writes(demo, tmp_path):
+    cfg = with_values(demo, {"run": str(tmp_path / "demo"), "parallel.tp": 2, "cluster.gpus_per_node": 3})
+    with pytest.raises(ConfigError, match="must divide the world of 3 ranks"):
+        prepare(cfg)
+    assert not (tmp_path / "demo").exists()
+
+
+@pytest.mark.parametrize("answer", ["4711", "4711;cluster"])
+def test_submit_returns_the_job_id(tmp_path, monkeypatch, answer):
+    fake_sbatch(tmp_path, f'[ "$1" = --parsable ] && echo "{answer}"')
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert submit(tmp_path / "job.sh") == 4711
+
+
+def test_submit_says_what_sbatch_said(tmp_path, monkeypatch):
+    fake_sbatch(tmp_path, "echo 'Invalid account' >&2; exit 2")
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    with pytest.raises(SubmitError, match=r"sbatch refused job\.sh \(exit code 2\): Invalid account"):
+        submit("job.sh")
+
+
+def test_submit_without_slurm_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SubmitError, match=r"sbatch was not found: runs/x/job\.sh is ready"):
+        submit("runs/x/job.sh")
+    assert SubmitError.exit_code == 83

@@ -1,0 +1,113 @@
+"""Windows of metrics, and that every logged name is described."""
+
+from __future__ import annotations
+
+import time
+from typing import Literal
+
+import pytest
+import torch
+from observe_demo_run import assignments, picture
+from torch import Tensor
+
+from ecdit_train.observe.metrics import METRICS, MetricWindow, metric_key, undocumented
+from ecdit_train.observe.routing import routing_scalars
+
+GROUPS = {"train", "optim", "moe", "perf", "data"}
+
+
+def window(**more: float) -> MetricWindow:
+    return MetricWindow(device="cpu", images_per_step=64, tokens_per_step=2048, **more)
+
+
+def test_reductions_over_a_window() -> None:
+    w = window()
+    for n in (1.0, 2.0, 6.0):
+        w.add("train/loss", torch.tensor(n, requires_grad=True))
+        w.add("optim/grad_norm_max", torch.tensor(n))
+        w.add("optim/lr", n / 10)
+        w.add("data/substituted", n)
+        w.step_done()
+    record = w.flush()
+    assert record["train/loss"] == 3.0
+    assert record["optim/grad_norm_max"] == 6.0
+    assert record["optim/lr"] == pytest.approx(0.6)
+    assert record["data/substituted"] == 9.0
+    assert "train/loss" not in w.flush()
+
+
+def test_throughput_stall_and_mfu() -> None:
+    w = window(flops_per_step=1e9, peak_flops=1e11)
+    with w.waiting():
+        time.sleep(0.05)
+    time.sleep(0.05)
+    with w.paused():
+        time.sleep(0.3)
+    w.step_done()
+    w.step_done()
+    record = w.flush()
+    assert 0.04 < record["perf/step_s"] < 0.1
+    assert record["perf/images_per_s"] == pytest.approx(64 / record["perf/step_s"])
+    assert record["perf/tokens_per_s"] == pytest.approx(2048 / record["perf/step_s"])
+    assert record["perf/mfu"] == pytest.approx(0.01 / record["perf/step_s"])
+    assert 0.35 < record["data/stall_frac"] < 0.65
+    assert not {"perf/mfu", "perf/memory_gib"} & set(window().flush())
+
+
+def test_ranks_reduce_as_the_table_says() -> None:
+    """Two ranks of equal values but for a factor 3: mean 2, max 3, sum 4 times those of the first."""
+
+    def all_reduce(vector: Tensor, *, op: Literal["mean", "max", "sum"]) -> Tensor:
+        return vector * {"mean": 2, "max": 3, "sum": 4}[op]
+
+    w = window()
+    w.add_all({"train/loss": 1.0, "optim/grad_norm_max": 1.0, "data/substituted": 1.0, "optim/lr": 1.0})
+    record = w.flush(all_reduce)
+    assert {k: record[k] for k in ("train/loss", "optim/grad_norm_max", "data/substituted", "optim/lr")} == {
+        "train/loss": 2.0,
+        "optim/grad_norm_max": 3.0,
+        "data/substituted": 4.0,
+        "optim/lr": 2.0,
+    }
+
+
+def test_an_undescribed_name_cannot_be_logged() -> None:
+    with pytest.raises(AssertionError, match="train/losss"):
+        window().add("train/losss", 1.0)
+
+
+def test_the_table_describes_what_observe_logs_and_nothing_else_of_it() -> None:
+    images = torch.stack([torch.from_numpy(picture(n, noise=0.1)) for n in range(2)]).numpy()
+    routing = routing_scalars(assignments(images, t=0.5)) | routing_scalars(
+        assignments(images, t=0.5, token_choice=True)
+    )
+    assert undocumented(routing) == set()
+    assert {metric_key(k) for k in routing} == {k for k in METRICS if k.startswith("moe/")}
+    w = window(flops_per_step=1.0, peak_flops=1.0)
+    w.step_done()
+    measured = w.flush()
+    assert undocumented(measured) == set()
+    assert {k for k in METRICS if k.startswith("perf/")} - set(measured) == {"perf/memory_gib"}  # CUDA only
+
+
+def test_descriptions() -> None:
+    for name, metric in METRICS.items():
+        assert name.split("/")[0] in GROUPS
+        assert metric.unit
+        assert len(metric.question) > 10
+        assert str(metric).endswith(f"[{metric.unit}; {metric.reduction}]")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_adding_does_not_synchronise() -> None:
+    w = MetricWindow(device="cuda", images_per_step=1, tokens_per_step=1)
+    value = torch.ones((), device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            w.add("train/loss", value)
+            w.add("optim/grad_norm_max", value)
+            w.step_done()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert w.flush()["train/loss"] == 1.0

@@ -1,0 +1,205 @@
+"""Pictures that show something, and a report that stands alone."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from observe_demo_run import PROMPTS, build, picture, routing_maps
+from PIL import Image
+
+from ecdit_train.errors import RunFolderError
+from ecdit_train.observe import folder
+from ecdit_train.observe.charts import Curve, line_chart, number
+from ecdit_train.observe.figures import allocation_heatmap, allocation_layers, loss_curve, sample_grid, smooth
+from ecdit_train.observe.report import MAX_GRIDS, write_report
+from ecdit_train.observe.sinks import read_jsonl
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path).convert("RGB")).astype(float)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("runs") / "demo", steps=500, grids=3)
+
+
+# --- figures ---------------------------------------------------------------------------------------------------------
+
+
+def test_sample_grid_enlarges_without_blur_and_writes_captions(tmp_path: Path) -> None:
+    images = np.stack([picture(n, noise=0.1) for n in range(5)])
+    grid = pixels(sample_grid(images, PROMPTS[:5], tmp_path / "a.png", columns=3))
+    gap = 12
+    assert grid.shape[1] == gap + 3 * (128 + gap)
+    np.testing.assert_array_equal(grid[gap + 2 : gap + 126 : 4, gap + 2 : gap + 126 : 4], images[0][:31, :31])
+    below = grid[gap + 128 + 4 : gap + 128 + 20, gap : gap + 128]
+    assert below.std() > 20  # text
+    plain = pixels(sample_grid(images, [""] * 5, tmp_path / "b.png", columns=3))
+    assert plain[gap + 128 + 4 : gap + 128 + 16, gap : gap + 128].std() == 0
+
+
+def test_sample_grid_leaves_large_pictures_alone(tmp_path: Path) -> None:
+    large = np.zeros((1, 256, 256, 3), np.uint8)
+    assert pixels(sample_grid(large, ["x"], tmp_path / "a.png")).shape[1] < 256 + 60
+
+
+def test_figures_show_something(tmp_path: Path, run: Path) -> None:
+    maps = routing_maps(100)
+    for path in (
+        loss_curve(read_jsonl(folder.metrics_path(run)), tmp_path / "loss.png"),
+        allocation_heatmap(maps, tmp_path / "steps.png"),
+        allocation_layers(maps, tmp_path / "layers.png", timestep=0, images=(0, 2)),
+    ):
+        image = pixels(path)
+        assert min(image.shape[:2]) > 200
+        assert image.std() > 10
+
+
+def test_heatmap_differs_where_counts_differ(tmp_path: Path) -> None:
+    """One patch of one map raised: only that panel (and the scale) may change."""
+    maps = routing_maps(100)
+    before = pixels(allocation_heatmap(maps, tmp_path / "a.png"))
+    top = int(maps.counts[:, :, 0].max())
+    place = np.argwhere(maps.counts[-1, 0, 0] < top)[0]
+    maps.counts[-1, 0, 0][tuple(place)] = top
+    after = pixels(allocation_heatmap(maps, tmp_path / "b.png"))
+    changed = np.abs(before - after).sum(-1) > 0
+    rows, columns = np.flatnonzero(changed.any(1)), np.flatnonzero(changed.any(0))
+    assert changed.any()
+    assert rows.max() - rows.min() < 40  # a panel of 8 x 8 patches is about 195 pixels
+    assert columns.max() - columns.min() < 40
+
+
+def test_a_prompt_is_text_and_not_mathematics(tmp_path: Path) -> None:
+    maps = routing_maps(100)
+    odd = type(maps)(**{**vars(maps), "prompts": ("$x_{", "a", "b", "<script>alert(1)</script>")})
+    allocation_heatmap(odd, tmp_path / "a.png")
+
+
+# --- charts ----------------------------------------------------------------------------------------------------------
+
+
+def test_chart_edge_cases() -> None:
+    def chart(x: list[float], y: list[float]) -> str:
+        return line_chart([Curve(label="<l>", x=x, y=y, color="#000")], title="T")
+
+    assert line_chart([], title="T") == ""
+    assert chart([], []) == ""
+    assert "circle" in chart([5], [1.0])
+    assert "&lt;l&gt;" in chart([1, 2], [0.0, 0.0])
+    assert "log scale" in chart([1, 2], [1e-4, 1.0])
+    long = chart([float(n) for n in range(5000)], [float(n % 7) for n in range(5000)])
+    assert len(long) < 60_000
+    assert "nan" not in long
+
+
+def test_numbers_read_well() -> None:
+    assert [number(v) for v in (0, 1500, 0.03823, 2.5e-5, 96000.0, 12_345_678, 811.62)] == [
+        "0",
+        "1,500",
+        "0.03823",
+        "2.5e-05",
+        "96,000",
+        "12.35M",
+        "811.6",
+    ]
+
+
+def test_smoothing_keeps_a_constant_and_the_length() -> None:
+    assert smooth([2.0] * 100) == pytest.approx([2.0] * 100)
+    assert smooth([1.0, 5.0]) == [1.0, 5.0]  # nothing to average over
+    assert smooth([]) == []
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+class Links(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.images = 0
+        self.stack: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.images += tag == "img"
+        self.found += [v or "" for k, v in attrs if k in ("src", "href", "srcset", "action", "data")]
+        if tag not in ("meta", "img", "input", "line", "circle", "polyline", "br"):
+            self.stack.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in ("line", "circle", "polyline"):
+            assert self.stack.pop() == tag, f"</{tag}> closes nothing"
+
+
+def parse(page: str) -> Links:
+    links = Links()
+    links.feed(page)
+    assert links.stack == []
+    return links
+
+
+def test_report_is_whole_and_stands_alone(run: Path) -> None:
+    path = write_report(run)
+    assert path == run / "report.html"
+    page = path.read_text()
+    links = parse(page)
+    assert all(v.startswith("data:image/png;base64,") for v in links.found)
+    assert not re.search(r"(src|href)\s*=\s*[\"']?\s*(https?:)?//", page)
+    assert "@import" not in page
+    assert "url(" not in page
+    for step in (166, 333, 500):
+        assert f'data-label="step {step:,}"' in page
+    assert links.images == 3 + 4 + 1  # grids, one heatmap per prompt, the layers at one moment
+    for text in (
+        "demo_shapes",
+        "expert_choice",
+        "a red circle",
+        "two objects",
+        "heun",
+        "moe/entropy",
+        "Is it learning?",
+    ):
+        assert text in page
+
+
+def test_report_of_a_bare_folder(tmp_path: Path) -> None:
+    parse(write_report(tmp_path).read_text())
+    with pytest.raises(RunFolderError):
+        write_report(tmp_path / "missing")
+
+
+def test_report_survives_damage_and_hides_secrets(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1, "time": 1, "train/loss": 0.5}\n{"step": 2, "time": 2, "train/loss": null}\n{"st'
+    )
+    (tmp_path / "resolved.yaml").write_text("experiment: <b>x</b>\ncluster: {env: [HF_TOKEN=abcdef]}\n")
+    (tmp_path / "routing").mkdir()
+    (tmp_path / "routing/step_00000001.npz").write_bytes(b"PK rubbish")
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation/a.json").write_text("{broken")
+    page = write_report(tmp_path).read_text()
+    parse(page)
+    assert "<b>x</b>" not in page
+    assert "abcdef" not in page
+
+
+def test_a_long_run_keeps_first_and_last_grid(tmp_path: Path) -> None:
+    for step in range(1, MAX_GRIDS + 12):
+        sample_grid(np.full((1, 8, 8, 3), step, np.uint8), [""], folder.samples_path(tmp_path, step=step), scale=8)
+    page = write_report(tmp_path).read_text()
+    assert parse(page).images == MAX_GRIDS
+    assert 'data-label="step 1"' in page
+    assert f'data-label="step {MAX_GRIDS + 11}"' in page
+
+
+def test_samples_say_how_they_were_drawn(run: Path) -> None:
+    about = json.loads(folder.samples_path(run, step=500).with_suffix(".json").read_text())
+    assert set(about) == {"step", "prompts", "guidance", "sampler", "steps", "seed", "scope"}
+    assert about["prompts"] == list(PROMPTS)

@@ -1,0 +1,107 @@
+"""Routing scalars against numbers worked out by hand, and maps that add up."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from observe_demo_run import assignments, picture, routing_maps
+
+from ecdit_train.errors import RunFolderError
+from ecdit_train.model.router import Assignment
+from ecdit_train.observe.routing import RoutingMaps, count_maps, gate_maps, routing_scalars, sparse_layers
+
+
+def by_hand(*, filled: bool = False) -> Assignment:
+    """E = 2, G = 1, C = 2, S = 4: expert 0 takes tokens 0 and 1, expert 1 takes 0 and 2; nobody takes 3."""
+    p = torch.tensor([[0.5, 0.5], [1.0, 0.0], [0.0, 1.0], [0.5, 0.5]])
+    return Assignment(
+        index_EGC=torch.tensor([[[0, 1]], [[0, 2]]]),
+        gate_EGC=torch.tensor([[[0.5, 1.0]], [[0.5, 0.0]]]),
+        filled_EGC=torch.tensor([[[True, True]], [[True, False]]]) if filled else None,
+        probability_GSE=p[None],
+        balance_loss=None,
+    )
+
+
+def test_expert_choice_by_hand() -> None:
+    """Counts are 2, 1, 1, 0: mean 1, variance (1 + 0 + 0 + 1) / 4."""
+    s = {k: float(v) for k, v in routing_scalars([by_hand()]).items()}
+    assert s["moe/L2/dropped_frac"] == 0.25
+    assert s["moe/L2/experts_per_token_std"] == pytest.approx(math.sqrt(0.5))
+    assert s["moe/L2/experts_per_token_max"] == 2
+    assert s["moe/L2/entropy"] == pytest.approx(0.5)  # two tokens undecided, two certain
+    assert s["moe/L2/gate_mean"] == 0.5
+    assert "moe/L2/load_cv" not in s
+    assert "moe/L2/overflow_frac" not in s
+
+
+def test_token_choice_by_hand() -> None:
+    """Loads 2 and 1: mean 1.5, standard deviation 0.5; three of four choices of top-1 routing are served."""
+    s = {k: float(v) for k, v in routing_scalars([by_hand(filled=True)], top_k=1).items()}
+    assert s["moe/L2/load_cv"] == pytest.approx(1 / 3)
+    assert s["moe/L2/overflow_frac"] == 0.25
+    assert s["moe/L2/gate_mean"] == pytest.approx(2 / 3)
+    assert s["moe/L2/dropped_frac"] == 0.5
+    assert float(routing_scalars([by_hand(filled=True)], top_k=2)["moe/overflow_frac"]) == 1 - 3 / 8
+
+
+def test_over_layers() -> None:
+    """A second layer in which the dropped token is taken: nothing is dropped everywhere."""
+    other = by_hand()
+    other.index_EGC[1, 0, 0] = 3  # counts 1, 1, 1, 1
+    s = routing_scalars([by_hand(), other])
+    assert sparse_layers(2) == (2, 4)
+    assert float(s["moe/dropped_frac"]) == 0.125
+    assert float(s["moe/dropped_everywhere_frac"]) == 0.0
+    assert float(s["moe/experts_per_token_max"]) == 2
+    assert float(routing_scalars([by_hand()])["moe/dropped_everywhere_frac"]) == 0.25
+    assert routing_scalars([]) == {}
+
+
+def test_maps_add_up_to_all_slots() -> None:
+    images = np.stack([picture(n, noise=0.2) for n in range(4)])
+    called = assignments(images, t=0.8)
+    counts = count_maps(called, batch=4, side=8)
+    assert counts.shape == (3, 4, 8, 8)
+    E, G, C = called[0].index_EGC.shape
+    assert counts.sum((1, 2, 3)).tolist() == [E * C * G] * 3
+    assert counts.flatten(2).sum(-1).eq(E * C).all()  # pools of one image
+    gates = gate_maps(called, batch=4, side=8)
+    assert gates.sum((1, 2, 3)).tolist() == pytest.approx([float(a.gate_EGC.sum()) for a in called], rel=1e-5)
+    assert ((gates > 0) == (counts > 0)).all()
+    # In token choice, slots that stay empty are nobody's.
+    called = assignments(images, t=0.8, token_choice=True, capacity_factor=1.0)
+    assert count_maps(called, batch=4, side=8).sum((1, 2, 3)).tolist() == [int((a.gate_EGC > 0).sum()) for a in called]
+
+
+def test_masked_maps_put_tokens_back_in_their_places() -> None:
+    """One image of 4 kept patches out of 9; counts 2, 1, 1, 0 in token order."""
+    keep = torch.tensor([[1, 2, 6, 8]])
+    assert count_maps([by_hand()], batch=1, side=3, keep=keep).tolist() == [[[[0, 2, 1], [0, 0, 0], [1, 0, 0]]]]
+
+
+def test_maps_survive_a_file_without_pickle(tmp_path: Path) -> None:
+    maps = routing_maps(300)
+    maps.save(tmp_path / "routing/step_00000300.npz")
+    back = RoutingMaps.load(tmp_path / "routing/step_00000300.npz")
+    for name in ("counts", "gates", "timesteps", "images"):
+        np.testing.assert_array_equal(getattr(back, name), getattr(maps, name))
+    for name in ("layers", "prompts", "scope", "group_size", "experts", "capacity_factor", "step"):
+        assert getattr(back, name) == getattr(maps, name)
+    assert "step 300" in back.caption()
+    assert "f_c = 2" in back.caption()
+
+
+def test_damaged_maps_are_refused(tmp_path: Path) -> None:
+    whole = tmp_path / "a.npz"
+    routing_maps(1).save(whole)
+    cut = tmp_path / "b.npz"
+    cut.write_bytes(whole.read_bytes()[:2000])
+    np.savez(tmp_path / "c.npz", meta=np.array([object()], dtype=object))
+    for path in (cut, tmp_path / "c.npz", tmp_path / "missing.npz"):
+        with pytest.raises(RunFolderError, match=path.name):
+            RoutingMaps.load(path)

@@ -1,0 +1,224 @@
+"""The JSONL file is the truth; W&B copies it and can neither block nor break a rank."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import threading
+import time
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+from observe_wandb_file import history, records, run_files
+
+from ecdit_train.observe.figures import sample_grid
+from ecdit_train.observe.sinks import REDACTED, JsonlSink, Sinks, WandbSink, open_sinks, read_jsonl, redact
+
+
+@pytest.fixture(autouse=True)
+def _no_wandb_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WANDB_MODE", "WANDB_DIR", "WANDB_RUN_ID", "WANDB_SERVICE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+# --- JSONL -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_record_is_in_the_file_before_log_returns(tmp_path: Path) -> None:
+    sink = JsonlSink(tmp_path / "run" / "metrics.jsonl")
+    sink.log(1, {"train/loss": 0.5})
+    sink.log(2, {"train/loss": float("nan"), "note": "ü"})
+    first, second = read_jsonl(sink.path)
+    assert first["step"] == 1
+    assert first["train/loss"] == 0.5
+    assert abs(first["time"] - time.time()) < 60
+    assert second["train/loss"] is None
+    assert second["note"] == "ü"
+
+
+def test_resume_leaves_no_duplicate_step(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    sink = JsonlSink(path)
+    for step in range(10, 60, 10):
+        sink.log(step, {"life": 1})
+    sink.close()
+    sink = JsonlSink(path)
+    assert sink.truncate_after(30) == 2
+    for step in range(40, 70, 10):
+        sink.log(step, {"life": 2})
+    sink.close()
+    assert [(r["step"], r["life"]) for r in read_jsonl(path)] == [(10, 1), (20, 1), (30, 1), (40, 2), (50, 2), (60, 2)]
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_cut_last_line_is_no_record_and_nothing_is_glued_to_it(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2, "train/lo')
+    assert [r["step"] for r in read_jsonl(path)] == [1]
+    sink = JsonlSink(path)
+    sink.log(2, {})
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
+
+
+def test_damage_in_the_middle_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\nrubbish\n{"step": 2}\n')
+    assert [r["step"] for r in read_jsonl(path)] == [1, 2]
+    assert "line 2" in caplog.text
+
+
+def test_only_rank_0_writes(tmp_path: Path) -> None:
+    def opened(rank: int) -> Sinks:
+        return open_sinks(
+            tmp_path, rank=rank, wandb_mode="disabled", wandb_project="p", config={}, name="n", resume_step=0
+        )
+
+    other = opened(1)
+    other.log(1, {"train/loss": 1.0})
+    other.image(tmp_path / "x.png", key="samples", step=1, caption="")
+    other.close()
+    assert not list(tmp_path.iterdir())
+    main = opened(0)
+    main.log(1, {"train/loss": 1.0})
+    main.close()
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+# --- W&B as it is ----------------------------------------------------------------------------------------------------
+
+
+def test_offline_files_hold_every_step_of_two_lives_under_one_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_API_KEY", "planted-0123456789")
+    config = {
+        "train": {"steps": 50, "max_tokens": 7},
+        "hub_token": "s3cr3t",
+        "cluster": {"env": ["X=planted-0123456789"]},
+    }
+    grid = sample_grid(np.zeros((1, 8, 8, 3), np.uint8), ["a"], tmp_path / "samples/step_1.png")
+    for start in (1, 26):
+        sink = WandbSink(tmp_path, project="test", mode="offline", config=config, name="demo")
+        for step in range(start, start + 25):
+            sink.log(step, {"train/loss": 1 / step})
+        sink.images(grid, "samples", start + 24, "a picture")
+        sink.close(timeout=40)
+    first, second = run_files(tmp_path)
+    logged = [h for path in (first, second) for h in history(path)]
+    assert [h["train/step"] for h in logged if "train/loss" in h] == list(range(1, 51))
+    assert [h["_step"] for h in logged] == list(range(1, 51))  # W&B's own counter: must not restart in a later life
+    assert [h["train/step"] for h in logged if h.get("samples/_type") == "image-file"] == [25, 50]
+    identity = (tmp_path / "wandb_id").read_text().strip()
+    for path in (first, second):
+        assert path.name == f"run-{identity}.wandb"
+        raw = path.read_bytes()
+        assert b"planted-0123456789" not in raw
+        assert b"s3cr3t" not in raw
+        metrics = [r.metric for r in records(path) if r.WhichOneof("record_type") == "metric"]
+        assert any(m.glob_name == "*" and m.step_metric == "train/step" for m in metrics)
+
+
+def test_disabled_does_nothing_and_imports_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # importing it would raise
+    threads = threading.active_count()
+    sink = WandbSink(tmp_path, project="p", mode="disabled", config={}, name="n")
+    sink.log(1, {"train/loss": 1.0})
+    sink.close()
+    assert not list(tmp_path.iterdir())
+    assert threading.active_count() == threads
+
+
+# --- W&B as it can be ------------------------------------------------------------------------------------------------
+
+
+class FakeRun:
+    def __init__(self, log: object, finish: object) -> None:
+        self.log, self.finish = log, finish
+
+    def define_metric(self, *args: object, **kwargs: object) -> None: ...
+
+
+def fake_wandb(
+    monkeypatch: pytest.MonkeyPatch, *, init: object = None, log: object = None, finish: object = None
+) -> None:
+    def nothing(*args: object, **kwargs: object) -> None: ...
+
+    run = FakeRun(log or nothing, finish or nothing)
+    module = types.SimpleNamespace(
+        init=init or (lambda **_: run), Settings=lambda **_: None, teardown=nothing, Image=lambda *a, **k: None
+    )
+    monkeypatch.setitem(sys.modules, "wandb", module)  # type: ignore[arg-type]
+
+
+def hang(*args: object, **kwargs: object) -> None:
+    threading.Event().wait(20)
+
+
+def fail(*args: object, **kwargs: object) -> None:
+    raise RuntimeError("no route\nto host")
+
+
+def leave(*args: object, **kwargs: object) -> None:
+    raise SystemExit(3)
+
+
+@pytest.mark.parametrize("where", ["init", "log", "finish"])
+@pytest.mark.parametrize("trouble", [hang, fail, leave])
+def test_trouble_never_reaches_the_caller(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, where: str, trouble: object
+) -> None:
+    fake_wandb(monkeypatch, **{where: trouble})
+    caplog.set_level(logging.WARNING, logger="ecdit.observe")
+    sink = WandbSink(tmp_path, project="p", mode="offline", config={}, name="n", queue_size=8)
+    start = time.monotonic()
+    for step in range(200):
+        sink.log(step, {"train/loss": 1.0})
+    sink.images(tmp_path / "no.png", "samples", 1, "")
+    assert time.monotonic() - start < 0.5
+    sink.close(timeout=0.4)
+    sink.close(timeout=0.4)
+    sink.log(201, {})
+    assert time.monotonic() - start < 2.0
+    lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith("W&B")]
+    assert 1 <= len(lines) <= 2  # the trouble, and how many records a full queue cost
+    assert all("\n" not in line for line in lines)
+
+
+def test_slow_is_dropped_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def slow(payload: dict[str, int], *, step: int) -> None:
+        time.sleep(0.01)
+        seen.append(step)
+
+    fake_wandb(monkeypatch, log=slow)
+    sink = WandbSink(tmp_path, project="p", mode="offline", config={}, name="n", queue_size=4)
+    for step in range(500):
+        sink.log(step, {})
+    sink.close(timeout=5)
+    assert 1 <= len(seen) < 500
+    assert seen == sorted(seen)
+
+
+def test_redaction_knows_secrets_from_sizes() -> None:
+    tree = {
+        "max_tokens": 64,
+        "api_key": "abc",
+        "password": None,
+        "env": ["WANDB_API_KEY=abc", "NCCL_DEBUG=INFO"],
+        "hf_token": "x",
+        "lr": 3e-4,
+        "prompts": ("a key on a table",),
+    }
+    assert redact(tree) == {
+        "max_tokens": 64,
+        "api_key": REDACTED,
+        "password": None,
+        "env": [f"WANDB_API_KEY={REDACTED}", "NCCL_DEBUG=INFO"],
+        "hf_token": REDACTED,
+        "lr": 3e-4,
+        "prompts": ["a key on a table"],
+    }
