@@ -30,12 +30,50 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 RUN ?= runs/demo
-DEMO_DATA ?= data/shapes_demo
-TORCHRUN := $(BIN)/python -m torch.distributed.run --standalone --nproc-per-node 2
+SHAPES ?= data/shapes_demo
 
-# The main job on real input, in the commands a user would type. Exit code 75 of the first leg means "saved, run me again".
-demo: setup  ## shapes into shards, train a small EC-DiT on 2 processes, resume it once, draw, grade, report (about 6 minutes)
-	$(BIN)/python -m benchmarks.demo_banner start
-	$(BIN)/ecdit data shapes out=$(DEMO_DATA) $(DEMO_SHAPES)
+# The main job on real input, in the commands a user would type. The first leg stops in the middle with exit code 75, "saved, run me
+# again"; the second goes on from its checkpoint.
+demo: setup  ## draw shapes into shards, train a small EC-DiT on 2 ranks, resume it once, draw, grade, report (about 6 minutes)
 	rm -rf $(RUN)
-	OMP_NUM_THREADS=1 $(TORCHRUN) -m ecdit_train.cli train experiment=shapes_tiny run=$(RUN) data.shards=$(DEMO_DATA)
+	$(BIN)/ecdit data shapes out=$(SHAPES) count=4000 resolution=32 mix=single_object:1,colors:4 scale=0.4,0.7
+	$(BIN)/ecdit --nproc 2 train experiment=shapes_tiny run=$(RUN) data.shards=$(SHAPES) --stop-after 400 || test $$? -eq 75
+	$(BIN)/ecdit --nproc 2 resume $(RUN)
+	$(BIN)/ecdit --nproc 2 sample run=$(RUN) prompts='a photo of a red circle|a photo of a blue square|a photo of a green triangle|a photo of a yellow cross'
+	$(BIN)/ecdit --nproc 2 evaluate run=$(RUN) tasks=single_object,colors repeat=2
+	$(BIN)/ecdit report $(RUN)
+	@echo
+	@echo "Look at   $(RUN)/pictures/ (samples), $(RUN)/samples/ (the same prompts while it learned), $(RUN)/report.html (all of it)"
+	@echo "Try next  $(BIN)/ecdit sample run=$(RUN) prompts='a photo of a purple square' guidance=3 repeat=8"
+	@echo "          $(BIN)/ecdit plan experiment=ec_dit_m_64e cluster=h100_ib400 cluster.nodes=8"
+
+test: setup  ## the default test suite: everything but what takes minutes (under 20 minutes on 2 cores)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+test-slow: setup  ## the slow suites: 8-rank grids, 512 fake ranks
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+lint: setup  ## format check, lint, types, import rules
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup  ## rewrite the code the way `make lint` wants it
+	$(BIN)/ruff check --fix-only -q .
+	$(BIN)/ruff format .
+
+golden: setup  ## rewrite the golden files; read the diff before you commit it
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/golden --update-golden
+
+bench: setup  ## interleaved benchmarks against their bars; dated JSON under benchmarks/results/
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.run
+
+gpu-check: setup  ## parity, bf16, compile, host syncs and TFLOP/s on a GPU; skips with a reason where there is none
+	$(BIN)/python -m benchmarks.gpu_check
+
+image:  ## build the container image (needs docker)
+	docker build -f docker/Dockerfile -t ecdit:$(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml) .
+
+clean:  ## remove the virtual environment and caches; runs and data stay
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info

@@ -14,12 +14,14 @@ import json
 import sys
 import time
 from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from data_pipeline.shapes import ShapesSpec, shape_sample
-from data_pipeline.shapes_grader import grade
+from data_pipeline.shapes_grader import grade, single_object
 from data_pipeline.shapes_prompts import all_prompts
 from ecdit_train.config.compose import compose
 from ecdit_train.diffusion.encoders import make_image_codec, make_text_encoder
@@ -27,6 +29,7 @@ from ecdit_train.diffusion.flow import Flow
 from ecdit_train.evaluate.pictures import Painter
 from ecdit_train.model.dit import DiT
 from ecdit_train.model.init import initialise
+from ecdit_train.observe.figures import sample_grid
 from ecdit_train.train.optim import learning_rate
 from ecdit_train.train.state import TrainState
 from ecdit_train.train.step import Microbatch, split, train_step
@@ -48,7 +51,7 @@ class OneProcess:
 
 def main(words: list[str]) -> None:
     torch.set_num_threads(1)
-    own = dict(w.split("=", 1) for w in words if w.split("=")[0] in ("seconds", "mix", "scale", "count"))
+    own = dict(w.split("=", 1) for w in words if w.split("=")[0] in ("seconds", "mix", "scale", "count", "grid"))
     overrides = [w for w in words if w.split("=")[0] not in own]
     seconds = float(own.get("seconds", 200))
     mix = {k: float(v) for k, v in (part.split(":") for part in own.get("mix", "single_object:1,colors:4").split(","))}
@@ -73,13 +76,14 @@ def main(words: list[str]) -> None:
 
     rng = np.random.default_rng(0)
     losses: list[float] = []
+    drawing = 0.0
     for quarter in range(1, 5):
-        while time.process_time() - START < seconds * quarter / 4:
+        while time.process_time() - START - drawing < seconds * quarter / 4:
             rows = torch.from_numpy(rng.integers(0, len(drawn), c.train.global_batch))
             position = torch.arange(c.train.global_batch) + state.step * c.train.global_batch
             batch = Microbatch(position_B=position, latents_BCHW=latents[rows], features_BLX=features[rows], mask_BL=mask[rows])
             # The schedule runs on time here: the demo's step count is fixed from what this reaches.
-            share = (time.process_time() - START) / seconds
+            share = min(1.0, (time.process_time() - START - drawing) / seconds)
             step = state.step if state.step < c.optim.warmup_steps else int(
                 c.optim.warmup_steps + share * (c.train.steps - c.optim.warmup_steps))
             result = train_step(
@@ -89,13 +93,27 @@ def main(words: list[str]) -> None:
                 after=lambda: state.ema.update(state.step) if state.ema is not None else None)
             state.step += 1
             losses.append(result.loss)
-        with state.ema.swapped_in() if state.ema is not None else nullcontext():
-            t = time.process_time()
-            pictures = painter.draw([m["prompt"] for m in wanted], how=c.sample, step=state.step)
-            drawing = time.process_time() - t
-        right = np.mean([grade(im, m).correct for im, m in zip(pictures.images, wanted, strict=True)])
-        print(json.dumps({"quarter": quarter, "steps": state.step, "cpu_s": round(time.process_time() - START), "loss": round(
-            float(np.mean(losses[-50:])), 4), "colors": round(float(right), 3), "draw_s": round(drawing, 1)}), flush=True)
+        t = time.process_time()
+        for guidance in (c.sample.guidance,) if quarter < 4 else (1.0, 2.0, 3.0, 5.0):
+            how = replace(c.sample, guidance=guidance)
+            with state.ema.swapped_in() if state.ema is not None else nullcontext():
+                pictures = painter.draw([m["prompt"] for m in wanted], how=how, step=state.step)
+            print(json.dumps({"quarter": quarter, "steps": state.step, "loss": round(float(np.mean(losses[-50:])), 4),
+                              "guidance": guidance, **shares(pictures.images, wanted)}), flush=True)
+        drawing += time.process_time() - t
+    if "grid" in own:
+        sample_grid(pictures.images[:32], pictures.prompts[:32], Path(own["grid"]), columns=8)
+
+
+def shares(images: np.ndarray, wanted: list[dict]) -> dict[str, float]:
+    """Shares of pictures that are right, whose only object has the right shape, and the right colour."""
+    right, shape, color = [], [], []
+    for image, m in zip(images, wanted, strict=True):
+        found = single_object(image)
+        shape.append(found is not None and found[0] == m["include"][0]["class"])
+        color.append(found is not None and found[1] == m["include"][0]["color"])
+        right.append(grade(image, m).correct)
+    return {"right": round(float(np.mean(right)), 3), "shape": round(float(np.mean(shape)), 3), "color": round(float(np.mean(color)), 3)}
 
 
 START = time.process_time()

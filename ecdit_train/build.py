@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.assemble import default_fields
+from data_pipeline.errors import BadArray, DataError
 from data_pipeline.loader import StreamingLoader
 from data_pipeline.manifest import open_view
 from data_pipeline.shapes import ShapesSpec, shape_sample
@@ -27,12 +28,12 @@ from ecdit_train.checkpoint.comm import Comm, GroupComm, SingleProcess
 from ecdit_train.checkpoint.layout import ParamPlacement as SavedPlacement
 from ecdit_train.checkpoint.layout import Placed
 from ecdit_train.checkpoint.manager import CheckpointManager
-from ecdit_train.config.compose import to_yaml
+from ecdit_train.config.compose import freeze
 from ecdit_train.config.convert import to_dict
 from ecdit_train.config.schema import RunConfig, SampleConfig
 from ecdit_train.diffusion.encoders import ImageCodec, TextEncoder, make_image_codec, make_text_encoder
 from ecdit_train.diffusion.flow import Flow
-from ecdit_train.errors import CheckpointError, ConfigError, DataError, Problem
+from ecdit_train.errors import CheckpointError, ConfigError, Problem
 from ecdit_train.evaluate.pictures import Painter, Pictures
 from ecdit_train.evaluate.shapes import Grader
 from ecdit_train.model.dit import DiT
@@ -44,7 +45,7 @@ from ecdit_train.observe.sinks import open_sinks
 from ecdit_train.parallel import grads, weights
 from ecdit_train.parallel.apply import parallelize
 from ecdit_train.parallel.data_parallel import gather_over_dp, reduce_over_dp
-from ecdit_train.parallel.fsdp import accumulate
+from ecdit_train.parallel.fsdp import accumulate, reshard
 from ecdit_train.parallel.mesh import Mesh, make_mesh
 from ecdit_train.parallel.placement import ParamPlacement
 from ecdit_train.parallel.runtime import Runtime
@@ -106,8 +107,25 @@ class EncodedBatches:
     def __init__(self, loader: StreamingLoader, *, text: TextEncoder | None, codec: ImageCodec | None, config: RunConfig,
                  device: torch.device) -> None:
         self._loader, self._text, self._codec, self._config, self._device = loader, text, codec, config, device
-        
+        self._first: Microbatch | None = None
+
+    def prepare(self) -> None:
+        """Make the first batch now: bad data is refused before a run folder is made for it. The loader's state is asked for only
+        after `next`, so it never counts a batch that nobody trained on."""
+        self._first = self._make()
+        image, text = self._config.encoders.image, self._config.encoders.text
+        side = self._config.latent_side
+        for what, found, wanted in (
+                ("latents of shape (channels, side, side)", tuple(self._first.latents_BCHW.shape[1:]), (image.channels, side, side)),
+                ("text embeddings of width", self._first.features_BLX.shape[2], text.width)):
+            if found != wanted:
+                raise BadArray(f"{self._config.data.shards}: {what} {found}; the configuration says {wanted}")
+
     def next(self) -> Microbatch:
+        first, self._first = self._first, None
+        return self._make() if first is None else first
+
+    def _make(self) -> Microbatch:
         batch = next(self._loader)
         if batch.latents is not None:
             image = self._config.encoders.image
@@ -169,6 +187,7 @@ def build_training(config: RunConfig, here: Runtime, *, stop_after: int | None) 
     encoders = make_encoders(config, here.device)
     mesh = make_mesh(config.parallel, device_type=here.device.type, world=here.world)
     loader = make_loader(config, mesh, run=run)
+    batches = EncodedBatches(loader, text=encoders[0], codec=encoders[1], config=config, device=here.device)
     ranks = spread_model(config, here)
     state = TrainState.fresh(ranks.model, config.optim)
     progress = Progress(config.train.steps, stream=sys.stdout if here.rank == 0 else None)
@@ -182,13 +201,22 @@ def build_training(config: RunConfig, here: Runtime, *, stop_after: int | None) 
         state.restore_step(resumed.step)
         loader.load_state_dict(resumed.objects["loader"])
         progress.message(f"resumed from step {resumed.step}")
+    batches.prepare()
+    # Nothing above writes into a new run folder: what cannot start leaves no trace.
+    if here.rank == 0:
+        freeze(config, run)
     sinks = open_sinks(run, rank=here.rank, wandb_mode=config.observe.wandb, wandb_project=config.observe.wandb_project,
                        config=to_dict(config), name=config.experiment, resume_step=state.step)
 
+    window = MetricWindow(device=here.device, images_per_step=config.train.global_batch,
+                          tokens_per_step=config.train.global_batch * config.tokens_per_image)
+    if resumed is not None:
+        window.load_state_dict(resumed.objects["window"])
+
     def save(step: int) -> None:
         if resumed is None or step != resumed.step:
-            checkpoints.save(step, tensors=ranks.placed(state.tensors()),
-                             objects={"loader": loader.state_dict(), "config": to_dict(config)})
+            checkpoints.save(step, tensors=ranks.placed(state.tensors()), objects={
+                "loader": loader.state_dict(), "window": window.state_dict(), "config": to_dict(config)})
 
     painter = make_painter(config, ranks, encoders=encoders)
 
@@ -197,14 +225,14 @@ def build_training(config: RunConfig, here: Runtime, *, stop_after: int | None) 
             return
         with state.ema.swapped_in() if state.ema is not None else nullcontext():
             pictures = painter.draw(config.observe.prompts, how=config.sample, step=step)
+            reshard(ranks.model)
         if here.rank == 0:
             grid = write_pictures(pictures, run=run, how=config.sample, step=step)
             sinks.image(grid, key="samples/grid", step=step, caption=f"step {step}")
 
     return Loop(
         config=config, state=state, spread=ranks, sinks=sinks, progress=progress, save=save, show=show,
-        any_rank=here.any_rank, stop_after=stop_after,
-        batches=EncodedBatches(loader, text=encoders[0], codec=encoders[1], config=config, device=here.device),
+        any_rank=here.any_rank, stop_after=stop_after, batches=batches,
         flow=Flow(config=config.diffusion, seed=config.train.seed, num_patches=config.patches_per_image,
                   num_kept=config.tokens_per_image),
         window=MetricWindow(device=here.device, images_per_step=config.train.global_batch,

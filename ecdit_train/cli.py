@@ -20,6 +20,12 @@ OVERRIDES = "Hydra words: experiment=NAME, GROUP=CHOICE, section.key=value (see 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a verb; a user's mistake becomes one line on stderr and its own exit code."""
     args = make_parser().parse_args(argv)
+    if args.nproc > 1 and "RANK" not in os.environ:
+        from launch.local import run_ranks
+
+        words = list(sys.argv[1:] if argv is None else argv)
+        place = words.index("--nproc")
+        sys.exit(run_ranks(words[:place] + words[place + 2 :], nproc=args.nproc))
     try:
         code = args.verb(args)
     except Exception as e:
@@ -41,6 +47,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ecdit", description="Train, sample, measure and plan EC-DiT: diffusion transformers whose "
                                      "experts choose their tokens.", epilog=_exit_codes(),
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nproc", type=int, default=1, metavar="N", help="run the verb as N ranks on this machine (train, resume, "
+                        "sample, evaluate); on a cluster use `ecdit launch` or torchrun")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
     def verb(name: str, function: Any, text: str, *, parent: Any = verbs) -> argparse.ArgumentParser:
@@ -51,7 +59,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     p = verb("train", train, "train a run from a configuration; goes on where it stopped if the run folder has checkpoints\n\n"
              "  ecdit train experiment=shapes_tiny run=runs/demo train.steps=200\n"
-             "  torchrun --nproc-per-node 8 -m ecdit_train.cli train experiment=ec_dit_xl_8e parallel.ep=8 data.shards=/data/laion")
+             "  ecdit --nproc 8 train experiment=ec_dit_xl_8e parallel.ep=8 data.shards=/data/shards run=/runs/xl8e")
     p.add_argument("overrides", nargs="*", metavar="WORD", help=OVERRIDES)
     _stop_after(p)
 

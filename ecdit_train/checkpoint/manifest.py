@@ -120,7 +120,11 @@ def read(path: Path) -> Manifest:
     Raises CheckpointDamagedError (missing, cut, flipped, inconsistent) or CheckpointMismatchError (another format
     version).
     """
-    return parse(_load(path), where=f"{path.name}/{NAME}")
+    described = parse(_load(path), where=f"{path.name}/{NAME}")
+    stem = path.name.partition(".")[0]  # a copy may have any name, but not that of another step
+    if stem.startswith("step_") and stem != f"step_{described.step:08d}":
+        raise CheckpointDamagedError(f"{path.name} holds step {described.step}: the folder was renamed")
+    return described
 
 
 def _load(path: Path) -> bytes:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 Reduction = Literal["mean", "max", "sum", "last"]
-"""Over the steps of a window, and then over ranks (`last`: the newest step; mean over ranks)."""
+"""Over the steps of a window, and then over ranks. `last`: the newest step; a tensor is averaged over ranks, a float is
+kept (it is equal on all ranks, and fp32 would round a count of images)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,8 +220,12 @@ class MetricWindow:
 
     def _reduced(self, all_reduce: AllReduce | None) -> dict[str, float]:
         names: dict[Literal["mean", "max", "sum"], list[str]] = {"mean": [], "max": [], "sum": []}
+        known: dict[str, float] = {}
         for name in sorted(self._values):
-            reduction = METRICS[metric_key(name)].reduction
+            reduction, value = METRICS[metric_key(name)].reduction, self._values[name]
+            if reduction == "last" and not isinstance(value, Tensor):
+                known[name] = float(value)
+                continue
             names["mean" if reduction == "last" else reduction].append(name)
         vectors = []
         for op, group in names.items():
@@ -229,7 +234,7 @@ class MetricWindow:
             vector = torch.stack([self._tensor(self._window_value(name)) for name in group])
             vectors.append(vector if all_reduce is None else all_reduce(vector, op=op))
         flat = torch.cat(vectors).tolist()
-        return dict(zip([name for group in names.values() for name in group], flat, strict=True))
+        return known | dict(zip([name for group in names.values() for name in group], flat, strict=True))
 
     def _window_value(self, name: str) -> Tensor | float:
         mean = METRICS[metric_key(name)].reduction == "mean"

@@ -75,3 +75,12 @@ def accumulate(model: nn.Module, *, last: bool) -> Iterator[None]:
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
     yield
+
+
+def reshard(model: nn.Module) -> None:
+    """Give back what a forward pass without a backward left gathered (FSDP keeps the root so). Without this, weights that were
+    changed in their shards, as for drawing with the average, would go on living in the gathered copies of the next step.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

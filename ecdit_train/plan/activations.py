@@ -34,7 +34,7 @@ class Activations:
     recomputed: float
     """Of the one block that is recomputed in backward; 0 without checkpointing."""
     workspace: float
-    """Gradients of activations that live beside them in backward (the widest feed-forward's)."""
+    """Gradients of activations beyond what backward has freed by then: one hidden layer's, and 4 rows."""
 
     @property
     def total(self) -> float:
@@ -70,7 +70,7 @@ def estimate(cfg: RunConfig, layout: Layout) -> Activations:
         recomputed = largest
     hidden = m.ffn_ratio * (max(fc, 1.0) if sparse_blocks else 1.0) / tp
     return Activations(kept=blocks + outside_blocks(cfg, images=layout.microbatch), recomputed=recomputed,
-                       workspace=row * (2 * hidden + 4))
+                       workspace=row * (hidden + 4))
 
 
 def block_units(cfg: RunConfig, *, tp: int) -> tuple[float, float, float]:

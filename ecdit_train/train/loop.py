@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from ecdit_train.config.schema import RunConfig
 from ecdit_train.diffusion.flow import Flow
@@ -18,6 +17,7 @@ from ecdit_train.observe.sinks import Sinks
 from .optim import learning_rate
 from .state import TrainState
 from .step import Microbatch, Spread, StepResult, split, train_step
+from .stop import StopRequest
 
 
 class Batches(Protocol):
@@ -25,30 +25,6 @@ class Batches(Protocol):
 
     def next(self) -> Microbatch: ...
     def close(self) -> None: ...
-
-
-class StopRequest:
-    """SIGTERM, SIGINT and SIGUSR2 (Slurm's warning) set a flag that the loop reads between steps; a second SIGINT kills."""
-
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
-
-    def __init__(self) -> None:
-        self.name: str | None = None
-        self._old: dict[int, Any] = {}
-
-    def __enter__(self) -> StopRequest:
-        for s in self.SIGNALS:
-            self._old[s] = signal.signal(s, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for s, handler in self._old.items():
-            signal.signal(s, handler)
-
-    def _handle(self, number: int, _frame: object) -> None:
-        if self.name is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.name = signal.Signals(number).name
 
 
 @dataclass(kw_only=True)
@@ -72,35 +48,37 @@ class Loop:
     stop_after: int | None = None
     """Stop as if a signal had come once this many updates are done (drills, demo)."""
 
-    def run(self) -> bool:
-        """Train to `train.steps`. Returns True when finished, False when stopped on request with everything saved."""
+    def run(self, stop: StopRequest) -> bool:
+        """Train to `train.steps`. Returns True when finished, False when stopped on request with everything saved.
+
+        A request that came before the first step is met after it, so that every life moves the run on.
+        """
         c, state, window = self.config, self.state, self.window
-        with StopRequest() as stop:
-            while state.step < c.train.steps:
-                with window.waiting():
-                    batch = self.batches.next()
-                result = self._step(batch)
-                state.step += 1
-                last = state.step == c.train.steps
+        while state.step < c.train.steps:
+            with window.waiting():
+                batch = self.batches.next()
+            result = self._step(batch)
+            state.step += 1
+            last = state.step == c.train.steps
 
-                window.add("train/loss", result.loss)
-                window.add("optim/grad_norm", result.grad_norm)
-                if result.balance_loss is not None:
-                    window.add("train/balance_loss", result.balance_loss)
-                window.step_done()
-                if state.step % c.observe.log_every == 0 or last:
-                    self._log(result)
+            window.add("train/loss", result.loss)
+            window.add("optim/grad_norm", result.grad_norm)
+            if result.balance_loss is not None:
+                window.add("train/balance_loss", result.balance_loss)
+            window.step_done()
+            if state.step % c.observe.log_every == 0 or last:
+                self._log(result)
 
-                stopping = self.any_rank(stop.name is not None or state.step == self.stop_after)
-                with window.paused():
-                    if c.observe.sample_every and (state.step % c.observe.sample_every == 0 or last):
-                        self.show(state.step)
-                    if stopping or last or state.step % c.checkpoint.every_steps == 0:
-                        self.save(state.step)
-                if stopping and not last:
-                    self.progress.message(f"stopped by {stop.name or '--stop-after'} after step {state.step}, everything "
-                                          f"saved; go on with: ecdit resume {c.run}")
-                    return False
+            stopping = self.any_rank(stop.name is not None or state.step == self.stop_after)
+            with window.paused():
+                if c.observe.sample_every and (state.step % c.observe.sample_every == 0 or last):
+                    self.show(state.step)
+                if stopping or last or state.step % c.checkpoint.every_steps == 0:
+                    self.save(state.step)
+            if stopping and not last:
+                self.progress.message(f"stopped by {stop.name or '--stop-after'} after step {state.step}, everything "
+                                      f"saved; go on with: ecdit resume {c.run}")
+                return False
         return True
 
     def _step(self, batch: Microbatch) -> StepResult:

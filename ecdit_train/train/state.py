@@ -20,6 +20,8 @@ class TrainState:
     """
 
     model: nn.Module
+    params: dict[str, nn.Parameter]
+    """The parameters as the optimizer knows them. Never ask the model again: while FSDP has gathered a module, it names others."""
     optimizer: torch.optim.Optimizer
     ema: Ema | None
     step: int = 0
@@ -28,12 +30,12 @@ class TrainState:
     def fresh(cls, model: nn.Module, config: OptimConfig) -> TrainState:
         params = dict(model.named_parameters())
         ema = Ema(params, decay=config.ema_decay) if config.ema_decay > 0 else None
-        return cls(model=model, optimizer=make_optimizer(list(params.values()), config), ema=ema)
+        return cls(model=model, params=params, optimizer=make_optimizer(list(params.values()), config), ema=ema)
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor to save or to load in place, by `part/parameter` name. Shards stay shards."""
         out: dict[str, Tensor] = {}
-        for name, p in self.model.named_parameters():
+        for name, p in self.params.items():
             out[f"model/{name}"] = p.detach()
             for key, value in self.optimizer.state[p].items():
                 if key != "step":

@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import wait
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,9 @@ def run_distributed(world: int, fn: Callable[..., Any], *args: Any, timeout: flo
     """`fn(runtime, *args)` on `world` gloo ranks; their return values in rank order. `fn` must be importable by name."""
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
+    # The server ignores our sys.path (a Python 3.11 bug) and then skips what it cannot preload, without a word.
+    folders = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
+    os.environ["PYTHONPATH"] = os.pathsep.join([*folders, os.environ.get("PYTHONPATH", "")])
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     processes, pipes = [], []
     for rank in range(world):

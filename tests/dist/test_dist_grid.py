@@ -42,7 +42,7 @@ def test_two_ranks() -> None:
         case(tp=2, moe=DENSE, optim="adamw"),
         case(ep=2, moe=TOKEN_CHOICE, optim="adamw"),
         case(ep=2, pool=whole_microbatch(2)),
-        case(tp=2, model=FEW_KV),
+        case(tp=2, model=FEW_KV), case(ep=2, dtype="float32"),
     ])
 
 
@@ -52,7 +52,7 @@ def test_four_ranks() -> None:
         case(tp=2, ep=2), case(ep=2), case(ep=4), case(tp=2), case(tp=2, ep=4, moe=TOKEN_CHOICE),
         case(tp=4, ep=2), case(tp=4, ep=4, model=FEW_KV), case(rep=2, ep=2), case(rep=2, tp=2, ep=2),
         case(tp=2, ep=2, pool=whole_microbatch(4, tp=2)),
-        case(tp=2, ep=2, optim="adamw", dtype="float32"), case(ep=2, dtype="float32"),
+        case(tp=2, ep=2, optim="adamw", dtype="float32"), case(ep=4, dtype="float32"),
     ])
 
 

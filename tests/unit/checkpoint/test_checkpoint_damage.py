@@ -236,6 +236,13 @@ def test_bytes_that_change_between_check_and_copy_stop_the_run(copy, monkeypatch
     assert not isinstance(caught.value, CheckpointDamagedError)
 
 
+def test_a_step_under_the_name_of_another_is_refused(copy):
+    best = copy.rename(copy.parent / "best")
+    checkpoint.verify(best)
+    with pytest.raises(CheckpointDamagedError, match="holds step 1: the folder was renamed"):
+        checkpoint.verify(best.rename(copy.parent / "step_00000009"))
+
+
 def test_tools_see_damage_as_damage(copy):
     (copy / "rank_00000.bin").write_bytes(bytes((copy / "rank_00000.bin").stat().st_size))
     with pytest.raises(CheckpointDamagedError, match=r"rank_00000\.bin.* tensor col\.weight"):

@@ -26,7 +26,7 @@ def test_fsdp2_state_goes_from_any_layout_to_any_other(tmp_path, world):
         for rank in range(world)
     ]
     try:
-        outputs = [worker.communicate(timeout=120)[0] for worker in workers]
+        outputs = [worker.communicate(timeout=300)[0] for worker in workers]
     finally:
         for worker in workers:
             worker.kill()

@@ -62,13 +62,18 @@ def test_ranks_reduce_as_the_table_says() -> None:
 
     w = window()
     w.add_all({"train/loss": 1.0, "optim/grad_norm_max": 1.0, "data/substituted": 1.0, "optim/lr": 1.0})
+    w.add("train/validation_loss", torch.tensor(1.0))
+    w.add("train/images", 1_000_000_001.0)
     record = w.flush(all_reduce)
-    assert {k: record[k] for k in ("train/loss", "optim/grad_norm_max", "data/substituted", "optim/lr")} == {
+    expected = {
         "train/loss": 2.0,
         "optim/grad_norm_max": 3.0,
         "data/substituted": 4.0,
-        "optim/lr": 2.0,
+        "train/validation_loss": 2.0,
+        "optim/lr": 1.0,  # a float of `last` is equal on all ranks
+        "train/images": 1_000_000_001.0,
     }
+    assert {k: record[k] for k in expected} == expected
 
 
 def test_an_undescribed_name_cannot_be_logged() -> None:

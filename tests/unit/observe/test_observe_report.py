@@ -6,6 +6,7 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from observe_demo_run import PROMPTS, build, picture, routing_maps
 from PIL import Image
 
 from ecdit_train.errors import RunFolderError
-from ecdit_train.observe import folder
+from ecdit_train.observe import figures, folder
 from ecdit_train.observe.charts import Curve, line_chart, number
 from ecdit_train.observe.figures import allocation_heatmap, allocation_layers, loss_curve, sample_grid, smooth
 from ecdit_train.observe.report import MAX_GRIDS, write_report
@@ -74,6 +75,24 @@ def test_heatmap_differs_where_counts_differ(tmp_path: Path) -> None:
     assert changed.any()
     assert rows.max() - rows.min() < 40  # a panel of 8 x 8 patches is about 195 pixels
     assert columns.max() - columns.min() < 40
+
+
+def test_all_panels_share_one_colour_scale_from_zero(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+
+    def keep(figure: object, path: Path) -> Path:
+        drawn.append(figure)
+        return path
+
+    monkeypatch.setattr(figures, "_save", keep)
+    maps = routing_maps(100)
+    for most, limits in ((6, (-0.5, 6.5)), (40, (0, 40))):  # one colour per count, then a continuous scale
+        maps.counts[:] = 1
+        maps.counts[0, 0, 0, 0, 0] = most
+        allocation_heatmap(maps, tmp_path / "a.png")
+        heat = [i for axes in drawn.pop().axes for i in axes.images if i.get_cmap().name == figures.HEAT]
+        assert len(heat) == 3 * 5
+        assert {i.get_clim() for i in heat} == {limits}
 
 
 def test_a_prompt_is_text_and_not_mathematics(tmp_path: Path) -> None:
