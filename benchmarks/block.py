@@ -2,8 +2,8 @@
 
     python -m benchmarks.block [--rounds 7]
 
-16 images of 128 tokens, width 384, 128 text tokens of width 1536, E = 16, pools of 1024 tokens, forward and backward. The dense
-block's feed-forward works on twice the rows, as f_c = 2 does.
+16 images of 128 tokens, width 384, 128 text tokens of width 1536, E = 16, pools of 1024 tokens, forward and backward.
+The dense block's feed-forward works on twice the rows, as f_c = 2 does.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def make(feed_forward: FeedForward | MoE, dtype: torch.dtype) -> Block:
         WIDTH,
         self_attention=Attention(WIDTH, context_width=WIDTH, heads=heads, kv_heads=KV_HEADS, head_dim=HEAD_DIM),
         cross_attention=Attention(WIDTH, context_width=TEXT_WIDTH, heads=heads, kv_heads=heads, head_dim=HEAD_DIM),
-        feed_forward=feed_forward).to(dtype)
+        feed_forward=feed_forward,
+    ).to(dtype)
     fill(block, seed=0)
     return block
 
@@ -81,13 +82,13 @@ def work(block: Block, dtype: torch.dtype) -> Work:
 
 
 def case(dtype: torch.dtype) -> dict[str, Work]:
-    sparse = {"hidden": 4 * WIDTH, "experts": EXPERTS, "capacity_factor": 2}
-    blocks = {
-        "expert choice": expert_choice(WIDTH, **sparse),
-        "deterministic": expert_choice(WIDTH, **sparse, deterministic=True),
+    hidden = 4 * WIDTH
+    blocks: dict[str, FeedForward | MoE] = {
+        "expert choice": expert_choice(WIDTH, hidden=hidden, experts=EXPERTS, capacity_factor=2),
+        "deterministic": expert_choice(WIDTH, hidden=hidden, experts=EXPERTS, capacity_factor=2, deterministic=True),
         "algorithm1": Literal(),
-        "dense x2": Twice(WIDTH, hidden=4 * WIDTH),
-        "dense": FeedForward(WIDTH, hidden=4 * WIDTH),
+        "dense x2": Twice(WIDTH, hidden=hidden),
+        "dense": FeedForward(WIDTH, hidden=hidden),
     }
     return {name: work(make(feed_forward, dtype), dtype) for name, feed_forward in blocks.items()}
 
@@ -99,15 +100,31 @@ def main(arguments: list[str] | None = None) -> int:
     settle()
     ratios, bars = {}, []
     for name, times in interleave({name: case(dtype) for name, dtype in DTYPES.items()}, rounds=rounds).items():
-        row = {f"{v} / dense x2": round(times.ratio(v, "dense x2"), 3)
-               for v in ("expert choice", "deterministic", "algorithm1", "dense")}
+        row = {
+            f"{v} / dense x2": round(times.ratio(v, "dense x2"), 3)
+            for v in ("expert choice", "deterministic", "algorithm1", "dense")
+        }
         row["expert choice / algorithm1"] = round(times.ratio("expert choice", "algorithm1"), 3)
         ratios[name] = row
         print(f"{name}: " + ", ".join(f"{k} {v:.3f}" for k, v in row.items()))
-        bars.append(Bar(name=f"{name}: sparse block / dense block of equal FLOPs", value=row["expert choice / dense x2"],
-                        limit=1.12, at_least=False))
-    settings = {"images": IMAGES, "tokens": TOKENS, "width": WIDTH, "text": [TEXT_TOKENS, TEXT_WIDTH], "experts": EXPERTS,
-                "pool": POOL, "rounds": rounds, "pass": "forward + backward"}
+        bars.append(
+            Bar(
+                name=f"{name}: sparse block / dense block of equal FLOPs",
+                value=row["expert choice / dense x2"],
+                limit=1.12,
+                at_least=False,
+            )
+        )
+    settings = {
+        "images": IMAGES,
+        "tokens": TOKENS,
+        "width": WIDTH,
+        "text": [TEXT_TOKENS, TEXT_WIDTH],
+        "experts": EXPERTS,
+        "pool": POOL,
+        "rounds": rounds,
+        "pass": "forward + backward",
+    }
     return report("block", settings=settings, ratios=ratios, bars=bars)
 
 

@@ -54,12 +54,15 @@ def copy_weights(source: MoE, target: Algorithm1) -> None:
 
 
 def check(*, experts: int, capacity_factor: int, pool: int, deterministic: bool) -> None:
-    """The layer is Algorithm 1 in fp64: values, and gradients of the tokens, the router and every expert. Experts, capacity and
-    pool are the benchmark's, the widths are small."""
+    """The layer is Algorithm 1 in fp64: values, and gradients of the tokens, the router and every expert. Experts,
+    capacity and pool are the benchmark's, the widths are small."""
     width, hidden = 32, 48
-    source = expert_choice(width, hidden=hidden, experts=experts, capacity_factor=capacity_factor,
-                           deterministic=deterministic).to(torch.float64)
-    reference = Algorithm1(width, hidden=hidden, experts=experts, capacity=pool * capacity_factor // experts).to(torch.float64)
+    source = expert_choice(
+        width, hidden=hidden, experts=experts, capacity_factor=capacity_factor, deterministic=deterministic
+    ).to(torch.float64)
+    reference = Algorithm1(width, hidden=hidden, experts=experts, capacity=pool * capacity_factor // experts).to(
+        torch.float64
+    )
     fill(source, seed=0)
     copy_weights(source, reference)
     generator = torch.Generator().manual_seed(1)
@@ -73,6 +76,11 @@ def check(*, experts: int, capacity_factor: int, pool: int, deterministic: bool)
     def stacked(name: str) -> Tensor:
         return torch.stack([getattr(e, name).weight.grad.T for e in reference.experts])
 
-    for mine, other in ((ours, theirs), (a.grad, b.grad), (source.router.weight.grad, reference.weight.grad),
-                        (source.experts.up.grad, stacked("up")), (source.experts.down.grad, stacked("down"))):
+    for mine, other in (
+        (ours, theirs),
+        (a.grad, b.grad),
+        (source.router.weight.grad, reference.weight.grad),
+        (source.experts.up.grad, stacked("up")),
+        (source.experts.down.grad, stacked("down")),
+    ):
         torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-9)

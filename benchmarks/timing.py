@@ -1,5 +1,6 @@
-"""How things are timed here: every variant in one process, shuffled within every round, one thread, process CPU time; a result is
-the median over rounds of t(variant) / t(reference) within the same round. Ratios hold on a busy machine, absolute times do not.
+"""How things are timed here: every variant in one process, shuffled within every round, one thread, process CPU time; a
+result is the median over rounds of t(variant) / t(reference) within the same round. Ratios hold on a busy machine,
+absolute times do not.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ class Times:
 
 
 def interleave(cases: dict[str, dict[str, Work]], *, rounds: int, seed: int = 0) -> dict[str, Times]:
-    """Times every variant of every case once per round: cases in shuffled order, variants shuffled within their case."""
+    """Times every variant of every case once per round: cases in shuffled order, variants shuffled within their
+    case."""
     shuffle = random.Random(seed).shuffle
     times: dict[str, Times] = {case: Times(seconds={v: [] for v in variants}) for case, variants in cases.items()}
     for number in range(-1, rounds):  # round -1 warms up
@@ -80,8 +82,8 @@ def interleave(cases: dict[str, dict[str, Work]], *, rounds: int, seed: int = 0)
 
 
 def settle() -> None:
-    """One thread, and freed memory stays with the process, as it does under a GPU's caching allocator: page faults of large
-    buffers are the kernel's time, vary with what else runs, and would be a third of a layer's."""
+    """One thread, and freed memory stays with the process, as it does under a GPU's caching allocator: page faults of
+    large buffers are the kernel's time, vary with what else runs, and would be a third of a layer's."""
     torch.set_num_threads(1)
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL("libc.so.6")
@@ -95,8 +97,14 @@ def machine() -> dict[str, Any]:
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
-    return {"cpu": model, "capability": torch.backends.cpu.get_cpu_capability(), "torch": torch.__version__,
-            "python": platform.python_version(), "system": platform.system(), "threads": torch.get_num_threads()}
+    return {
+        "cpu": model,
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def report(name: str, *, settings: dict[str, Any], ratios: dict[str, Any], bars: list[Bar]) -> int:
@@ -106,8 +114,14 @@ def report(name: str, *, settings: dict[str, Any], ratios: dict[str, Any], bars:
         print(bar)
     RESULTS.mkdir(exist_ok=True)
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    content = {"name": name, "date": today, "machine": machine(), "settings": settings, "ratios": ratios,
-               "bars": [asdict(bar) | {"passed": bar.passed} for bar in bars]}
+    content = {
+        "name": name,
+        "date": today,
+        "machine": machine(),
+        "settings": settings,
+        "ratios": ratios,
+        "bars": [asdict(bar) | {"passed": bar.passed} for bar in bars],
+    }
     (RESULTS / f"{today}-{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     missed = sum(not bar.passed for bar in bars)
     print(f"{len(bars) - missed} of {len(bars)} bars held" + (f", {missed} missed" if missed else ""))

@@ -1,21 +1,4 @@
-"""What can be wrong with data, one class and one exit code each.
-
-=================  ====  ==========================================================================
-class              code  meaning
-=================  ====  ==========================================================================
-DataError            74  base; a data problem without a class of its own
-MissingShard         60  a tar, an index or a manifest is not there or cannot be opened
-TruncatedShard       61  a tar ends before its content does
-CorruptShard         62  bytes differ from what the index or the manifest promised
-UndecodableImage     63  an image that is damaged, of an unknown kind, or too large to be honest
-BadCaption           64  a caption that is missing, empty or not UTF-8
-WrongView            65  loader state or a folder belongs to another data set, seed or global batch
-BadMember            66  a tar member with a refused suffix, a refused name, or out of order
-BadSplit             67  sizes that do not divide: world, global batch, lanes, too few samples
-TooManyBad           68  more substituted samples than `max_bad` allows
-BadArray             69  latents or text embeddings that are not a plain finite array of the right shape
-=================  ====  ==========================================================================
-"""
+"""What can be wrong with data: one class and one exit code each; the first line of a class says what it means."""
 
 # ruff: noqa: N818 - the names say what is wrong; "Error" at the end of each would add nothing
 from __future__ import annotations
@@ -37,17 +20,22 @@ class Where:
 
 
 class DataError(Exception):
-    """Base of every data problem; `exit_code` is what the process returns."""
+    """A data problem without a class of its own; base of the others."""
 
     exit_code = 74
 
 
 class MissingShard(DataError):
+    """A tar, an index or a manifest is not there or cannot be opened."""
+
     exit_code = 60
 
 
 class TruncatedShard(DataError):
-    """`num_whole` counts the samples that are complete before the cut."""
+    """A tar ends before its content does.
+
+    `num_whole` counts the samples that are complete before the cut.
+    """
 
     exit_code = 61
 
@@ -57,34 +45,50 @@ class TruncatedShard(DataError):
 
 
 class CorruptShard(DataError):
+    """Bytes differ from what the index or the manifest promised."""
+
     exit_code = 62
 
 
 class UndecodableImage(DataError):
+    """An image that is damaged, of an unknown kind, or too large to be honest."""
+
     exit_code = 63
 
 
 class BadCaption(DataError):
+    """A caption that is missing, empty or not UTF-8."""
+
     exit_code = 64
 
 
 class WrongView(DataError):
+    """Loader state or a folder belongs to another data set, seed or global batch."""
+
     exit_code = 65
 
 
 class BadMember(DataError):
+    """A tar member with a refused suffix, a refused name, or out of order."""
+
     exit_code = 66
 
 
 class BadSplit(DataError):
+    """Sizes that do not divide: world, global batch, lanes, too few samples."""
+
     exit_code = 67
 
 
 class TooManyBad(DataError):
+    """More substituted samples than `max_bad` allows."""
+
     exit_code = 68
 
 
 class BadArray(DataError):
+    """Latents or text embeddings that are not a plain finite array of the right shape."""
+
     exit_code = 69
 
 

@@ -230,6 +230,7 @@ class StreamingLoader:
         self._bad.update(sample.error for sample in bad)
         if self._quarantine is not None:
             lines = "".join(json.dumps(asdict(sample)) + "\n" for sample in bad)
+            self._quarantine.parent.mkdir(parents=True, exist_ok=True)
             # One write on an O_APPEND descriptor: lines of several processes do not mix.
             fd = os.open(self._quarantine, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
             try:

@@ -25,7 +25,6 @@ from data_pipeline.shapes_grader import grade
 from data_pipeline.shapes_prompts import TASKS, Split, all_prompts
 from ecdit_train.checkpoint import folder, restore
 from ecdit_train.checkpoint.comm import Comm, GroupComm, SingleProcess
-from ecdit_train.checkpoint.layout import ParamPlacement as SavedPlacement
 from ecdit_train.checkpoint.layout import Placed
 from ecdit_train.checkpoint.manager import CheckpointManager
 from ecdit_train.config.compose import freeze
@@ -79,12 +78,7 @@ class Ranks:
 
     def placed(self, tensors: Mapping[str, Tensor]) -> dict[str, Placed]:
         """Every tensor of the state with its place in the global tensor: the place of the parameter it belongs to."""
-        out = {}
-        for name, t in tensors.items():
-            p = self.placements[parameter_of(name)]
-            out[name] = Placed(tensor=t, placement=SavedPlacement(global_shape=p.global_shape, dim=p.dim, index=p.index,
-                                                                  count=p.count, boxes=p.boxes))
-        return out
+        return {name: Placed(tensor=t, placement=self.placements[parameter_of(name)]) for name, t in tensors.items()}
 
     def comm(self) -> Comm:
         return SingleProcess() if self.runtime.control is None else GroupComm(self.runtime.control)
@@ -190,33 +184,34 @@ def build_training(config: RunConfig, here: Runtime, *, stop_after: int | None) 
     batches = EncodedBatches(loader, text=encoders[0], codec=encoders[1], config=config, device=here.device)
     ranks = spread_model(config, here)
     state = TrainState.fresh(ranks.model, config.optim)
-    progress = Progress(config.train.steps, stream=sys.stdout if here.rank == 0 else None)
 
     # Resume order: the newest sound checkpoint of this folder, else the first weights.
     checkpoints = CheckpointManager(run / "checkpoints", comm=ranks.comm(), keep=config.checkpoint.keep)
     resumed = checkpoints.resume(ranks.placed(state.tensors()))
-    if resumed is not None:
-        for rejected in resumed.rejected:
-            progress.message(f"checkpoint of step {rejected.step} passed over: {rejected.reason}")
-        state.restore_step(resumed.step)
-        loader.load_state_dict(resumed.objects["loader"])
-        progress.message(f"resumed from step {resumed.step}")
-    batches.prepare()
-    # Nothing above writes into a new run folder: what cannot start leaves no trace.
-    if here.rank == 0:
-        freeze(config, run)
-    sinks = open_sinks(run, rank=here.rank, wandb_mode=config.observe.wandb, wandb_project=config.observe.wandb_project,
-                       config=to_dict(config), name=config.experiment, resume_step=state.step)
-
     window = MetricWindow(device=here.device, images_per_step=config.train.global_batch,
                           tokens_per_step=config.train.global_batch * config.tokens_per_image)
     if resumed is not None:
-        window.load_state_dict(resumed.objects["window"])
+        state.restore_step(resumed.step)
+        loader.load_state_dict(resumed.objects["loader"])
+        window.load_state_dict(resumed.objects.get("window", {}))
+    batches.prepare()
+
+    # Nothing above writes into a new run folder: what cannot start leaves no trace.
+    if here.rank == 0:
+        freeze(config, run)
+    progress = Progress(config.train.steps, stream=sys.stdout if here.rank == 0 else None)
+    if resumed is not None:
+        for rejected in resumed.rejected:
+            progress.message(f"checkpoint of step {rejected.step} passed over: {rejected.reason}")
+        progress.message(f"resumed from step {resumed.step}")
+    sinks = open_sinks(run, rank=here.rank, wandb_mode=config.observe.wandb, wandb_project=config.observe.wandb_project,
+                       config=to_dict(config), name=config.experiment, resume_step=state.step)
 
     def save(step: int) -> None:
         if resumed is None or step != resumed.step:
             checkpoints.save(step, tensors=ranks.placed(state.tensors()), objects={
-                "loader": loader.state_dict(), "window": window.state_dict(), "config": to_dict(config)})
+                # Metrics of two tp ranks may differ in a last bit; a checkpoint holds one truth.
+                "loader": loader.state_dict(), "window": here.broadcast_object(window.state_dict()), "config": to_dict(config)})
 
     painter = make_painter(config, ranks, encoders=encoders)
 
@@ -232,11 +227,9 @@ def build_training(config: RunConfig, here: Runtime, *, stop_after: int | None) 
 
     return Loop(
         config=config, state=state, spread=ranks, sinks=sinks, progress=progress, save=save, show=show,
-        any_rank=here.any_rank, stop_after=stop_after, batches=batches,
+        any_rank=here.any_rank, stop_after=stop_after, batches=batches, window=window,
         flow=Flow(config=config.diffusion, seed=config.train.seed, num_patches=config.patches_per_image,
-                  num_kept=config.tokens_per_image),
-        window=MetricWindow(device=here.device, images_per_step=config.train.global_batch,
-                            tokens_per_step=config.train.global_batch * config.tokens_per_image))
+                  num_kept=config.tokens_per_image))
 
 
 def write_pictures(pictures: Pictures, *, run: Path, how: SampleConfig, step: int) -> Path:
@@ -285,6 +278,9 @@ class Suite:
 def shapes_suite(config: RunConfig, *, tasks: Sequence[str] | None, repeat: int, split: Split) -> Suite:
     """The coloured-shapes suite: every prompt of the tasks, `repeat` times."""
     metadata = [m for m in all_prompts(split=split, tasks=tasks or TASKS) for _ in range(repeat)]
+    if not metadata:
+        raise ConfigError(Problem(field="tasks", value=",".join(tasks or TASKS), nearest="color_attr",
+                                  rule=f"has no prompt in split {split}; only color_attr is held out"))
     specs = {task: ShapesSpec(resolution=config.data.resolution, mix={task: 1.0}) for task in TASKS}
     others = [shape_sample(i, spec=specs[m["tag"]], seed=0).image for i, m in enumerate(metadata)]
     return Suite(metadata=metadata, others=np.stack(others), grade=lambda image, wanted: grade(image, wanted).correct)

@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.nproc > 1 and "RANK" not in os.environ:
         from launch.local import run_ranks
 
-        words = list(sys.argv[1:] if argv is None else argv)
-        place = words.index("--nproc")
-        sys.exit(run_ranks(words[:place] + words[place + 2 :], nproc=args.nproc))
+        sys.exit(run_ranks(sys.argv[1:] if argv is None else argv, nproc=args.nproc))  # a rank passes over --nproc
     try:
         code = args.verb(args)
     except Exception as e:
@@ -44,12 +42,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="ecdit", description="Train, sample, measure and plan EC-DiT: diffusion transformers whose "
-                                     "experts choose their tokens.", epilog=_exit_codes(),
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Parser(prog="ecdit", description="Train, sample, measure and plan EC-DiT: diffusion transformers whose experts choose "
+                     "their tokens.", formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nproc", type=int, default=1, metavar="N", help="run the verb as N ranks on this machine (train, resume, "
                         "sample, evaluate); on a cluster use `ecdit launch` or torchrun")
-    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    verbs = parser.add_subparsers(required=True, metavar="VERB", parser_class=argparse.ArgumentParser)
 
     def verb(name: str, function: Any, text: str, *, parent: Any = verbs) -> argparse.ArgumentParser:
         p = parent.add_parser(name, help=text.splitlines()[0], description=text,
@@ -123,6 +120,14 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+class _Parser(argparse.ArgumentParser):
+    """Looks exit codes up when help is asked for: they lie in rooms that a command need not import."""
+
+    def format_help(self) -> str:
+        self.epilog = _exit_codes()
+        return super().format_help()
+
+
 def parser_group(verbs: Any, name: str, text: str) -> Any:
     p = verbs.add_parser(name, help=text, description=text)
     return p.add_subparsers(required=True, metavar="VERB")
@@ -151,7 +156,7 @@ def train(args: argparse.Namespace) -> int:
 def resume(args: argparse.Namespace) -> int:
     from ecdit_train.config import compat, compose, validate
 
-    old = compose.load(args.run)
+    old = _stored(args.run)
     changed = compose.override(old, args.overrides)
     compat.check_resume(old, changed.config, allow=set(changed.explicit))
     validate.validate(changed.config, world=int(os.environ.get("WORLD_SIZE", "1")))
@@ -159,20 +164,30 @@ def resume(args: argparse.Namespace) -> int:
 
 
 def _run(config: Any, *, stop_after: int | None) -> int:
-    """Freeze the configuration, build, train. 0 when finished, 75 when stopped on request."""
-    from ecdit_train.build import build_training
+    """Build, freeze the configuration, train. 0 when finished, 75 when stopped on request."""
+    from ecdit_train.train.stop import StopRequest
+
+    with StopRequest() as stop:  # before torch, whose import takes seconds
+        from ecdit_train.build import build_training
+        from ecdit_train.config.convert import from_dict, to_dict
+
+        with _ranks() as here:
+            config = from_dict(here.broadcast_object(to_dict(config)))  # one truth for all ranks, whatever their files say
+            loop = build_training(config, here, stop_after=stop_after)
+            try:
+                finished = loop.run(stop)
+            finally:
+                loop.close()
+    return errors.EXIT_OK if finished else errors.EXIT_REQUEUE
+
+
+def _stored(run: str) -> Any:
+    """The configuration of a run folder, which may have been moved since, or be named from another working directory."""
+    from dataclasses import replace
+
     from ecdit_train.config import compose
 
-    with _ranks() as here:
-        if here.rank == 0:
-            compose.freeze(config, config.run)
-        here.barrier()
-        loop = build_training(compose.load(config.run), here, stop_after=stop_after)
-        try:
-            finished = loop.run()
-        finally:
-            loop.close()
-    return errors.EXIT_OK if finished else errors.EXIT_REQUEUE
+    return replace(compose.load(run), run=run)
 
 
 @contextmanager
@@ -193,17 +208,13 @@ def _ranks() -> Iterator[Any]:
 
 
 def sample(args: argparse.Namespace) -> int:
-    words = _words(args.words, own={"run", "prompts", "out", "repeat", "weights", "step"}, required=("run", "prompts"))
-    text = words["prompts"]
-    prompts = Path(text[1:]).read_text().splitlines() if text.startswith("@") else text.strip("[]").split("|")
-    prompts = [p.strip() for p in prompts if p.strip()] * int(words.get("repeat", 1))
-    if not prompts:
-        raise ConfigError(Problem(field="prompts", value=text, rule="needs at least one prompt", nearest="'a photo of a red circle'"))
+    words = _words(args.words, own={**_DRAWING, "prompts": _prompts, "out": Path}, required=("run", "prompts"), sampling=True)
+    prompts = words["prompts"] * words.get("repeat", 1)
     pictures, step, here = _draw(words, prompts)
     if here:
         from ecdit_train.observe import figures
 
-        out = Path(words.get("out", Path(words["run"]) / "pictures" / f"step_{step:08d}.png"))
+        out = words.get("out", Path(words["run"]) / "pictures" / f"step_{step:08d}.png")
         out.parent.mkdir(parents=True, exist_ok=True)
         figures.sample_grid(pictures.images, pictures.prompts, out)
         print(f"{len(prompts)} pictures from step {step}: {out}")
@@ -211,14 +222,14 @@ def sample(args: argparse.Namespace) -> int:
 
 
 def evaluate(args: argparse.Namespace) -> int:
+    words = _words(args.words, own={**_DRAWING, "tasks": _tasks, "split": _one_of("all", "train", "heldout")}, required=("run",),
+                   sampling=True)
+    config = _stored(words["run"])
+
     from ecdit_train import build
-    from ecdit_train.config import compose
     from ecdit_train.evaluate import shapes
 
-    words = _words(args.words, own={"run", "tasks", "repeat", "split", "weights", "step"}, required=("run",))
-    config = compose.load(words["run"])
-    suite = build.shapes_suite(config, tasks=words["tasks"].split(",") if "tasks" in words else None,
-                               repeat=int(words.get("repeat", 1)), split=words.get("split", "all"))
+    suite = build.shapes_suite(config, tasks=words.get("tasks"), repeat=words.get("repeat", 1), split=words.get("split", "all"))
     pictures, step, here = _draw(words, [m["prompt"] for m in suite.metadata])
     if here:
         result = shapes.score(pictures.images, suite.metadata, grade=suite.grade, others=suite.others)
@@ -230,17 +241,17 @@ def evaluate(args: argparse.Namespace) -> int:
     return errors.EXIT_OK
 
 
-def _draw(words: dict[str, str], prompts: list[str]) -> tuple[Any, int, bool]:
+def _draw(words: dict[str, Any], prompts: list[str]) -> tuple[Any, int, bool]:
     """Pictures, the step of the weights, and whether this rank is the one that writes."""
-    from ecdit_train import build
-    from ecdit_train.config import compose
+    from ecdit_train.config import compose, validate
 
-    stored = compose.load(words["run"])
-    keys = {"sampler", "steps", "guidance", "scope", "group_size", "seed"}
-    config = compose.override(stored, [f"sample.{k}={v}" for k, v in words.items() if k in keys]).config
+    config = compose.override(_stored(words["run"]), [f"sample.{k}={v}" for k, v in words.items() if k in _SAMPLING]).config
+    validate.validate(config)
+
+    from ecdit_train import build
+
     with _ranks() as here:
-        painter, step = build.build_painter(config, here, kind=words.get("weights", "ema"),
-                                            step=int(words["step"]) if "step" in words else None)
+        painter, step = build.build_painter(config, here, kind=words.get("weights", "ema"), step=words.get("step"))
         return painter.draw(prompts, how=config.sample, step=step), step, here.rank == 0
 
 
@@ -256,15 +267,23 @@ def report(args: argparse.Namespace) -> int:
 
 def plan(args: argparse.Namespace) -> int:
     from ecdit_train.config import compose
-    from ecdit_train.plan import estimate
+    from ecdit_train.plan import estimate, render, to_json
 
     config = compose.compose(args.overrides)
-    result = estimate.estimate(config, world=args.world)
-    print(json.dumps(estimate.to_json(result), indent=2) if args.json else estimate.render(result))
+    result = estimate(config, world=args.world)
+    document = to_json(result)
+    if not args.json:
+        print(render(result), end="")
     if args.dry_run:
-        from ecdit_train.plan import dry_run
+        from ecdit_train.plan import compare, dry_run
 
-        print(dry_run.report(result, dry_run.dry_run(config, world=result.layout.world)))
+        ran = dry_run.dry_run(config, world=result.cost.layout.world)
+        rows = compare.compare(result, ran)
+        document |= compare.to_json(ran, rows)
+        if not args.json:
+            print("\n" + compare.render(ran, rows), end="")
+    if args.json:
+        print(json.dumps(document, indent=2))
     return errors.EXIT_OK
 
 
@@ -289,12 +308,12 @@ def data_shapes(args: argparse.Namespace) -> int:
     from data_pipeline.prepare import make_shapes
     from data_pipeline.shapes_prompts import TASKS
 
-    words = _words(args.words, own={"out", "count", "resolution", "seed", "per_shard", "mix", "scale", "format"}, required=("out",),
-                   sampling=False)
-    mix = {k: float(v) for k, v in (w.split(":") for w in words["mix"].split(","))} if "mix" in words else dict.fromkeys(TASKS, 1.0)
-    low, high = (float(x) for x in words.get("scale", "0.2,0.35").split(","))
-    made = make_shapes(Path(words["out"]), count=int(words.get("count", 4000)), resolution=int(words.get("resolution", 32)),
-                       seed=int(words.get("seed", 0)), mix=mix, scale=(low, high), samples_per_shard=int(words.get("per_shard", 500)),
+    words = _words(args.words, required=("out",), own={
+        "out": Path, "count": _whole(1), "resolution": _whole(1), "seed": _whole(0), "per_shard": _whole(1), "mix": _mix,
+        "scale": _range, "format": _one_of("png", "jpg")})
+    made = make_shapes(words["out"], count=words.get("count", 4000), resolution=words.get("resolution", 32),
+                       seed=words.get("seed", 0), mix=words.get("mix", dict.fromkeys(TASKS, 1.0)),
+                       scale=words.get("scale", (0.2, 0.35)), samples_per_shard=words.get("per_shard", 500),
                        image_format=words.get("format", "png"))
     print(f"{made.num_samples} samples in {len(made.shards)} shards: {words['out']}")
     return errors.EXIT_OK
@@ -343,46 +362,128 @@ def config_diff(args: argparse.Namespace) -> int:
 
 
 def checkpoint_list(args: argparse.Namespace) -> int:
-    from ecdit_train.checkpoint import folder, manifest
+    from ecdit_train.checkpoint import manifest
 
-    for found in folder.find(Path(args.run) / "checkpoints"):
+    for found in _checkpoints(args.run):
         size = manifest.tensor_bytes(manifest.read(found.path))
         print(f"step {found.step:>10}  {size / 1e9:10.3f} GB  {found.path}")
     return errors.EXIT_OK
 
 
 def checkpoint_verify(args: argparse.Namespace) -> int:
-    from ecdit_train.checkpoint import folder, store
+    from ecdit_train.checkpoint import restore
 
-    for found in folder.find(Path(args.run) / "checkpoints"):
-        store.verify(found.path)
+    for found in _checkpoints(args.run):
+        restore.verify(found.path)
         print(f"step {found.step}: sound")
     return errors.EXIT_OK
 
 
-def _words(words: Sequence[str], *, own: set[str], required: Sequence[str], sampling: bool = True) -> dict[str, str]:
-    """KEY=VALUE words of a verb, every mistake at once."""
+def _checkpoints(run: str) -> Any:
+    """The committed checkpoints; a run folder must be there, and hold some: "all sound" must never mean "none looked at"."""
+    from ecdit_train.checkpoint import folder
+
+    _stored(run)
+    found = folder.find(Path(run) / "checkpoints")
+    if not found:
+        raise errors.CheckpointError(f"{run} has no committed checkpoint")
+    return found
+
+
+_SAMPLING = frozenset({"sampler", "steps", "guidance", "scope", "group_size", "seed"})
+"""Keys of the configuration's sample section that drawing verbs take; their values are read with the configuration's own rules."""
+
+
+def _words(words: Sequence[str], *, own: Mapping[str, Callable[[str], Any]], required: Sequence[str],
+           sampling: bool = False) -> dict[str, Any]:
+    """KEY=VALUE words of a verb, each value through its reader; every mistake at once."""
     import difflib
 
-    keys = own | ({"sampler", "steps", "guidance", "scope", "group_size", "seed"} if sampling else set())
-    problems, out = [], {}
+    readers = dict(own) | ({key: str for key in _SAMPLING} if sampling else {})
+    problems: list[Problem] = []
+    out: dict[str, Any] = {}
     for word in words:
         key, equals, value = word.partition("=")
-        if not equals or key not in keys:
-            near = difflib.get_close_matches(key, sorted(keys), n=1, cutoff=0.0)
+        if not equals or key not in readers:
+            near = difflib.get_close_matches(key, sorted(readers), n=1, cutoff=0.0)
             problems.append(Problem(field=key, value=value, rule="is not a key of this verb", nearest=f"{near[0]}=..."))
-        out[key] = value
+            continue
+        try:
+            out[key] = readers[key](value)
+        except (ValueError, OSError) as e:
+            problems.append(Problem(field=key, value=value, rule=str(e)))
+            out[key] = None
     problems += [Problem(field=key, value=None, rule="is required", nearest=f"{key}=...") for key in required if key not in out]
     if problems:
         raise ConfigError(problems)
     return out
 
 
+def _whole(low: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if not text.isdecimal() or int(text) < low:
+            raise ValueError(f"must be a whole number, {low} or more")
+        return int(text)
+
+    return read
+
+
+def _one_of(*choices: str) -> Callable[[str], str]:
+    def read(text: str) -> str:
+        if text not in choices:
+            raise ValueError(f"must be one of {', '.join(choices)}")
+        return text
+
+    return read
+
+
+def _tasks(text: str) -> list[str]:
+    from data_pipeline.shapes_prompts import TASKS
+
+    if not set(text.split(",")) <= set(TASKS):
+        raise ValueError(f"must be some of {', '.join(TASKS)}, joined by commas")
+    return text.split(",")
+
+
+def _prompts(text: str) -> list[str]:
+    """`A|B|...`, or one a line in @FILE."""
+    lines = Path(text[1:]).read_text(encoding="utf-8").splitlines() if text.startswith("@") else text.strip("[]").split("|")
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError("needs at least one prompt, as in 'a photo of a red circle'")
+    return prompts
+
+
+def _mix(text: str) -> dict[str, float]:
+    try:
+        return {task: float(weight) for task, weight in (word.split(":") for word in text.split(","))}
+    except ValueError:
+        raise ValueError("must be task:weight,task:weight,...") from None
+
+
+def _range(text: str) -> tuple[float, float]:
+    try:
+        low, high = (float(x) for x in text.split(","))
+    except ValueError:
+        raise ValueError("must be two numbers, LOW,HIGH") from None
+    return low, high
+
+
 def _exit_codes() -> str:
-    lines = ["exit codes:", f"  {errors.EXIT_OK:<4} done", f"  {errors.EXIT_REQUEUE:<4} stopped on request, everything saved: run again"]
-    for kind in EcditError.__subclasses__():
+    import data_pipeline.errors
+    import launch.submit  # noqa: F401 - defines its own kind
+
+    lines = ["exit codes:", f"  {errors.EXIT_OK:<4} done", "  2    the command line itself cannot be read",
+             f"  {errors.EXIT_REQUEUE:<4} stopped on request, everything saved: run again"]
+    kinds: list[Any] = [*EcditError.__subclasses__(), data_pipeline.errors.DataError, *data_pipeline.errors.DataError.__subclasses__()]
+    for kind in sorted(kinds, key=lambda kind: kind.exit_code):
         lines.append(f"  {kind.exit_code:<4} {kind.__name__}: {(kind.__doc__ or '').splitlines()[0]}")
     return "\n".join(lines)
+
+
+_DRAWING: dict[str, Callable[[str], Any]] = {
+    "run": str, "repeat": _whole(1), "weights": _one_of("ema", "raw"), "step": _whole(0)}
+"""What every drawing verb takes."""
 
 
 if __name__ == "__main__":

@@ -19,12 +19,6 @@ class EcditError(Exception):
     exit_code = 1
 
 
-class DataError(EcditError):
-    """Shards, samples or captions that cannot be used."""
-
-    exit_code = 74
-
-
 @dataclass(frozen=True, kw_only=True)
 class Problem:
     """One broken rule of a configuration."""

@@ -1,8 +1,10 @@
-"""Randomness as a pure function: every draw is a value of (seed, purpose, position, index), never of a generator's past.
+"""Randomness as a pure function: every draw is a value of (seed, purpose, position, index), never of a generator's
+past.
 
-Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) in torch integer arithmetic, so the
-same bits come out on CPU and GPU, on one rank or 512, before and after a resume. A position is the global position of a
-sample in the training stream (or a parameter's name when weights are initialised); an index counts values inside it.
+Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) in torch integer arithmetic, so
+the same words come out on CPU and GPU (logarithm and cosine may differ in the last bit), on one rank or 512, before and
+after a resume. A position is the global position of a sample in the training stream (or a parameter's name when weights
+are initialised); an index counts values inside it.
 
 Legend: B positions, N values per position, W = 4 words of 32 bits per Philox block.
 """
@@ -36,7 +38,9 @@ class Purpose(IntEnum):
     VALIDATION = 7
 
 
-def philox(counter: tuple[Tensor | int, Tensor | int, Tensor | int, Tensor | int], key: tuple[int, int]) -> list[Tensor]:
+def philox(
+    counter: tuple[Tensor | int, Tensor | int, Tensor | int, Tensor | int], key: tuple[int, int]
+) -> list[Tensor]:
     """Four 32-bit words per counter, as int64 tensors in [0, 2^32); counters are broadcast against each other.
 
     Products of two 32-bit words wrap in int64, but their low 64 bits are exact, so shift and mask give both halves.
@@ -59,8 +63,9 @@ def _words(seed: int, purpose: Purpose, position_B: Tensor, blocks_N: Tensor) ->
 
 
 def _unit(word: Tensor) -> Tensor:
-    """Uniform in the open interval (0, 1), float32: the upper 24 bits, centred in their cell."""
-    return ((word >> 8).to(torch.float32) + 0.5) * 2.0**-24
+    """Uniform in the open interval (0, 1), float32: the upper 23 bits, centred in their cell (with 24, the centres
+    round and the last one is 1)."""
+    return ((word >> 9).to(torch.float32) + 0.5) * 2.0**-23
 
 
 def uniform(seed: int, purpose: Purpose, position_B: Tensor, *, num: int) -> Tensor:
@@ -88,7 +93,12 @@ def subset(seed: int, purpose: Purpose, position_B: Tensor, *, total: int, keep:
 
 
 def uniform_box(
-    seed: int, name: str, *, global_shape: tuple[int, ...], offsets: tuple[int, ...], sizes: tuple[int, ...],
+    seed: int,
+    name: str,
+    *,
+    global_shape: tuple[int, ...],
+    offsets: tuple[int, ...],
+    sizes: tuple[int, ...],
     device: torch.device | str = "cpu",
 ) -> Tensor:
     """The values in (0, 1) of one box of a named tensor, without making the rest of it: `sizes` float32.

@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Replicate
 
 from ecdit_train.errors import CheckpointError
+from ecdit_train.parallel.placement import ParamPlacement
 
 DTYPES: Mapping[str, torch.dtype] = {
     str(dtype).removeprefix("torch."): dtype
@@ -83,41 +84,24 @@ class Run:
     size: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class ParamPlacement:
-    """How the part that a module holds (before FSDP) lies in the global tensor: the caller knows, torch does not.
-
-    `dim`, `index`, `count`: the part is chunk `index` of `count` along `dim`, in `torch.chunk` order. A Megatron
-    column weight has dim 0, a row weight dim 1, stacked experts dim 0; leave count = 1 for replicated tensors.
-
-    `boxes` instead of index/count: explicit (global offset, local offset, size) stretches along `dim`, which tile
-    the local part in order. For fused or interleaved projections, and for kv heads repeated when tp > kv heads.
-    """
-
-    global_shape: tuple[int, ...]
-    dim: int = 0
-    index: int = 0
-    count: int = 1
-    boxes: tuple[tuple[int, int, int], ...] = field(default=())
-
-    def runs(self) -> list[Run]:
-        """Runs of the module's part along `dim`. Raises CheckpointError if they cannot be."""
-        if not self.global_shape:
-            raise CheckpointError("a 0-d tensor cannot be split")
-        length = self.global_shape[self.dim]
-        if not self.boxes:
-            if not 0 <= self.index < self.count:
-                raise CheckpointError(f"chunk index {self.index} is not in 0..{self.count - 1}")
-            start, stop = chunk_bounds(length, index=self.index, count=self.count)
-            return [Run(start, 0, stop - start)] if stop > start else []
-        cursor = 0
-        for start, local, size in self.boxes:
-            if local != cursor or size <= 0 or start < 0 or start + size > length:
-                raise CheckpointError(
-                    f"box (global {start}, local {local}, size {size}) must follow local {cursor} and stay in {length}"
-                )
-            cursor += size
-        return [Run(*box) for box in self.boxes]
+def placed_runs(placement: ParamPlacement) -> list[Run]:
+    """Runs of the module's part along `placement.dim`. Raises CheckpointError if they cannot be."""
+    if not placement.global_shape:
+        raise CheckpointError("a 0-d tensor cannot be split")
+    length = placement.global_shape[placement.dim]
+    if not placement.boxes:
+        if not 0 <= placement.index < placement.count:
+            raise CheckpointError(f"chunk index {placement.index} is not in 0..{placement.count - 1}")
+        start, stop = chunk_bounds(length, index=placement.index, count=placement.count)
+        return [Run(start, 0, stop - start)] if stop > start else []
+    cursor = 0
+    for start, local, size in placement.boxes:
+        if local != cursor or size <= 0 or start < 0 or start + size > length:
+            raise CheckpointError(
+                f"box (global {start}, local {local}, size {size}) must follow local {cursor} and stay in {length}"
+            )
+        cursor += size
+    return [Run(*box) for box in placement.boxes]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,7 +266,7 @@ def _runs_of_part(part_shape: tuple[int, ...], *, placement: ParamPlacement | No
     if shape and not 0 <= dim < len(shape):
         raise CheckpointError(f"placement dim {dim} is not a dimension of {shape}")
     if shape:
-        runs_of[dim] = placement.runs()
+        runs_of[dim] = placed_runs(placement)
     wanted = tuple(sum(run.size for run in runs_of[d]) if d == dim else shape[d] for d in range(len(shape)))
     if wanted != part_shape:
         raise CheckpointError(f"part of shape {part_shape}, but its placement in {shape} says {wanted}")

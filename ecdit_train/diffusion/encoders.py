@@ -1,6 +1,7 @@
 """Frozen encoders behind two protocols: text to features, images to latents and back.
 
-Real encoders come from local folders only (safetensors, no network, no code from the folder); the built-in ones need no files.
+Real encoders come from local folders only (safetensors, no network, no code from the folder); the built-in ones need no
+files.
 
 Legend: B images, L text tokens, X feature width, C latent channels, H W latent height and width, S pixels per side.
 """
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -42,7 +43,8 @@ class ImageCodec(Protocol):
 
 
 class HashTextEncoder:
-    """Each word gets a fixed unit-variance vector keyed by its CRC-32, plus a weak position code: small, frozen, no files."""
+    """Each word gets a fixed unit-variance vector keyed by its CRC-32, plus a weak position code: small, frozen, no
+    files."""
 
     def __init__(self, *, width: int, max_tokens: int, device: torch.device | str = "cpu") -> None:
         self.width, self.max_tokens, self.device = width, max_tokens, device
@@ -67,37 +69,72 @@ class HashTextEncoder:
         return features.to(self.device), mask.to(self.device)
 
 
-def _local_folder(path: str | None, *, what: str, weights: Sequence[str]) -> Path:
-    """The folder, or EncoderError when it or its safetensors weights are missing."""
+def _local_folder(path: str | None, *, what: str) -> Path:
+    """The folder, or EncoderError when it, its config.json or its safetensors weights are missing."""
     if not path or not Path(path).is_dir():
-        raise EncoderError(f"{what}: {path!r} is not a local folder; download the model there first (nothing is fetched at run time)")
-    if not any(list(Path(path).glob(pattern)) for pattern in weights):
-        raise EncoderError(f"{what}: no safetensors weights in {path!r} (looked for {', '.join(weights)}); pickle files are refused")
+        raise EncoderError(
+            f"{what}: {path!r} is not a local folder; download the model there first (nothing is fetched at run time)"
+        )
+    if not (Path(path) / "config.json").is_file():
+        raise EncoderError(f"{what}: no config.json in {path!r}")
+    if not any(Path(path).glob("*.safetensors")):
+        raise EncoderError(
+            f"{what}: no safetensors weights in {path!r} (looked for *.safetensors); pickle files are refused"
+        )
     return Path(path)
+
+
+def _load(loader: Callable[..., Any], folder: Path, *, what: str, kind: str, **options: Any) -> Any:
+    """A frozen model, whole. Both libraries fill tensors that a file lacks with random values and a warning; we
+    refuse."""
+    from safetensors import SafetensorError
+
+    try:
+        model, info = loader(folder, use_safetensors=True, local_files_only=True, output_loading_info=True, **options)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
+        raise EncoderError(f"{what}: {str(folder)!r} does not hold {kind}: {e}") from e
+    missing = sorted(map(str, info["missing_keys"]))
+    if missing:
+        raise EncoderError(
+            f"{what}: {str(folder)!r} does not hold {kind}: it lacks {len(missing)} of its tensors ({missing[0]})"
+        )
+    return model.eval().requires_grad_(False)
+
+
+_TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer_config.json")
 
 
 class T5TextEncoder:
     """Any transformers T5 encoder with its tokenizer, from one local folder."""
 
     def __init__(self, config: TextEncoderConfig, *, device: torch.device | str, dtype: torch.dtype) -> None:
-        folder = _local_folder(config.path, what="encoders.text.path", weights=["*.safetensors"])
+        folder = _local_folder(config.path, what="encoders.text.path")
+        if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+            # transformers would make one with an empty vocabulary, and every word would be the same.
+            names = ", ".join(_TOKENIZER_FILES)
+            raise EncoderError(f"encoders.text.path: {config.path!r} does not hold a tokenizer (looked for {names})")
         from transformers import AutoTokenizer, T5EncoderModel
 
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            model: Any = T5EncoderModel.from_pretrained(folder, use_safetensors=True, local_files_only=True, dtype=dtype)
         except (OSError, ValueError, KeyError) as e:
-            raise EncoderError(f"encoders.text.path: {config.path!r} does not hold a T5 encoder: {e}") from e
-        self._model = model.eval().requires_grad_(False).to(device)
-        self.width, self.max_tokens, self.device = int(model.config.d_model), config.max_tokens, device
+            raise EncoderError(f"encoders.text.path: {config.path!r} does not hold a tokenizer: {e}") from e
+        self._model = _load(
+            T5EncoderModel.from_pretrained, folder, what="encoders.text.path", kind="a T5 encoder", dtype=dtype
+        )
+        self._model.to(device)
+        self.width, self.max_tokens, self.device = int(self._model.config.d_model), config.max_tokens, device
         if self.width != config.width:
-            raise EncoderError(f"encoders.text.width = {config.width}: the encoder in {config.path!r} is {self.width} wide; "
-                               f"nearest valid: {self.width}")
+            raise EncoderError(
+                f"encoders.text.width = {config.width}: the encoder in {config.path!r} is {self.width} wide; "
+                f"nearest valid: {self.width}"
+            )
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        tokens = self._tokenizer(list(captions), padding="max_length", truncation=True, max_length=self.max_tokens,
-                                 return_tensors="pt").to(self.device)
+        tokens = self._tokenizer(
+            list(captions), padding="max_length", truncation=True, max_length=self.max_tokens, return_tensors="pt"
+        ).to(self.device)
         features = self._model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
         return features, tokens.attention_mask.bool()
 
@@ -119,23 +156,22 @@ class IdentityCodec:
 
 
 class KLCodec:
-    """Any diffusers AutoencoderKL from a local folder; latents are the posterior's mean, so nothing random is hidden here."""
+    """Any diffusers AutoencoderKL from a local folder; latents are the posterior's mean, so nothing random is hidden
+    here."""
 
     def __init__(self, config: ImageCodecConfig, *, device: torch.device | str, dtype: torch.dtype) -> None:
-        folder = _local_folder(config.path, what="encoders.image.path", weights=["*.safetensors"])
+        folder = _local_folder(config.path, what="encoders.image.path")
         from diffusers import AutoencoderKL
 
-        try:
-            model: Any = AutoencoderKL.from_pretrained(folder, use_safetensors=True, local_files_only=True)
-        except (OSError, ValueError, KeyError) as e:
-            raise EncoderError(f"encoders.image.path: {config.path!r} does not hold an AutoencoderKL: {e}") from e
-        self._model = model.eval().requires_grad_(False).to(device, dtype)
-        self._dtype = dtype
+        model = _load(AutoencoderKL.from_pretrained, folder, what="encoders.image.path", kind="an AutoencoderKL")
+        self._model, self._dtype = model.to(device, dtype), dtype
         self.channels, factor = int(model.config.latent_channels), 2 ** (len(model.config.block_out_channels) - 1)
         self.scale, self.shift = config.scale, config.shift
         for field, said, found in (("channels", config.channels, self.channels), ("factor", config.factor, factor)):
             if said != found:
-                raise EncoderError(f"encoders.image.{field} = {said}: the codec in {config.path!r} has {found}; nearest valid: {found}")
+                raise EncoderError(
+                    f"encoders.image.{field} = {said}: the codec in {config.path!r} has {found}; nearest valid: {found}"
+                )
 
     @torch.no_grad()
     def encode(self, images_BSS3: Tensor) -> Tensor:
@@ -152,7 +188,9 @@ def _to_uint8(x_BCSS: Tensor) -> Tensor:
     return ((x_BCSS + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
-def make_text_encoder(config: TextEncoderConfig, *, device: torch.device | str, dtype: torch.dtype) -> TextEncoder | None:
+def make_text_encoder(
+    config: TextEncoderConfig, *, device: torch.device | str, dtype: torch.dtype
+) -> TextEncoder | None:
     """None when the shards carry the embeddings."""
     if config.kind == "t5":
         return T5TextEncoder(config, device=device, dtype=dtype)

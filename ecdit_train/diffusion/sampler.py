@@ -2,7 +2,8 @@
 
 Legend: B images, C channels, H W latent height and width.
 
-Guidance runs both halves in one batch: the network gets them one after the other, so that they are separate routing pools. Noise is keyed by (seed, prompt, repetition): same prompt and seed, same picture, whatever else is drawn.
+Guidance runs both halves in one batch: the network gets them one after the other, so that they are separate routing
+pools. Noise is keyed by (seed, prompt, repetition): same prompt and seed, same picture, whatever else is drawn.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ def prompt_positions(prompts: Sequence[str]) -> Tensor:
 
 
 def integrate(velocity: Velocity, x: Tensor, *, steps: int, method: Literal["euler", "heun"]) -> Tensor:
-    """dx = v(x, t) dt from t = 0 to 1 in equal steps. Heun averages the slopes of both ends, except in the last step, where the
-    end is t = 1 and a velocity is not defined for a data prediction."""
+    """dx = v(x, t) dt from t = 0 to 1 in equal steps. Heun averages the slopes of both ends, except in the last step,
+    where the end is t = 1 and a velocity is not defined for a data prediction."""
     for n in range(steps):
         t, dt = n / steps, 1.0 / steps
         v = velocity(x, t)
@@ -49,7 +50,11 @@ def integrate(velocity: Velocity, x: Tensor, *, steps: int, method: Literal["eul
 
 @torch.no_grad()
 def sample(
-    network: Network, *, position_B: Tensor, shape: tuple[int, int, int], config: SampleConfig,
+    network: Network,
+    *,
+    position_B: Tensor,
+    shape: tuple[int, int, int],
+    config: SampleConfig,
     prediction: Literal["velocity", "data"],
 ) -> Tensor:
     """Latents (B, C, H, W) fp32, one for each position, on its device.

@@ -1,8 +1,8 @@
 """Multi-head attention with grouped key/value heads; one module for self-attention and text cross-attention.
 
 Legend: B batch, S queries, T keys, D width of the queries' stream, Y width of the context, h heads, k key/value heads,
-d = 64 channels per head. The number of heads is read off the projections' output, so that a tensor-parallel rank holding
-some of the heads runs the same code.
+d = 64 channels per head. The number of heads is read off the projections' output, so that a tensor-parallel rank
+holding some of the heads runs the same code.
 """
 
 from __future__ import annotations

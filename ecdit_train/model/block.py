@@ -2,9 +2,9 @@
 
 Legend: B images, S tokens, D hidden width, Y text width.
 
-Modulation (AdaLN): sublayer s of block l uses shift, scale and gate G_s(c) + L_l(c). G (6 D^2 parameters) is shared by all
-blocks, L_l (3 D^2) by the two modulated sublayers of block l; a projection of 6 D^2 in every block, as in DiT, does not fit the
-paper's parameter counts (docs/explanation/model.md).
+Modulation (AdaLN): sublayer s of block l uses shift, scale and gate G_s(c) + L_l(c). G (6 D^2 parameters) is shared by
+all blocks, L_l (3 D^2) by the two modulated sublayers of block l; a projection of 6 D^2 in every block, as in DiT, does
+not fit the paper's parameter counts (docs/explanation/model.md).
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ def modulate(x_BSD: Tensor, *, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    def __init__(self, width: int, *, self_attention: Attention, cross_attention: Attention,
-                 feed_forward: FeedForward | MoE) -> None:
+    def __init__(
+        self, width: int, *, self_attention: Attention, cross_attention: Attention, feed_forward: FeedForward | MoE
+    ) -> None:
         super().__init__()
         self.modulation = nn.Linear(width, 3 * width)
         self.self_attention = self_attention

@@ -1,7 +1,7 @@
 """The network, on one device, as the paper has it (sections 2 and 3.1). Parallelism is applied from outside.
 
-Legend: B images, C channels, H W latent height and width, N patches, K kept patches, P values of a patch, D hidden width,
-L text tokens.
+Legend: B images, C channels, H W latent height and width, N patches, K kept patches, P values of a patch, D hidden
+width, L text tokens.
 """
 
 from __future__ import annotations
@@ -45,17 +45,20 @@ class DiT(nn.Module):
         patch_values = model.patch * model.patch * channels
         self.patch_embed = nn.Linear(patch_values, D)
         self.timestep = TimestepEmbedding(D)
-        self.text = TextEmbedding(text_features, width=model.text_width, layers=model.text_refiner_layers,
-                                  head_dim=HEAD_DIM)
+        self.text = TextEmbedding(
+            text_features, width=model.text_width, layers=model.text_refiner_layers, head_dim=HEAD_DIM
+        )
         self.pooled_text = nn.Linear(model.text_width, D)
         self.shared_modulation = nn.Linear(D, 6 * D)
         self.blocks = nn.ModuleList(make_block(model, moe, number=n) for n in range(1, model.layers + 1))
         self.final_modulation = nn.Linear(D, 2 * D)
         self.final = nn.Linear(D, patch_values)
 
-    def forward(self, latents_BCHW: Tensor, *, t_B: Tensor, text: Text, keep_BK: Tensor | None, pool: int) -> Prediction:
-        """latents: noisy x_t; t: fp32 in [0, 1]; keep: patches to look at, ascending, or None for all of them; `pool`: tokens
-        that compete for an expert. Activations take the type of the weights."""
+    def forward(
+        self, latents_BCHW: Tensor, *, t_B: Tensor, text: Text, keep_BK: Tensor | None, pool: int
+    ) -> Prediction:
+        """latents: noisy x_t; t: fp32 in [0, 1]; keep: patches to look at, ascending, or None for all of them; `pool`:
+        tokens that compete for an expert. Activations take the type of the weights."""
         dtype = self.patch_embed.weight.dtype
         x = self.patch_embed(patchify(latents_BCHW, patch=self.patch).to(dtype))
         x = x + sincos_2d(latents_BCHW.shape[-1] // self.patch, x.shape[-1], device=x.device).to(dtype)
@@ -74,8 +77,12 @@ class DiT(nn.Module):
     def condition(self, t_B: Tensor, text: Text) -> Conditioning:
         text_BLY, mask_BL, pooled_BY = self.text(text)
         vector = F.silu(self.timestep(t_B) + self.pooled_text(pooled_BY))
-        return Conditioning(text_BLY=text_BLY, text_mask_BL=mask_BL, vector_BD=vector,
-                            shared_B6D=self.shared_modulation(vector).unflatten(-1, (6, -1)))
+        return Conditioning(
+            text_BLY=text_BLY,
+            text_mask_BL=mask_BL,
+            vector_BD=vector,
+            shared_B6D=self.shared_modulation(vector).unflatten(-1, (6, -1)),
+        )
 
 
 def is_sparse(number: int, moe: MoEConfig) -> bool:
@@ -88,8 +95,9 @@ def make_block(model: ModelConfig, moe: MoEConfig, *, number: int) -> Block:
     return Block(
         D,
         self_attention=Attention(D, context_width=D, heads=model.heads, kv_heads=model.kv_heads, head_dim=HEAD_DIM),
-        cross_attention=Attention(D, context_width=model.text_width, heads=model.heads, kv_heads=model.heads,
-                                  head_dim=HEAD_DIM),
+        cross_attention=Attention(
+            D, context_width=model.text_width, heads=model.heads, kv_heads=model.heads, head_dim=HEAD_DIM
+        ),
         feed_forward=make_moe(model, moe) if is_sparse(number, moe) else FeedForward(D, hidden=model.ffn_ratio * D),
     )
 
@@ -99,8 +107,13 @@ def make_moe(model: ModelConfig, moe: MoEConfig) -> MoE:
     if moe.router == "expert_choice":
         router = ExpertChoiceRouter(model.width, experts=moe.experts, capacity_factor=moe.capacity_factor)
     else:
-        router = TokenChoiceRouter(model.width, experts=moe.experts, capacity_factor=moe.capacity_factor,
-                                   top_k=moe.top_k, balance_weight=moe.balance_weight)
+        router = TokenChoiceRouter(
+            model.width,
+            experts=moe.experts,
+            capacity_factor=moe.capacity_factor,
+            top_k=moe.top_k,
+            balance_weight=moe.balance_weight,
+        )
     experts = Experts(model.width, hidden=model.ffn_ratio * model.width, experts=moe.experts)
     dispatcher = DeterministicDispatcher() if moe.combine == "deterministic" else LocalDispatcher()
     return MoE(router, experts, dispatcher=dispatcher)

@@ -1,7 +1,8 @@
 """From latents to tokens and back: patches, positions, timesteps and text.
 
-Legend: B images, C channels, H W latent height and width, N patches of a whole image, K kept patches, P = patch * patch * C
-values of a patch, D hidden width, L text tokens, X width of the frozen text features, Y text width inside the model.
+Legend: B images, C channels, H W latent height and width, N patches of a whole image, K kept patches, P = patch * patch
+* C values of a patch, D hidden width, L text tokens, X width of the frozen text features, Y text width inside the
+model.
 """
 
 from __future__ import annotations
@@ -67,8 +68,8 @@ class TimestepEmbedding(nn.Module):
 class Text:
     """Frozen text features of a batch.
 
-    features_BLX: any float type; mask_BL: True at real tokens; drop_B: True where the null text takes the caption's place
-    (caption dropout in training, the unconditional half of guidance).
+    features_BLX: any float type; mask_BL: True at real tokens; drop_B: True where the null text takes the caption's
+    place (caption dropout in training, the unconditional half of guidance).
     """
 
     features_BLX: Tensor
@@ -94,8 +95,9 @@ class RefinerLayer(nn.Module):
     def __init__(self, width: int, *, head_dim: int) -> None:
         super().__init__()
         self.norm_attention = nn.LayerNorm(width)
-        self.attention = Attention(width, context_width=width, heads=width // head_dim, kv_heads=width // head_dim,
-                                   head_dim=head_dim)
+        self.attention = Attention(
+            width, context_width=width, heads=width // head_dim, kv_heads=width // head_dim, head_dim=head_dim
+        )
         self.norm_feed_forward = nn.LayerNorm(width)
         self.feed_forward = FeedForward(width, hidden=4 * width)
 

@@ -1,8 +1,8 @@
 """First values of every parameter, as a pure function of (seed, name, global element): the same on every layout.
 
-Matrices are Xavier-uniform; modulations, cross-attention's output, the output layer and biases start at zero (AdaLN-Zero: every
-block is the identity at first; cross-attention has no gate, so its output projection takes that part, as in PixArt-alpha); norms
-start at one. Built on the meta device, a rank fills only the box it holds.
+Matrices are Xavier-uniform; modulations, cross-attention's output, the output layer and biases start at zero
+(AdaLN-Zero: every block is the identity at first; cross-attention has no gate, so its output projection takes that
+part, as in PixArt-alpha); norms start at one. Built on the meta device, a rank fills only the box it holds.
 """
 
 from __future__ import annotations
@@ -18,7 +18,12 @@ _ZERO = ("modulation.weight", "cross_attention.out.weight", "final.weight")
 
 
 def initial_values(
-    name: str, *, seed: int, global_shape: tuple[int, ...], offsets: tuple[int, ...], sizes: tuple[int, ...],
+    name: str,
+    *,
+    seed: int,
+    global_shape: tuple[int, ...],
+    offsets: tuple[int, ...],
+    sizes: tuple[int, ...],
     device: torch.device | str = "cpu",
 ) -> Tensor:
     """fp32 values of the box `[offsets, offsets + sizes)` of parameter `name`."""
@@ -38,5 +43,8 @@ def initialise(model: torch.nn.Module, *, seed: int) -> None:
     with torch.no_grad():
         for name, p in model.named_parameters():
             shape = tuple(p.shape)
-            p.copy_(initial_values(name, seed=seed, global_shape=shape, offsets=(0,) * len(shape), sizes=shape,
-                                   device=p.device))
+            p.copy_(
+                initial_values(
+                    name, seed=seed, global_shape=shape, offsets=(0,) * len(shape), sizes=shape, device=p.device
+                )
+            )

@@ -1,12 +1,12 @@
-"""The sparse feed-forward: router, dispatcher and experts are siblings, so that a distributed dispatcher can take the local
-one's place without the others knowing.
+"""The sparse feed-forward: router, dispatcher and experts are siblings, so that a distributed dispatcher can take the
+local one's place without the others knowing.
 
-Legend: B images, S tokens per image, N = B * S tokens, G routing pools of P tokens (N = G * P), D hidden width, H expert
-hidden width, E experts (e on this rank), C capacity, R rows that reach an expert.
+Legend: B images, S tokens per image, N = B * S tokens, G routing pools of P tokens (N = G * P), D hidden width, H
+expert hidden width, E experts (e on this rank), C capacity, R rows that reach an expert.
 
-Dataflow, all index based: `index_select` writes the operand of a batched product over stacked expert weights directly, and
-`index_add` sums the weighted results. A one-hot dispatch (the paper's Algorithm 1) costs 1.4 to 2 times as much, and indexing
-stacked weights by `W[e]` in a loop allocates a full-size zero gradient per expert.
+Dataflow, all index based: `index_select` writes the operand of a batched product over stacked expert weights directly,
+and `index_add` sums the weighted results. A one-hot dispatch (the paper's Algorithm 1) costs 1.4 to 2 times as much,
+and indexing stacked weights by `W[e]` in a loop allocates a full-size zero gradient per expert.
 """
 
 from __future__ import annotations
@@ -113,7 +113,8 @@ class MoE(nn.Module):
         self.dispatcher = dispatcher
 
     def forward(self, x_BSD: Tensor, *, pool: int) -> tuple[Tensor, Assignment]:
-        """x: (B, S, D), `pool` tokens compete for each expert (B * S must be whole pools). Returns (B, S, D) and who took what."""
+        """x: (B, S, D), `pool` tokens compete for each expert (B * S must be whole pools). Returns (B, S, D) and who
+        took what."""
         B, S, D = x_BSD.shape
         assert (B * S) % pool == 0, f"{B} x {S} tokens are not whole pools of {pool}"
         assignment = self.router(x_BSD.reshape(-1, pool, D))

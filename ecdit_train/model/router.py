@@ -1,10 +1,10 @@
 """Who works on which token: expert choice (each expert takes its best C tokens) and token choice (the GShard baseline).
 
-Legend: G routing pools, S tokens of a pool, D hidden width, E experts, C capacity (tokens an expert takes of a pool, a Python
-int: shapes are static and nothing waits for the device), k experts per token of token choice.
+Legend: G routing pools, S tokens of a pool, D hidden width, E experts, C capacity (tokens an expert takes of a pool, a
+Python int: shapes are static and nothing waits for the device), k experts per token of token choice.
 
-Routing runs in fp32 whatever the compute precision is. Nothing here ever builds a one-hot tensor: an assignment is a table of
-token indices and gates, (E, G, C) each, and stays on the rank that made it.
+Routing runs in fp32 whatever the compute precision is. Nothing here ever builds a one-hot tensor: an assignment is a
+table of token indices and gates, (E, G, C) each, and stays on the rank that made it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class Router(nn.Module):
         """C = pool * f_c / E; configuration has been checked for a whole number."""
         exact = pool * self.capacity_factor / self.weight.shape[1]
         capacity = round(exact)
-        assert abs(exact - capacity) < 1e-6 and capacity >= 1, f"capacity {exact} is not whole"
+        assert capacity >= 1, f"capacity {exact} is below one token"
+        assert abs(exact - capacity) < 1e-6, f"capacity {exact} is not whole"
         return capacity
 
     def affinity(self, x_GSD: Tensor) -> Tensor:
@@ -65,16 +66,22 @@ class ExpertChoiceRouter(Router):
         # Expert-major from the start, so that the gather writes the operand of the batched product directly.
         gate_EGC, index_EGC = a_GSE.permute(2, 0, 1).topk(capacity, dim=-1, sorted=False)
         first = torch.arange(G, device=x_GSD.device)[:, None] * S
-        return Assignment(index_EGC=index_EGC + first, gate_EGC=gate_EGC, filled_EGC=None,
-                          probability_GSE=a_GSE.detach(), balance_loss=None)
+        return Assignment(
+            index_EGC=index_EGC + first,
+            gate_EGC=gate_EGC,
+            filled_EGC=None,
+            probability_GSE=a_GSE.detach(),
+            balance_loss=None,
+        )
 
 
 class TokenChoiceRouter(Router):
     """Every token takes its k best experts; an expert serves the first C of a pool, first choices before second ones.
 
-    GShard (Lepikhin et al. 2020): gates are normalised over the token's k choices; tokens beyond capacity are dropped. The
-    balance loss of a pool is weight * E * sum_e f_e P_e, with f_e the share of tokens whose first choice is e and P_e the
-    mean affinity; its mean over pools is returned, so that it does not depend on how pools are spread over ranks.
+    GShard (Lepikhin et al. 2020): gates are normalised over the token's k choices; tokens beyond capacity are dropped.
+    The balance loss of a pool is weight * E * sum_e f_e P_e, with f_e the share of tokens whose first choice is e and
+    P_e the mean affinity; its mean over pools is returned, so that it does not depend on how pools are spread over
+    ranks.
     """
 
     def __init__(self, width: int, *, experts: int, capacity_factor: float, top_k: int, balance_weight: float) -> None:
@@ -108,13 +115,18 @@ class TokenChoiceRouter(Router):
         def expert_major(table: Tensor) -> Tensor:
             return table[:, : E * C].view(G, E, C).transpose(0, 1).contiguous()
 
-        counts_GE = torch.zeros(G, E, device=x_GSD.device).scatter_add(
-            1, expert_GSk[:, :, 0], torch.ones(G, S, device=x_GSD.device))
-        balance = E * ((counts_GE / S) * a_GSE.mean(1)).sum(-1).mean()
+        first_choices_GE = torch.zeros_like(a_GSE[:, 0]).scatter_add(
+            1, expert_GSk[:, :, 0], torch.ones_like(a_GSE[:, :, 0])
+        )
+        balance = E * ((first_choices_GE / S) * a_GSE.mean(1)).sum(-1).mean()
         return Assignment(
-            index_EGC=expert_major(index), gate_EGC=expert_major(gate), filled_EGC=expert_major(filled),
-            probability_GSE=a_GSE.detach(), balance_loss=self.balance_weight * balance,
-            num_dropped=(place_GQ >= C).sum())
+            index_EGC=expert_major(index),
+            gate_EGC=expert_major(gate),
+            filled_EGC=expert_major(filled),
+            probability_GSE=a_GSE.detach(),
+            balance_loss=self.balance_weight * balance,
+            num_dropped=(place_GQ >= C).sum(),
+        )
 
 
 def experts_per_token(assignment: Assignment) -> Tensor:

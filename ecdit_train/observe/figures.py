@@ -22,7 +22,7 @@ INK = "#1f2937"
 MUTED = "#6b7280"
 ACCENT = "#2563eb"
 SECOND = "#d97706"
-HEAT, HEAT_ALPHA = "YlOrRd", 0.72
+HEAT, HEAT_ALPHA = "YlOrRd", 0.78
 """Darker is more compute, as in the paper."""
 
 
@@ -258,9 +258,9 @@ def _heatmaps(
 
 
 def _pale(picture: np.ndarray) -> np.ndarray:
-    """(H, W) grey between 90 and 255: shapes stay visible under the colours without mixing with them."""
+    """(H, W) grey between 150 and 255: shapes show through the colours but do not pass for counts."""
     grey = picture.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
-    return (90 + grey * (165 / 255)).astype(np.uint8)
+    return (150 + grey * (105 / 255)).astype(np.uint8)
 
 
 def _figure(width: float, height: float) -> Figure:

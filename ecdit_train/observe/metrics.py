@@ -177,6 +177,17 @@ class MetricWindow:
         for name, value in values.items():
             self.add(name, value)
 
+    def state_dict(self) -> dict[str, list[float]]:
+        """What has gathered since the last record, as JSON: a run stopped between two log steps then logs the same mean as one that
+        was not. Times are a life's own and stay out."""
+        values = {name: value for name, value in self._values.items() if not isinstance(value, Tensor)}
+        assert len(values) == len(self._values), "a device value is this rank's own; a checkpoint holds what all ranks agree on"
+        return {name: [value, self._counts[name]] for name, value in values.items()}
+
+    def load_state_dict(self, state: Mapping[str, list[float]]) -> None:
+        self._values = {name: value for name, (value, _) in state.items()}
+        self._counts = {name: int(count) for name, (_, count) in state.items()}
+
     def step_done(self) -> None:
         """An optimizer step was taken."""
         self._steps += 1

@@ -56,7 +56,7 @@ dt { color:var(--soft); } dd { margin:0; overflow-wrap:anywhere; }
 summary { cursor:pointer; color:var(--accent); }
 @media (max-width:560px) {
   main { padding:20px 12px 40px; } section { padding:16px; } dl { grid-template-columns:1fr; gap:0; }
-  dd { margin-bottom:8px; } .wide svg { min-height:180px; }
+  dd { margin-bottom:8px; } .wide { overflow-x:auto; } .chart.wide svg { width:820px; }
 }
 @media print { section { break-inside:avoid; } .slider { display:none; } }
 """

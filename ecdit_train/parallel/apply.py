@@ -1,4 +1,4 @@
-"""All parallelism in one call and one fixed order: tensor -> expert -> activation checkpointing -> compile -> FSDP."""
+"""All parallelism in one call and one fixed order: tensor -> expert -> compile -> activation checkpointing -> FSDP."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ __all__ = ["fill", "full_tensor", "full_tensors", "load_full", "parallelize"]
 def parallelize(model: DiT, *, mesh: Mesh, parallel: ParallelConfig, precision: Precision) -> dict[str, ParamPlacement]:
     """Spread a model (normally on the meta device) over the mesh, in place. Collective when world > 1.
 
-    Returns where each parameter of this rank lies in the global tensor, by its unchanged name. Afterwards the caller gives it
-    storage (`model.to_empty(device=...)`) and values (`fill`, or a checkpoint). Raises ConfigError for sizes that do not divide.
+    Returns where each parameter of this rank lies in the global tensor, by its unchanged name. Afterwards the caller
+    gives it storage (`model.to_empty(device=...)`) and values (`fill`, or a checkpoint). Raises ConfigError for sizes
+    that do not divide.
 
-    The order matters: tensor and expert parallelism replace modules, checkpointing and compilation then see the final ones, and
-    FSDP, which hooks into what it finds, comes last.
-    """
+    The order matters: tensor and expert parallelism replace modules, so the rest sees the final ones; checkpointing
+    goes around compiled code, because neither FSDP's hooks inside a block nor our selective modes can be traced into
+    it; FSDP, which hooks into what it finds, comes last. """
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     split = apply_tensor_parallel(model, mesh=mesh)
     split |= apply_expert_parallel(model, mesh=mesh, overlap_chunks=parallel.overlap_chunks)
-    apply_activation_checkpointing(model, mode=parallel.activation_checkpointing)
     if parallel.compile:
         apply_compile(model)
+    apply_activation_checkpointing(model, mode=parallel.activation_checkpointing)
     if needs_fsdp(mesh, precision):
         ensure_group(mesh.device_type)
         mesh.build()

@@ -1,16 +1,15 @@
 """Differentiable collectives: the conjugate pair of tensor parallelism, and an all-to-all that can stay in flight.
 
-All of them are torch's functional collectives: they return new tensors (an activation saved for backward is never written over),
-torch.compile keeps them in its graph, and selective checkpointing can tell which results to keep. Megatron's own pair is not
-used: its `_reduce` all-reduces `x.contiguous()` and returns `x`, so a non-contiguous tensor silently stays unreduced
-(tests/dist/test_dist_quirks.py).
-"""
+All of them are torch's functional collectives: they return new tensors (an activation saved for backward is never
+written over), torch.compile keeps them in its graph, and selective checkpointing can tell which results to keep.
+Megatron's own pair is not used: its `_reduce` all-reduces `x.contiguous()` and returns `x`, so a non-contiguous
+tensor silently stays unreduced (tests/dist/test_dist_quirks.py). """
 
 from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives  # noqa: F401  (registers the ops)
+import torch.distributed._functional_collectives  # registers the ops
 from torch import Tensor
 
 _ops = torch.ops._c10d_functional

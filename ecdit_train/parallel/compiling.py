@@ -1,11 +1,27 @@
-"""torch.compile, block by block: one graph is compiled for all blocks of a kind, and FSDP's hooks stay between graphs."""
+"""torch.compile, block by block, around what must stay visible: FSDP's hooks, the exchanges and the routing decision.
+
+A dense block is one graph. In a sparse block the experts' products are one graph, and what comes before and after the
+layer are two. Routing, dispatch and combine run as they are written: selective checkpointing must see the ops whose
+results it keeps; FSDP's hooks on routers and experts must not sit inside a graph; and inductor reuses the buffer of a
+message that is still in flight (wrong numbers, no error) when the exchange starts in one graph and ends in another.
+"""
 
 from __future__ import annotations
 
+import torch
+
 from ecdit_train.model.dit import DiT
+from ecdit_train.model.moe import MoE
+
+from .expert_parallel import ChunkedExperts
 
 
 def apply_compile(model: DiT) -> None:
-    """Compile the blocks in place; names and types of the modules stay."""
+    """Compile in place. Only functions are replaced: names, types and hooks of the modules stay."""
     for block in model.blocks:
-        block.compile()
+        moe = block.feed_forward
+        if isinstance(moe, MoE):
+            name = "products" if isinstance(moe.experts, ChunkedExperts) else "forward"
+            setattr(moe.experts, name, torch.compile(getattr(moe.experts, name)))
+            moe.forward = torch.compiler.disable(moe.forward, recursive=False)  # type: ignore[method-assign]
+        block.forward = torch.compile(block.forward)

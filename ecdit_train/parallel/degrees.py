@@ -3,9 +3,8 @@
     dense view   rank = (dp_replicate_rank * dp_shard + dp_shard_rank) * tp + tp_rank     (tp fastest)
     sparse view  rank = edp_rank * ep + ep_rank                                           (ep fastest)
 
-Expert parallelism is folded over tensor parallelism: dp * tp == edp * ep == world. The fast axes are consecutive ranks, so
-that both kinds of heavy exchange stay inside a node for as long as they fit.
-"""
+Expert parallelism is folded over tensor parallelism: dp * tp == edp * ep == world. The fast axes are consecutive
+ranks, so that both kinds of heavy exchange stay inside a node for as long as they fit. """
 
 from __future__ import annotations
 
@@ -59,11 +58,12 @@ def resolve_degrees(parallel: ParallelConfig, world: int) -> Degrees:
         problems.append(Problem(field="parallel.dp_shard", value=parallel.dp_shard,
                                 rule="must be at least 1, or -1 for the ranks that are left", nearest=-1))
     if parallel.sequence_parallel:
-        # Experts are folded over tp: every tp rank dispatches its share of the slots of the *whole* pool, so each needs all
-        # tokens of a pool, and expert choice itself ranks all of them. Sequence-parallel regions would have to be gathered
-        # before every attention and every router again; at 128 to 256 tokens an image that costs more than it saves.
+        # Experts are folded over tp: every tp rank dispatches its share of the slots of the *whole* pool, so each
+        # needs all tokens of a pool, and expert choice itself ranks all of them. Sequence-parallel regions would have
+        # to be gathered before every attention and every router again; at 128 to 256 tokens an image that costs more
+        # than it saves.
         problems.append(Problem(field="parallel.sequence_parallel", value=True, nearest=False,
-                                rule="not available: an expert ranks all tokens of its pool, so every tp rank needs them"))
+                                rule="not available: an expert ranks its whole pool, so every tp rank needs all tokens"))
     if problems:
         raise ConfigError(problems)
 

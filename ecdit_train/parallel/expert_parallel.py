@@ -1,27 +1,27 @@
 """Expert parallelism, applied from outside with DeepSpeed's all-to-all. The only importer of deepspeed.
 
-Folded over tensor parallelism: the tokens of a tp group are the same on all its ranks, so each rank dispatches its own 1/tp of
-every expert's slots and the results are summed over tp. No token is computed twice, no expert is stored twice.
+Folded over tensor parallelism: the tokens of a tp group are the same on all its ranks, so each rank dispatches its
+own 1/tp of every expert's slots and the results are summed over tp. No token is computed twice, no expert is stored
+twice.
 
-Everything is static: the slots are C times the pools, cut evenly (padded with gate 0 where they do not divide), so one
-equal-split exchange each way suffices, with no exchange of counts and nothing read back to the host. Indices and gates stay on
-the rank that made them; only rows travel, in the compute precision.
+Everything is static: the slots are C times the pools, cut evenly (padded with gate 0 where they do not divide), so
+one equal-split exchange each way suffices, with no exchange of counts and nothing read back to the host. Indices and
+gates stay on the rank that made them; only rows travel, in the compute precision.
 
-Legend: N tokens, D width, E experts (e on this rank), G pools, C capacity, S = G * C slots of an expert, s of them on this rank,
-R rows that reach an expert here (s times ep ranks).
-"""
+Legend: N tokens, D width, E experts (e on this rank), G pools, C capacity, S = G * C slots of an expert, s of them on
+this rank, R rows that reach an expert here (s times ep ranks). """
 
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ecdit_train.errors import ConfigError, Problem
 from ecdit_train.model.dit import DiT
@@ -34,18 +34,26 @@ from .mesh import Mesh
 from .placement import ParamPlacement
 
 EXCHANGE = "ecdit::expert_exchange"
-"""Name of the exchange as a torch op: selective checkpointing keeps its results, torch.compile keeps it in the graph."""
+"""Name of the exchange as a torch op: selective checkpointing keeps its results, torch.compile keeps it in the
+graph."""
 
 
 @functools.cache
-def _vendor():
-    """DeepSpeed's `_AllToAll`, ready to use on any torch group. Imported late: it costs seconds and prints a line."""
-    if not torch.cuda.is_available():
-        import deepspeed.ops
-        # Otherwise init_distributed compiles a C++ op on the spot: minutes, or a failure where there is no compiler.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    import deepspeed.comm
-    from deepspeed.moe.sharded_moe import _AllToAll
+def _vendor() -> Any:
+    """DeepSpeed's `_AllToAll`, ready to use on any torch group. Imported late: it costs seconds."""
+    # Every rank would print that DeepSpeed found no GPU; it sets its own logger's level, so only this keeps it quiet.
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        if not torch.cuda.is_available():
+            import deepspeed.ops
+
+            # Otherwise init_distributed compiles a C++ op on the spot: minutes, or a failure without a compiler.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        import deepspeed.comm
+        from deepspeed.moe.sharded_moe import _AllToAll
+    finally:
+        logging.disable(before)
     # Needed although torch.distributed is up: it makes DeepSpeed's handle of it. No engine, no groups of its own.
     deepspeed.comm.init_distributed("nccl" if torch.cuda.is_available() else "gloo", dist_init_required=None)
     return _AllToAll
@@ -54,7 +62,7 @@ def _vendor():
 @torch.library.custom_op(EXCHANGE, mutates_args=())
 def _exchange(x: Tensor, group_name: str) -> Tensor:
     """Equal-split all-to-all over dim 0."""
-    group = dist.distributed_c10d._resolve_process_group(group_name)
+    group = dist.distributed_c10d._resolve_process_group(group_name)  # type: ignore[arg-type]
     return _vendor().apply(group, x)
 
 
@@ -76,7 +84,8 @@ _exchange.register_autograd(_exchange_backward, setup_context=_keep_group)
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertExchange:
-    """Rows between their home rank (all E experts, own slots) and the experts' rank (own e experts, all ranks' slots)."""
+    """Rows between their home rank (all E experts, own slots) and the experts' rank (own e experts, all ranks'
+    slots)."""
 
     group: dist.ProcessGroup
     overlap: bool
@@ -121,12 +130,17 @@ class ChunkedExperts(Experts):
     def forward(self, chunks: Sequence[Tensor]) -> list[Tensor]:  # type: ignore[override]
         """Takes what `send_out` gave for each chunk; gives what `send_back` gave for each."""
         # Results leave as soon as they exist, so that they travel under the next chunk's products.
-        return [self.exchange.send_back(super(ChunkedExperts, self).forward(self.exchange.receive_out(chunk)))
-                for chunk in chunks]
+        return [self.exchange.send_back(self.products(self.exchange.receive_out(chunk))) for chunk in chunks]
+
+    def products(self, x_eRD: Tensor) -> Tensor:
+        """The experts' own arithmetic; what torch.compile may have (traffic in flight is not safe inside its
+        graphs)."""
+        return super().forward(x_eRD)
 
 
 class ExpertParallelDispatcher:
-    """Dispatcher over a mesh. `local` does the gathering and summing, so that its kind (deterministic or not) is kept."""
+    """Dispatcher over a mesh. `local` does the gathering and summing, so that its kind (deterministic or not) is
+    kept."""
 
     def __init__(self, local: Dispatcher, *, exchange: ExpertExchange | None, tp_group: dist.ProcessGroup | None,
                  tp_rank: int, tp_size: int, chunks: int) -> None:
@@ -149,7 +163,7 @@ class ExpertParallelDispatcher:
         if self.exchange is None:
             y_EsD = y
         elif self.exchange.overlap:
-            # One sum over all slots, in the order of a single chunk: the same bits.
+            # One sum over all slots, in the order of a single chunk.
             y_EsD = torch.cat([self.exchange.receive_back(part) for part in y], dim=1)
         else:
             y_EsD = self.exchange.receive_back(self.exchange.send_back(y))
@@ -163,7 +177,7 @@ class ExpertParallelDispatcher:
         missing = -index_ES.shape[1] % (self.tp_size * self.chunks)
         if missing:
             # Slots that nobody filled: token 0 with gate 0 adds nothing, forward or backward.
-            index_ES, gate_ES = F.pad(index_ES, (0, missing)), F.pad(gate_ES, (0, missing))
+            index_ES, gate_ES = nn.functional.pad(index_ES, (0, missing)), nn.functional.pad(gate_ES, (0, missing))
         s = index_ES.shape[1] // self.tp_size
         first = self.tp_rank * s
         return replace(assignment, index_EGC=index_ES[:, None, first : first + s],

@@ -1,18 +1,16 @@
 """Where the part of a parameter that this rank holds lies in the global tensor.
 
-Two cuts are composed. The first is known only here (ParamPlacement: tensor and expert parallelism, which torch does not see);
-the second is FSDP2's, read off the DTensor:
+Two cuts are composed. The first is known only here (ParamPlacement: tensor and expert parallelism, which torch does
+not see); the second is FSDP2's, read off the DTensor:
 
     global tensor --(ParamPlacement)--> the module's part --(DTensor)--> this rank's shard
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
@@ -29,12 +27,12 @@ class ParamPlacement:
     count: int = 1
     """1: the module holds the whole tensor."""
     boxes: tuple[tuple[int, int, int], ...] = ()
-    """(global offset, local offset, size) along `dim`, in local order; takes the place of index and count. Used where kv heads
-    are repeated because tp > kv heads."""
+    """(global offset, local offset, size) along `dim`, in local order; takes the place of index and count. Used where
+    kv heads are repeated because tp > kv heads."""
     kind: Kind = "replicated"
     replicas: int = 1
-    """Ranks of the tp group that hold these very values: tp if replicated, 1 if split, tp / kv_heads for repeated kv heads.
-    Experts are folded over tp and never repeated."""
+    """Ranks of the tp group that hold these very values: tp if replicated, 1 if split, tp / kv_heads for repeated kv
+    heads. Experts are folded over tp and never repeated."""
     first_replica: bool = True
     """True on one rank of each set of replicas."""
 
@@ -103,14 +101,6 @@ def holds_first_copy(tensor: Tensor, placement: ParamPlacement) -> bool:
         assert coordinate is not None
         return all(coordinate[axis] == 0 for axis, how in enumerate(tensor.placements) if not isinstance(how, Shard))
     return True
-
-
-def write_boxes(tensor: Tensor, placement: ParamPlacement, make: Callable[[LocalBox], Tensor]) -> None:
-    """Set this rank's shard, box by box, to `make(box)`."""
-    with torch.no_grad():
-        mine = local(tensor)
-        for box in local_boxes(tensor, placement):
-            box.of_local(mine).copy_(make(box))
 
 
 def _narrow(tensor: Tensor, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:

@@ -1,8 +1,7 @@
 """Joining and leaving the world: one process, or what torchrun / srun describe in the environment.
 
-Ranks talk about the run itself (stop? failed? which step?) over a gloo side group that never carries gradients, in JSON: no
-message of a peer is ever unpickled.
-"""
+Ranks talk about the run itself (stop? failed? which step?) over a gloo side group that never carries gradients, in
+JSON: no message of a peer is ever unpickled. """
 
 from __future__ import annotations
 
@@ -94,8 +93,9 @@ def start(device: str, *, env: Mapping[str, str] | None = None, store: dist.Stor
     if device not in ("cpu", "cuda"):
         raise ConfigError(Problem(field="device", value=device, rule="must be cpu or cuda", nearest="cpu"))
     if device == "cuda" and local_rank >= torch.cuda.device_count():
-        raise ConfigError(Problem(field="device", value=device, nearest="cpu",
-                                  rule=f"local rank {local_rank} has no GPU (this host shows {torch.cuda.device_count()})"))
+        raise ConfigError(Problem(
+            field="device", value=device, nearest="cpu",
+            rule=f"local rank {local_rank} has no GPU (this host shows {torch.cuda.device_count()})"))
     here = torch.device("cuda", local_rank) if device == "cuda" else torch.device("cpu")
     if device == "cuda":
         torch.cuda.set_device(here)
@@ -111,7 +111,8 @@ def start(device: str, *, env: Mapping[str, str] | None = None, store: dist.Stor
 
 
 def ensure_group(device_type: str) -> None:
-    """A world of one joins a group of one, without network or files. Needed only where FSDP is used for its bf16 policy."""
+    """A world of one joins a group of one, without network or files. Needed only where FSDP is used for its bf16
+    policy."""
     if not dist.is_initialized():
         dist.init_process_group(_backend(device_type), rank=0, world_size=1, store=dist.HashStore())
 

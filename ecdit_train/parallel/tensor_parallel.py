@@ -1,13 +1,14 @@
 """Tensor parallelism, applied from outside with Megatron-core's column and row layers. The only importer of megatron.
 
-Megatron lends `ColumnParallelLinear` and `RowParallelLinear` with an explicit group; none of its global state is initialised.
-It is imported inside functions because importing it costs seconds, and runs without tensor parallelism never need it.
-"""
+Megatron lends `ColumnParallelLinear` and `RowParallelLinear` with an explicit group; none of its global state is
+initialised. It is imported inside functions because importing it costs seconds, and runs without tensor parallelism
+never need it. """
 
 from __future__ import annotations
 
 import functools
 import re
+import warnings
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from ecdit_train.errors import ConfigError, Problem
 from ecdit_train.model.attention import Attention
 from ecdit_train.model.dit import DiT
+from ecdit_train.model.feed_forward import FeedForward
 
 from .collectives import copy_to_group
 from .degrees import nearest_divisor
@@ -36,9 +38,10 @@ PLAN: tuple[tuple[str, Split], ...] = (
 )
 """Module path -> how its matrix is split; `feed_forward` of a sparse block has no up or down itself and is not met.
 
-Everything else is replicated: AdaLN projections, timestep and pooled text see one vector per image, the text refiner runs
-once and not per block, the patch embedding and the output layer are small, the router must see all tokens. Splitting them would
-save only memory, which FSDP saves already. Experts are spread by expert parallelism, folded over this axis."""
+Everything else is replicated: AdaLN projections, timestep and pooled text see one vector per image, the text refiner
+runs once and not per block, the patch embedding and the output layer are small, the router must see all tokens.
+Splitting them would save only memory, which FSDP saves already. Experts are spread by expert parallelism, folded over
+this axis."""
 
 
 def split_of(path: str) -> Split | None:
@@ -49,20 +52,21 @@ def split_of(path: str) -> Split | None:
 def check(model: DiT, *, tp: int) -> None:
     """Raises ConfigError with every size that tp ranks cannot share."""
     problems: dict[str, Problem] = {}
-    for block in model.blocks:
-        for attention in (block.self_attention, block.cross_attention):
-            heads = attention.query.out_features // attention.head_dim
-            kv_heads = attention.key.out_features // attention.head_dim
-            if heads % tp:
-                problems["heads"] = Problem(field="parallel.tp", value=tp, rule=f"must divide model.heads = {heads}",
-                                            nearest=nearest_divisor(heads, tp))
-            elif kv_heads % tp and tp % kv_heads:
+
+    def must_divide(what: str, size: int) -> None:
+        if size % tp:
+            problems[what] = Problem(field="parallel.tp", value=tp, rule=f"must divide {what} = {size}",
+                                     nearest=nearest_divisor(size, tp))
+
+    for path, module in model.named_modules():
+        if split_of(f"{path}.query") and isinstance(module, Attention):
+            heads, kv_heads = (linear.out_features // module.head_dim for linear in (module.query, module.key))
+            must_divide("model.heads", heads)
+            if kv_heads % tp and tp % kv_heads:
                 problems["kv_heads"] = Problem(field="parallel.tp", value=tp, nearest=nearest_divisor(kv_heads, tp),
                                                rule=f"must divide model.kv_heads = {kv_heads}, or be a multiple of it")
-        hidden = getattr(getattr(block.feed_forward, "up", None), "out_features", tp)
-        if hidden % tp:
-            problems["hidden"] = Problem(field="parallel.tp", value=tp, nearest=nearest_divisor(hidden, tp),
-                                         rule=f"must divide the feed-forward's hidden width {hidden}")
+        elif split_of(f"{path}.up") and isinstance(module, FeedForward):
+            must_divide("the feed-forward's hidden width", module.up.out_features)
     if problems:
         raise ConfigError(list(problems.values()))
 
@@ -92,9 +96,10 @@ def apply_tensor_parallel(model: DiT, *, mesh: Mesh) -> dict[str, ParamPlacement
     return placements
 
 
-def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, group: dist.ProcessGroup
+def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, group: dist.ProcessGroup | None
            ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Copy each floating input of a region to the group once: one all-reduce in backward per input, not per projection."""
+    """Copy each floating input of a region to the group once: one all-reduce in backward per input, not per
+    projection."""
     copies: list[tuple[Tensor, Tensor]] = []
 
     def copy(value: Any) -> Any:
@@ -138,13 +143,18 @@ def _kv(linear: nn.Linear, attention: Attention, *, mesh: Mesh) -> tuple[nn.Modu
 
 @functools.cache
 def _layers() -> Any:
-    """Megatron's layers, with a forward that returns the tensor alone, so that they take an nn.Linear's place by name."""
-    from megatron.core.model_parallel_config import ModelParallelConfig
-    from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+    """Megatron's layers, with a forward that returns the tensor alone, so that they take an nn.Linear's place by
+    name."""
+    with warnings.catch_warnings():
+        # Four lines on every rank about optimizers of Megatron's that are not used here.
+        warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+        from megatron.core.model_parallel_config import ModelParallelConfig
+        from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
     def config(size: int, dtype: torch.dtype) -> Any:
         # use_cpu_initialization: the GPU path names the current device and would override a meta context.
-        # perform_initialization=False: Megatron would build the full matrix on every rank; `fill` writes this rank's box.
+        # perform_initialization=False: Megatron would build the full matrix on every rank; `fill` writes this rank's
+        # box.
         return ModelParallelConfig(tensor_model_parallel_size=size, use_cpu_initialization=True, params_dtype=dtype,
                                    perform_initialization=False, gradient_accumulation_fusion=False)
 

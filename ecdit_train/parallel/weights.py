@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ecdit_train.model.init import initial_values
 
 from .mesh import Mesh
-from .placement import ParamPlacement, holds_first_copy, local, local_boxes, write_boxes
+from .placement import ParamPlacement, holds_first_copy, local, local_boxes
 
 
 def fill(model: nn.Module, placements: Mapping[str, ParamPlacement], *, seed: int) -> None:
@@ -20,24 +20,29 @@ def fill(model: nn.Module, placements: Mapping[str, ParamPlacement], *, seed: in
 
     No rank makes more than it holds, and nothing is sent.
     """
-    for name, p in model.named_parameters():
-        placement = placements[name]
-        write_boxes(p, placement, lambda box, name=name, placement=placement, p=p: initial_values(
-            name, seed=seed, global_shape=placement.global_shape, offsets=box.offsets, sizes=box.sizes, device=p.device))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            placement = placements[name]
+            for box in local_boxes(p, placement):
+                box.of_local(local(p)).copy_(initial_values(
+                    name, seed=seed, global_shape=placement.global_shape, offsets=box.offsets, sizes=box.sizes,
+                    device=p.device))
 
 
 def load_full(model: nn.Module, placements: Mapping[str, ParamPlacement], full_state: Mapping[str, Tensor]) -> None:
     """Copy each shard's box out of a whole state dict that every rank holds (tests, small models)."""
-    for name, p in model.named_parameters():
-        write_boxes(p, placements[name], lambda box, name=name: box.of_global(full_state[name]))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            for box in local_boxes(p, placements[name]):
+                box.of_local(local(p)).copy_(box.of_global(full_state[name]))
 
 
-def full_tensors(tensors: Mapping[str, Tensor], placements: Mapping[str, ParamPlacement], mesh: Mesh) -> dict[str, Tensor]:
+def full_tensors(tensors: Mapping[str, Tensor], placements: Mapping[str, ParamPlacement],
+                 mesh: Mesh) -> dict[str, Tensor]:
     """The global tensors of parameters, or of gradients or optimizer states with their placements. Collective.
 
-    One rank of each set of copies writes its boxes into zeros, then all are added in one all-reduce: exact for every layout, at
-    the price of the whole tensors (of one dtype) on every rank.
-    """
+    One rank of each set of copies writes its boxes into zeros, then all are added in one all-reduce: exact for every
+    layout, at the price of the whole tensors (of one dtype) on every rank. """
     with torch.no_grad():
         first = local(next(iter(tensors.values())))
         sizes = [math.prod(placements[name].global_shape) for name in tensors]

@@ -1,7 +1,8 @@
 """Bytes that autograd keeps between forward and backward, on one rank and for one microbatch, in eager mode.
 
-Unit: one row of width d per token, in the compute type (2 d bytes in bf16). A block of width d with h heads, k key/value heads,
-ratio r and S image tokens for L text tokens keeps, with tensor parallelism of degree p dividing what stands in brackets:
+Unit: one row of width d per token, in the compute type (2 d bytes in bf16). A block of width d with h heads, k
+key/value heads, ratio r and S image tokens for L text tokens keeps, with tensor parallelism of degree p dividing what
+stands in brackets:
 
     both modulated norms     3 + 3    input, normalised, modulated
     self-attention           [1 + 2k/h + 1] + 1     q, k v, result; projected result (the gate's gradient needs it)
@@ -11,9 +12,9 @@ ratio r and S image tokens for L text tokens keeps, with tensor parallelism of d
                              router input in fp32; rows, before and after GELU, result, weighted; output
 
 Attention keeps 4 h more bytes per token (log-sum-exp), the router 8 E (affinities), assignments 16 f_c.
-A compiled block keeps less: this is an upper bound. `full` checkpointing keeps a block's input only and holds one block at a
-time in backward; `selective` also keeps what collectives of the sparse layer brought: rows out and back, [2 f_c], and with tensor
-parallelism their sum, 1.
+A compiled block keeps less: this is an upper bound. `full` checkpointing keeps a block's input only and holds one
+block at a time in backward; `selective` also keeps what collectives of the sparse layer brought: rows out and back,
+[2 f_c], and with tensor parallelism their sum, 1.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def estimate(cfg: RunConfig, layout: Layout) -> Activations:
     fc = cfg.moe.capacity_factor
     sparse += tokens * (8 * cfg.moe.experts + 16 * fc / tp) if sparse_blocks else 0.0
     exchanged = 2 * fc * row / tp
-    largest = common + max(dense, sparse if sparse_blocks else 0.0)
+    largest = common + (sparse if sparse_blocks else dense)
     mode = layout.activation_checkpointing
     if mode == "none":
         blocks, recomputed = m.layers * common + (m.layers - sparse_blocks) * dense + sparse_blocks * sparse, 0.0
@@ -67,10 +68,15 @@ def estimate(cfg: RunConfig, layout: Layout) -> Activations:
         blocks = m.layers * row
         if mode == "selective":
             blocks += sparse_blocks * ((exchanged if layout.ep > 1 else 0.0) + (row if tp > 1 else 0.0))
-        recomputed = largest
+            # The rows that came back are kept already.
+            largest -= exchanged / 2 if layout.ep > 1 else 0.0
+        # The block's input is kept already, and the output layer's three rows are gone when the last block is
+        # recomputed.
+        recomputed = max(largest - 4 * row, 0.0)
     hidden = m.ffn_ratio * (max(fc, 1.0) if sparse_blocks else 1.0) / tp
-    return Activations(kept=blocks + outside_blocks(cfg, images=layout.microbatch), recomputed=recomputed,
-                       workspace=row * (hidden + 4))
+    return Activations(
+        kept=blocks + outside_blocks(cfg, images=layout.microbatch), recomputed=recomputed, workspace=row * (hidden + 4)
+    )
 
 
 def block_units(cfg: RunConfig, *, tp: int) -> tuple[float, float, float]:
@@ -86,8 +92,8 @@ def block_units(cfg: RunConfig, *, tp: int) -> tuple[float, float, float]:
 
 
 def outside_blocks(cfg: RunConfig, *, images: int) -> float:
-    """Bytes kept outside the blocks, which no checkpointing frees: text refiner (16 rows of the text width per token and layer,
-    4 more around it), the text features, embedding and final layer (5 rows of width d per token)."""
+    """Bytes kept outside the blocks, which no checkpointing frees: text refiner (16 rows of the text width per token
+    and layer, 4 more around it), the text features, embedding and final layer (5 rows of width d per token)."""
     m, c = cfg.model, element_bytes(cfg.train.precision)
     text_tokens = images * cfg.encoders.text.max_tokens
     text = text_tokens * c * ((16 * m.text_refiner_layers + 4) * m.text_width + cfg.encoders.text.width)

@@ -60,14 +60,16 @@ class CollectiveLog(TorchDispatchMode):
 
     def collectives(self) -> tuple[Collective, ...]:
         """Everything seen, sorted by kind and group size."""
-        return tuple(Collective(kind=kind, ranks=ranks, calls=calls, bytes=self._bytes[kind, ranks])
-                     for (kind, ranks), calls in sorted(self._calls.items()))
+        return tuple(
+            Collective(kind=kind, ranks=ranks, calls=calls, bytes=self._bytes[kind, ranks])
+            for (kind, ranks), calls in sorted(self._calls.items())
+        )
 
 
 def _size(group: Any) -> int:
     """Ranks of a group that an op names by a string or carries as an object."""
     if isinstance(group, str):
-        return dist.distributed_c10d._resolve_process_group(group).size()
+        return dist.distributed_c10d._resolve_process_group(group).size()  # type: ignore[arg-type]
     return (group if isinstance(group, dist.ProcessGroup) else dist.ProcessGroup.unbox(group)).size()
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from . import activations, memory, traffic
-from .estimate import Plan
+from .plan import Plan
 from .shards import units
 from .text import seconds, size, table
 
@@ -39,13 +39,20 @@ class Difference:
 
 
 def compare(plan: Plan, dry_run: DryRun) -> tuple[Difference, ...]:
-    """Collectives by kind, then memory by part. The dry run is one microbatch, so the formulas are asked about one as well."""
+    """Collectives by kind, then memory by part. The dry run is one microbatch, so the formulas are asked about one as
+    well."""
     cfg, parameters = plan.cfg, plan.parameters
     layout = dataclasses.replace(plan.cost.layout, microbatches=1)
     flows = traffic.per_step(cfg, parameters, layout)
     kinds = sorted({flow.kind for flow in flows} | {c.kind for c in dry_run.collectives})
-    rows = [Difference(name=kind, formula=sum(f.message for f in flows if f.kind == kind),
-                       measured=sum(c.bytes for c in dry_run.collectives if c.kind == kind)) for kind in kinds]
+    rows = [
+        Difference(
+            name=kind,
+            formula=sum(f.message for f in flows if f.kind == kind),
+            measured=sum(c.bytes for c in dry_run.collectives if c.kind == kind),
+        )
+        for kind in kinds
+    ]
     m, root = memory.estimate(cfg, parameters, layout), units(cfg, parameters, layout)[0]
     running = m.parameters + m.gradients + m.gathered + m.communication + m.activations - m.never_together
     between = root.gathered_bytes if layout.reshard_after_forward else m.gathered
@@ -62,8 +69,10 @@ def compare(plan: Plan, dry_run: DryRun) -> tuple[Difference, ...]:
 
 def to_json(dry_run: DryRun, rows: tuple[Difference, ...]) -> dict[str, Any]:
     """{"dry_run": {...}, "differences": [{name, formula, measured, relative, within}]}."""
-    differences = [{"name": r.name, "formula": r.formula, "measured": r.measured, "relative": r.relative, "within": r.within}
-                   for r in rows]
+    differences = [
+        {"name": r.name, "formula": r.formula, "measured": r.measured, "relative": r.relative, "within": r.within}
+        for r in rows
+    ]
     return {"dry_run": dataclasses.asdict(dry_run), "differences": differences}
 
 
@@ -71,8 +80,14 @@ def render(dry_run: DryRun, rows: tuple[Difference, ...]) -> str:
     """Verdict first, then formula and dry run side by side."""
     off = [row.name for row in rows if not row.within]
     verdict = f"formulas off by more than {TOLERANCE:.0%}: {', '.join(off)}" if off else f"all within {TOLERANCE:.0%}"
-    head = (f"dry run of rank 0 of {dry_run.world}, one microbatch: {verdict} "
-            f"({seconds(dry_run.seconds)}, {size(dry_run.resident)} of memory)")
-    lines = table([("", "formula", "dry run", "off"),
-                   *((r.name, size(r.formula), size(r.measured), f"{r.relative:+.1%}") for r in rows)])
+    head = (
+        f"dry run of rank 0 of {dry_run.world}, one microbatch: {verdict} "
+        f"({seconds(dry_run.seconds)}, {size(dry_run.resident)} of memory)"
+    )
+    lines = table(
+        [
+            ("", "formula", "dry run", "off"),
+            *((r.name, size(r.formula), size(r.measured), f"{r.relative:+.1%}") for r in rows),
+        ]
+    )
     return "\n".join([head, "", *(f"  {line}" for line in lines)]) + "\n"

@@ -1,8 +1,9 @@
 """Dry run: the real model and the real parallelisation at the full world size, on one CPU process with fake tensors.
 
-A fake process group answers for all other ranks and fake tensors have shapes but no memory, so 97 billion parameters on 512 ranks
-take a minute and less than a gigabyte. One forward and one backward of rank 0 run with every collective issued and logged; live
-bytes are tracked by category. What it does not see: values, compiled graphs (blocks run in eager mode), NCCL and CUDA's allocator.
+A fake process group answers for all other ranks and fake tensors have shapes but no memory, so 97 billion parameters
+on 512 ranks take a minute and less than a gigabyte. One forward and one backward of rank 0 run with every collective
+issued and logged; live bytes are tracked by category. What it does not see: values, compiled graphs (blocks run in
+eager mode), NCCL and CUDA's allocator.
 
 It owns the process group, so it needs a process of its own: call it from a fresh one, or
 
@@ -66,7 +67,8 @@ class DryRun:
 
 
 def dry_run(cfg: RunConfig, *, world: int) -> DryRun:
-    """Run one microbatch of `cfg` on rank 0 of `world` fake ranks. Blocks run in eager mode whatever `parallel.compile` says.
+    """Run one microbatch of `cfg` on rank 0 of `world` fake ranks. Blocks run in eager mode whatever
+    `parallel.compile` says.
 
     Raises:
         ConfigError: the layout does not fit `world`, or `world` is 1 (nothing is parallel then).
@@ -110,10 +112,18 @@ def _run(cfg: RunConfig, *, world: int, started: float) -> DryRun:
         peak, after_backward = _snapshot(tracker, "peak"), _snapshot(tracker, "current")
         optimizer = _optimizer_bytes(cfg.optim, model)
     return DryRun(
-        world=world, collectives=log.collectives(), parameters=after_forward["Sharded Param"],
-        gradients=after_backward["Sharded Grad"], optimizer=optimizer, gathered=after_forward["Unsharded Param"],
-        activations_kept=after_forward["Activation"], peak=peak.pop("Total"), peak_parts=peak,
-        seconds=time.monotonic() - started, resident=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        world=world,
+        collectives=log.collectives(),
+        parameters=after_forward["Sharded Param"],
+        gradients=after_backward["Sharded Grad"],
+        optimizer=optimizer,
+        gathered=after_forward["Unsharded Param"],
+        activations_kept=after_forward["Activation"],
+        peak=peak.pop("Total"),
+        peak_parts=peak,
+        seconds=time.monotonic() - started,
+        resident=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    )
 
 
 def _batch(cfg: RunConfig) -> dict[str, Any]:
@@ -123,9 +133,11 @@ def _batch(cfg: RunConfig) -> dict[str, Any]:
     return {
         "latents_BCHW": torch.empty(images, cfg.encoders.image.channels, side, side),
         "t_B": torch.empty(images),
-        "text": Text(features_BLX=torch.empty(images, text.max_tokens, text.width),
-                     mask_BL=torch.empty(images, text.max_tokens, dtype=torch.bool),
-                     drop_B=torch.empty(images, dtype=torch.bool)),
+        "text": Text(
+            features_BLX=torch.empty(images, text.max_tokens, text.width),
+            mask_BL=torch.empty(images, text.max_tokens, dtype=torch.bool),
+            drop_B=torch.empty(images, dtype=torch.bool),
+        ),
         "keep_BK": None if whole else torch.empty(images, cfg.tokens_per_image, dtype=torch.int64),
     }
 
@@ -139,7 +151,9 @@ def _optimizer_bytes(optim: OptimConfig, model: nn.Module) -> int:
     else:
         optimizer = torch.optim.AdamW(params, lr=optim.lr, foreach=True)
     optimizer.step()
-    tensors = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor) and v.dim()]
+    tensors = [
+        v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor) and v.dim()
+    ]
     local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
     return sum(t.numel() * t.element_size() for t in local)
 
@@ -159,7 +173,7 @@ def main(argv: list[str] | None = None) -> int:
     from ecdit_train.config.compose import compose
 
     from . import compare
-    from .estimate import estimate
+    from .plan import estimate
 
     parser = argparse.ArgumentParser(prog="python -m ecdit_train.plan.dry_run", description=__doc__.splitlines()[0])
     parser.add_argument("--world", type=int, help="ranks (default: cluster.nodes * cluster.gpus_per_node)")

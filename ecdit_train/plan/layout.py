@@ -1,11 +1,11 @@
-"""How a run lies on the machines: degrees, batches per rank, and which links a group of ranks uses. Rank arithmetic only.
+"""How a run lies on the machines: degrees, batches per rank, and which links a group of ranks uses.
 
 One set of ranks, two views; the right-most axis is the fastest:
 
     dense view   rank = (replica * dp_shard + shard) * tp + tp_rank
-    sparse view  rank = edp_rank * ep + ep_rank                          dp_replicate * dp_shard * tp == edp * ep == world
+    sparse view  rank = edp_rank * ep + ep_rank
 
-and nodes are consecutive runs of `gpus_per_node` ranks.
+with dp_replicate * dp_shard * tp == edp * ep == world, and nodes are consecutive runs of `gpus_per_node` ranks.
 """
 
 from __future__ import annotations
@@ -58,8 +58,12 @@ class Layout:
     def group(self, axis: str) -> Group:
         """The group of rank 0 along `axis`: tp, dp_shard, dp_replicate, ep, edp or world."""
         stride, size = {
-            "tp": (1, self.tp), "dp_shard": (self.tp, self.dp_shard), "ep": (1, self.ep), "edp": (self.ep, self.edp),
-            "dp_replicate": (self.tp * self.dp_shard, self.dp_replicate), "world": (1, self.world),
+            "tp": (1, self.tp),
+            "dp_shard": (self.tp, self.dp_shard),
+            "ep": (1, self.ep),
+            "edp": (self.ep, self.edp),
+            "dp_replicate": (self.tp * self.dp_shard, self.dp_replicate),
+            "world": (1, self.world),
         }[axis]
         return Group(size=size, per_node=min(size, max(1, -(-self.gpus_per_node // stride))))
 
@@ -74,7 +78,15 @@ def resolve(cfg: RunConfig, *, world: int) -> Layout:
     degrees = resolve_degrees(cfg.parallel, world)
     p = cfg.parallel
     return Layout(
-        world=world, gpus_per_node=cfg.cluster.gpus_per_node, dp_replicate=degrees.dp_replicate,
-        dp_shard=degrees.dp_shard, tp=degrees.tp, ep=degrees.ep, activation_checkpointing=p.activation_checkpointing,
-        overlap_chunks=p.overlap_chunks, reshard_after_forward=p.reshard_after_forward, microbatch=cfg.train.microbatch,
-        microbatches=cfg.train.global_batch // (degrees.dp * cfg.train.microbatch))
+        world=world,
+        gpus_per_node=cfg.cluster.gpus_per_node,
+        dp_replicate=degrees.dp_replicate,
+        dp_shard=degrees.dp_shard,
+        tp=degrees.tp,
+        ep=degrees.ep,
+        activation_checkpointing=p.activation_checkpointing,
+        overlap_chunks=p.overlap_chunks,
+        reshard_after_forward=p.reshard_after_forward,
+        microbatch=cfg.train.microbatch,
+        microbatches=cfg.train.global_batch // (degrees.dp * cfg.train.microbatch),
+    )

@@ -1,8 +1,8 @@
 """How many elements of each sharding unit a rank gathers and holds.
 
-FSDP shards unit by unit (parallel/fsdp.py): every block over `dp_shard`, its experts over `edp`, its router apart because it stays
-in fp32, and the rest of the network (root). Tensor parallelism splits attention and feed-forward matrices before that, expert parallelism
-the experts. Key and value heads are repeated where tp exceeds them.
+FSDP shards unit by unit (parallel/fsdp.py): every block over `dp_shard`, its experts over `edp`, its router apart
+because it stays in fp32, and the rest of the network (root). Tensor parallelism splits attention and feed-forward
+matrices before that, expert parallelism the experts. Key and value heads are repeated where tp exceeds them.
 """
 
 from __future__ import annotations
@@ -52,13 +52,37 @@ def units(cfg: RunConfig, parameters: Parameters, layout: Layout) -> tuple[Unit,
     feed_forward = 2 * m.width * m.width * m.ffn_ratio
     kinds = (
         Unit(name="root", count=1, gathered=p.root, axis="dp_shard", shards=layout.dp_shard, bytes_each=c),
-        Unit(name="dense block", count=p.dense_blocks, axis="dp_shard", shards=layout.dp_shard, bytes_each=c,
-             gathered=p.dense_per_block - attention_saved - (feed_forward - feed_forward // tp)),
-        Unit(name="sparse block", count=p.sparse_blocks, axis="dp_shard", shards=layout.dp_shard, bytes_each=c,
-             gathered=p.sparse_per_block - attention_saved),
-        Unit(name="router", count=p.sparse_blocks, axis="dp_shard", shards=layout.dp_shard, bytes_each=4,
-             gathered=p.router_per_block),
-        Unit(name="experts", count=p.sparse_blocks, axis="edp", shards=layout.edp, bytes_each=c,
-             gathered=p.experts_per_block // layout.ep),
+        Unit(
+            name="dense block",
+            count=p.dense_blocks,
+            axis="dp_shard",
+            shards=layout.dp_shard,
+            bytes_each=c,
+            gathered=p.dense_per_block - attention_saved - (feed_forward - feed_forward // tp),
+        ),
+        Unit(
+            name="sparse block",
+            count=p.sparse_blocks,
+            axis="dp_shard",
+            shards=layout.dp_shard,
+            bytes_each=c,
+            gathered=p.sparse_per_block - attention_saved,
+        ),
+        Unit(
+            name="router",
+            count=p.sparse_blocks,
+            axis="dp_shard",
+            shards=layout.dp_shard,
+            bytes_each=4,
+            gathered=p.router_per_block,
+        ),
+        Unit(
+            name="experts",
+            count=p.sparse_blocks,
+            axis="edp",
+            shards=layout.edp,
+            bytes_each=c,
+            gathered=p.experts_per_block // layout.ep,
+        ),
     )
     return tuple(unit for unit in kinds if unit.count)

@@ -1,17 +1,16 @@
 """Seconds of one optimizer step: an estimate between two bounds, from the rates that the cluster file states.
 
     matrix products   executed FLOPs / (world * peak * gemm_efficiency)
-    element-wise      180 d bytes per token and layer at memory bandwidth (compiled; 2.5 times that in eager mode), a third
-                      more when the forward is repeated; norms, GELU, residuals, gate, gather and scatter (facts: model of an
-                      H100, not measured)
+    element-wise      180 d bytes per token and layer at memory bandwidth for norms, GELU, residuals, gates, gather and
+                      scatter when compiled; 2.5 times that in eager mode; a third more when the forward is repeated
     optimizer         state read and written once
-    expert exchange   hidden behind the experts' own products as far as `overlap_chunks` allows:
+    expert exchange   hidden behind the experts' own products as far as `overlap_chunks` = k allows:
                       min(1, products / exchange) (k - 1) / k
-    weights           all-gathers and reductions of FSDP hide behind the products and element-wise work of the neighbours;
+    weights           all-gathers and reductions of FSDP hide behind products and element-wise work of other blocks;
                       what is longer than that is exposed
     tensor parallel   never hidden
 
-`best` hides all communication, `worst` hides none.
+`best` hides all communication, `worst` hides none. The constants are a model of an H100, not measurements.
 """
 
 from __future__ import annotations
@@ -84,10 +83,22 @@ def estimate(cfg: RunConfig, layout: Layout, *, flops: Flops, memory: Memory, fl
 
     images = cfg.train.global_batch
     return StepTime(
-        seconds=total, best=best, worst=worst, products=products, elementwise=elementwise, optimizer=optimizer,
-        exchange=exchange, exchange_exposed=exchange_exposed, weights=seconds["weights"],
-        weights_exposed=weights_exposed, tensor_parallel=seconds["tp"], mfu=mfu(total), mfu_ceiling=mfu(best),
-        tokens_per_second=images * cfg.tokens_per_image / total, images_per_second_per_gpu=images / total / world)
+        seconds=total,
+        best=best,
+        worst=worst,
+        products=products,
+        elementwise=elementwise,
+        optimizer=optimizer,
+        exchange=exchange,
+        exchange_exposed=exchange_exposed,
+        weights=seconds["weights"],
+        weights_exposed=weights_exposed,
+        tensor_parallel=seconds["tp"],
+        mfu=mfu(total),
+        mfu_ceiling=mfu(best),
+        tokens_per_second=images * cfg.tokens_per_image / total,
+        images_per_second_per_gpu=images / total / world,
+    )
 
 
 def _optimizer_bytes(memory: Memory) -> float:

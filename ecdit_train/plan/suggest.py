@@ -1,4 +1,5 @@
-"""Search for a layout: every (tp, ep, replicas, checkpointing, microbatch, chunks) that divides, priced by the same formulas."""
+"""Search for a layout: every (tp, ep, replicas, checkpointing, microbatch, chunks) that divides, priced by the same
+formulas."""
 
 from __future__ import annotations
 
@@ -11,9 +12,10 @@ from ecdit_train.config.schema import RunConfig
 from ecdit_train.config.validate import images_per_group, validate
 from ecdit_train.errors import ConfigError
 
-from .estimate import Cost, cost
+from . import memory
 from .layout import Layout, resolve
 from .parameters import Parameters
+from .plan import Cost, cost
 
 MAX_NODES = 512
 HEADROOM = 0.92
@@ -21,10 +23,12 @@ HEADROOM = 0.92
 
 
 def best(cfg: RunConfig, parameters: Parameters, *, world: int) -> Cost | None:
-    """The fastest layout that fits with headroom on `world` ranks; of equally fast ones the simplest. None if none fits."""
-    priced = (cost(cfg, parameters, layout) for layout in candidates(cfg, world=world))
-    fitting = [c for c in priced if c.memory.total <= HEADROOM * cfg.cluster.gpu_memory]
-    for found in sorted(fitting, key=lambda c: (round(c.step_time.seconds, 4), *_complexity(c))):
+    """The fastest layout that fits with headroom on `world` ranks; of equally fast ones the simplest. None if none
+    fits."""
+    priced = (
+        cost(cfg, parameters, layout) for layout in candidates(cfg, world=world) if _has_room(cfg, parameters, layout)
+    )
+    for found in sorted(priced, key=lambda c: (round(c.step_time.seconds, 4), *_complexity(c))):
         if _is_valid(cfg, found.layout):
             return found
     return None
@@ -49,13 +53,17 @@ def min_nodes_any(cfg: RunConfig, parameters: Parameters) -> int | None:
     """Fewest nodes on which some layout fits with headroom."""
     for nodes in range(1, MAX_NODES + 1):
         world = nodes * cfg.cluster.gpus_per_node
-        held = 16.0 * parameters.network / world
-        if held <= cfg.cluster.gpu_memory and best(cfg, parameters, world=world) is not None:
-            return nodes
+        if 16.0 * parameters.network / world > cfg.cluster.gpu_memory:
+            continue
+        for layout in candidates(cfg, world=world, modes=("full",)):
+            if _has_room(cfg, parameters, layout) and _is_valid(cfg, layout):
+                return nodes
     return None
 
 
-def candidates(cfg: RunConfig, *, world: int) -> Iterator[Layout]:
+def candidates(
+    cfg: RunConfig, *, world: int, modes: tuple[str, ...] = ("none", "selective", "full")
+) -> Iterator[Layout]:
     """Layouts that divide. Tensor parallelism stays inside a node; replicas are whole nodes."""
     gpus, batch, images = cfg.cluster.gpus_per_node, cfg.train.global_batch, images_per_group(cfg)
     sparse = cfg.moe.router != "dense"
@@ -66,24 +74,39 @@ def candidates(cfg: RunConfig, *, world: int) -> Iterator[Layout]:
             continue
         micros = [n for n in divisors(batch // dp) if n % images == 0 and n <= 512]
         for ep in divisors(experts):
-            for replicas in (n for n in divisors(dp) if n == 1 or (world // n) % gpus == 0 and n <= 8):
+            for replicas in (n for n in divisors(dp) if n == 1 or ((world // n) % gpus == 0 and n <= 8)):
                 for micro in micros:
                     pools = micro * cfg.tokens_per_image // (cfg.pool_tokens if cfg.moe.scope == "group" else 1)
                     for chunks in (1, 2) if sparse and ep > 1 and pools % 2 == 0 else (1,):
-                        for mode in ("none", "selective", "full"):
+                        for mode in modes:
                             yield Layout(
-                                world=world, gpus_per_node=gpus, dp_replicate=replicas, dp_shard=dp // replicas, tp=tp,
-                                ep=ep, activation_checkpointing=mode, overlap_chunks=chunks,
-                                reshard_after_forward=True, microbatch=micro, microbatches=batch // (dp * micro))
+                                world=world,
+                                gpus_per_node=gpus,
+                                dp_replicate=replicas,
+                                dp_shard=dp // replicas,
+                                tp=tp,
+                                ep=ep,
+                                activation_checkpointing=mode,
+                                overlap_chunks=chunks,
+                                reshard_after_forward=True,
+                                microbatch=micro,
+                                microbatches=batch // (dp * micro),
+                            )
 
 
 def with_layout(cfg: RunConfig, layout: Layout) -> RunConfig:
     """`cfg` with the values of `layout`."""
     train = dataclasses.replace(cfg.train, microbatch=layout.microbatch)
     return with_values(
-        dataclasses.replace(cfg, train=train), dp_replicate=layout.dp_replicate, dp_shard=layout.dp_shard, tp=layout.tp,
-        ep=layout.ep, overlap_chunks=layout.overlap_chunks, activation_checkpointing=layout.activation_checkpointing,
-        reshard_after_forward=layout.reshard_after_forward)
+        dataclasses.replace(cfg, train=train),
+        dp_replicate=layout.dp_replicate,
+        dp_shard=layout.dp_shard,
+        tp=layout.tp,
+        ep=layout.ep,
+        overlap_chunks=layout.overlap_chunks,
+        activation_checkpointing=layout.activation_checkpointing,
+        reshard_after_forward=layout.reshard_after_forward,
+    )
 
 
 def with_values(cfg: RunConfig, **parallel: object) -> RunConfig:
@@ -93,9 +116,19 @@ def with_values(cfg: RunConfig, **parallel: object) -> RunConfig:
 
 def overrides(layout: Layout) -> tuple[str, ...]:
     """Words for the command line that choose `layout`."""
-    return (f"parallel.tp={layout.tp}", f"parallel.ep={layout.ep}", f"parallel.dp_replicate={layout.dp_replicate}",
-            "parallel.dp_shard=-1", f"parallel.activation_checkpointing={layout.activation_checkpointing}",
-            f"parallel.overlap_chunks={layout.overlap_chunks}", f"train.microbatch={layout.microbatch}")
+    return (
+        f"parallel.tp={layout.tp}",
+        f"parallel.ep={layout.ep}",
+        f"parallel.dp_replicate={layout.dp_replicate}",
+        "parallel.dp_shard=-1",
+        f"parallel.activation_checkpointing={layout.activation_checkpointing}",
+        f"parallel.overlap_chunks={layout.overlap_chunks}",
+        f"train.microbatch={layout.microbatch}",
+    )
+
+
+def _has_room(cfg: RunConfig, parameters: Parameters, layout: Layout) -> bool:
+    return memory.estimate(cfg, parameters, layout).total <= HEADROOM * cfg.cluster.gpu_memory
 
 
 def _complexity(c: Cost) -> tuple[float, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from . import document
-from .estimate import Cost, Plan
+from .plan import Cost, Plan
 from .suggest import overrides
 from .traffic import exchange_bytes
 
@@ -27,8 +27,14 @@ def render(plan: Plan) -> str:
         ("faster layout on the same ranks", _suggestion(plan)),
         ("warnings", [f"- {line}" for line in plan.warnings]),
     ]
-    return "\n\n".join("\n".join([*([name] if name else []), *(f"  {line}" if name else line for line in lines)])
-                       for name, lines in sections if lines) + "\n"
+    return (
+        "\n\n".join(
+            "\n".join([*([name] if name else []), *(f"  {line}" if name else line for line in lines)])
+            for name, lines in sections
+            if lines
+        )
+        + "\n"
+    )
 
 
 def verdict(plan: Plan) -> str:
@@ -37,20 +43,29 @@ def verdict(plan: Plan) -> str:
     head = f"fits: {'yes' if plan.fits else 'NO'}, {_of(total, room)}"
     if not plan.fits:
         least = plan.min_nodes or plan.suggested_min_nodes
-        return head + (f"; smallest that fits: {_count(least, 'node')}" if least else "; no number of nodes up to 512 fits")
+        return head + (
+            f"; smallest that fits: {_count(least, 'node')}" if least else "; no number of nodes up to 512 fits"
+        )
     step = cost.step_time
-    return (f"{head}; {seconds(step.seconds)} a step, {step.mfu:.0%} MFU, {step.images_per_second_per_gpu:.3g} images/s/GPU; "
-            f"{plan.cfg.train.steps:,} steps in {duration(step.seconds * plan.cfg.train.steps)}")
+    rate = f"{step.images_per_second_per_gpu:.3g} images/s/GPU"
+    return (
+        f"{head}; {seconds(step.seconds)} a step, {step.mfu:.0%} MFU, {rate}; "
+        f"{plan.cfg.train.steps:,} steps in {duration(step.seconds * plan.cfg.train.steps)}"
+    )
 
 
 def _parameters(plan: Plan) -> list[str]:
     p, lines = plan.parameters, []
-    lines.append(f"total {number(p.total)}, active per token {number(p.activated)}, trained {number(p.network)}"
-                 + (f", frozen encoders {number(p.encoders)}" if p.encoders else ""))
+    lines.append(
+        f"total {number(p.total)}, active per token {number(p.activated)}, trained {number(p.network)}"
+        + (f", frozen encoders {number(p.encoders)}" if p.encoders else "")
+    )
     if plan.table1:
         t = plan.table1
-        lines.append(f"paper's Table 1, {t.row}: total {number(t.printed_total)} ({t.total_deviation:+.1%}), "
-                     f"active {number(t.printed_activated)} ({t.activated_deviation:+.1%})")
+        lines.append(
+            f"paper's Table 1, {t.row}: total {number(t.printed_total)} ({t.total_deviation:+.1%}), "
+            f"active {number(t.printed_activated)} ({t.activated_deviation:+.1%})"
+        )
         if t.note:
             lines.append(f"  {t.note}")
     rows = [(part.replace("_", " "), number(n), f"{n / p.network:.1%}") for part, n in p.by_part.items() if n]
@@ -62,7 +77,8 @@ def _layout(cost: Cost) -> list[str]:
     dense = f"dense view: dp_replicate {at.dp_replicate} x dp_shard {at.dp_shard} x tp {at.tp}"
     return [
         f"{dense}; sparse view: edp {at.edp} x ep {at.ep}",
-        f"{at.microbatch} images per rank and microbatch, {_count(at.microbatches, 'microbatch', 'microbatches')} a step; "
+        f"{at.microbatch} images per rank and microbatch, "
+        f"{_count(at.microbatches, 'microbatch', 'microbatches')} a step; "
         f"checkpointing {at.activation_checkpointing}, overlap_chunks {at.overlap_chunks}",
     ]
 
@@ -70,8 +86,11 @@ def _layout(cost: Cost) -> list[str]:
 def _memory(plan: Plan) -> list[str]:
     parts = document.memory_json(plan.cost.memory)
     room = plan.cfg.cluster.gpu_memory
-    rows = [(name, size(value), f"{value / room:.1%}", "#" * round(BAR * value / max(room, parts["total"])))
-            for name, value in parts.items() if value and name != "never_together"]
+    rows = [
+        (name, size(value), f"{value / room:.1%}", "#" * round(BAR * value / max(room, parts["total"])))
+        for name, value in parts.items()
+        if value and name != "never_together"
+    ]
     if apart := parts["never_together"]:
         rows.insert(-1, ("gradients and activations do not peak together", size(-apart), f"{-apart / room:.1%}", ""))
     nodes = f"this layout fits from {_count(plan.min_nodes, 'node')} on" if plan.min_nodes else "this layout never fits"
@@ -82,7 +101,8 @@ def _memory(plan: Plan) -> list[str]:
 def _step(plan: Plan) -> list[str]:
     s, f, at = plan.cost.step_time, plan.cost.flops, plan.cost.layout
     lines = [
-        f"{seconds(s.seconds)} (between {seconds(s.best)} with all communication hidden and {seconds(s.worst)} with none)",
+        f"{seconds(s.seconds)} (between {seconds(s.best)} with all communication hidden "
+        f"and {seconds(s.worst)} with none)",
         f"MFU {s.mfu:.1%}, ceiling {s.mfu_ceiling:.1%}; {number(s.tokens_per_second)} tokens/s, "
         f"{s.images_per_second_per_gpu:.3g} images/s/GPU",
         f"model FLOPs {_pflop(f.model)}; recomputed {_pflop(f.recompute)}; frozen encoders {_pflop(f.frozen_encoders)}",
@@ -104,11 +124,15 @@ def _traffic(plan: Plan) -> list[str]:
     if not flows:
         return []
     header = ("collective", "ranks", "calls", "buffer", "in node", "between", "what")
-    rows = [(f.kind.replace("_", "-"), str(f.size), str(f.calls), size(f.message), size(f.intra), size(f.inter), f.purpose)
-            for f in flows]
+    rows = [
+        (f.kind.replace("_", "-"), str(f.size), str(f.calls), size(f.message), size(f.intra), size(f.inter), f.purpose)
+        for f in flows
+    ]
     lines = table([header, *rows])
     if any(f.kind == "all_to_all" for f in flows):
-        lines.append(f"an exchange sends {size(exchange_bytes(plan.cfg, plan.cost.layout))} per rank, direction and layer")
+        lines.append(
+            f"an exchange sends {size(exchange_bytes(plan.cfg, plan.cost.layout))} per rank, direction and layer"
+        )
     return lines
 
 
@@ -117,8 +141,11 @@ def _suggestion(plan: Plan) -> list[str]:
     if best is None:
         return []
     gain = f", {plan.cost.step_time.seconds / best.step_time.seconds:.2f} times as fast" if plan.fits else ""
-    return [f"{seconds(best.step_time.seconds)} a step, {best.step_time.mfu:.0%} MFU, "
-            f"{_of(best.memory.total, plan.cfg.cluster.gpu_memory)}{gain}", " ".join(overrides(best.layout))]
+    return [
+        f"{seconds(best.step_time.seconds)} a step, {best.step_time.mfu:.0%} MFU, "
+        f"{_of(best.memory.total, plan.cfg.cluster.gpu_memory)}{gain}",
+        " ".join(overrides(best.layout)),
+    ]
 
 
 # --- human units -----------------------------------------------------------------------------------------------
@@ -131,8 +158,13 @@ def table(rows: Iterable[Sequence[str]]) -> list[str]:
         return []
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     last = len(widths) - 1
-    return ["  ".join(cell.ljust(w) if i in (0, last) else cell.rjust(w)
-                      for i, (cell, w) in enumerate(zip(row, widths, strict=True))).rstrip() for row in rows]
+    return [
+        "  ".join(
+            cell.ljust(w) if i in (0, last) else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
 
 
 def number(value: float) -> str:

@@ -1,8 +1,8 @@
 """Bytes per collective of one optimizer step, and the links that carry them. One rank's view.
 
-`message` is the full buffer as a profiler shows it: output of an all-gather, input of a reduce-scatter, the tensor of an
-all-reduce, the rows sent by an all-to-all. What leaves a rank is less, and is split by link: with n ranks, m of them on this
-node, on k nodes, and a hierarchical schedule in which the ranks of a node share the node's traffic,
+`message` is the full buffer as a profiler shows it: output of an all-gather, input of a reduce-scatter, the tensor of
+an all-reduce, the rows sent by an all-to-all. What leaves a rank is less, and is split by link: with n ranks, m of
+them on this node, on k nodes, and a hierarchical schedule in which the ranks of a node share the node's traffic,
 
     all-gather, reduce-scatter   inside M (m - 1) / m     between M (k - 1) / (k m)      together M (n - 1) / n
     all-reduce                   twice that
@@ -52,41 +52,80 @@ def per_step(cfg: RunConfig, parameters: Parameters, layout: Layout) -> tuple[Fl
 
 
 def _weights(cfg: RunConfig, parameters: Parameters, layout: Layout) -> list[Flow]:
-    """FSDP: weights are gathered for forward and again for backward of every microbatch (the root's once), gradients reduced in
-    fp32 once a step."""
+    """FSDP: weights are gathered for forward and again for backward of every microbatch (the root's once), gradients
+    reduced in fp32 once a step."""
     flows = []
     for unit in units(cfg, parameters, layout):
         gathers = 2 if layout.reshard_after_forward and unit.name != "root" else 1
         axis, what = unit.axis, unit.name
-        flows.append(_flow("all_gather", f"weights, {what}", axis, layout.group(axis), message=unit.gathered_bytes,
-                           calls=unit.count * gathers * layout.microbatches))
-        flows.append(_flow("reduce_scatter", f"gradients, {what}", axis, layout.group(axis), calls=unit.count,
-                           message=unit.gathered * 4))
+        flows.append(
+            _flow(
+                "all_gather",
+                f"weights, {what}",
+                axis,
+                layout.group(axis),
+                message=unit.gathered_bytes,
+                calls=unit.count * gathers * layout.microbatches,
+            )
+        )
+        flows.append(
+            _flow(
+                "reduce_scatter",
+                f"gradients, {what}",
+                axis,
+                layout.group(axis),
+                calls=unit.count,
+                message=unit.gathered * 4,
+            )
+        )
         if axis == "dp_shard":
-            flows.append(_flow("all_reduce", f"gradients of replicas, {what}", "dp_replicate",
-                               layout.group("dp_replicate"), calls=unit.count, message=unit.gathered * 4 / unit.shards))
+            flows.append(
+                _flow(
+                    "all_reduce",
+                    f"gradients of replicas, {what}",
+                    "dp_replicate",
+                    layout.group("dp_replicate"),
+                    calls=unit.count,
+                    message=unit.gathered * 4 / unit.shards,
+                )
+            )
     return flows
 
 
 def _tensor_parallel(cfg: RunConfig, layout: Layout) -> list[Flow]:
-    """Column/row pairs: the row output is summed in forward (again when it is recomputed), the gradient of everything that
-    entered a column layer in backward: tokens, the text of cross-attention, the gates of sparse layers."""
+    """Column/row pairs: the row output is summed in forward (again when it is recomputed), the gradient of everything
+    that entered a column layer in backward: tokens, the text of cross-attention, the gates of sparse layers."""
     m, c, group, micro = cfg.model, element_bytes(cfg.train.precision), layout.group("tp"), layout.microbatches
     tokens = layout.microbatch * cfg.tokens_per_image
-    forwards = 1 if layout.activation_checkpointing == "none" else 2
+    mode = layout.activation_checkpointing
+    again, sum_again = int(mode != "none"), int(mode == "full")  # selective keeps the sparse layers' sums
     text = layout.microbatch * cfg.encoders.text.max_tokens * m.text_width * c
     gates = tokens * cfg.moe.capacity_factor * 4
     sparse = 0 if cfg.moe.router == "dense" else m.layers // 2
     flows = [
-        _flow("all_reduce", "tensor-parallel tokens", "tp", group, calls=3 * m.layers * (forwards + 1) * micro,
-              message=tokens * m.width * c),
+        _flow(
+            "all_reduce",
+            "tensor-parallel tokens",
+            "tp",
+            group,
+            message=tokens * m.width * c,
+            calls=((3 * m.layers - sparse) * (2 + again) + sparse * (2 + sum_again)) * micro,
+        ),
         _flow("all_reduce", "tensor-parallel text", "tp", group, calls=m.layers * micro, message=text),
         _flow("all_reduce", "tensor-parallel gates", "tp", group, calls=sparse * micro, message=gates),
     ]
     if layout.tp > m.kv_heads:
         share = Group(size=layout.tp // m.kv_heads, per_node=min(layout.tp // m.kv_heads, layout.gpus_per_node))
-        flows.append(_flow("all_reduce", "gradients of repeated kv heads", "tp", share, calls=2 * m.layers * micro,
-                           message=HEAD_DIM * m.width * c))
+        flows.append(
+            _flow(
+                "all_reduce",
+                "gradients of repeated kv heads",
+                "tp",
+                share,
+                calls=2 * m.layers * micro,
+                message=HEAD_DIM * m.width * c,
+            )
+        )
     return flows
 
 
@@ -96,8 +135,16 @@ def _experts(cfg: RunConfig, layout: Layout) -> list[Flow]:
         return []
     repeats = 3 if layout.activation_checkpointing == "full" else 2
     message = exchange_bytes(cfg, layout) / layout.overlap_chunks
-    return [_flow("all_to_all", "tokens to experts and back", "ep", layout.group("ep"), message=message,
-                  calls=2 * repeats * layout.overlap_chunks * (cfg.model.layers // 2) * layout.microbatches)]
+    return [
+        _flow(
+            "all_to_all",
+            "tokens to experts and back",
+            "ep",
+            layout.group("ep"),
+            message=message,
+            calls=2 * repeats * layout.overlap_chunks * (cfg.model.layers // 2) * layout.microbatches,
+        )
+    ]
 
 
 def exchange_bytes(cfg: RunConfig, layout: Layout) -> float:

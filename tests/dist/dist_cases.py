@@ -8,8 +8,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ecdit_train.config.schema import ModelConfig, MoEConfig, ParallelConfig
 from ecdit_train.model.dit import DiT, Prediction
@@ -17,7 +16,7 @@ from ecdit_train.model.embed import Text
 from ecdit_train.parallel.apply import full_tensors, load_full, parallelize
 from ecdit_train.parallel.expert_parallel import sparse_layers
 from ecdit_train.parallel.fsdp import accumulate
-from ecdit_train.parallel.grads import agree, clip, expert_gradient_divisor
+from ecdit_train.parallel.grads import clip, expert_gradient_divisor
 from ecdit_train.parallel.mesh import Mesh, make_mesh
 from ecdit_train.parallel.placement import ParamPlacement, local, local_boxes
 
@@ -30,8 +29,8 @@ MODEL = ModelConfig(name="test", layers=4, width=32, heads=4, kv_heads=2, ffn_ra
                     text_refiner_layers=1)
 MOE = MoEConfig(router="expert_choice", experts=8, capacity_factor=2.0, scope="group", group_size=POOL, top_k=2,
                 balance_weight=0.01, combine="index_add")
-PARALLEL = ParallelConfig(dp_replicate=1, dp_shard=-1, tp=1, ep=1, sequence_parallel=False, activation_checkpointing="none",
-                          compile=False, overlap_chunks=1, reshard_after_forward=True)
+PARALLEL = ParallelConfig(dp_replicate=1, dp_shard=-1, tp=1, ep=1, sequence_parallel=False,
+                          activation_checkpointing="none", compile=False, overlap_chunks=1, reshard_after_forward=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,13 +49,13 @@ class Case:
     """Per step and data-parallel rank."""
     pool: int = POOL
     poison: str = ""
-    agree: bool = True
-    """Broadcast replicated gradients over tp, as the trainer does."""
 
     def __str__(self) -> str:
         p = self.parallel
-        extra = [f"{k}={v}" for k, v in vars(self).items() if k not in ("parallel", "model", "moe") and v != getattr(BASE, k)]
-        extra += [f"{k}={v}" for k, v in vars(p).items() if v != getattr(PARALLEL, k) and k not in ("tp", "ep", "dp_replicate")]
+        extra = [f"{k}={v}" for k, v in vars(self).items()
+                 if k not in ("parallel", "model", "moe") and v != getattr(BASE, k)]
+        extra += [f"{k}={v}" for k, v in vars(p).items()
+                  if k not in ("tp", "ep", "dp_replicate") and v != getattr(PARALLEL, k)]
         if self.moe.router != "expert_choice":
             extra.append(self.moe.router)
         if self.model.kv_heads != MODEL.kv_heads:
@@ -109,12 +108,12 @@ def full_state(c: Case) -> dict[str, Tensor]:
 
 def batch(step: int) -> dict[str, Tensor]:
     g = torch.Generator().manual_seed(100 + step)
-    return dict(
-        latents=torch.randn(IMAGES, CHANNELS, SIDE, SIDE, generator=g), t=torch.rand(IMAGES, generator=g),
-        features=torch.randn(IMAGES, TEXT_TOKENS, TEXT_FEATURES, generator=g),
-        mask=torch.rand(IMAGES, TEXT_TOKENS, generator=g) < 0.7, drop=torch.rand(IMAGES, generator=g) < 0.2,
-        keep=torch.rand(IMAGES, 16, generator=g).argsort(1)[:, :KEPT].sort(1).values,
-        target=torch.randn(IMAGES, KEPT, 4 * CHANNELS, generator=g))
+    return {
+        "latents": torch.randn(IMAGES, CHANNELS, SIDE, SIDE, generator=g), "t": torch.rand(IMAGES, generator=g),
+        "features": torch.randn(IMAGES, TEXT_TOKENS, TEXT_FEATURES, generator=g),
+        "mask": torch.rand(IMAGES, TEXT_TOKENS, generator=g) < 0.7, "drop": torch.rand(IMAGES, generator=g) < 0.2,
+        "keep": torch.rand(IMAGES, 16, generator=g).argsort(1)[:, :KEPT].sort(1).values,
+        "target": torch.randn(IMAGES, KEPT, 4 * CHANNELS, generator=g)}
 
 
 def optimizer(c: Case, parameters: Any) -> torch.optim.Optimizer:
@@ -127,7 +126,7 @@ def forward(model: DiT, part: dict[str, Tensor], *, pool: int) -> tuple[Tensor, 
     text = Text(features_BLX=part["features"], mask_BL=part["mask"], drop_B=part["drop"])
     out = model(part["latents"], t_B=part["t"], text=text, keep_BK=part["keep"], pool=pool)
     dtype = torch.promote_types(out.patches_BKP.dtype, torch.float32)
-    loss = F.mse_loss(out.patches_BKP.to(dtype), part["target"].to(dtype))
+    loss = nn.functional.mse_loss(out.patches_BKP.to(dtype), part["target"].to(dtype))
     return loss if out.balance_loss is None else loss + out.balance_loss, out
 
 
@@ -170,12 +169,12 @@ def run_parallel(c: Case, mesh: Mesh) -> Trace:
     placements = parallelize(model, mesh=mesh, parallel=c.parallel, precision=c.precision)
     model.to_empty(device="cpu")
     load_full(model, placements, full_state(c))
-    if c.dtype == "float64" and mesh.edp_size == 1:
-        # torch 2.13 treats float64 as it treats fp16, and then divides twice on a mesh of one (test_dist_quirks.py). Production
-        # reduces in float32, where it divides once; the float32 cases cover that.
+    if c.dtype == "float64" and mesh.edp_size == 1 and mesh.world > 1:
+        # torch 2.13 treats float64 as it treats fp16, and then divides twice on a mesh of one (test_dist_quirks.py).
+        # Production reduces in float32, where it divides once; the float32 cases cover that.
         for moe in sparse_layers(model).values():
             moe.experts.set_gradient_divide_factor(expert_gradient_divisor(mesh) ** 0.5)
-    POISONS[c.poison](model)
+    POISONS[c.poison](model, mesh)
     optim, trace = optimizer(c, model.parameters()), Trace()
     for step in range(c.steps):
         mine = {k: v.chunk(mesh.dp_size)[mesh.dp_rank] for k, v in batch(step).items()}
@@ -191,8 +190,6 @@ def run_parallel(c: Case, mesh: Mesh) -> Trace:
         if mesh.dp_group is not None:
             dist.all_reduce(total, group=mesh.dp_group)
         trace.losses.append(total.item() / mesh.dp_size)
-        if c.agree:
-            agree(model, placements, mesh)
         grads = {n: p.grad for n, p in model.named_parameters()}
         trace.grads.append(full_tensors(grads, placements, mesh))
         trace.copies_agree &= same_bits(grads, trace.grads[-1], placements)
@@ -221,20 +218,20 @@ def gather_pools(index: Tensor, mesh: Mesh) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
-def poison_expert_scale(model: DiT) -> None:
-    """What torch's double division would do."""
+def poison_expert_scale(model: DiT, mesh: Mesh) -> None:
+    """Experts averaged over the ranks that hold them, like everything else."""
     for moe in sparse_layers(model).values():
-        moe.experts.set_gradient_divide_factor(2 * moe.experts._get_fsdp_state()._fsdp_param_group.gradient_divide_factor)
+        moe.experts.set_gradient_divide_factor(float(mesh.edp_size))
 
 
-def poison_kv_sum(model: DiT) -> None:
+def poison_kv_sum(model: DiT, mesh: Mesh) -> None:
     """Ranks that share a kv head keep their own part of its gradient."""
     for block in model.blocks:
         assert block.self_attention.key.shared is not None
         block.self_attention.key.shared = None
 
 
-def poison_stale_index(model: DiT) -> None:
+def poison_stale_index(model: DiT, mesh: Mesh) -> None:
     """Combine with the assignment of the batch before: shapes and norms are right, rows go to other tokens."""
     moe = next(iter(sparse_layers(model).values()))
     combine, last = moe.dispatcher.combine, []
@@ -246,7 +243,7 @@ def poison_stale_index(model: DiT) -> None:
     moe.dispatcher.combine = stale
 
 
-def poison_gate_gradient(model: DiT) -> None:
+def poison_gate_gradient(model: DiT, mesh: Mesh) -> None:
     """Each tp rank keeps the router gradient of its own slots."""
     for moe in sparse_layers(model).values():
         combine = moe.dispatcher.combine
@@ -260,8 +257,16 @@ def _combine_own_gates(combine: Any, dispatcher: Any, y: Any, assignment: Any, *
     return combine(y, replace(assignment, gate_EGC=gate), num_tokens=num_tokens)
 
 
-POISONS: dict[str, Any] = {"": lambda model: None, "expert_scale": poison_expert_scale, "kv_sum": poison_kv_sum,
-                           "stale_index": poison_stale_index, "gate_gradient": poison_gate_gradient}
+def poison_drifted_copy(model: DiT, mesh: Mesh) -> None:
+    """One tp rank's copy of a replicated weight differs in its last bits."""
+    if mesh.tp_rank == 1:
+        with torch.no_grad():
+            local(model.final.weight).mul_(1 + 1e-14)
+
+
+POISONS: dict[str, Any] = {"": lambda model, mesh: None, "expert_scale": poison_expert_scale, "kv_sum": poison_kv_sum,
+                           "stale_index": poison_stale_index, "gate_gradient": poison_gate_gradient,
+                           "drifted_copy": poison_drifted_copy}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,7 +312,7 @@ def check_cases(runtime: Any, cases: list[Case]) -> list[tuple[str, Errors]]:
         trace = run_parallel(c, mesh)
         errors = None
         if runtime.rank == 0:
-            key = repr(replace(c, parallel=PARALLEL, precision="fp32", microbatches=1, poison="", agree=True))
+            key = repr(replace(c, parallel=PARALLEL, precision="fp32", microbatches=1, poison=""))
             if key not in references:
                 references[key] = run_reference(c)
             errors = compare(trace, references[key])

@@ -1,9 +1,8 @@
 """Several ranks on this machine, from inside a test: `run_distributed(world, fn, *args)`.
 
-Ranks are forked from one server process that has imported torch, Megatron and DeepSpeed once (seconds each, times ranks, times
-tests otherwise). They meet at a store which the test process holds at a port the system chose, so no port can be taken by
-another; every run has a deadline, and a failing rank ends it at once.
-"""
+Ranks are forked from one server process that has imported torch, Megatron and DeepSpeed once (seconds each, times
+ranks, times tests otherwise). They meet at a store which the test process holds at a port the system chose, so no
+port can be taken by another; every run has a deadline, and a failing rank ends it at once. """
 
 from __future__ import annotations
 
@@ -22,12 +21,13 @@ import torch.distributed as dist
 PRELOAD = ["dist_preload"]
 
 
-class RankFailed(AssertionError):
+class RankError(AssertionError):
     """A rank raised; the message is its traceback."""
 
 
 def run_distributed(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
-    """`fn(runtime, *args)` on `world` gloo ranks; their return values in rank order. `fn` must be importable by name."""
+    """`fn(runtime, *args)` on `world` gloo ranks; their return values in rank order. `fn` must be importable by
+    name."""
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     # The server ignores our sys.path (a Python 3.11 bug) and then skips what it cannot preload, without a word.
@@ -63,14 +63,14 @@ def _collect(pipes: list[Any], *, deadline: float) -> list[Any]:
         waiting = [pipe for pipe in pipes if rank_of[pipe] not in results]
         ready = wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
         if not ready:
-            raise RankFailed(f"ranks {sorted(rank_of[p] for p in waiting)} did not finish in time")
+            raise RankError(f"ranks {sorted(rank_of[p] for p in waiting)} did not finish in time")
         for pipe in ready:
             try:
                 ok, value = pipe.recv()
             except EOFError:
                 ok, value = False, "died without a word"
             if not ok:
-                raise RankFailed(f"rank {rank_of[pipe]}:\n{value}")
+                raise RankError(f"rank {rank_of[pipe]}:\n{value}")
             results[rank_of[pipe]] = value
     return [results[rank] for rank in range(len(pipes))]
 

@@ -18,7 +18,7 @@ from checkpoint_worlds import run_world
 
 from ecdit_train import checkpoint
 from ecdit_train.checkpoint import CheckpointManager, Placed
-from ecdit_train.checkpoint.layout import ParamPlacement
+from ecdit_train.checkpoint import ParamPlacement
 
 
 class Stopped(BaseException):

@@ -1,4 +1,5 @@
-"""The plan of a run: what it would cost, whether it fits, and a better layout if there is one. CPU only, no process group."""
+"""The plan of a run: what it would cost, whether it fits, and a better layout if there is one. CPU only, no process
+group."""
 
 from __future__ import annotations
 
@@ -61,8 +62,14 @@ def cost(cfg: RunConfig, parameters: Parameters, layout: Layout) -> Cost:
     memory = memory_.estimate(cfg, parameters, layout)
     flows = traffic.per_step(cfg, parameters, layout)
     step = step_time_.estimate(cfg, layout, flops=flops, memory=memory, flows=flows)
-    return Cost(layout=layout, flops=flops, memory=memory, traffic=flows, step_time=step,
-                fits=memory.total <= cfg.cluster.gpu_memory)
+    return Cost(
+        layout=layout,
+        flops=flops,
+        memory=memory,
+        traffic=flows,
+        step_time=step,
+        fits=memory.total <= cfg.cluster.gpu_memory,
+    )
 
 
 def estimate(cfg: RunConfig, *, world: int | None = None) -> Plan:
@@ -81,9 +88,13 @@ def estimate(cfg: RunConfig, *, world: int | None = None) -> Plan:
     faster = best is not None and (not here.fits or best.step_time.seconds < 0.98 * here.step_time.seconds)
     suggested = best if faster else None
     return Plan(
-        cfg=cfg, parameters=parameters, cost=here,
+        cfg=cfg,
+        parameters=parameters,
+        cost=here,
         checkpoint_bytes=parameters.network * (MASTER + OPTIMIZER + (EMA if cfg.optim.ema_decay > 0 else 0)),
-        min_nodes=suggest.min_nodes(cfg, parameters), suggested=suggested,
+        min_nodes=suggest.min_nodes(cfg, parameters),
+        suggested=suggested,
         suggested_min_nodes=suggest.min_nodes_any(cfg, parameters),
         table1=table1.compare(cfg.model, cfg.moe, total=parameters.total, activated=parameters.activated),
-        warnings=warn.warnings(cfg, here))
+        warnings=warn.warnings(cfg, here),
+    )

@@ -1,0 +1,49 @@
+"""torch.compile changes no number, and the number of graphs does not grow with depth (each costs minutes, and beyond
+torch's limit a block silently stays uncompiled)."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from dist_cases import MODEL, Case, Errors, case, check_cases
+from dist_harness import run_distributed
+
+from ecdit_train.parallel import compiling
+
+
+def check_compiled(runtime: Any, cases: list[Case], backend: str) -> list[tuple[str, Errors, int]]:
+    compiling.torch.compile = functools.partial(torch.compile, backend=backend)
+    results = []
+    for c in cases:
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        results += [(*r, torch._dynamo.utils.counters["stats"]["unique_graphs"]) for r in check_cases(runtime, [c])]
+    return results
+
+
+def assert_equal(cases: list[Case], *, backend: str) -> list[int]:
+    results = run_distributed(2, check_compiled, cases, backend, timeout=500)[0]
+    for name, errors, graphs in results:
+        print(f"{name:80s} {graphs} graphs {errors}")
+        assert errors.within(1e-10), f"{name}: {errors}"
+    return [graphs for _, _, graphs in results]
+
+
+def test_compiled_graphs() -> None:
+    """Tracing and autograd partitioning, without code generation: a dense block is 1 graph, a sparse one 2, its
+    experts 1 (times 2 where the first or last block differs)."""
+    (graphs,) = assert_equal([case(tp=2, ep=2, compiled=True, ac="selective", steps=1, model=replace(MODEL, layers=8))],
+                             backend="aot_eager")
+    assert graphs <= 8
+
+
+@pytest.mark.slow
+def test_compiled_code() -> None:
+    """Inductor: generated C++. It once gave wrong numbers, and eager tracing none, where an exchange was in flight
+    between two graphs (see compiling.py)."""
+    assert_equal([case(compiled=True, steps=2), case(tp=2, ep=2, compiled=True, ac="selective", chunks=2, steps=2)],
+                 backend="inductor")

@@ -1,0 +1,145 @@
+"""Runs that take a second: two layers of width 64 on 16 x 16 pixels, built by the real composition root."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_pipeline.loader import StreamingLoader
+from ecdit_train.build import build_training
+from ecdit_train.config.compose import compose
+from ecdit_train.config.schema import RunConfig
+from ecdit_train.config.validate import validate
+from ecdit_train.parallel.runtime import start
+from ecdit_train.train.loop import Loop
+from ecdit_train.train.stop import StopRequest
+
+WORDS = (
+    "experiment=shapes_tiny",
+    "model.layers=2",
+    "model.width=64",
+    "model.heads=1",
+    "model.text_width=64",
+    "model.text_refiner_layers=1",
+    "encoders.text.width=32",
+    "encoders.text.max_tokens=8",
+    "data.resolution=16",
+    "moe.experts=4",
+    "moe.group_size=16",
+    "train.steps=12",
+    "train.global_batch=8",
+    "train.microbatch=4",
+    "optim.warmup_steps=3",
+    "checkpoint.every_steps=4",
+    "observe.log_every=1",
+    "observe.sample_every=0",
+    "observe.wandb=disabled",
+    "sample.steps=2",
+)
+ROUTERS = {
+    "expert_choice": ("moe.router=expert_choice",),
+    "token_choice": ("moe.router=token_choice", "moe.balance_weight=0.01"),
+    "dense": ("moe.router=dense",),
+}
+VOLATILE = ("time", "perf/", "data/stall_frac")
+"""Of a record: what measures this life's machine, not the run."""
+
+
+def words(run: Path | str, shards: Path | str, *extra: str) -> list[str]:
+    """The command line of a tiny run."""
+    return [*WORDS, f"run={run}", f"data.shards={shards}", *extra]
+
+
+def configure(run: Path | str, shards: Path | str, *extra: str) -> RunConfig:
+    config = compose(words(run, shards, *extra), local=False)
+    validate(config, world=1)
+    return config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Life:
+    """One start of a run until it ended or stopped."""
+
+    finished: bool
+    step: int
+    tensors: dict[str, Tensor]
+    """Weights, optimizer state and average, by `part/parameter`."""
+    seen: list[tuple[tuple[int, ...], tuple[str, ...]]]
+    """Positions and sample keys of every batch that was trained on."""
+
+
+class PowerCut(Exception):
+    """Ends a life without a word: nothing is saved."""
+
+
+def live(config: RunConfig, *, stop_after: int | None = None, before: Callable[[Loop], Any] | None = None) -> Life:
+    """Start or resume a run in this process. `before` may meddle with the loop; PowerCut counts as not finished."""
+    seen: list[tuple[tuple[int, ...], tuple[str, ...]]] = []
+    deliver = StreamingLoader.__next__
+
+    def watched(loader: StreamingLoader) -> Any:
+        batch = deliver(loader)
+        seen.append((tuple(batch.position.tolist()), batch.keys))
+        return batch
+
+    StreamingLoader.__next__ = watched  # type: ignore[method-assign]
+    here = start("cpu")
+    try:
+        with StopRequest() as stop:
+            loop = build_training(config, here, stop_after=stop_after)
+            if before is not None:
+                before(loop)
+            try:
+                finished = loop.run(stop)
+            except PowerCut:
+                finished = False
+            finally:
+                loop.close()
+        tensors = {name: whole(t).clone() for name, t in loop.state.tensors().items()}
+        return Life(finished=finished, step=loop.state.step, tensors=tensors, seen=seen)
+    finally:
+        StreamingLoader.__next__ = deliver  # type: ignore[method-assign]
+        here.shutdown()
+
+
+def cut_power(after: int) -> Callable[[Loop], None]:
+    """For `live(before=...)`: the life ends in the log call of step `after`, before anything of that step is saved."""
+
+    def meddle(loop: Loop) -> None:
+        log = loop.sinks.log
+
+        def cut(step: int, record: Any) -> None:
+            log(step, record)
+            if step == after:
+                raise PowerCut
+
+        loop.sinks.log = cut  # type: ignore[method-assign]
+
+    return meddle
+
+
+def whole(t: Tensor) -> Tensor:
+    return t.full_tensor() if isinstance(t, torch.distributed.tensor.DTensor) else t
+
+
+def records(run: Path | str) -> list[dict[str, Any]]:
+    """metrics.jsonl, as it lies there: a cut line would fail here."""
+    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+
+
+def steady(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Records without what measures the machine."""
+    return [{k: v for k, v in line.items() if not k.startswith(VOLATILE)} for line in lines]
+
+
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    """Bitwise, and nothing missing."""
+    assert a.keys() == b.keys()
+    different = [name for name in a if a[name].dtype != b[name].dtype or not torch.equal(a[name], b[name])]
+    assert not different, f"{len(different)} of {len(a)} tensors differ: {different[:5]}"

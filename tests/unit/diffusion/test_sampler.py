@@ -1,0 +1,144 @@
+"""Sampling: guidance, what a picture depends on, prompts as keys."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from ecdit_train import keyed
+from ecdit_train.config.schema import ModelConfig, MoEConfig, SampleConfig
+from ecdit_train.diffusion.encoders import HashTextEncoder
+from ecdit_train.diffusion.sampler import prompt_positions, sample
+from ecdit_train.evaluate.pictures import sample_latents
+from ecdit_train.keyed import Purpose
+from ecdit_train.model.dit import DiT
+from ecdit_train.model.init import initialise
+
+SHAPE = (3, 8, 8)
+PATCHES = 16
+CONFIG = SampleConfig(sampler="euler", steps=4, guidance=2.5, scope="image", group_size=512, seed=11)
+ENCODER = HashTextEncoder(width=32, max_tokens=6)
+
+
+def make(*, router: str = "expert_choice") -> DiT:
+    """A network whose zero-initialised parts are random, so that everything has an effect."""
+    model = ModelConfig(
+        name="test",
+        layers=2,
+        width=128,
+        heads=2,
+        kv_heads=1,
+        ffn_ratio=2,
+        patch=2,
+        text_width=64,
+        text_refiner_layers=1,
+    )
+    moe = MoEConfig(
+        router=router,
+        experts=4,
+        capacity_factor=1.0,
+        scope="image",
+        group_size=PATCHES,
+        top_k=2,
+        balance_weight=0.01,
+        combine="index_add",
+    )
+    dit = DiT(model, moe, channels=SHAPE[0], text_features=ENCODER.width)
+    initialise(dit, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in dit.parameters():
+            if not p.any():
+                p.copy_(torch.randn(p.shape, generator=generator) * 0.1)
+    return dit
+
+
+def draw(model: DiT, prompts: list[str], *, images_per_pool: int = 1, watch=None, **changes: object) -> Tensor:
+    return sample_latents(
+        model,
+        text=ENCODER.encode(prompts),
+        position_B=prompt_positions(prompts),
+        shape=SHAPE,
+        config=replace(CONFIG, **changes),
+        prediction="velocity",
+        pool=images_per_pool * PATCHES,
+        watch=watch,
+    )
+
+
+def test_same_prompt_same_picture_whatever_else_is_in_the_batch():
+    model = make()
+    alone = draw(model, ["a red circle"])
+    together = draw(model, ["two blue squares", "a red circle", "a green cross", "nothing"])
+    torch.testing.assert_close(together[1:2], alone, rtol=1e-5, atol=1e-5)
+    assert (together[0] - alone[0]).abs().max() > 0.1
+    assert torch.equal(alone, draw(model, ["a red circle"]))
+    assert (draw(model, ["a red circle"], seed=12) - alone).abs().max() > 0.1
+
+
+def test_in_a_pool_of_two_images_a_picture_depends_on_its_neighbour():
+    model = make()
+    one, other = (draw(model, ["a red circle", p], images_per_pool=2) for p in ("two blue squares", "a green cross"))
+    assert (one[0] - other[0]).abs().max() > 1e-3
+    dense = make(router="dense")
+    one, other = (draw(dense, ["a red circle", p], images_per_pool=2) for p in ("two blue squares", "a green cross"))
+    torch.testing.assert_close(one[0], other[0], rtol=1e-5, atol=1e-5)
+
+
+class Constant:
+    """A network that says 3 where there is a caption and 1 where there is none, and remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[int, float]] = []
+
+    def __call__(self, x_BCHW: Tensor, t_B: Tensor, drop_B: Tensor) -> Tensor:
+        self.calls.append((len(x_BCHW), float(t_B[0])))
+        return torch.where(drop_B, 1.0, 3.0)[:, None, None, None].expand(-1, *SHAPE)
+
+
+def follow(network, *, prediction: str = "velocity", **changes: object) -> Tensor:
+    return sample(
+        network, position_B=torch.tensor([4, 5]), shape=SHAPE, config=replace(CONFIG, **changes), prediction=prediction
+    )
+
+
+@pytest.mark.parametrize(("guidance", "velocity", "batch"), [(1.0, 3.0, 2), (2.5, 1 + 2.5 * 2, 4), (0.0, 1.0, 4)])
+def test_guidance_is_unconditional_plus_scale_times_difference(guidance, velocity, batch):
+    noise = keyed.normal(CONFIG.seed, Purpose.SAMPLE_NOISE, torch.tensor([4, 5]), shape=SHAPE)
+    network = Constant()
+    torch.testing.assert_close(follow(network, guidance=guidance), noise + velocity)
+    assert network.calls == [(batch, n / 4) for n in range(4)]
+
+
+def test_heun_asks_twice_but_in_the_last_step():
+    network = Constant()
+    follow(network, sampler="heun", guidance=1.0)
+    assert [t for _, t in network.calls] == [0.0, 0.25, 0.25, 0.5, 0.5, 0.75, 0.75]
+
+
+def test_the_watcher_sees_captioned_and_null_pictures_as_pools_of_their_own():
+    seen = []
+    draw(make(), ["a", "b"], watch=lambda t, out: seen.append((t, out.assignments[0].index_EGC.shape)))
+    assert [t for t, _ in seen] == [0.0, 0.25, 0.5, 0.75]
+    assert {shape for _, shape in seen} == {(4, 4, 4)}, "four experts, two pictures with and without caption, C = 4"
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun"])
+def test_a_perfect_data_prediction_draws_the_data(sampler):
+    data = torch.linspace(-1, 1, 3 * 8 * 8).view(1, *SHAPE)
+    drawn = follow(lambda x, t, drop: data.expand_as(x), prediction="data", sampler=sampler)
+    torch.testing.assert_close(drawn, data.expand(2, -1, -1, -1), rtol=1e-5, atol=1e-5)
+
+
+def test_prompt_keys_count_repetitions_of_a_prompt_only():
+    a, b, a2, a3 = prompt_positions(["a", "b", "a", "a"]).tolist()
+    assert (a, b) == tuple(prompt_positions(["a", "b"]).tolist())
+    assert (a2, a3) == (a + 1, a + 2)
+    assert len({a, b, a2, a3}) == 4
+
+
+def test_no_gradient_is_kept():
+    assert not draw(make(), ["a"]).requires_grad

@@ -1,0 +1,86 @@
+"""Small networks for the tests of this folder, in fp64 and with every zero-initialised part made random."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ecdit_train.config.schema import ModelConfig, MoEConfig
+from ecdit_train.model.dit import DiT
+from ecdit_train.model.embed import Text
+from ecdit_train.model.init import initialise
+
+CHANNELS, SIDE, PATCH, PATCHES, TEXT_FEATURES, TEXT_TOKENS = 3, 8, 2, 16, 24, 7
+
+
+def model_config(**changes: object) -> ModelConfig:
+    values = {
+        "name": "test",
+        "layers": 2,
+        "width": 128,
+        "heads": 2,
+        "kv_heads": 1,
+        "ffn_ratio": 2,
+        "patch": PATCH,
+        "text_width": 64,
+        "text_refiner_layers": 1,
+    }
+    return ModelConfig(**(values | changes))
+
+
+def moe_config(**changes: object) -> MoEConfig:
+    values = {
+        "router": "expert_choice",
+        "experts": 4,
+        "capacity_factor": 1.0,
+        "scope": "group",
+        "group_size": 32,
+        "top_k": 2,
+        "balance_weight": 0.01,
+        "combine": "index_add",
+    }
+    return MoEConfig(**(values | changes))
+
+
+def fresh(*, router: str = "expert_choice", **changes: object) -> DiT:
+    """As initialised: AdaLN-Zero."""
+    dit = DiT(
+        model_config(**changes), moe_config(router=router), channels=CHANNELS, text_features=TEXT_FEATURES
+    ).double()
+    initialise(dit, seed=0)
+    return dit
+
+
+def lively(*, router: str = "expert_choice", **changes: object) -> DiT:
+    """Everything has an effect."""
+    dit = fresh(router=router, **changes)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in dit.parameters():
+            if not p.any():
+                p.copy_(0.1 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
+    return dit
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def latents(images: int = 4, *, seed: int = 0) -> Tensor:
+    return random(images, CHANNELS, SIDE, SIDE, seed=seed)
+
+
+def text(images: int = 4, *, seed: int = 0, drop: tuple[int, ...] = ()) -> Text:
+    """Captions of different lengths."""
+    lengths = torch.arange(images) % TEXT_TOKENS + 1
+    drop_B = torch.zeros(images, dtype=torch.bool)
+    drop_B[list(drop)] = True
+    return Text(
+        features_BLX=random(images, TEXT_TOKENS, TEXT_FEATURES, seed=seed + 100),
+        mask_BL=torch.arange(TEXT_TOKENS) < lengths[:, None],
+        drop_B=drop_B,
+    )
+
+
+def times(images: int = 4) -> Tensor:
+    return torch.linspace(0.1, 0.9, images)

@@ -1,0 +1,72 @@
+"""Rank arithmetic: products, coordinates, refusals with the nearest value that would do; no torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ecdit_train.config.schema import ParallelConfig
+from ecdit_train.errors import ConfigError
+from ecdit_train.parallel.degrees import Degrees, nearest_divisor, resolve_degrees
+
+SINGLE = ParallelConfig(dp_replicate=1, dp_shard=-1, tp=1, ep=1, sequence_parallel=False,
+                        activation_checkpointing="none", compile=False, overlap_chunks=1, reshard_after_forward=True)
+
+
+def test_what_is_left() -> None:
+    d = resolve_degrees(replace(SINGLE, dp_replicate=2, tp=2, ep=4), 16)
+    assert d == Degrees(world=16, dp_replicate=2, dp_shard=4, tp=2, ep=4)
+    assert (d.dp, d.edp) == (8, 4)
+
+
+@given(st.integers(0, 3), st.integers(0, 3), st.integers(0, 3), st.integers(0, 9))
+def test_every_rank_has_its_own_place(rep: int, shard: int, tp: int, ep: int) -> None:
+    world = 2 ** (rep + shard + tp)
+    parallel = replace(SINGLE, dp_replicate=2**rep, dp_shard=2**shard, tp=2**tp, ep=2 ** min(ep, rep + shard + tp))
+    d = resolve_degrees(parallel, world)
+    assert d.dp * d.tp == d.edp * d.ep == world
+    for coordinates, sizes in ((d.dense, (d.dp_replicate, d.dp_shard, d.tp)), (d.sparse, (d.edp, d.ep))):
+        places = [coordinates(rank) for rank in range(world)]
+        assert len(set(places)) == world
+        assert all(0 <= c < n for place in places for c, n in zip(place, sizes, strict=True))
+    # Neighbours differ in the fast axes.
+    assert d.tp == 1 or d.dense(0)[:2] == d.dense(1)[:2]
+    assert d.ep == 1 or d.sparse(0)[0] == d.sparse(1)[0]
+
+
+@pytest.mark.parametrize(("change", "world", "field", "nearest"), [
+    ({"tp": 3}, 8, "parallel.tp", 2),
+    ({"ep": 7}, 8, "parallel.ep", 8),
+    ({"tp": 0}, 8, "parallel.tp", 1),
+    ({"dp_shard": 0}, 8, "parallel.dp_shard", -1),
+    ({"dp_replicate": 3}, 8, "parallel.dp_replicate", 2),
+    ({"dp_replicate": 2, "dp_shard": 2}, 8, "parallel.dp_shard", 4),
+    ({"overlap_chunks": 0}, 8, "parallel.overlap_chunks", 1),
+    ({"sequence_parallel": True, "tp": 2}, 8, "parallel.sequence_parallel", False),
+])
+def test_refused(change: dict[str, object], world: int, field: str, nearest: object) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve_degrees(replace(SINGLE, **change), world)
+    (problem,) = caught.value.problems
+    assert (problem.field, problem.nearest) == (field, nearest)
+
+
+def test_all_problems_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve_degrees(replace(SINGLE, tp=3, ep=5), 8)
+    assert {p.field for p in caught.value.problems} == {"parallel.tp", "parallel.ep"}
+
+
+def test_nearest_divisor() -> None:
+    assert [nearest_divisor(12, n) for n in (1, 7, 10, 100)] == [1, 6, 12, 12]
+    assert nearest_divisor(12, 5) == 4      # 4 and 6 are as close: the smaller one
+
+
+def test_no_torch() -> None:
+    code = "import sys, ecdit_train.parallel.degrees; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,95 @@
+"""Dry runs of the real parallelisation on fake ranks, held against the plan's formulas. Each owns a fresh process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from ecdit_train.plan import compare
+
+
+def dry_run(*words, world):
+    """The dry run's JSON; fails the test with its output unless formulas and dry run agreed (exit code 0)."""
+    command = [sys.executable, "-m", "ecdit_train.plan.dry_run", "--json", "--world", str(world), *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.stdout, done.stderr[-3000:]
+    tree = json.loads(done.stdout.splitlines()[-1])
+    assert done.returncode == 0, [d for d in tree["differences"] if not d["within"]]
+    return tree
+
+
+def by_name(tree):
+    return {d["name"]: d for d in tree["differences"]}
+
+
+# Small in depth, whole in kind: both views of the ranks, two chunks in flight, selective checkpointing, hybrid sharding.
+LAYOUTS = {
+    "ep8": ("parallel.overlap_chunks=2",),
+    "tp2_ep2_hybrid": (
+        *("parallel=tp2_ep8", "parallel.ep=2", "parallel.dp_replicate=2"),
+        "parallel.activation_checkpointing=none",
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_eight_ranks(layout):
+    small = ("experiment=ec_dit_xl_8e", "model.layers=4", "model.text_refiner_layers=0", "train.microbatch=32")
+    tree = dry_run(*small, "train.global_batch=256", *LAYOUTS[layout], world=8)
+    found = by_name(tree)
+    exact = {"all_gather", "reduce_scatter", "all_to_all", "parameters", "gradients", "optimizer"}
+    for name in exact | ({"all_reduce"} & set(found)):
+        assert abs(found[name]["relative"]) < 0.005, found[name]
+    assert ("all_reduce" in found) == layout.startswith("tp2")
+    ranks = {(c["kind"], c["ranks"]) for c in tree["dry_run"]["collectives"]}
+    assert ("all_to_all", 2 if layout.startswith("tp2") else 8) in ranks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["selective", "none"])
+def test_m_64e_on_512_ranks(mode):
+    """97 billion parameters, every collective of 512 ranks, in under five minutes and under 16 GB."""
+    words = ("experiment=ec_dit_m_64e", f"parallel.activation_checkpointing={mode}", "train.global_batch=8192")
+    tree = dry_run(*words, "train.microbatch=16", world=512)
+    run = tree["dry_run"]
+    assert run["seconds"] < 300
+    assert run["resident"] < 16e9
+    assert {d["name"] for d in tree["differences"]} >= {"all_gather", "reduce_scatter", "all_to_all"}
+    sizes = {(c["kind"], c["ranks"]) for c in run["collectives"]}
+    assert sizes == {
+        *(("all_gather", 512), ("reduce_scatter", 512), ("all_to_all", 64)),
+        *(("all_gather", 8), ("reduce_scatter", 8)),
+    }
+    calls = {(c["kind"], c["ranks"]): c["calls"] for c in run["collectives"]}
+    assert calls["all_to_all", 64] == 4 * 19 * 2
+    assert calls["all_gather", 8] == 2 * 19
+    assert calls["reduce_scatter", 512] == 1 + 38 + 19
+
+
+@pytest.mark.slow
+def test_every_kind_of_layout_stays_within_the_tolerance():
+    for words, world in (
+        (("experiment=ec_dit_xl_8e",), 8),
+        (("experiment=dense_xl",), 8),
+        (("experiment=gshard_xl_16e",), 16),
+        (("experiment=ec_dit_3xl_16e", "parallel=tp2_ep8"), 32),
+    ):
+        dry_run(*words, world=world)
+
+
+def test_refuses_one_rank_and_bad_layouts():
+    for words, world, text in (((), 1, "at least two ranks"), (("parallel.ep=3",), 8, "parallel.ep = 3")):
+        command = [sys.executable, "-m", "ecdit_train.plan.dry_run", "--world", str(world)]
+        done = subprocess.run([*command, "experiment=ec_dit_xl_8e", *words], capture_output=True, text=True)
+        assert done.returncode == 77
+        assert text in done.stderr
+
+
+def test_difference():
+    assert compare.Difference(name="a", formula=0, measured=0).within
+    assert not compare.Difference(name="a", formula=1, measured=0).within
+    assert compare.Difference(name="a", formula=109, measured=100).within
+    assert not compare.Difference(name="a", formula=111, measured=100).within

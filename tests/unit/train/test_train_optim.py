@@ -1,0 +1,104 @@
+"""The schedule, the optimizers against plain lines, and the moving average."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from ecdit_train.config.compose import compose
+from ecdit_train.train.optim import Ema, learning_rate, make_optimizer
+
+
+@pytest.fixture(scope="module")
+def optim():
+    return replace(compose([], local=False).optim, lr=1.0, warmup_steps=4, schedule="constant")
+
+
+def test_warmup_is_linear_and_starts_above_zero(optim):
+    assert [learning_rate(s, optim, total_steps=10) for s in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+
+
+def test_no_warmup(optim):
+    assert learning_rate(0, replace(optim, warmup_steps=0), total_steps=10) == 1.0
+
+
+@pytest.mark.parametrize(("schedule", "middle"), [("constant", 1.0), ("cosine", 0.5), ("linear", 0.5)])
+def test_decay_reaches_zero_at_the_end_and_stays(optim, schedule, middle):
+    optim = replace(optim, schedule=schedule)
+    rate = [learning_rate(s, optim, total_steps=12) for s in (4, 8, 12, 20)]
+    end = 1.0 if schedule == "constant" else 0.0
+    assert rate == pytest.approx([1.0, middle, end, end], abs=1e-15)
+
+
+def test_warmup_as_long_as_the_run_divides_by_nothing(optim):
+    assert learning_rate(10, replace(optim, warmup_steps=10, schedule="cosine"), total_steps=10) == 1.0
+
+
+def _descend(optimizer, params, grads):
+    for step in grads:
+        for p, g in zip(params, step, strict=True):
+            p.grad = g.clone()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_rmsprop_with_momentum_in_plain_lines(optim, momentum):
+    """square <- decay square + (1 - decay) g^2; buffer <- momentum buffer + g / (sqrt(square) + eps); p <- p - lr buffer."""
+    c = replace(optim, kind="rmsprop", lr=0.01, decay=0.95, momentum=momentum, weight_decay=0.0)
+    gen = torch.Generator().manual_seed(0)
+    start = [torch.randn(3, 4, generator=gen, dtype=torch.float64), torch.randn(5, generator=gen, dtype=torch.float64)]
+    grads = [[torch.randn(p.shape, generator=gen, dtype=torch.float64) for p in start] for _ in range(7)]
+    params = [nn.Parameter(p.clone()) for p in start]
+    _descend(make_optimizer(params, c), params, grads)
+    for i, p in enumerate(start):
+        square, buffer = torch.zeros_like(p), torch.zeros_like(p)
+        for step in grads:
+            square = c.decay * square + (1 - c.decay) * step[i] ** 2
+            buffer = momentum * buffer + step[i] / (square.sqrt() + c.eps)
+            p = p - c.lr * buffer
+        torch.testing.assert_close(params[i].data, p, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("kind", ["rmsprop", "adamw"])
+def test_state_made_beforehand_changes_nothing(optim, kind):
+    """Ours has its state from the start; torch makes it at the first step. The same numbers, bit for bit."""
+    c = replace(optim, kind=kind, lr=0.01, weight_decay=0.01)
+    gen = torch.Generator().manual_seed(1)
+    start = torch.randn(6, 2, generator=gen)
+    grads = [[torch.randn(6, 2, generator=gen)] for _ in range(5)]
+    ours, lazy = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    mine, reference = make_optimizer([ours], c), make_optimizer([lazy], c)
+    reference.state.clear()
+    _descend(mine, [ours], grads)
+    _descend(reference, [lazy], grads)
+    assert torch.equal(ours, lazy)
+    assert mine.state[ours].keys() == reference.state[lazy].keys()
+    assert float(mine.state[ours]["step"]) == 5
+
+
+def test_average_forgets_its_youth_faster():
+    p = nn.Parameter(torch.zeros(1))
+    ema, expected = Ema({"p": p}, decay=0.9), 0.0
+    for step in range(200):
+        p.data.fill_(float(step))
+        ema.update(step)
+        decay = min(0.9, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * step
+    assert ema.shadow["p"].item() == pytest.approx(expected, rel=1e-5)
+    assert min(0.9, 1 / 10) == 0.1  # after the first update nine tenths are the new weights
+
+
+def test_average_swaps_bitwise():
+    gen = torch.Generator().manual_seed(2)
+    params = {name: nn.Parameter(torch.randn(4, generator=gen)) for name in "ab"}
+    ema = Ema(params, decay=0.99)
+    for p in params.values():
+        p.data.add_(1e-3)
+    raw, average = {n: p.detach().clone() for n, p in params.items()}, {n: s.clone() for n, s in ema.shadow.items()}
+    with pytest.raises(KeyError), ema.swapped_in():
+        assert all(torch.equal(params[n], average[n]) and torch.equal(ema.shadow[n], raw[n]) for n in params)
+        raise KeyError
+    assert all(torch.equal(params[n], raw[n]) and torch.equal(ema.shadow[n], average[n]) for n in params)

@@ -1,0 +1,190 @@
+"""One step: microbatches, clipping, and a step that is not taken."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from tiny_runs import ROUTERS, configure, live
+from torch import nn
+
+from ecdit_train.diffusion.flow import Flow
+from ecdit_train.errors import NonFiniteError
+from ecdit_train.model.dit import DiT
+from ecdit_train.model.init import initial_values
+from ecdit_train.train.state import TrainState, parameter_of
+from ecdit_train.train.step import Microbatch, forward_backward, split, train_step
+
+
+@dataclass
+class Alone:
+    """A Spread of one process, in plain torch."""
+
+    model: nn.Module
+
+    def accumulate(self, *, last):
+        return nullcontext()
+
+    def clip(self, *, max_norm):
+        return nn.utils.clip_grad_norm_(self.model.parameters(), max_norm or float("inf"))
+
+    def reduce(self, vector, *, op):
+        return vector
+
+
+def make(router: str, *extra: str):
+    config = configure("unused", "unused", "model.text_refiner_layers=0", *ROUTERS[router], *extra)
+    model = DiT(config.model, config.moe, channels=3, text_features=32)
+    for name, p in model.named_parameters():
+        shape = tuple(p.shape)
+        p.data = initial_values(name, seed=0, global_shape=shape, offsets=(0,) * len(shape), sizes=shape, device="cpu")
+    flow = Flow(config=config.diffusion, seed=0, num_patches=config.patches_per_image, num_kept=config.tokens_per_image)
+    return config, model, flow
+
+
+def batch(n: int = 8, *, dtype: torch.dtype = torch.float32) -> Microbatch:
+    gen = torch.Generator().manual_seed(5)
+    return Microbatch(
+        position_B=torch.arange(n) + 100,
+        latents_BCHW=torch.randn(n, 3, 16, 16, generator=gen).to(dtype),
+        features_BLX=torch.randn(n, 8, 32, generator=gen).to(dtype),
+        mask_BL=torch.arange(8)[None, :] < torch.randint(1, 9, (n, 1), generator=gen),
+    )
+
+
+def take(config, model, flow, micros, state, *, lr=0.01):
+    return train_step(micros, model=model, optimizer=state.optimizer, lr=lr, max_norm=config.optim.clip_norm, flow=flow,
+                      pool=config.pool_tokens, patch=config.model.patch, spread=Alone(model),
+                      after=lambda: state.ema and state.ema.update(state.step))  # fmt: skip
+
+
+def test_split_keeps_order_and_loses_nothing():
+    parts = list(split(batch(8), size=2))
+    assert [p.position_B.tolist() for p in parts] == [[100, 101], [102, 103], [104, 105], [106, 107]]
+    assert torch.equal(torch.cat([p.latents_BCHW for p in parts]), batch(8).latents_BCHW)
+    assert torch.equal(torch.cat([p.features_BLX for p in parts]), batch(8).features_BLX)
+    assert torch.equal(torch.cat([p.mask_BL for p in parts]), batch(8).mask_BL)
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("size", [2, 4])
+def test_microbatches_add_up_to_one_big_batch(router, size):
+    """Whole routing groups (2 images) in each: the same gradient, to fp64's precision."""
+    config, model, flow = make(router)
+    model.double()
+    data = replace(batch(), latents_BCHW=batch(dtype=torch.float64).latents_BCHW,
+                   features_BLX=batch(dtype=torch.float64).features_BLX)  # fmt: skip
+    grads, losses = [], []
+    for micros in ([data], list(split(data, size=size))):
+        model.zero_grad(set_to_none=True)
+        loss, balance, _ = forward_backward(model, micros, flow=flow, pool=config.pool_tokens, patch=4,
+                                            spread=Alone(model))  # fmt: skip
+        losses.append((float(loss), float(balance)))
+        grads.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert losses[0] == pytest.approx(losses[1], rel=2e-6)  # the loss itself is fp32
+    assert grads[0].keys() == grads[1].keys()
+    scale = max(float(g.abs().max()) for g in grads[0].values())
+    for name in grads[0]:
+        torch.testing.assert_close(grads[0][name], grads[1][name], rtol=2e-5, atol=2e-6 * scale, msg=name)
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_every_parameter_gets_a_gradient(router):
+    config, model, flow = make(router)
+    # modulation starts at zero and hides what is behind it: look after a step
+    state = TrainState.fresh(model, config.optim)
+    take(config, model, flow, [batch()], state)
+    forward_backward(model, [batch()], flow=flow, pool=config.pool_tokens, patch=4, spread=Alone(model))
+    silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert not silent
+
+
+@pytest.mark.parametrize("poison", ["latents", "weight", "inf"])
+def test_a_step_that_is_not_finite_is_not_taken(poison):
+    config, model, flow = make("expert_choice")
+    state = TrainState.fresh(model, config.optim)
+    take(config, model, flow, [batch()], state)
+    data = batch()
+    if poison == "latents":
+        data.latents_BCHW[3, 0, 0, 0] = float("nan")
+    elif poison == "inf":
+        data.latents_BCHW[:] = float("inf")
+    else:
+        model.final.weight.data[0, 0] = float("nan")
+    before = {name: t.clone() for name, t in state.tensors().items()}
+    steps = [float(s["step"]) for s in state.optimizer.state.values()]
+    with pytest.raises(NonFiniteError, match="the update was not applied"):
+        take(config, model, flow, list(split(data, size=4)), state)
+    assert all(torch.equal(t, before[n]) or (t.isnan() == before[n].isnan()).all() for n, t in state.tensors().items())
+    assert [float(s["step"]) for s in state.optimizer.state.values()] == steps
+
+
+def test_clipping_limits_the_norm_and_reports_the_one_before():
+    config, model, flow = make("dense")
+    seen = []
+
+    class Watching(Alone):
+        def clip(self, *, max_norm):
+            norm = super().clip(max_norm=max_norm)
+            seen.append(float(torch.stack([p.grad.norm() for p in model.parameters()]).norm()))
+            return norm
+
+    state = TrainState.fresh(model, config.optim)
+    result = train_step([batch()], model=model, optimizer=state.optimizer, lr=0.0, max_norm=0.01, flow=flow, pool=32,
+                        patch=4, spread=Watching(model), after=lambda: None)  # fmt: skip
+    assert result.grad_norm > 0.01
+    assert seen[0] == pytest.approx(0.01, rel=1e-3)
+
+
+def test_the_rate_is_the_one_that_is_asked_for():
+    config, model, flow = make("dense", "optim.weight_decay=0")
+    state = TrainState.fresh(model, config.optim)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    take(config, model, flow, [batch()], state, lr=0.0)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    take(config, model, flow, [batch()], state, lr=1e-3)
+    assert not torch.equal(model.final.weight, before["final.weight"])
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_balance_loss_is_token_choice_only(router):
+    config, model, flow = make(router)
+    result = take(config, model, flow, [batch()], TrainState.fresh(model, config.optim))
+    assert (result.balance_loss is not None) == (router == "token_choice")
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.99])
+@pytest.mark.parametrize(("kind", "slots"), [("rmsprop", 2), ("adamw", 2)])
+def test_state_names_every_tensor(kind, slots, decay):
+    config, model, _ = make("dense")
+    state = TrainState.fresh(model, replace(config.optim, kind=kind, ema_decay=decay))
+    tensors, params = state.tensors(), dict(model.named_parameters())
+    assert len(tensors) == len(params) * (1 + slots + (decay > 0))
+    assert {parameter_of(name) for name in tensors} == set(params)
+    assert all(t.shape == params[parameter_of(name)].shape for name, t in tensors.items())
+    assert not any(t.requires_grad for t in tensors.values())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_clipping_of_the_real_spread_agrees_with_torch(precision, tiny_shards, tmp_path):
+    """Through the composition root, on one process: the norm that is logged is torch's own."""
+    norms = []
+
+    def meddle(loop):
+        clip = type(loop.spread).clip
+
+        def watched(self, *, max_norm):
+            grads = [p.grad for p in loop.state.params.values()]
+            grads = [g.to_local() if hasattr(g, "to_local") else g for g in grads]
+            expected = float(torch.stack([g.float().norm() for g in grads]).norm())
+            norms.append((expected, float(clip(self, max_norm=max_norm))))
+            return torch.tensor(norms[-1][1])
+
+        spread = type("Watched", (type(loop.spread),), {"clip": watched})
+        object.__setattr__(loop.spread, "__class__", spread)
+
+    live(configure(tmp_path, tiny_shards, f"train.precision={precision}", "train.steps=4"), before=meddle)
+    assert len(norms) == 4
+    assert all(ours == pytest.approx(theirs, rel=1e-5) for theirs, ours in norms)
