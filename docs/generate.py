@@ -231,6 +231,7 @@ RUNBOOK = {
     "BadCaption": "bad-shards", "WrongView": "bad-shards", "BadMember": "bad-shards", "BadSplit": "bad-shards",
     "TooManyBad": "bad-shards", "BadArray": "bad-shards", "DataError": "bad-shards", "ConfigError": "config-refused",
     "CheckpointError": "corrupt-checkpoint", "RunFolderError": "another-configuration", "NonFiniteError": "non-finite-loss",
+    "PeerLostError": "hang",
 }
 HOWTO = {"EncoderError": "use-real-encoders", "SubmitError": "submit-to-slurm"}
 

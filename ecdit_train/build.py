@@ -68,7 +68,6 @@ class Ranks:
         return accumulate(self.model, last=last)
 
     def clip(self, *, max_norm: float) -> Tensor:
-        grads.agree(self.model, self.placements, self.mesh)
         return grads.clip(self.model, self.placements, self.mesh, max_norm=max_norm)
 
     def reduce(self, vector: Tensor, *, op: Literal["mean", "max", "sum"]) -> Tensor:
@@ -84,9 +83,8 @@ class Ranks:
         return SingleProcess() if self.runtime.control is None else GroupComm(self.runtime.control)
 
 
-def spread_model(config: RunConfig, here: Runtime) -> Ranks:
+def spread_model(config: RunConfig, here: Runtime, *, mesh: Mesh) -> Ranks:
     """The network built on the meta device, spread, then filled with its first weights box by box."""
-    mesh = make_mesh(config.parallel, device_type=here.device.type, world=here.world)
     with torch.device("meta"):
         model = DiT(config.model, config.moe, channels=config.encoders.image.channels, text_features=config.encoders.text.width)
     placements = parallelize(model, mesh=mesh, parallel=config.parallel, precision=config.train.precision)
@@ -178,11 +176,10 @@ def build_training(config: RunConfig, here: Runtime, *, stop_after: int | None) 
     """Everything a run needs, with the newest sound checkpoint loaded if the folder has one."""
     run = Path(config.run)
     # What a user can get wrong comes first, the model after: nothing is half-started.
-    encoders = make_encoders(config, here.device)
     mesh = make_mesh(config.parallel, device_type=here.device.type, world=here.world)
-    loader = make_loader(config, mesh, run=run)
+    encoders, loader = here.together(lambda: (make_encoders(config, here.device), make_loader(config, mesh, run=run)))
     batches = EncodedBatches(loader, text=encoders[0], codec=encoders[1], config=config, device=here.device)
-    ranks = spread_model(config, here)
+    ranks = spread_model(config, here, mesh=mesh)
     state = TrainState.fresh(ranks.model, config.optim)
 
     # Resume order: the newest sound checkpoint of this folder, else the first weights.
@@ -194,7 +191,7 @@ def build_training(config: RunConfig, here: Runtime, *, stop_after: int | None) 
         state.restore_step(resumed.step)
         loader.load_state_dict(resumed.objects["loader"])
         window.load_state_dict(resumed.objects.get("window", {}))
-    batches.prepare()
+    here.together(batches.prepare)
 
     # Nothing above writes into a new run folder: what cannot start leaves no trace.
     if here.rank == 0:
@@ -255,8 +252,8 @@ def load_weights(config: RunConfig, ranks: Ranks, *, kind: Literal["ema", "raw"]
 
 def build_painter(config: RunConfig, here: Runtime, *, kind: Literal["ema", "raw"], step: int | None) -> tuple[Painter, int]:
     """A painter with a run's trained weights, and the step they come from."""
-    encoders = make_encoders(config, here.device)
-    ranks = spread_model(config, here)
+    encoders = here.together(lambda: make_encoders(config, here.device))
+    ranks = spread_model(config, here, mesh=make_mesh(config.parallel, device_type=here.device.type, world=here.world))
     step = load_weights(config, ranks, kind=kind, step=step)
     painter = make_painter(config, ranks, encoders=encoders)
     if painter is None:

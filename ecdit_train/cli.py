@@ -8,11 +8,12 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ecdit_train import errors
-from ecdit_train.errors import ConfigError, EcditError, Problem
+from ecdit_train.errors import ConfigError, EcditError, PeerLostError, PeerRefusedError, Problem
 
 OVERRIDES = "Hydra words: experiment=NAME, GROUP=CHOICE, section.key=value (see `ecdit config keys`)"
 
@@ -29,16 +30,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     except Exception as e:
         if not isinstance(getattr(e, "exit_code", None), int):
             raise
-        if os.environ.get("RANK", "0") == "0" or not isinstance(e, ConfigError):
-            rank = f" [rank {os.environ['RANK']}]" if "RANK" in os.environ else ""
-            for line in str(e).splitlines():
-                print(f"ecdit: {type(e).__name__}{rank}: {line}", file=sys.stderr)
+        _tell(e)
         code = e.exit_code  # type: ignore[attr-defined]
-    if code:
+    if code and code != PeerLostError.exit_code:  # the rank that was lost knows better
         from launch.submit import leave_exit_code
 
         leave_exit_code(code)  # torchrun answers every failure with 1; the job script reads this instead
     sys.exit(code)
+
+
+def _tell(error: Exception) -> None:
+    """One line per problem on stderr, once: what all ranks found is told by the first one of each machine."""
+    shared = getattr(error, "everywhere", False) and os.environ.get("LOCAL_RANK", "0") != "0"
+    if shared or isinstance(error, PeerRefusedError):
+        return
+    rank = f" [rank {os.environ['RANK']}]" if "RANK" in os.environ else ""
+    for line in str(error).splitlines():
+        print(f"ecdit: {type(error).__name__}{rank}: {line}", file=sys.stderr)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -183,8 +191,6 @@ def _run(config: Any, *, stop_after: int | None) -> int:
 
 def _stored(run: str) -> Any:
     """The configuration of a run folder, which may have been moved since, or be named from another working directory."""
-    from dataclasses import replace
-
     from ecdit_train.config import compose
 
     return replace(compose.load(run), run=run)
@@ -197,11 +203,17 @@ def _ranks() -> Iterator[Any]:
 
     from ecdit_train.parallel import runtime
 
-    here = runtime.start("cuda" if torch.cuda.is_available() else "cpu")
+    here = None
     try:
+        here = runtime.start("cuda" if torch.cuda.is_available() else "cpu")
         yield here
+    except RuntimeError as e:
+        if not runtime.is_peer_lost(e):
+            raise
+        raise PeerLostError(f"another rank left in the middle of an exchange: {str(e).splitlines()[0]}") from e
     finally:
-        here.shutdown()
+        if here is not None:
+            here.shutdown()
 
 
 # --- looking --------------------------------------------------------------------------------------------------------
@@ -247,12 +259,19 @@ def _draw(words: dict[str, Any], prompts: list[str]) -> tuple[Any, int, bool]:
 
     config = compose.override(_stored(words["run"]), [f"sample.{k}={v}" for k, v in words.items() if k in _SAMPLING]).config
     validate.validate(config)
+    config = replace(config, parallel=_drawing_layout(config.parallel, world=int(os.environ.get("WORLD_SIZE", "1"))))
 
     from ecdit_train import build
 
     with _ranks() as here:
         painter, step = build.build_painter(config, here, kind=words.get("weights", "ema"), step=words.get("step"))
         return painter.draw(prompts, how=config.sample, step=step), step, here.rank == 0
+
+
+def _drawing_layout(trained: Any, *, world: int) -> Any:
+    """The layout of the training where this world allows it: what 512 ranks trained, one can draw."""
+    return replace(trained, tp=trained.tp if world % trained.tp == 0 else 1, ep=trained.ep if world % trained.ep == 0 else 1,
+                   dp_replicate=1, dp_shard=-1)
 
 
 def report(args: argparse.Namespace) -> int:
@@ -476,7 +495,7 @@ def _exit_codes() -> str:
     lines = ["exit codes:", f"  {errors.EXIT_OK:<4} done", "  2    the command line itself cannot be read",
              f"  {errors.EXIT_REQUEUE:<4} stopped on request, everything saved: run again"]
     kinds: list[Any] = [*EcditError.__subclasses__(), data_pipeline.errors.DataError, *data_pipeline.errors.DataError.__subclasses__()]
-    for kind in sorted(kinds, key=lambda kind: kind.exit_code):
+    for kind in sorted((kind for kind in kinds if "exit_code" in vars(kind)), key=lambda kind: kind.exit_code):
         lines.append(f"  {kind.exit_code:<4} {kind.__name__}: {(kind.__doc__ or '').splitlines()[0]}")
     return "\n".join(lines)
 

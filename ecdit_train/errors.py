@@ -17,6 +17,8 @@ class EcditError(Exception):
     """Base of everything a user can cause; `exit_code` is what the process returns."""
 
     exit_code = 1
+    everywhere = False
+    """Whether every rank raises it alike, so that one of them may speak for all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,7 @@ class ConfigError(EcditError):
     """A configuration refused before anything started; lists every problem at once."""
 
     exit_code = 77
+    everywhere = True
 
     def __init__(self, problems: Sequence[Problem] | Problem | str) -> None:
         if isinstance(problems, Problem):
@@ -49,18 +52,21 @@ class CheckpointError(EcditError):
     """A checkpoint that is damaged, incomplete or does not fit the model."""
 
     exit_code = 78
+    everywhere = True
 
 
 class RunFolderError(EcditError):
     """A run folder that is missing, or belongs to another configuration."""
 
     exit_code = 79
+    everywhere = True
 
 
 class NonFiniteError(EcditError):
     """The loss or the gradient norm was not finite; the update was not applied."""
 
     exit_code = 80
+    everywhere = True
 
 
 class EncoderError(EcditError):
@@ -73,3 +79,17 @@ class VendorMissing(EcditError):
     """An optional package is needed; names the extra that brings it."""
 
     exit_code = 82
+
+
+class PeerLostError(EcditError):
+    """Another rank left in the middle of an exchange; its own message says why."""
+
+    exit_code = 84
+
+
+class PeerRefusedError(EcditError):
+    """Another rank could not start and has said why; carries that rank's exit code. Never shown."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(f"another rank refused with exit code {exit_code}")
+        self.exit_code = exit_code

@@ -1,32 +1,35 @@
 """Several ranks of one command on this machine, without Slurm or torchrun: what `ecdit --nproc N VERB ...` does.
 
-Children are told their place by the same variables that torchrun sets. Signals are passed on; the first rank that fails decides
-the exit code, which torchrun would turn into 1.
+Children are told their place by the same variables that torchrun sets. Signals are passed on; the first rank that fails
+decides the exit code, which torchrun would turn into 1. No rank outlives the launcher.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+from ecdit_train.errors import PeerLostError
+
+COMMAND = (sys.executable, "-m", "ecdit_train.cli")
+"""The program of a rank."""
 
 GRACE_SECONDS = 15.0
 """How long the other ranks may take to leave after one has failed."""
 
 
 def run_ranks(argv: Sequence[str], *, nproc: int) -> int:
-    """Run `ecdit ARGV` as `nproc` ranks over loopback. Returns 0, or the exit code of the first rank that failed."""
+    """Run `ecdit ARGV` as `nproc` ranks over loopback. Returns 0, or the exit code of the rank that failed first."""
     port = _free_port()
     threads = str(max(1, (os.cpu_count() or 1) // nproc))
-    children = []
-    for rank in range(nproc):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": nproc, "LOCAL_WORLD_SIZE": nproc, "MASTER_PORT": port}
-        env = {"OMP_NUM_THREADS": threads, "MASTER_ADDR": "127.0.0.1"} | os.environ | {k: str(v) for k, v in place.items()}
-        children.append(subprocess.Popen([sys.executable, "-m", "ecdit_train.cli", *argv], env=env, start_new_session=True))
+    dies_with_us = _dies_with_parent()
+    children: list[subprocess.Popen] = []
 
     def forward(number: int, _frame: object) -> None:
         for child in children:
@@ -35,27 +38,63 @@ def run_ranks(argv: Sequence[str], *, nproc: int) -> int:
 
     old = {s: signal.signal(s, forward) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)}
     try:
+        for rank in range(nproc):
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": nproc, "LOCAL_WORLD_SIZE": nproc, "MASTER_PORT": port}
+            env = {"OMP_NUM_THREADS": threads, "MASTER_ADDR": "127.0.0.1"} | os.environ | {k: str(v) for k, v in place.items()}
+            # A session of its own: Ctrl-C reaches a rank once, through `forward`.
+            children.append(
+                subprocess.Popen(
+                    [*COMMAND, *argv], env=env, start_new_session=True, preexec_fn=dies_with_us
+                )
+            )
         return _wait(children)
     finally:
-        for s, handler in old.items():
-            signal.signal(s, handler)
         for child in children:
             if child.poll() is None:
-                child.kill()
+                os.killpg(child.pid, signal.SIGKILL)  # and what it started
             child.wait()
+        for s, handler in old.items():
+            signal.signal(s, handler)
 
 
 def _wait(children: Sequence[subprocess.Popen]) -> int:
-    failed, deadline = 0, float("inf")
-    while any(child.poll() is None for child in children):
-        codes = [child.returncode for child in children if child.returncode]
-        if codes and not failed:
-            failed, deadline = codes[0], time.monotonic() + GRACE_SECONDS
-        if time.monotonic() > deadline:
-            return failed
+    """Until all have left, or for GRACE_SECONDS after the first failure."""
+    failed: dict[int, int] = {}  # in the order of time
+    deadline = float("inf")
+    while any(child.poll() is None for child in children) and time.monotonic() < deadline:
+        _note(failed, children)
+        if failed and deadline == float("inf"):
+            deadline = time.monotonic() + GRACE_SECONDS
         time.sleep(0.05)
-    failed = failed or next((child.returncode for child in children if child.returncode), 0)
-    return failed if failed >= 0 else 128 - failed
+    _note(failed, children)
+    if not failed:
+        return 0
+    # Ranks that only lost a peer may have left before the launcher saw why.
+    causes = {rank: code for rank, code in failed.items() if code != PeerLostError.exit_code} or failed
+    rank, code = next(iter(causes.items()))
+    if code < 0:
+        print(f"ecdit: rank {rank} was ended by {signal.Signals(-code).name}", file=sys.stderr)
+    return code if code >= 0 else 128 - code
+
+
+def _note(failed: dict[int, int], children: Sequence[subprocess.Popen]) -> None:
+    for rank, child in enumerate(children):
+        if child.poll() and rank not in failed:
+            failed[rank] = child.returncode
+
+
+def _dies_with_parent() -> Callable[[], None] | None:
+    """To run in a child before its program: when the launcher is killed, the ranks are asked to stop (Linux only)."""
+    if not sys.platform.startswith("linux"):
+        return None
+    prctl, launcher = ctypes.CDLL(None, use_errno=True).prctl, os.getpid()
+
+    def ask() -> None:
+        prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        if os.getppid() != launcher:
+            os._exit(128 + signal.SIGTERM)
+
+    return ask
 
 
 def _free_port() -> int:

@@ -40,6 +40,8 @@ def sample_latents(
     """
     features, mask = text
     side = shape[1] // model.patch
+    # Otherwise the captioned and the null half of guidance would share a pool.
+    assert features.shape[0] * side * side % pool == 0, f"{features.shape[0]} images are not whole pools of {pool}"
 
     def network(x_BCHW: Tensor, t_B: Tensor, drop_B: Tensor) -> Tensor:
         halves = x_BCHW.shape[0] // features.shape[0]

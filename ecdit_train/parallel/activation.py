@@ -25,11 +25,11 @@ KEPT = frozenset({
     EXCHANGE,
     "_c10d_functional::all_to_all_single",
     "_c10d_functional::all_reduce",
-    "_c10d_functional::wait_tensor",
 })
 """Ops whose results `selective` keeps. An exchange would cost its traffic again (two all-to-alls per sparse layer);
 routing is small and must not be decided twice: a recomputed logit that differs in its last bit may pick another
-token."""
+token. `wait_tensor` must not be among them: a wait on a kept result returns at once, while one that compiled code issues
+for its own in-place collective has to happen."""
 
 Saved = dict[str, list[Any]]
 

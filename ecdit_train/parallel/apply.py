@@ -27,7 +27,8 @@ def parallelize(model: DiT, *, mesh: Mesh, parallel: ParallelConfig, precision: 
 
     The order matters: tensor and expert parallelism replace modules, so the rest sees the final ones; checkpointing
     goes around compiled code, because neither FSDP's hooks inside a block nor our selective modes can be traced into
-    it; FSDP, which hooks into what it finds, comes last. """
+    it; FSDP, which hooks into what it finds, comes last.
+    """
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     split = apply_tensor_parallel(model, mesh=mesh)
     split |= apply_expert_parallel(model, mesh=mesh, overlap_chunks=parallel.overlap_chunks)

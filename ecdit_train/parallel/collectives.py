@@ -3,7 +3,8 @@
 All of them are torch's functional collectives: they return new tensors (an activation saved for backward is never
 written over), torch.compile keeps them in its graph, and selective checkpointing can tell which results to keep.
 Megatron's own pair is not used: its `_reduce` all-reduces `x.contiguous()` and returns `x`, so a non-contiguous
-tensor silently stays unreduced (tests/dist/test_dist_quirks.py). """
+tensor silently stays unreduced (tests/dist/test_dist_quirks.py).
+"""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """torch.compile, block by block, around what must stay visible: FSDP's hooks, the exchanges and the routing decision.
 
 A dense block is one graph. In a sparse block the experts' products are one graph, and what comes before and after the
-layer are two. Routing, dispatch and combine run as they are written: selective checkpointing must see the ops whose
-results it keeps; FSDP's hooks on routers and experts must not sit inside a graph; and inductor reuses the buffer of a
-message that is still in flight (wrong numbers, no error) when the exchange starts in one graph and ends in another.
+layer are two: four graphs for a model of any depth. Routing, dispatch and combine run as they are written, since
+selective checkpointing must see the ops whose results it keeps, FSDP's hooks on routers and experts must not sit inside
+a graph, and a graph should not end while a message is in flight.
 """
 
 from __future__ import annotations
@@ -23,5 +23,5 @@ def apply_compile(model: DiT) -> None:
         if isinstance(moe, MoE):
             name = "products" if isinstance(moe.experts, ChunkedExperts) else "forward"
             setattr(moe.experts, name, torch.compile(getattr(moe.experts, name)))
-            moe.forward = torch.compiler.disable(moe.forward, recursive=False)  # type: ignore[method-assign]
+            moe.forward = torch.compiler.disable(moe.forward)  # type: ignore[method-assign]
         block.forward = torch.compile(block.forward)

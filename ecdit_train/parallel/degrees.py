@@ -4,7 +4,8 @@
     sparse view  rank = edp_rank * ep + ep_rank                                           (ep fastest)
 
 Expert parallelism is folded over tensor parallelism: dp * tp == edp * ep == world. The fast axes are consecutive
-ranks, so that both kinds of heavy exchange stay inside a node for as long as they fit. """
+ranks, so that both kinds of heavy exchange stay inside a node for as long as they fit.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +64,7 @@ def resolve_degrees(parallel: ParallelConfig, world: int) -> Degrees:
         # to be gathered before every attention and every router again; at 128 to 256 tokens an image that costs more
         # than it saves.
         problems.append(Problem(field="parallel.sequence_parallel", value=True, nearest=False,
-                                rule="not available: an expert ranks its whole pool, so every tp rank needs all tokens"))
+                                rule="not available: an expert ranks its whole pool, so each tp rank needs all tokens"))
     if problems:
         raise ConfigError(problems)
 

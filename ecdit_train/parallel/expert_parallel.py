@@ -9,7 +9,8 @@ one equal-split exchange each way suffices, with no exchange of counts and nothi
 gates stay on the rank that made them; only rows travel, in the compute precision.
 
 Legend: N tokens, D width, E experts (e on this rank), G pools, C capacity, S = G * C slots of an expert, s of them on
-this rank, R rows that reach an expert here (s times ep ranks). """
+this rank, R rows that reach an expert here (s times ep ranks).
+"""
 
 from __future__ import annotations
 
@@ -133,8 +134,7 @@ class ChunkedExperts(Experts):
         return [self.exchange.send_back(self.products(self.exchange.receive_out(chunk))) for chunk in chunks]
 
     def products(self, x_eRD: Tensor) -> Tensor:
-        """The experts' own arithmetic; what torch.compile may have (traffic in flight is not safe inside its
-        graphs)."""
+        """The experts' own arithmetic: the part that torch.compile gets."""
         return super().forward(x_eRD)
 
 

@@ -1,7 +1,8 @@
 """FSDP2 over both views: the dense part over the data-parallel mesh, experts over edp, routers apart in fp32.
 
 Grouping: each block is gathered as one, its experts as another (another mesh), its router as a third (another
-precision), and the root holds embeddings, text refiner and output layer. """
+precision), and the root holds embeddings, text refiner and output layer.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +77,8 @@ def accumulate(model: nn.Module, *, last: bool) -> Iterator[None]:
     """Around the forward and backward of one microbatch: gradients are reduced over ranks only with the last one.
 
     Until then FSDP keeps unsharded gradients: memory of the whole (tp/ep-local) model for one reduction instead of
-    many. """
+    many.
+    """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
     yield
@@ -85,7 +87,8 @@ def accumulate(model: nn.Module, *, last: bool) -> Iterator[None]:
 def reshard(model: nn.Module) -> None:
     """Give back what a forward pass without a backward left gathered (FSDP keeps the root so). Without this, weights
     that were changed in their shards, as for drawing with the average, would go on living in the gathered copies of
-    the next step. """
+    the next step.
+    """
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

@@ -2,7 +2,8 @@
 
 `torch.nn.utils.clip_grad_norm_` cannot be used: it refuses tensors of two meshes, and over the dense part alone under
 tensor parallelism it returns a different wrong value on every tp rank, without an error (pinned in
-tests/dist/test_dist_quirks.py). """
+tests/dist/test_dist_quirks.py).
+"""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ def expert_gradient_divisor(mesh: Mesh) -> float:
     Each data-parallel rank's loss is the mean over its own tokens, and the global loss is the mean of those: every
     gradient is sum_d(dL_d) / dp. An expert has seen the rows of all ranks (its ep group in forward, the rest by the
     sum over edp), tp ranks having sent disjoint slots, so its sum is over all dp losses, once each: the divisor is
-    dp, whatever ep and edp are. """
+    dp, whatever ep and edp are.
+    """
     return float(mesh.dp_size)
 
 
@@ -33,7 +35,8 @@ def global_norm(model: nn.Module, placements: Mapping[str, ParamPlacement], mesh
     """L2 norm of the whole model's gradient: fp32 scalar on the device, the same bits on every rank. One all-reduce.
 
     Every element is counted once: shards are disjoint over dp_shard (dense) and over edp x ep (experts); what n ranks
-    hold alike (tp replicas, repeated kv heads, hybrid-sharding copies) is divided by n. """
+    hold alike (tp replicas, repeated kv heads, hybrid-sharding copies) is divided by n.
+    """
     shards: dict[int, list[Tensor]] = defaultdict(list)
     device = None
     for name, p in model.named_parameters():
@@ -55,7 +58,8 @@ def clip(model: nn.Module, placements: Mapping[str, ParamPlacement], mesh: Mesh,
     """Scale all gradients so that their global norm is at most `max_norm` (0: leave them); returns the norm before.
 
     Call it once a step, also with 0: it makes copies agree first. No host synchronization: the scale is a device
-    scalar. A norm that is not finite is the caller's business. """
+    scalar. A norm that is not finite is the caller's business.
+    """
     agree(model, placements, mesh)
     norm = global_norm(model, placements, mesh)
     if max_norm > 0:
@@ -71,7 +75,8 @@ def agree(model: nn.Module, placements: Mapping[str, ParamPlacement], mesh: Mesh
     They are equal in exact arithmetic, but attention's backward on CUDA uses atomics, and the data-parallel groups of
     two tp ranks may sum in different orders; a difference of one bit a step grows until the copies are different
     models. One broadcast of the replicated shards (a few per cent of a rank's gradient) per set of replicas. Nothing
-    without tensor parallelism. """
+    without tensor parallelism.
+    """
     if mesh.tp_size == 1:
         return
     shards: dict[int, list[Tensor]] = defaultdict(list)

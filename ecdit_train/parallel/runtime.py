@@ -1,24 +1,27 @@
 """Joining and leaving the world: one process, or what torchrun / srun describe in the environment.
 
 Ranks talk about the run itself (stop? failed? which step?) over a gloo side group that never carries gradients, in
-JSON: no message of a peer is ever unpickled. """
+JSON: no message of a peer is ever unpickled.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from ecdit_train.errors import ConfigError, Problem
+from ecdit_train.errors import ConfigError, PeerRefusedError, Problem
 
 Json = Any
 """A value that survives `json.loads(json.dumps(value))`."""
+
+T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=10)
 """A collective that waits longer has lost a peer."""
@@ -69,6 +72,23 @@ class Runtime:
         dist.all_gather(parts, padded, group=self.control)
         return [json.loads(part[:n].numpy().tobytes()) for part, n in zip(parts, lengths, strict=True)]
 
+    def together(self, work: Callable[[], T]) -> T:
+        """`work` on every rank, itself without collectives. If it fails on any, every rank raises, so that none waits
+        in the next collective for a peer that has left: its own error, or PeerRefusedError where it had none or a
+        lower rank said the same."""
+        failure: Exception | None = None
+        try:
+            result = work()
+        except Exception as error:
+            failure = error
+        said = self.all_gather_json(None if failure is None else [getattr(failure, "exit_code", 1), str(failure)])
+        failed = [words for words in said if words is not None]
+        if not failed:
+            return result
+        if failure is not None and all(words is None or words[1] != str(failure) for words in said[: self.rank]):
+            raise failure
+        raise PeerRefusedError(failed[0][0]) from failure
+
     def barrier(self) -> None:
         """Wait for all ranks, on the host."""
         if self.control is not None:
@@ -92,10 +112,12 @@ def start(device: str, *, env: Mapping[str, str] | None = None, store: dist.Stor
     local_rank = int(env.get("LOCAL_RANK", "0"))
     if device not in ("cpu", "cuda"):
         raise ConfigError(Problem(field="device", value=device, rule="must be cpu or cuda", nearest="cpu"))
-    if device == "cuda" and local_rank >= torch.cuda.device_count():
+    # All ranks of a host are refused alike: one that is refused alone leaves the others waiting for it.
+    here_ranks = max(local_rank + 1, int(env.get("LOCAL_WORLD_SIZE", "1")))
+    if device == "cuda" and here_ranks > torch.cuda.device_count():
         raise ConfigError(Problem(
             field="device", value=device, nearest="cpu",
-            rule=f"local rank {local_rank} has no GPU (this host shows {torch.cuda.device_count()})"))
+            rule=f"{here_ranks} ranks on this host need a GPU each (it shows {torch.cuda.device_count()})"))
     here = torch.device("cuda", local_rank) if device == "cuda" else torch.device("cpu")
     if device == "cuda":
         torch.cuda.set_device(here)
@@ -108,6 +130,15 @@ def start(device: str, *, env: Mapping[str, str] | None = None, store: dist.Stor
         dist.init_process_group(_backend(device), rank=rank, world_size=world, timeout=timeout, **where)
         control = dist.new_group(backend="gloo", timeout=timeout)
     return Runtime(rank=rank, world=world, local_rank=local_rank, device=here, control=control)
+
+
+def is_peer_lost(error: BaseException) -> bool:
+    """Whether a collective failed because another rank has left, rather than through a mistake of its own."""
+    if isinstance(error, (dist.DistNetworkError, dist.DistBackendError)):
+        return True
+    text = str(error)  # gloo raises a plain RuntimeError
+    return isinstance(error, RuntimeError) and "gloo" in text and any(
+        words in text for words in ("closed by peer", "reset by peer", "Broken pipe", "Timed out waiting"))
 
 
 def ensure_group(device_type: str) -> None:

@@ -2,7 +2,8 @@
 
 Megatron lends `ColumnParallelLinear` and `RowParallelLinear` with an explicit group; none of its global state is
 initialised. It is imported inside functions because importing it costs seconds, and runs without tensor parallelism
-never need it. """
+never need it.
+"""
 
 from __future__ import annotations
 

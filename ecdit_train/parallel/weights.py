@@ -42,7 +42,8 @@ def full_tensors(tensors: Mapping[str, Tensor], placements: Mapping[str, ParamPl
     """The global tensors of parameters, or of gradients or optimizer states with their placements. Collective.
 
     One rank of each set of copies writes its boxes into zeros, then all are added in one all-reduce: exact for every
-    layout, at the price of the whole tensors (of one dtype) on every rank. """
+    layout, at the price of the whole tensors (of one dtype) on every rank.
+    """
     with torch.no_grad():
         first = local(next(iter(tensors.values())))
         sizes = [math.prod(placements[name].global_shape) for name in tensors]

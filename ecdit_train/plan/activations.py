@@ -34,6 +34,8 @@ class Activations:
     """Alive when the forward pass ends."""
     recomputed: float
     """Of the one block that is recomputed in backward; 0 without checkpointing."""
+    block: float
+    """Of one block of the larger kind, all of it."""
     workspace: float
     """Gradients of activations beyond what backward has freed by then: one hidden layer's, and 4 rows."""
 
@@ -61,7 +63,7 @@ def estimate(cfg: RunConfig, layout: Layout) -> Activations:
     sparse += tokens * (8 * cfg.moe.experts + 16 * fc / tp) if sparse_blocks else 0.0
     exchanged = 2 * fc * row / tp
     largest = common + (sparse if sparse_blocks else dense)
-    mode = layout.activation_checkpointing
+    block, mode = largest, layout.activation_checkpointing
     if mode == "none":
         blocks, recomputed = m.layers * common + (m.layers - sparse_blocks) * dense + sparse_blocks * sparse, 0.0
     else:
@@ -75,7 +77,10 @@ def estimate(cfg: RunConfig, layout: Layout) -> Activations:
         recomputed = max(largest - 4 * row, 0.0)
     hidden = m.ffn_ratio * (max(fc, 1.0) if sparse_blocks else 1.0) / tp
     return Activations(
-        kept=blocks + outside_blocks(cfg, images=layout.microbatch), recomputed=recomputed, workspace=row * (hidden + 4)
+        kept=blocks + outside_blocks(cfg, images=layout.microbatch),
+        recomputed=recomputed,
+        block=block,
+        workspace=row * (hidden + 4),
     )
 
 

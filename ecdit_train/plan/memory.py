@@ -1,20 +1,23 @@
 """Bytes on one rank, by part, at the worst moment of a step.
 
-part            bytes
-parameters      4 per element held: fp32 master weights, sharded
-gradients       4 per element held: fp32, sharded; with several microbatches instead 4 per element *gathered*, of
-                all units: FSDP sums whole gradients and reduces them once a step (parallel.fsdp.accumulate)
-optimizer       8 per element held; rmsprop: mean square and momentum, adamw: two moments
-ema             4 per element held; 0 when it is off
-gathered        compute copies that FSDP has all-gathered: the root, and two neighbouring blocks with their
-                experts (all blocks when reshard_after_forward is off)
-communication   the gradient of the larger kind of block in the compute type, its neighbour's in the fp32 buffer
-                that is being reduced, and the expert exchange's two buffers of f_c rows per token
-activations     plan/activations.py
-encoders        frozen encoders in the compute type, whole on every rank, when they run inside training
-framework       device context, communicators and library workspaces; nothing on a CPU
-never_together  what to take off the sum: with one microbatch, gradients appear as kept activations are freed, so
-                only the larger of the two is ever there
+Every part has a formula; `c` is the size of the compute type.
+
+    part            bytes
+    parameters      4 per element held: fp32 master weights, sharded
+    gradients       4 per element held: fp32, sharded; with several microbatches instead 4 per element *gathered*, of
+                    all units: FSDP sums whole gradients and reduces them once a step (parallel.fsdp.accumulate)
+    optimizer       8 per element held; rmsprop: mean square and momentum, adamw: two moments
+    ema             4 per element held; 0 when it is off
+    gathered        compute copies that FSDP has all-gathered: the root, and two neighbouring blocks with their
+                    experts (all blocks when reshard_after_forward is off)
+    communication   the gradient of the larger kind of block in the compute type and, whichever is more: its
+                    neighbour's in the fp32 buffer that is being reduced and the expert exchange's two buffers of f_c
+                    rows per token, or its own fp32 buffer less the block's weights and activations, free by then
+    activations     plan/activations.py
+    encoders        frozen encoders in the compute type, whole on every rank, when they run inside training
+    framework       device context, communicators and library workspaces; nothing on a CPU
+    never_together  what to take off the sum: with one microbatch, gradients appear as kept activations are freed, so
+                    only the larger of the two is ever there
 """
 
 from __future__ import annotations
@@ -79,13 +82,17 @@ def estimate(cfg: RunConfig, parameters: Parameters, layout: Layout) -> Memory:
     kept = activations_.estimate(cfg, layout)
     rows = layout.microbatch * cfg.tokens_per_image * cfg.moe.capacity_factor / layout.tp
     exchange = 2 * rows * cfg.model.width * c if layout.ep > 1 else 0.0
+    # The fp32 buffers that gradients are reduced in.
+    neighbour = (min(dense, sparse) or dense) * GRADIENT / c
+    larger = max(dense, sparse)
+    own = larger * GRADIENT / c
     return Memory(
         parameters=MASTER * held,
         gradients=gradients,
         optimizer=OPTIMIZER * held,
         ema=EMA * held if cfg.optim.ema_decay > 0 else 0.0,
         gathered=resident,
-        communication=max(dense, sparse) + (min(dense, sparse) or dense) * GRADIENT / c + exchange,
+        communication=larger + max(neighbour + exchange, own - larger - kept.block - kept.workspace),
         activations=kept.total,
         never_together=min(gradients, kept.kept) if layout.microbatches == 1 else 0.0,
         encoders=c * running_encoders(cfg),

@@ -76,8 +76,9 @@ class Loop:
                 if stopping or last or state.step % c.checkpoint.every_steps == 0:
                     self.save(state.step)
             if stopping and not last:
-                self.progress.message(f"stopped by {stop.name or '--stop-after'} after step {state.step}, everything "
-                                      f"saved; go on with: ecdit resume {c.run}")
+                why = stop.name or ("--stop-after" if state.step == self.stop_after else "another rank")
+                self.progress.message(f"stopped by {why} after step {state.step}, everything saved; "
+                                      f"go on with: ecdit resume {c.run}")
                 return False
         return True
 
@@ -92,8 +93,8 @@ class Loop:
                 max_norm=c.optim.clip_norm, flow=self.flow, pool=c.pool_tokens, patch=c.model.patch, spread=self.spread,
                 after=self._update_average)
         except NonFiniteError as e:
-            first, final = int(batch.position_B[0]), int(batch.position_B[-1])
-            raise NonFiniteError(f"step {state.step}, samples {first} to {final} of this rank: {e}") from e
+            first = int(batch.position_B[0]) // c.train.global_batch * c.train.global_batch
+            raise NonFiniteError(f"step {state.step}, samples {first} to {first + c.train.global_batch - 1}: {e}") from e
 
     def _log(self, result: StepResult) -> None:
         """One record for every log interval; routing as the last step had it."""

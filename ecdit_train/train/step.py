@@ -66,7 +66,8 @@ def forward_backward(
     num = len(microbatches)
     losses, balances, assignments = [], [], ()
     for n, micro in enumerate(microbatches):
-        draws = flow.draw(micro.position_B, shape=tuple(micro.latents_BCHW.shape[1:]))
+        _, C, H, W = micro.latents_BCHW.shape
+        draws = flow.draw(micro.position_B, shape=(C, H, W))
         x_t = interpolate(micro.latents_BCHW, draws.eps_BCHW, draws.t_B)
         text = Text(features_BLX=micro.features_BLX, mask_BL=micro.mask_BL, drop_B=draws.drop_B)
         with spread.accumulate(last=n == num - 1):

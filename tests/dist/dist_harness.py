@@ -2,7 +2,8 @@
 
 Ranks are forked from one server process that has imported torch, Megatron and DeepSpeed once (seconds each, times
 ranks, times tests otherwise). They meet at a store which the test process holds at a port the system chose, so no
-port can be taken by another; every run has a deadline, and a failing rank ends it at once. """
+port can be taken by another; every run has a deadline, and a failing rank ends it at once.
+"""
 
 from __future__ import annotations
 

@@ -10,4 +10,4 @@ import megatron.core.tensor_parallel  # noqa: F401
 import torch._dynamo
 import torch.distributed.fsdp  # noqa: F401
 
-import ecdit_train.parallel.apply  # noqa: F401
+import ecdit_train.build  # noqa: F401

@@ -34,16 +34,15 @@ def assert_equal(cases: list[Case], *, backend: str) -> list[int]:
 
 
 def test_compiled_graphs() -> None:
-    """Tracing and autograd partitioning, without code generation: a dense block is 1 graph, a sparse one 2, its
-    experts 1 (times 2 where the first or last block differs)."""
-    (graphs,) = assert_equal([case(tp=2, ep=2, compiled=True, ac="selective", steps=1, model=replace(MODEL, layers=8))],
+    """Tracing and autograd partitioning, without code generation: a dense block, a sparse one before and after its
+    layer, its experts."""
+    (graphs,) = assert_equal([case(tp=2, ep=2, compiled=True, ac="selective", steps=1, model=replace(MODEL, layers=6))],
                              backend="aot_eager")
-    assert graphs <= 8
+    assert graphs == 4
 
 
 @pytest.mark.slow
 def test_compiled_code() -> None:
-    """Inductor: generated C++. It once gave wrong numbers, and eager tracing none, where an exchange was in flight
-    between two graphs (see compiling.py)."""
-    assert_equal([case(compiled=True, steps=2), case(tp=2, ep=2, compiled=True, ac="selective", chunks=2, steps=2)],
-                 backend="inductor")
+    """Inductor: generated C++, whose collectives work in place (eager tracing does not show what goes wrong there)."""
+    assert_equal([case(tp=2, ac="selective", compiled=True, steps=2), case(tp=2, compiled=True, ac="full", steps=1),
+                  case(tp=2, ep=2, compiled=True, ac="selective", chunks=2, steps=1)], backend="inductor")

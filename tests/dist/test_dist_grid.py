@@ -2,7 +2,8 @@
 together.
 
 In float64 nothing hides behind rounding: errors are below 1e-13 unless something is wrong. float32 cases show what is
-left of it in production's type. In both, the copies that several ranks hold must agree to the last bit. """
+left of it in production's type. In both, the copies that several ranks hold must agree to the last bit.
+"""
 
 from __future__ import annotations
 

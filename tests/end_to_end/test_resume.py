@@ -50,11 +50,11 @@ def check(run: Path, lives: list[Life], truth: tuple[Life, list], *, seen: list 
     assert (seen if seen is not None else [batch for life in lives for batch in life.seen]) == whole.seen
 
 
-@pytest.mark.parametrize("name", RUNS)
-@pytest.mark.parametrize("stops", [(1,), (4,), (11,), (2, 3, 9)], ids=str)
+STOPS = [("expert_choice", (1,)), ("expert_choice", (4,)), ("expert_choice", (11,)), *((name, (2, 3, 9)) for name in RUNS)]
+
+
+@pytest.mark.parametrize(("name", "stops"), STOPS, ids=str)
 def test_stopped_and_resumed(name, stops, undisturbed, tiny_shards, tmp_path):
-    if name not in ROUTERS and stops != (2, 3, 9):
-        pytest.skip("one pattern of stops will do for the variants")
     config = configure(tmp_path, tiny_shards, *RUNS[name])
     lives = [live(config, stop_after=stop) for stop in (*stops, None)]
     assert [life.step for life in lives] == [*stops, STEPS]
@@ -69,8 +69,8 @@ def test_stopped_at_every_step(name, stop, undisturbed, tiny_shards, tmp_path):
     check(tmp_path, [live(config, stop_after=stop), live(config)], undisturbed(name))
 
 
-@pytest.mark.parametrize("name", ["expert_choice", "bf16"])
-@pytest.mark.parametrize("cut", [3, 7, 12])
+@pytest.mark.parametrize(("name", "cut"), [
+    ("expert_choice", 3), ("expert_choice", 7), ("expert_choice", 12), pytest.param("bf16", 7, marks=pytest.mark.slow)])
 def test_power_cut(name, cut, undisturbed, tiny_shards, tmp_path):
     """Nothing is saved at the cut: the run goes back to its last committed step and does the rest again, alike."""
     config = configure(tmp_path, tiny_shards, *RUNS[name])

@@ -34,9 +34,20 @@ def write_sections(path: Path, sections: dict[str, str]) -> None:
 
 
 @pytest.fixture
-def golden(request: pytest.FixtureRequest) -> Callable[..., None]:
+def update(request: pytest.FixtureRequest) -> bool:
+    """Whether files are rewritten instead of compared."""
+    return bool(request.config.getoption("--update-golden", default=False))
+
+
+@pytest.fixture
+def stored() -> Callable[[str, str], str | None]:
+    """(file, section) -> the text that is stored, or None."""
+    return lambda file, section: read_sections(HERE / file).get(section)
+
+
+@pytest.fixture
+def golden(update: bool) -> Callable[..., None]:
     """Checks one section of a golden file, or rewrites it."""
-    update = request.config.getoption("--update-golden", default=False)
 
     def check(file: str, *, section: str, text: str) -> None:
         path = HERE / file

@@ -1,14 +1,16 @@
-"""Every experiment as its differences from the default configuration; job scripts for three machine rooms."""
+"""Every experiment as its differences from the default configuration and its size; job scripts for three machine rooms."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+import torch
 
 from ecdit_train.config.compose import compose, groups
 from ecdit_train.config.describe import differences
 from ecdit_train.config.schema import RunConfig
+from ecdit_train.model.dit import DiT
 from launch.render import render
 
 HERE = Path(__file__).parent
@@ -29,6 +31,24 @@ def base() -> RunConfig:
 def test_experiment(name, base, golden):
     lines = differences(compose([f"experiment={name}"], local=False), base)
     golden(f"experiments/{name}.txt", section="config", text="\n".join(lines))
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_parameters(name, golden):
+    """Counted in the real network on the meta device, which is where a run begins; nothing is allocated.
+
+    `activated` is what one token meets: of a layer's experts, capacity_factor ones.
+    """
+    config = compose([f"experiment={name}"], local=False)
+    with torch.device("meta"):
+        model = DiT(config.model, config.moe, channels=config.encoders.image.channels,
+                    text_features=config.encoders.text.width)  # fmt: skip
+    total = sum(p.numel() for p in model.parameters())
+    experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
+    activated = total - experts + experts * config.moe.capacity_factor / config.moe.experts
+    frozen = config.encoders.text.parameters + config.encoders.image.parameters
+    golden(f"experiments/{name}.txt", section="parameters",
+           text=f"network: {total:,}\nactivated: {activated:,.0f}\nfrozen encoders: {frozen:,}")  # fmt: skip
 
 
 def test_no_golden_file_without_its_experiment():

@@ -82,7 +82,7 @@ def test_text_says_the_verdict_first(planned):
 
 
 def test_a_run_that_does_not_fit_says_so_and_what_would(planned):
-    p = planned("ec_dit_m_64e", "parallel=fsdp")
+    p = planned("ec_dit_m_64e", "parallel=ep8", world=32)
     assert not p.fits
     text = plan.render(p)
     assert text.splitlines()[1].startswith("fits: NO, ")

@@ -152,3 +152,15 @@ def test_bounds_order(cfg_of):
         s = cost(cfg, parameters.count(cfg), layout.resolve(cfg, world=world)).step_time
         assert 0 < s.best <= s.seconds <= s.worst * (1 + 1e-9)
         assert 0 < s.mfu <= s.mfu_ceiling < 1
+
+
+def test_m_64e_by_fsdp_alone(cfg_of):
+    """Section 5: 9.7 GB of experts per layer to gather, 1.5 s a step against 0.47 s of compute."""
+    cfg = cfg_of("ec_dit_m_64e", "parallel=fsdp")
+    at, flows = flows_of(cfg, 64)
+    gather = next(f for f in flows if f.purpose == "weights, experts")
+    assert gather.message / gather.calls / 1e9 == pytest.approx(9.7, rel=0.01)
+    experts = [f for f in flows if f.purpose in ("weights, experts", "gradients, experts")]
+    found = sum(f.seconds(intra_bandwidth=4.5e11, inter_bandwidth=5e10) for f in experts)
+    # The facts gather at 370 GB/s of bus bandwidth and count 3 transfers of 2 bytes; ours are 2 of 2 bytes and one of 4.
+    assert found == pytest.approx(1.5 * 4 / 3 * 370 / 450, rel=0.05)

@@ -1,0 +1,220 @@
+"""What only a GPU can show: `make gpu-check`. Skips with a reason, and writes nothing, where there is none.
+
+    python -m benchmarks.gpu_check [--device cpu]
+
+1. parity      the layer equals Algorithm 1 in fp64 on the device: values and every gradient, both combines
+2. bf16        the layer in bf16 stays within a bound of fp32
+3. fullgraph   the local layer compiles to one graph
+4. no sync     a training step's forward, backward and clipping never wait for the device
+5. throughput  the layer's TFLOP/s against torch.bmm alone at the same shapes (bar: 0.85), and against Algorithm 1 (bar: 1.5)
+
+With `--device cpu` every check that means anything there runs on small shapes; the tests use it to keep this file honest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ecdit_train.config.compose import compose
+from ecdit_train.diffusion.flow import Flow
+from ecdit_train.model.dit import DiT
+from ecdit_train.parallel import grads, runtime, weights
+from ecdit_train.parallel.apply import parallelize
+from ecdit_train.parallel.fsdp import accumulate
+from ecdit_train.parallel.mesh import make_mesh
+from ecdit_train.train.step import Microbatch, forward_backward
+
+from .layers import Algorithm1, copy_weights, expert_choice, fill
+from .timing import Bar, report
+
+SHAPES = {"XL": (1152, 8), "XXL": (1536, 16), "3XL": (2304, 32), "M": (3072, 64)}
+"""Width and experts of the layers timed; 8192 tokens, pools of 1024, f_c = 2, as on one of 64 GPUs."""
+
+
+def parity(device: str) -> float:
+    """Largest relative difference from Algorithm 1 in fp64 over values and all gradients."""
+    worst = 0.0
+    for deterministic in (False, True):
+        ours = expert_choice(64, hidden=256, experts=8, capacity_factor=2, deterministic=deterministic).double().to(device)
+        literal = Algorithm1(64, hidden=256, experts=8, capacity=64).double().to(device)
+        fill_on(ours, seed=0)
+        copy_weights(ours, literal)
+        x = torch.randn(4, 256, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(device)
+        a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+        y, z = ours(a, pool=256)[0], literal(b)
+        y.square().sum().backward()
+        z.square().sum().backward()
+        up = torch.stack([e.up.weight.grad.T for e in literal.experts])
+        down = torch.stack([e.down.weight.grad.T for e in literal.experts])
+        pairs = [(y, z), (a.grad, b.grad), (ours.router.weight.grad, literal.weight.grad), (ours.experts.up.grad, up),
+                 (ours.experts.down.grad, down)]
+        worst = max([worst, *(distance(p, q) for p, q in pairs)])
+    return worst
+
+
+def bf16_distance(device: str) -> float:
+    """Relative difference of a bf16 layer's output from fp32, same bf16-rounded weights and inputs, same choices."""
+    layer = expert_choice(256, hidden=1024, experts=8, capacity_factor=2).to(device)
+    fill_on(layer, seed=0)
+    layer.to(torch.bfloat16)
+    x = torch.randn(4, 256, 256, generator=torch.Generator().manual_seed(1)).to(device, torch.bfloat16)
+    low, chosen = layer(x, pool=256)
+    layer.float()
+    high, same = layer(x.float(), pool=256)
+    shared = [set(p.tolist()) == set(q.tolist()) for p, q in zip(chosen.index_EGC.flatten(0, 1), same.index_EGC.flatten(0, 1), strict=True)]
+    assert all(shared), "routing must not depend on the compute precision"
+    return distance(low.float(), high)
+
+
+def one_graph(device: str, *, backend: str) -> float:
+    """The layer compiled with fullgraph=True; returns the relative difference from eager."""
+    layer = expert_choice(128, hidden=512, experts=8, capacity_factor=2).to(device)
+    fill_on(layer, seed=0)
+    x = torch.randn(4, 256, 128, generator=torch.Generator().manual_seed(1)).to(device)
+    compiled = torch.compile(lambda z: layer(z, pool=256)[0], fullgraph=True, backend=backend)
+    return distance(compiled(x), layer(x, pool=256)[0])
+
+
+def step_without_sync(device: str, *, precision: str) -> float:
+    """Forward, backward and clipping of the demo's network under `set_sync_debug_mode("error")`; returns the gradient norm."""
+    c = compose(["experiment=shapes_tiny", f"train.precision={precision}"])
+    runtime.ensure_group(device)
+    mesh = make_mesh(c.parallel, device_type=device, world=1)
+    with torch.device("meta"):
+        model = DiT(c.model, c.moe, channels=3, text_features=c.encoders.text.width)
+    placements = parallelize(model, mesh=mesh, parallel=c.parallel, precision=c.train.precision)
+    model.to_empty(device=device)
+    weights.fill(model, placements, seed=0)
+    B = c.train.microbatch
+    micro = Microbatch(
+        position_B=torch.arange(B, device=device), latents_BCHW=torch.randn(B, 3, c.latent_side, c.latent_side, device=device),
+        features_BLX=torch.randn(B, c.encoders.text.max_tokens, c.encoders.text.width, device=device),
+        mask_BL=torch.ones(B, c.encoders.text.max_tokens, dtype=torch.bool, device=device))
+    flow = Flow(config=c.diffusion, seed=0, num_patches=c.patches_per_image, num_kept=c.tokens_per_image)
+
+    class Alone:
+        def accumulate(self, *, last: bool) -> contextlib.AbstractContextManager:
+            return accumulate(model, last=last)
+
+        def clip(self, *, max_norm: float) -> Tensor:
+            return grads.clip(model, placements, mesh, max_norm=max_norm)
+
+        def reduce(self, vector: Tensor, *, op: str) -> Tensor:
+            return vector
+
+    alone = Alone()
+
+    def step() -> Tensor:
+        forward_backward(model, [micro], flow=flow, pool=c.pool_tokens, patch=c.model.patch, spread=alone)
+        return alone.clip(max_norm=1.0)
+
+    step()                                                       # allocations and library handles of a first step may sync
+    with forbidden_sync(device):
+        norm = step()
+    return float(norm)
+
+
+@contextlib.contextmanager
+def forbidden_sync(device: str) -> Iterator[None]:
+    if device == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def seconds(work: Callable[[], None], *, device: str, repeat: int) -> float:
+    """Median seconds of one call."""
+    times = []
+    for _ in range(repeat):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return sorted(times)[len(times) // 2]
+
+
+def throughput(device: str, *, width: int, experts: int, tokens: int, pool: int, repeat: int = 10) -> dict[str, float]:
+    """Forward and backward of the layer in bf16 against its batched products alone and against Algorithm 1, interleaved."""
+    hidden, rows = 4 * width, 2 * tokens
+    layer = expert_choice(width, hidden=hidden, experts=experts, capacity_factor=2).to(device, torch.bfloat16)
+    literal = Algorithm1(width, hidden=hidden, experts=experts, capacity=pool * 2 // experts).to(device, torch.bfloat16)
+    for module in (layer, literal):
+        fill_on(module, seed=0)
+    x = torch.randn(tokens // pool, pool, width, device=device, dtype=torch.bfloat16, requires_grad=True)
+    dispatched = torch.randn(experts, rows // experts, width, device=device, dtype=torch.bfloat16, requires_grad=True)
+
+    def products() -> Tensor:
+        return torch.bmm(F.gelu(torch.bmm(dispatched, layer.experts.up), approximate="tanh"), layer.experts.down)
+
+    works = {"layer": lambda: layer(x, pool=pool)[0].sum().backward(), "bmm": lambda: products().sum().backward(),
+             "algorithm1": lambda: literal(x).sum().backward()}
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for work in works.values():
+        work()
+    for _ in range(repeat):
+        for name, work in works.items():
+            times[name].append(seconds(work, device=device, repeat=1))
+    median = {name: sorted(t)[len(t) // 2] for name, t in times.items()}
+    flops = 3 * 2 * 2 * rows * width * hidden
+    return {"layer_tflops": flops / median["layer"] / 1e12, "bmm_tflops": flops / median["bmm"] / 1e12,
+            "bmm / layer": median["bmm"] / median["layer"], "algorithm1 / layer": median["algorithm1"] / median["layer"]}
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    return float(((a - b).norm() / b.norm()).detach())
+
+
+def fill_on(module: nn.Module, *, seed: int) -> None:
+    """`fill` draws on the CPU; weights keep their device and type."""
+    device, dtype = next(module.parameters()).device, next(module.parameters()).dtype
+    fill(module.cpu().float() if dtype != torch.float64 else module.cpu(), seed=seed)
+    module.to(device, dtype)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="gpu_check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    device = parser.parse_args(arguments).device
+    if device == "cuda" and not torch.cuda.is_available():
+        print("gpu-check skipped: torch sees no CUDA device here")
+        return 0
+    cuda = device == "cuda"
+    results: dict[str, float] = {
+        "parity_fp64": parity(device), "bf16": bf16_distance(device),
+        "fullgraph": one_graph(device, backend="inductor" if cuda else "aot_eager"),
+        "step_norm_fp32": step_without_sync(device, precision="fp32"),
+        "step_norm_bf16": step_without_sync(device, precision="bf16"),
+    }
+    bars = [Bar(name="parity with Algorithm 1, fp64", value=results["parity_fp64"], limit=1e-9, at_least=False),
+            Bar(name="bf16 against fp32", value=results["bf16"], limit=2e-2, at_least=False),
+            Bar(name="fullgraph against eager", value=results["fullgraph"], limit=1e-4, at_least=False)]
+    shapes = {name: throughput(device, width=w, experts=e, tokens=8192, pool=1024) for name, (w, e) in SHAPES.items()} if cuda else {
+        "small": throughput(device, width=64, experts=8, tokens=512, pool=256, repeat=3)}
+    for name, row in shapes.items():
+        print(name, {k: round(v, 3) for k, v in row.items()})
+        if cuda:
+            bars.append(Bar(name=f"{name}: layer / bmm TFLOP/s", value=row["bmm / layer"], limit=0.85, at_least=True))
+            bars.append(Bar(name=f"{name}: Algorithm 1 / layer", value=row["algorithm1 / layer"], limit=1.5, at_least=True))
+    if not cuda:
+        for bar in bars:
+            print(bar)
+        return int(not all(bar.passed for bar in bars))
+    return report("gpu_check", settings={"device": torch.cuda.get_device_name(), "tokens": 8192, "pool": 1024, "capacity_factor": 2}, ratios={**results, **shapes}, bars=bars)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

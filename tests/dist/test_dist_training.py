@@ -1,0 +1,122 @@
+"""One training run on many layouts is one training run: the same samples in the same order, the same losses; looking
+at it and stopping it change no bit; a bad number on one rank stops all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from dist_harness import run_distributed
+from dist_runs import Layout, Life
+from dist_training import curves, interrupted, looked_at, poisoned
+from tiny_runs import records, steady
+
+STEPS = 50
+RUN = (f"train.steps={STEPS}", "train.global_batch=8", "train.microbatch=2", "optim.warmup_steps=10",
+       "checkpoint.every_steps=1000")  # fmt: skip
+LAYOUTS = {
+    "one": Layout(world=1),  # 4 microbatches
+    "dp2": Layout(world=2),  # 2 microbatches on each rank
+    "tp2": Layout(world=2, words=("parallel.tp=2",)),
+    "dp2_ep2": Layout(world=2, words=("parallel.ep=2", "train.microbatch=4", "parallel.overlap_chunks=2")),
+    "dp2_tp2_ep4": Layout(world=4, words=("parallel.tp=2", "parallel.ep=4")),
+    "hsdp2x2_ep2": Layout(world=4, words=("parallel.dp_replicate=2", "parallel.ep=2")),
+}
+
+
+def on_layouts(folder: Path, shards: Path, extra: tuple[str, ...]) -> dict[str, Life]:
+    """All layouts of one world in one start of its ranks."""
+    lives: dict[str, Life] = {}
+    for world in sorted({layout.world for layout in LAYOUTS.values()}):
+        some = {name: layout for name, layout in LAYOUTS.items() if layout.world == world}
+        answers = run_distributed(world, curves, folder, shards, some, extra, timeout=300)
+        assert all(answer == answers[0] for answer in answers), "ranks tell different stories"
+        lives |= answers[0]
+    return lives
+
+
+def check(lives: dict[str, Life], folder: Path, *, bound: float) -> float:
+    one = lives["one"]
+    assert sum(one.losses[-10:]) < 0.8 * sum(one.losses[:10]), "it does not learn, so equal curves would say little"
+    worst = 0.0
+    for name, life in lives.items():
+        assert life.finished
+        assert life.order == one.order, name
+        assert [p for step in life.order for p in step[0]] == list(range(8 * STEPS))
+        error = max(abs(a - b) / b for a, b in zip(life.losses, one.losses, strict=True))
+        assert error <= bound, (name, error)
+        worst = max(worst, error)
+        print(f"{name}: {error:.1e}")
+        logged = [line["train/loss"] for line in records(folder / name)]
+        assert logged == pytest.approx(life.losses, rel=1e-6)  # what is shown is the global mean
+    assert len({life.losses for life in lives.values()}) > 1, "not one bit differs: was anything spread at all?"
+    return worst
+
+
+def test_one_run_on_six_layouts(tiny_shards, tmp_path):
+    worst = check(on_layouts(tmp_path, tiny_shards, RUN), tmp_path, bound=1e-4)
+    print(f"largest relative difference of a loss: {worst:.1e}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("extra", [
+    ("moe.router=token_choice", "moe.balance_weight=0.01"), ("moe.combine=deterministic",), ("moe.scope=image",),
+    ("optim.kind=rmsprop", "optim.lr=1e-4"), ("parallel.activation_checkpointing=selective",),
+    ("model.layers=4", "parallel.reshard_after_forward=false"),
+], ids=lambda extra: extra[0])  # fmt: skip
+def test_variants_on_six_layouts(extra, tiny_shards, tmp_path):
+    print(f"{check(on_layouts(tmp_path, tiny_shards, RUN + extra), tmp_path, bound=1e-4):.1e}")
+
+
+TWO_RANKS = {
+    "dp2_ep2": ("train.microbatch=2", "parallel.ep=2"),
+    "tp2": ("train.microbatch=2", "parallel.tp=2"),
+    "dp2_bf16": ("train.microbatch=4", "train.precision=bf16"),
+}
+
+
+def data_files(run: Path) -> dict[str, bytes]:
+    """The tensors' bytes of every checkpoint; manifests name the configuration, which differs."""
+    return {f"{path.parent.name}/{path.name}": path.read_bytes() for path in (run / "checkpoints").glob("step_*/*.bin")}
+
+
+def test_drawing_does_not_touch_training(tiny_shards, tmp_path):
+    """FSDP keeps the root gathered after a forward pass without a backward: weights changed in their shards, as the
+    average is swapped in, would go unseen."""
+    for name, (blind, seeing) in run_distributed(2, looked_at, tmp_path, tiny_shards, TWO_RANKS, timeout=240)[0].items():
+        assert len(list((tmp_path / name / "seeing" / "samples").glob("*.png"))) == 6
+        assert seeing.losses == blind.losses, name
+        assert seeing.tensors == blind.tensors, name
+        files = data_files(tmp_path / name / "blind")
+        assert len({file.partition("/")[0] for file in files}) == 2
+        assert data_files(tmp_path / name / "seeing") == files, name
+
+
+def test_interrupted_and_resumed(tiny_shards, tmp_path):
+    for name, (whole, *parts) in run_distributed(2, interrupted, tmp_path, tiny_shards, TWO_RANKS, timeout=240)[0].items():
+        assert [life.step for life in parts] == [1, 5, 12]
+        assert [life.finished for life in parts] == [False, False, True]
+        assert tuple(loss for life in parts for loss in life.losses) == whole.losses, name
+        assert tuple(step for life in parts for step in life.order) == whole.order, name
+        assert parts[1].loaded == parts[0].tensors, name
+        assert parts[2].loaded == parts[1].tensors, name
+        assert parts[2].tensors == whole.tensors, name
+        last = "step_00000012"
+        files = {name: data for name, data in data_files(tmp_path / name / "parts").items() if name.startswith(last)}
+        assert files, "the last step was not saved"
+        assert files == {n: data for n, data in data_files(tmp_path / name / "whole").items() if n.startswith(last)}
+        a, b = (steady(records(tmp_path / name / run)) for run in ("whole", "parts"))
+        assert a == b, name
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_bad_number_on_one_rank_stops_all(where, tiny_shards, tmp_path):
+    variants = {name: extra for name, extra in TWO_RANKS.items() if name != "dp2_bf16"}
+    for name, ranks in run_distributed(2, poisoned, tmp_path, tiny_shards, variants, where, timeout=120)[0].items():
+        for rank in ranks:
+            assert rank["code"] == 80, (name, rank)
+            assert rank["step"] == 2, (name, rank)  # the third step did not count
+            assert rank["unchanged"], (name, rank)
+            assert rank["message"].startswith("step 2, samples 16 to 23: loss "), rank["message"]
+            assert rank["message"].endswith("the update was not applied")
+        assert not list((tmp_path / name / "checkpoints").glob("step_*"))

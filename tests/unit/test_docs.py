@@ -1,0 +1,291 @@
+"""Documents say what the code does: generated pages, links, commands, configuration words, examples.
+
+Nothing is trained and nothing is written outside tmp_path; the slow parts of a verb are never reached.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib
+import importlib.util
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ecdit_train import cli
+from ecdit_train.config import compat, compose, validate
+from ecdit_train.errors import EcditError
+
+ROOT = Path(__file__).resolve().parents[2]
+SKIPPED = {".venv", ".git", "runs", "data", "build", "node_modules"}
+
+
+def markdown() -> list[Path]:
+    """Every page of the repository, hidden and installed ones left out."""
+    return sorted(
+        p
+        for p in ROOT.rglob("*.md")
+        if not any(
+            part in SKIPPED or part.startswith(".") or part.endswith(".egg-info") for part in p.relative_to(ROOT).parts
+        )
+    )
+
+
+PAGES = {str(p.relative_to(ROOT)): p.read_text(encoding="utf-8") for p in markdown()}
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
+
+
+def fences(page: str, *languages: str) -> list[str]:
+    return [body for language, body in FENCE.findall(PAGES[page]) if language in languages]
+
+
+def prose(page: str) -> str:
+    """The text without code blocks."""
+    return FENCE.sub("", PAGES[page])
+
+
+SHELL = ("", "bash", "sh", "shell", "console")
+
+
+def command_lines() -> Iterator[tuple[str, str]]:
+    """(page, line) of every ecdit command in a fenced or an indented block."""
+    for page in PAGES:
+        indented = re.findall(r"^    (?=ecdit )(.*)$", prose(page), flags=re.MULTILINE)
+        for body in [*fences(page, *SHELL), *indented]:
+            for line in body.replace("\\\n", " ").splitlines():
+                words = re.sub(r"^(\w+=\S+ )*(\.venv/bin/)?ecdit ", "ecdit ", line.strip().removeprefix("$ "))
+                if words.startswith("ecdit "):
+                    yield page, words.split(" #")[0].strip()
+
+
+COMMANDS = sorted(set(command_lines()))
+
+
+# --- generated pages -------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def generator():
+    spec = importlib.util.spec_from_file_location("docs_generate", ROOT / "docs" / "generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_generated_pages_are_up_to_date():
+    assert generator().stale() == [], "run `python docs/generate.py` and read the diff"
+
+
+def test_a_stale_page_is_noticed(tmp_path, monkeypatch):
+    module = generator()
+    monkeypatch.setattr(module, "REFERENCE", tmp_path)
+    assert module.main([]) == 0
+    assert module.stale() == []
+    (tmp_path / "metrics.md").write_text("something else")
+    assert module.main(["--check"]) == 1
+    assert module.stale() == ["metrics.md"]
+
+
+def test_no_exit_code_has_two_meanings():
+    codes = [error.exit_code for error in generator().error_classes()]
+    assert len(codes) == len(set(codes)), codes
+
+
+def test_every_page_can_be_reached_from_the_index():
+    reached, todo = set(), [ROOT / "docs" / "README.md"]
+    while todo:
+        page = todo.pop()
+        reached.add(page)
+        targets = [(page.parent / t.partition("#")[0]).resolve() for t in links(str(page.relative_to(ROOT)))]
+        targets += [inner for t in targets if t.is_dir() for inner in t.glob("*.md")]
+        todo += [t for t in targets if t.suffix == ".md" and t.is_file() and t not in reached and t not in todo]
+    lost = {p for p in PAGES if p.startswith("docs/")} - {str(p.relative_to(ROOT)) for p in reached}
+    assert not lost
+
+
+# --- links and paths -------------------------------------------------------------------------------------------------
+
+
+def links(page: str) -> list[str]:
+    """Relative link targets."""
+    found = re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`\n]*`", "", prose(page)))
+    found += re.findall(r"<(?:img|a)[^>]*?(?:src|href)=\"([^\"]+)\"", prose(page))
+    return [target for target in found if not re.match(r"[a-z]+:", target)]
+
+
+def anchors(text: str) -> set[str]:
+    """Heading ids, as GitHub makes them."""
+    heads = re.findall(r"^#+ (.+)$", FENCE.sub("", text), flags=re.MULTILINE)
+    plain = (re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", head) for head in heads)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in plain}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    broken = []
+    for target in links(page):
+        path, _, anchor = target.partition("#")
+        file = (ROOT / page).parent / path if path else ROOT / page
+        if not file.exists() or (anchor and anchor not in anchors(file.read_text(encoding="utf-8"))):
+            broken.append(target)
+    assert not broken
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_paths_in_the_text_exist(page):
+    """`ecdit_train/...`, `tests/...` and the like, in backticks."""
+    rooms = "ecdit_train|data_pipeline|launch|conf|tests|docs|benchmarks|docker"
+    named = re.findall(rf"`((?:{rooms})/[\w./-]*)`", prose(page))
+    missing = [path for path in named if not (ROOT / path).exists() and path not in CREATED_BY_USERS]
+    assert not missing
+
+
+CREATED_BY_USERS = {"conf/local/", "conf/local/default.yaml", "conf/experiment/wide_shapes.yaml"}
+
+
+def test_nothing_points_outside_the_repository():
+    for page, text in PAGES.items():
+        assert not re.search(r"\.\./shared|/work/|/root/|/home/\w", text), page
+
+
+# --- commands --------------------------------------------------------------------------------------------------------
+
+
+def test_there_are_commands_to_check():
+    verbs = {line.split()[1] for page, line in COMMANDS if page.startswith("docs/")}
+    assert verbs >= {"train", "resume", "sample", "evaluate", "report", "plan", "launch", "data", "checkpoint"}
+
+
+class _WordsRead(Exception):  # noqa: N818
+    """A verb has read its own words; what follows would cost time."""
+
+
+@pytest.fixture
+def words_only(monkeypatch, tmp_path):
+    """Verbs with KEY=VALUE words read and check them, and go no further."""
+    read = cli._words
+
+    def stop(*args, **kwargs):
+        read(*args, **kwargs)
+        raise _WordsRead
+
+    monkeypatch.setattr(cli, "_words", stop)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("a photo of a red circle\n")
+
+
+def check_command(line: str) -> None:
+    """Parse with the real parser; compose and validate its configuration words. Raises what a user would see."""
+    words = shlex.split(line)[1:]
+    if words[-1] == "--help":
+        with pytest.raises(SystemExit, match="0"):
+            cli.make_parser().parse_args(words)
+        return
+    args = cli.make_parser().parse_args(words)
+    name = args.verb.__name__
+    if name in ("sample", "evaluate", "data_shapes"):
+        with pytest.raises(_WordsRead):
+            args.verb(args)
+        sampling = [f"sample.{word}" for word in args.words if word.partition("=")[0] in cli._SAMPLING]
+        if name != "data_shapes":
+            validate.validate(compose.override(shapes(), sampling).config)
+    elif name == "resume":
+        changed = compose.override(shapes(), args.overrides)
+        compat.check_resume(shapes(), changed.config, allow=changed.explicit)
+        validate.validate(changed.config, world=args.nproc)
+    elif hasattr(args, "overrides"):
+        config = compose.compose(args.overrides, local=False)
+        gpus = config.cluster.nodes * config.cluster.gpus_per_node
+        world = {"train": args.nproc, "launch": gpus, "plan": getattr(args, "world", None) or gpus}.get(name)
+        validate.validate(config, world=world)
+
+
+@functools.cache
+def shapes():
+    """What `runs/demo` and its like hold."""
+    return compose.compose(["experiment=shapes_tiny"], local=False)
+
+
+@pytest.mark.parametrize(("page", "line"), COMMANDS)
+def test_commands_parse_and_compose(page, line, words_only):
+    check_command(line)
+
+
+WRONG = (
+    "ecdit train experiment=shapes_tiny train.step=3",
+    "ecdit train experiment=no_such",
+    "ecdit --nproc 3 train experiment=shapes_tiny",
+    "ecdit resume runs/demo moe.experts=16",
+    "ecdit sample run=runs/demo prompt=x",
+    "ecdit sample run=runs/demo prompts=x steps=many",
+    "ecdit launch experiment=ec_dit_xl_8e cluster.nodes=3",
+    "ecdit fly",
+)
+
+
+@pytest.mark.parametrize("line", WRONG)
+def test_a_wrong_command_would_be_noticed(line, words_only):
+    with pytest.raises((EcditError, SystemExit)):
+        check_command(line)
+
+
+def test_make_targets_exist():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    for page, text in PAGES.items():
+        lines = re.findall(r"`make ([a-z][a-z -]*)`", text)
+        for body in fences(page, *SHELL):
+            lines += re.findall(r"^make ([a-z -]+)", body, flags=re.MULTILINE)
+        lines += re.findall(r"^    make ([a-z -]+)", text, flags=re.MULTILINE)
+        unknown = {word for line in lines for word in line.split()} - targets
+        assert not unknown, f"{page}: make {' '.join(unknown)}"
+
+
+# --- examples --------------------------------------------------------------------------------------------------------
+
+SCRIPTS = [(page, n) for page in PAGES for n in range(len(fences(page, "python")))]
+
+
+@pytest.mark.parametrize(("page", "number"), SCRIPTS)
+def test_scripts_compile_and_their_imports_exist(page, number):
+    tree = ast.parse(fences(page, "python")[number])
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(("ecdit_train", "data_pipeline")):
+            module = importlib.import_module(node.module)
+            for alias in node.names:
+                assert hasattr(module, alias.name), f"{node.module} has no {alias.name}"
+
+
+def test_example_files_compose(tmp_path, monkeypatch):
+    """The experiment and the machine's own values of `write a config`."""
+    experiment, local = fences("docs/how-to/write-a-config.md", "yaml")
+    shutil.copytree(compose.conf_folder(), tmp_path / "conf", ignore=shutil.ignore_patterns("local", "__pycache__"))
+    (tmp_path / "conf" / "local").mkdir()
+    (tmp_path / "conf" / "local" / "default.yaml").write_text(local)
+    (tmp_path / "conf" / "experiment" / "wide_shapes.yaml").write_text(experiment)
+    monkeypatch.setattr(compose, "conf_folder", lambda: tmp_path / "conf")
+    compose.groups.cache_clear()
+    try:
+        config = compose.compose(["experiment=wide_shapes"])
+    finally:
+        compose.groups.cache_clear()
+    validate.validate(config)
+    assert (config.experiment, config.model.name, config.model.layers) == ("wide_shapes", "small", 8)
+    assert (config.cluster.account, config.data.shards) == ("my_project", "data/images")
+
+
+def test_pages_are_written_for_git():
+    """A generated page that git ignores would be missing in a fresh clone."""
+    pages = [str(ROOT / "docs" / "reference" / name) for name in generator().PAGES]
+    try:
+        ignored = subprocess.run(["git", "check-ignore", *pages], cwd=ROOT, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("no git on this machine")
+    assert ignored.stdout == ""
