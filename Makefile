@@ -10,7 +10,7 @@ export HF_HUB_OFFLINE := 1
 export WANDB_MODE ?= offline
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-dist lint format golden bench gpu-check image clean
+.PHONY: help setup demo test test-slow lint format golden docs bench gpu-check image clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -65,6 +65,9 @@ format: setup  ## rewrite the code the way `make lint` wants it
 
 golden: setup  ## rewrite the golden files; read the diff before you commit it
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/golden --update-golden
+
+docs: setup  ## rewrite the generated pages of docs/reference
+	$(BIN)/python docs/generate.py
 
 bench: setup  ## interleaved benchmarks against their bars; dated JSON under benchmarks/results/
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.run

@@ -23,7 +23,7 @@ from data_pipeline.manifest import open_view
 from data_pipeline.shapes import ShapesSpec, shape_sample
 from data_pipeline.shapes_grader import grade
 from data_pipeline.shapes_prompts import TASKS, Split, all_prompts
-from ecdit_train.checkpoint import folder, restore
+from ecdit_train.checkpoint import folder, manifest, restore
 from ecdit_train.checkpoint.comm import Comm, GroupComm, SingleProcess
 from ecdit_train.checkpoint.layout import Placed
 from ecdit_train.checkpoint.manager import CheckpointManager
@@ -182,11 +182,15 @@ def build_training(config: RunConfig, here: Runtime, *, stop_after: int | None) 
     ranks = spread_model(config, here, mesh=mesh)
     state = TrainState.fresh(ranks.model, config.optim)
 
-    # Resume order: the newest sound checkpoint of this folder, else the first weights.
+    # Resume order: the newest sound checkpoint of this folder, else another run's weights (`train.init_from`), else first weights.
     checkpoints = CheckpointManager(run / "checkpoints", comm=ranks.comm(), keep=config.checkpoint.keep)
     resumed = checkpoints.resume(ranks.placed(state.tensors()))
     window = MetricWindow(device=here.device, images_per_step=config.train.global_batch,
                           tokens_per_step=config.train.global_batch * config.tokens_per_image)
+    if resumed is None and config.train.init_from is not None:
+        load_weights(config.train.init_from, ranks, kind="ema", step=None)
+        if state.ema is not None:
+            state.ema.restart()
     if resumed is not None:
         state.restore_step(resumed.step)
         loader.load_state_dict(resumed.objects["loader"])
@@ -237,14 +241,16 @@ def write_pictures(pictures: Pictures, *, run: Path, how: SampleConfig, step: in
                                  sampler=how.sampler, steps=how.steps, seed=how.seed, scope=how.scope)
 
 
-def load_weights(config: RunConfig, ranks: Ranks, *, kind: Literal["ema", "raw"], step: int | None) -> int:
-    """Put a committed checkpoint's averaged or raw weights into the model: the newest, or `step`. Returns its step."""
-    root = Path(config.run) / "checkpoints"
+def load_weights(run: str, ranks: Ranks, *, kind: Literal["ema", "raw"], step: int | None) -> int:
+    """Put a run's committed weights into the model, averaged (if it keeps an average) or raw: the newest, or `step`. Returns its
+    step."""
+    root = Path(run) / "checkpoints"
     path = folder.path_of(root, step=step) if step is not None else folder.newest(root)
     if path is None or not path.exists():
-        raise CheckpointError(f"{config.run} has no committed checkpoint{'' if step is None else f' of step {step}'}; it has "
+        raise CheckpointError(f"{run} has no committed checkpoint{'' if step is None else f' of step {step}'}; it has "
                               f"{[c.step for c in folder.find(root)] or 'none: train it first'}")
-    part = "ema" if kind == "ema" and config.optim.ema_decay > 0 else "model"
+    averaged = any(name.startswith("ema/") for name in manifest.read(path).tensors)
+    part = "ema" if kind == "ema" and averaged else "model"
     params = {f"{part}/{name}": p.detach() for name, p in ranks.model.named_parameters()}
     skip = ("optim.", "model/" if part == "ema" else "ema/")
     return restore.load(path, targets=ranks.placed(params), comm=ranks.comm(), skip=skip).step
@@ -254,11 +260,11 @@ def build_painter(config: RunConfig, here: Runtime, *, kind: Literal["ema", "raw
     """A painter with a run's trained weights, and the step they come from."""
     encoders = here.together(lambda: make_encoders(config, here.device))
     ranks = spread_model(config, here, mesh=make_mesh(config.parallel, device_type=here.device.type, world=here.world))
-    step = load_weights(config, ranks, kind=kind, step=step)
+    step = load_weights(config.run, ranks, kind=kind, step=step)
     painter = make_painter(config, ranks, encoders=encoders)
     if painter is None:
-        raise ConfigError(Problem(field="encoders", value="shards", nearest="encoders.text.kind=t5 encoders.image.path=FOLDER",
-                                  rule="drawing needs a text encoder and a codec that can decode"))
+        raise ConfigError(Problem(field="encoders", value="shards", rule="drawing needs a text encoder and a codec that can decode; "
+                                  "name the ones that made the shards", nearest="text_encoder=FOLDER image_codec=FOLDER"))
     return painter, step
 
 

@@ -92,7 +92,7 @@ def make_parser() -> argparse.ArgumentParser:
     p = verb("plan", plan, "what a run would cost: parameters, memory, traffic, step time, the layout that fits; on a CPU, in seconds\n\n"
              "  ecdit plan experiment=ec_dit_m_64e cluster=h100_ib400 cluster.nodes=8")
     p.add_argument("overrides", nargs="*", metavar="WORD", help=OVERRIDES)
-    p.add_argument("--json", action="store_true", help="print one JSON object (docs/reference/plan.md)")
+    p.add_argument("--json", action="store_true", help="print one JSON object (docs/reference/plan-json.md)")
     p.add_argument("--world", type=int, help="ranks (default: cluster.nodes * cluster.gpus_per_node)")
     p.add_argument("--dry-run", action="store_true", help="build and spread the real model on fake ranks, run forward and backward, "
                    "list every collective")
@@ -257,7 +257,12 @@ def _draw(words: dict[str, Any], prompts: list[str]) -> tuple[Any, int, bool]:
     """Pictures, the step of the weights, and whether this rank is the one that writes."""
     from ecdit_train.config import compose, validate
 
-    config = compose.override(_stored(words["run"]), [f"sample.{k}={v}" for k, v in words.items() if k in _SAMPLING]).config
+    changes = [f"sample.{k}={v}" for k, v in words.items() if k in _SAMPLING]
+    if "text_encoder" in words:
+        changes += ["encoders.text.kind=t5", f"encoders.text.path={words['text_encoder']}"]
+    if "image_codec" in words:
+        changes.append(f"encoders.image.path={words['image_codec']}")
+    config = compose.override(_stored(words["run"]), changes).config
     validate.validate(config)
     config = replace(config, parallel=_drawing_layout(config.parallel, world=int(os.environ.get("WORLD_SIZE", "1"))))
 
@@ -501,7 +506,7 @@ def _exit_codes() -> str:
 
 
 _DRAWING: dict[str, Callable[[str], Any]] = {
-    "run": str, "repeat": _whole(1), "weights": _one_of("ema", "raw"), "step": _whole(0)}
+    "run": str, "repeat": _whole(1), "weights": _one_of("ema", "raw"), "step": _whole(0), "text_encoder": str, "image_codec": str}
 """What every drawing verb takes."""
 
 

@@ -74,7 +74,7 @@ class Life:
     """Positions and sample keys of every batch that was trained on."""
 
 
-class PowerCut(Exception):
+class PowerCut(Exception):  # noqa: N818 - it is an event
     """Ends a life without a word: nothing is saved."""
 
 

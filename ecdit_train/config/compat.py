@@ -42,6 +42,7 @@ _CLASSES: dict[str, Kind] = {
     "train.microbatch": "free",  # identity when a pool is a microbatch, see `kind`
     "train.steps": "schedule",
     "train.precision": "schedule",
+    "train.init_from": "free",  # read only before the first checkpoint
     "optim": "schedule",
     "optim.kind": "identity",
     "parallel": "free",

@@ -140,6 +140,8 @@ class TrainConfig:
     """Images per optimizer step over all ranks."""
     microbatch: int
     """Images per forward pass and data-parallel rank; whole routing groups."""
+    init_from: str | None
+    """Run folder whose newest averaged weights this run starts from, if it has no checkpoint of its own (the unmasked stage)."""
     precision: Literal["fp32", "bf16"]
     """Compute precision; master weights, gradients' reduction, optimizer state and EMA are fp32."""
 

@@ -35,8 +35,8 @@ def sample_latents(
 ) -> Tensor:
     """Latents (B, C, H, W) for text features (B, L, X) with their mask (B, L). B * patches must be whole pools.
 
-    A picture depends on every picture in its pool: `pool` = patches of one image keeps them independent, the paper's 512
-    tokens (two images) are one override of the sample section.
+    A picture depends on every picture in its pool: `pool` = patches of one image keeps them independent, the paper's
+    512 tokens (two images) are one override of the sample section.
     """
     features, mask = text
     side = shape[1] // model.patch
@@ -65,8 +65,11 @@ class Pictures:
 
 @dataclass(frozen=True, kw_only=True)
 class Painter:
-    """Draws prompts with the weights that the model holds now. On several ranks every rank must call it with the same words:
-    each data-parallel rank draws its share, `gather` puts the shares together."""
+    """Draws prompts with the weights that the model holds now.
+
+    On several ranks every rank must call it with the same words: each data-parallel rank draws its share, `gather` puts
+    the shares together.
+    """
 
     model: DiT
     text: TextEncoder
@@ -84,13 +87,14 @@ class Painter:
         return {"image": n, "group": how.group_size, "batch": batch * n}[how.scope]
 
     def draw(self, prompts: Sequence[str], *, how: SampleConfig, step: int, batch: int = 64) -> Pictures:
-        """At most `batch` pictures are in flight on a rank. Missing places of a pool or of a rank are filled with copies of the
-        last prompt, which are thrown away."""
+        """At most `batch` pictures are in flight on a rank. Missing places of a pool or of a rank are filled with
+        copies of the last prompt, which are thrown away."""
         c, n = self.config, len(prompts)
         images_per_pool = max(1, how.group_size // c.patches_per_image) if how.scope == "group" else 1
         if batch % images_per_pool:
-            raise ConfigError(Problem(field="batch", value=batch, rule=f"must hold whole pools of {images_per_pool} images",
-                                      nearest=max(1, batch // images_per_pool) * images_per_pool))
+            raise ConfigError(Problem(
+                field="batch", value=batch, rule=f"must hold whole pools of {images_per_pool} images",
+                nearest=max(1, batch // images_per_pool) * images_per_pool))
         position = prompt_positions(prompts)
         share = -(-n // (self.dp_size * images_per_pool)) * images_per_pool
         mine = [min(i, n - 1) for i in range(self.dp_rank * share, (self.dp_rank + 1) * share)]
@@ -133,7 +137,8 @@ class _Recorder:
 
     def __call__(self, t: float, prediction: Prediction) -> None:
         # t comes back from the device as fp32, hence the tolerance.
-        if not prediction.assignments or len(self._seen) == len(self._wanted) or abs(t - self._wanted[len(self._seen)]) > 1e-6:
+        done = not prediction.assignments or len(self._seen) == len(self._wanted)
+        if done or abs(t - self._wanted[len(self._seen)]) > 1e-6:
             return
         rows = prediction.patches_BKP.shape[0]
         counts = count_maps(prediction.assignments, batch=rows, side=self._side)

@@ -19,7 +19,7 @@ Grader = Callable[[np.ndarray, dict[str, Any]], bool]
 
 @dataclass(frozen=True, kw_only=True)
 class ShapesScore:
-    """Shares in [0, 1] by task, their unweighted mean as GenEval has it, and what true pictures of other prompts score."""
+    """Shares in [0, 1] by task, their unweighted mean as in GenEval, and what true pictures of other prompts score."""
 
     by_task: dict[str, float]
     overall: float
@@ -29,8 +29,13 @@ class ShapesScore:
 
 
 def score(images: np.ndarray, metadata: Sequence[dict[str, Any]], *, grade: Grader, others: np.ndarray) -> ShapesScore:
-    """images: uint8 (n, S, S, 3) drawn for `metadata`; others: true pictures of random prompts of the same tasks, from which the
-    chance line comes: what a perfect painter scores who does not read."""
+    """Grade pictures against what was asked for.
+
+    Args:
+        images: uint8 (n, S, S, 3) drawn for `metadata`.
+        others: true pictures of random prompts of the same tasks; the chance line comes from them: what a perfect
+            painter scores who does not read.
+    """
     right: dict[str, list[bool]] = defaultdict(list)
     lucky: dict[str, list[bool]] = defaultdict(list)
     for image, other, wanted in zip(images, others, metadata, strict=True):

@@ -178,10 +178,10 @@ class MetricWindow:
             self.add(name, value)
 
     def state_dict(self) -> dict[str, list[float]]:
-        """What has gathered since the last record, as JSON: a run stopped between two log steps then logs the same mean as one that
-        was not. Times are a life's own and stay out."""
+        """What has gathered since the last record, as JSON: a run stopped between two log steps then logs the same
+        means as one that was not. Times are a life's own and stay out."""
         values = {name: value for name, value in self._values.items() if not isinstance(value, Tensor)}
-        assert len(values) == len(self._values), "a device value is this rank's own; a checkpoint holds what all ranks agree on"
+        assert len(values) == len(self._values), "a device value is one rank's own, a checkpoint is everybody's"
         return {name: [value, self._counts[name]] for name, value in values.items()}
 
     def load_state_dict(self, state: Mapping[str, list[float]]) -> None:

@@ -27,9 +27,9 @@ KEPT = frozenset({
     "_c10d_functional::all_reduce",
 })
 """Ops whose results `selective` keeps. An exchange would cost its traffic again (two all-to-alls per sparse layer);
-routing is small and must not be decided twice: a recomputed logit that differs in its last bit may pick another
-token. `wait_tensor` must not be among them: a wait on a kept result returns at once, while one that compiled code issues
-for its own in-place collective has to happen."""
+routing is small and must not be decided twice: a recomputed logit that differs in its last bit may pick another token.
+`wait_tensor` must not be among them: a wait on a kept result returns at once, while one that compiled code issues for
+its own in-place collective has to happen (without it inductor's blocks gave wrong gradients under tp)."""
 
 Saved = dict[str, list[Any]]
 

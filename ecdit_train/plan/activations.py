@@ -98,8 +98,8 @@ def block_units(cfg: RunConfig, *, tp: int) -> tuple[float, float, float]:
 
 def outside_blocks(cfg: RunConfig, *, images: int) -> float:
     """Bytes kept outside the blocks, which no checkpointing frees: text refiner (16 rows of the text width per token
-    and layer, 4 more around it), the text features, embedding and final layer (5 rows of width d per token)."""
+    and layer, 3 more around it), the text features, and the output layer (3 rows of width d per token)."""
     m, c = cfg.model, element_bytes(cfg.train.precision)
     text_tokens = images * cfg.encoders.text.max_tokens
-    text = text_tokens * c * ((16 * m.text_refiner_layers + 4) * m.text_width + cfg.encoders.text.width)
-    return text + images * cfg.tokens_per_image * 5 * m.width * c
+    text = text_tokens * c * ((16 * m.text_refiner_layers + 3) * m.text_width + cfg.encoders.text.width)
+    return text + images * cfg.tokens_per_image * 3 * m.width * c

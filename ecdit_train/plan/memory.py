@@ -10,9 +10,9 @@ Every part has a formula; `c` is the size of the compute type.
     ema             4 per element held; 0 when it is off
     gathered        compute copies that FSDP has all-gathered: the root, and two neighbouring blocks with their
                     experts (all blocks when reshard_after_forward is off)
-    communication   the gradient of the larger kind of block in the compute type and, whichever is more: its
-                    neighbour's in the fp32 buffer that is being reduced and the expert exchange's two buffers of f_c
-                    rows per token, or its own fp32 buffer less the block's weights and activations, free by then
+    communication   whichever is more: the fp32 buffer in which the smaller kind of block's gradient is being reduced while
+                    its larger neighbour is recomputed, and the expert exchange's two buffers of f_c rows per token; or
+                    the larger kind's own fp32 buffer less that block's activations, which are freed by then
     activations     plan/activations.py
     encoders        frozen encoders in the compute type, whole on every rank, when they run inside training
     framework       device context, communicators and library workspaces; nothing on a CPU
@@ -84,15 +84,14 @@ def estimate(cfg: RunConfig, parameters: Parameters, layout: Layout) -> Memory:
     exchange = 2 * rows * cfg.model.width * c if layout.ep > 1 else 0.0
     # The fp32 buffers that gradients are reduced in.
     neighbour = (min(dense, sparse) or dense) * GRADIENT / c
-    larger = max(dense, sparse)
-    own = larger * GRADIENT / c
+    own = max(dense, sparse) * GRADIENT / c
     return Memory(
         parameters=MASTER * held,
         gradients=gradients,
         optimizer=OPTIMIZER * held,
         ema=EMA * held if cfg.optim.ema_decay > 0 else 0.0,
         gathered=resident,
-        communication=larger + max(neighbour + exchange, own - larger - kept.block - kept.workspace),
+        communication=max(neighbour + exchange, own - kept.block - kept.workspace),
         activations=kept.total,
         never_together=min(gradients, kept.kept) if layout.microbatches == 1 else 0.0,
         encoders=c * running_encoders(cfg),

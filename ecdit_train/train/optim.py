@@ -25,12 +25,14 @@ def learning_rate(step: int, config: OptimConfig, *, total_steps: int) -> float:
 
 
 def make_optimizer(params: list[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
-    """RMSProp with momentum (paper) or AdamW. State is made now, not at the first step: its memory shows up at the start, and a
-    checkpoint can be loaded into it."""
+    """RMSProp with momentum (paper) or AdamW.
+
+    State is made now, not at the first step: its memory shows up at the start, and a checkpoint can be loaded into it.
+    """
     optimizer: torch.optim.Optimizer
     if config.kind == "rmsprop":
-        optimizer = torch.optim.RMSprop(params, lr=config.lr, alpha=config.decay, eps=config.eps, momentum=config.momentum,
-                                        weight_decay=config.weight_decay, foreach=True)
+        optimizer = torch.optim.RMSprop(params, lr=config.lr, alpha=config.decay, eps=config.eps,
+                                        momentum=config.momentum, weight_decay=config.weight_decay, foreach=True)
         names = ["square_avg"] + (["momentum_buffer"] if config.momentum > 0 else [])
     else:
         optimizer = torch.optim.AdamW(params, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps,
@@ -50,8 +52,13 @@ class Ema:
         self.shadow: dict[str, Tensor] = {name: p.detach().clone() for name, p in params.items()}
 
     @torch.no_grad()
+    def restart(self) -> None:
+        """Begin anew from the weights as they are now."""
+        torch._foreach_copy_(list(self.shadow.values()), [p.detach() for p in self._params])
+
+    @torch.no_grad()
     def update(self, step: int) -> None:
-        """After update `step` (counted from 0); young averages forget faster, so that the first weights do not linger."""
+        """After update `step`, counted from 0. A young average forgets faster: the first weights shall not linger."""
         decay = min(self.decay, (1.0 + step) / (10.0 + step))
         torch._foreach_lerp_(list(self.shadow.values()), [p.detach() for p in self._params], 1.0 - decay)
 

@@ -21,7 +21,7 @@ class TrainState:
 
     model: nn.Module
     params: dict[str, nn.Parameter]
-    """The parameters as the optimizer knows them. Never ask the model again: while FSDP has gathered a module, it names others."""
+    """As the optimizer knows them. Never ask the model again: while FSDP has gathered a module, it names others."""
     optimizer: torch.optim.Optimizer
     ema: Ema | None
     step: int = 0

@@ -38,7 +38,7 @@ class Spread(Protocol):
         ...
 
     def clip(self, *, max_norm: float) -> Tensor:
-        """Scale all gradients to a global norm of at most `max_norm`; returns the norm before, the same on every rank."""
+        """Scale all gradients to a global norm of at most `max_norm`; returns the norm before, equal on all ranks."""
         ...
 
     def reduce(self, vector: Tensor, *, op: Literal["mean", "max", "sum"]) -> Tensor:
@@ -90,12 +90,13 @@ def train_step(
 ) -> StepResult:
     """Gradients, one global norm, one look at the numbers, the update, then `after` (the moving average).
 
-    Raises NonFiniteError before the update when the loss or the norm is not finite, on every rank alike: both numbers are
-    already global. Reading them is the step's only wait for the device.
+    Raises NonFiniteError before the update when the loss or the norm is not finite, on every rank alike: both numbers
+    are already global. Reading them is the step's only wait for the device.
     """
     loss, balance, assignments = forward_backward(model, microbatches, flow=flow, pool=pool, patch=patch, spread=spread)
     norm = spread.clip(max_norm=max_norm)
-    loss_now, balance_now, norm_now = torch.cat([spread.reduce(torch.stack([loss, balance]), op="mean"), norm.reshape(1)]).tolist()
+    means = spread.reduce(torch.stack([loss, balance]), op="mean")
+    loss_now, balance_now, norm_now = torch.cat([means, norm.reshape(1)]).tolist()
     if not all(map(_finite, (loss_now, norm_now))):
         raise NonFiniteError(f"loss {loss_now}, gradient norm {norm_now}: the update was not applied")
     for group in optimizer.param_groups:

@@ -1,5 +1,7 @@
-"""Being asked to stop: a signal sets a flag, the loop reads it between steps. Imports no torch, so that the command can
-listen before its slow imports begin."""
+"""Being asked to stop: a signal sets a flag, the loop reads it between steps.
+
+Imports no torch, so that the command can listen before its slow imports begin.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ from typing import Any
 
 
 class StopRequest:
-    """SIGTERM, SIGINT and SIGUSR2 (Slurm's warning) set a flag that the loop reads between steps; a second SIGINT kills."""
+    """SIGTERM, SIGINT and SIGUSR2 (Slurm's warning) set a flag; a second SIGINT kills."""
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 

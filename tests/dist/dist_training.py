@@ -60,7 +60,7 @@ def poisoned(here: Any, folder: Path, shards: Path, variants: dict[str, tuple[st
 
                 def spoil(*, max_norm: float) -> Any:
                     if at_step_3():
-                        grad = next(p.grad for n, p in loop.state.params.items() if n.endswith("feed_forward.up.weight"))
+                        grad = next(p.grad for n, p in loop.state.params.items() if n == "blocks.0.feed_forward.up.weight")
                         (grad.to_local() if hasattr(grad, "to_local") else grad)[0, 0] = math.inf
                     return clip(max_norm=max_norm)
 

@@ -1,5 +1,4 @@
-"""What a run may train on: pixels and words, stored latents and embeddings, real frozen encoders from local folders; with
-masking and without."""
+"""What a run may train on: stored latents and embeddings, real frozen encoders from local folders; masked or not."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def check(run: Path, lives: list[Life], truth: tuple[Life, list], *, seen: list 
     assert (seen if seen is not None else [batch for life in lives for batch in life.seen]) == whole.seen
 
 
-STOPS = [("expert_choice", (1,)), ("expert_choice", (4,)), ("expert_choice", (11,)), *((name, (2, 3, 9)) for name in RUNS)]
+STOPS = [*(("expert_choice", (stop,)) for stop in (1, 4, 11)), *((name, (2, 3, 9)) for name in RUNS)]
 
 
 @pytest.mark.parametrize(("name", "stops"), STOPS, ids=str)
@@ -92,12 +92,13 @@ def test_signal_in_a_step(number, undisturbed, tiny_shards, tmp_path, capsys):
 
     first = live(config, before=meddle)
     assert first.step == 6
-    assert f"stopped by {number.name} after step 6, everything saved; go on with: ecdit resume" in capsys.readouterr().out
+    said = f"stopped by {number.name} after step 6, everything saved; go on with: ecdit resume {tmp_path}"
+    assert said in capsys.readouterr().out
     check(tmp_path, [first, live(config)], undisturbed("expert_choice"))
 
 
 def test_signal_before_the_first_step(undisturbed, tiny_shards, tmp_path):
-    """A request that arrives while the run is being built is met after one step, so that every life moves the run on."""
+    """A request that comes while the run is being built is met after one step: every life moves the run on."""
     config = configure(tmp_path, tiny_shards)
     first = live(config, before=lambda _: os.kill(os.getpid(), signal.SIGTERM))
     assert first.step == 1

@@ -1,4 +1,4 @@
-"""Every experiment as its differences from the default configuration and its size; job scripts for three machine rooms."""
+"""Every experiment: how it differs from the default configuration, its size; job scripts for three machine rooms."""
 
 from __future__ import annotations
 

@@ -23,7 +23,8 @@ def machine() -> str:
     path = Path("/proc/cpuinfo")
     lines = path.read_text(encoding="utf-8").split("\n\n")[0].splitlines() if path.exists() else []
     fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    processor = " ".join(f"{key} {fields[key]}" for key in ("vendor_id", "cpu family", "model", "stepping") if key in fields)
+    wanted = ("vendor_id", "cpu family", "model", "stepping")
+    processor = " ".join(f"{key} {fields[key]}" for key in wanted if key in fields)
     vectors = torch.backends.cpu.get_cpu_capability()
     return f"{platform.machine()}, {processor}, {vectors}, torch {torch.__version__.partition('+')[0]}"
 

@@ -307,7 +307,8 @@ def test_a_configuration_that_cannot_be(extra, text, tiny_shards, tmp_path, caps
 
 
 def test_every_problem_at_once(tiny_shards, tmp_path, capsys):
-    code, lines = refused(capsys, "train", *words(tmp_path, tiny_shards, "train.stepz=5", "optim.lr=fast", "data=paperr"))
+    wrong = ("train.stepz=5", "optim.lr=fast", "data=paperr")
+    code, lines = refused(capsys, "train", *words(tmp_path, tiny_shards, *wrong))
     assert code == 77
     assert len(lines) == 3
 
@@ -334,7 +335,8 @@ def test_shards_without_what_the_encoders_need(tiny_shards, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("extra", ["encoders.text.width=48", "model.layers=4", "train.seed=1", "diffusion.mask_ratio=0.0"])
+@pytest.mark.parametrize("extra", ["encoders.text.width=48", "model.layers=4", "train.seed=1",
+                                   "diffusion.mask_ratio=0.0"])  # fmt: skip
 def test_a_folder_of_another_run(extra, trained, tiny_shards, capsys):
     before = files(trained)
     for argv in (["train", *words(trained, tiny_shards, "train.steps=4", extra)], ["resume", trained, extra]):
@@ -368,7 +370,8 @@ def test_a_damaged_checkpoint(trained, tmp_path, capsys):
     run = Path(shutil.copytree(trained, tmp_path / "run"))
     for path in (run / "checkpoints").glob("*/*.bin"):
         path.write_bytes(b"\0" * path.stat().st_size)
-    for argv in (["resume", run, "train.steps=5"], ["sample", f"run={run}", "prompts=x"], ["checkpoint", "verify", run]):
+    drawing = ["sample", f"run={run}", "prompts=x"]
+    for argv in (["resume", run, "train.steps=5"], drawing, ["checkpoint", "verify", run]):
         assert refused(capsys, *argv)[0] == 78, argv
 
 
@@ -422,6 +425,7 @@ def test_plan_from_a_login_node(capsys):
 
 
 def test_launch_render_only_writes_nothing(tmp_path, capsys):
-    assert ecdit("launch", "experiment=ec_dit_xl_8e", "cluster=h100_ib400", f"run={tmp_path / 'r'}", "--render-only") == 0
+    run = f"run={tmp_path / 'r'}"
+    assert ecdit("launch", "experiment=ec_dit_xl_8e", "cluster=h100_ib400", run, "--render-only") == 0
     assert capsys.readouterr().out.startswith("#!")
     assert not (tmp_path / "r").exists()

@@ -46,6 +46,6 @@ if [[ $status -ne 0 && -s "$ECDIT_EXIT_FILE" ]]; then
 fi
 if [[ $status -eq 75 ]]; then
   echo "ecdit: saved and stopped on request; putting job $SLURM_JOB_ID back into the queue" >&2
-  scontrol requeue "$SLURM_JOB_ID" || echo "ecdit: requeue failed; run: ecdit launch $run" >&2
+  scontrol requeue "$SLURM_JOB_ID" || echo "ecdit: requeue failed; run: sbatch $run/job.sh" >&2
 fi
 exit "$status"

@@ -41,7 +41,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_eight_ranks(layout):
-    small = ("experiment=ec_dit_xl_8e", "model.layers=4", "model.text_refiner_layers=0", "train.microbatch=32")
+    small = ("experiment=ec_dit_xl_8e", "model.layers=4", "train.microbatch=32")
     tree = dry_run(*small, "train.global_batch=256", *LAYOUTS[layout], world=8, except_for=(PEAK,))
     found = by_name(tree)
     # The peak is an upper bound; with four layers, buffers that never meet weigh more than activations.

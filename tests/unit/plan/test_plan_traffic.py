@@ -157,10 +157,10 @@ def test_bounds_order(cfg_of):
 def test_m_64e_by_fsdp_alone(cfg_of):
     """Section 5: 9.7 GB of experts per layer to gather, 1.5 s a step against 0.47 s of compute."""
     cfg = cfg_of("ec_dit_m_64e", "parallel=fsdp")
-    at, flows = flows_of(cfg, 64)
+    _, flows = flows_of(cfg, 64)
     gather = next(f for f in flows if f.purpose == "weights, experts")
     assert gather.message / gather.calls / 1e9 == pytest.approx(9.7, rel=0.01)
     experts = [f for f in flows if f.purpose in ("weights, experts", "gradients, experts")]
     found = sum(f.seconds(intra_bandwidth=4.5e11, inter_bandwidth=5e10) for f in experts)
-    # The facts gather at 370 GB/s of bus bandwidth and count 3 transfers of 2 bytes; ours are 2 of 2 bytes and one of 4.
+    # The facts gather at 370 GB/s of bus bandwidth and count 3 transfers of 2 bytes; ours are 2 of 2 bytes, one of 4.
     assert found == pytest.approx(1.5 * 4 / 3 * 370 / 450, rel=0.05)
