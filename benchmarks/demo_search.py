@@ -98,11 +98,11 @@ def main(words: list[str]) -> None:
             how = replace(c.sample, guidance=guidance)
             with state.ema.swapped_in() if state.ema is not None else nullcontext():
                 pictures = painter.draw([m["prompt"] for m in wanted], how=how, step=state.step)
+            if "grid" in own and guidance == 2.0:
+                sample_grid(pictures.images[:32], pictures.prompts[:32], Path(own["grid"]), columns=8)
             print(json.dumps({"quarter": quarter, "steps": state.step, "loss": round(float(np.mean(losses[-50:])), 4),
                               "guidance": guidance, **shares(pictures.images, wanted)}), flush=True)
         drawing += time.process_time() - t
-    if "grid" in own:
-        sample_grid(pictures.images[:32], pictures.prompts[:32], Path(own["grid"]), columns=8)
 
 
 def shares(images: np.ndarray, wanted: list[dict]) -> dict[str, float]:

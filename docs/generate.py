@@ -233,7 +233,7 @@ RUNBOOK = {
     "CheckpointError": "corrupt-checkpoint", "RunFolderError": "another-configuration", "NonFiniteError": "non-finite-loss",
     "PeerLostError": "hang",
 }
-HOWTO = {"EncoderError": "use-real-encoders", "SubmitError": "submit-to-slurm"}
+HOWTO = {"EncoderError": "use-real-encoders", "SubmitError": "submit-to-slurm", "PeerLostError": "debug-a-run"}
 
 
 def error_classes() -> list[type[Exception]]:

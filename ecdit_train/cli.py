@@ -20,7 +20,12 @@ OVERRIDES = "Hydra words: experiment=NAME, GROUP=CHOICE, section.key=value (see 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a verb; a user's mistake becomes one line on stderr and its own exit code."""
-    args = make_parser().parse_args(argv)
+    parser = make_parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and (not hasattr(args, "overrides") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides += rest  # argparse stops collecting words at the first option
     if args.nproc > 1 and "RANK" not in os.environ:
         from launch.local import run_ranks
 

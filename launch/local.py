@@ -39,13 +39,21 @@ def run_ranks(argv: Sequence[str], *, nproc: int) -> int:
     old = {s: signal.signal(s, forward) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)}
     try:
         for rank in range(nproc):
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": nproc, "LOCAL_WORLD_SIZE": nproc, "MASTER_PORT": port}
-            env = {"OMP_NUM_THREADS": threads, "MASTER_ADDR": "127.0.0.1"} | os.environ | {k: str(v) for k, v in place.items()}
+            place = {
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": nproc,
+                "LOCAL_WORLD_SIZE": nproc,
+                "MASTER_PORT": port,
+            }
+            env = (
+                {"OMP_NUM_THREADS": threads, "MASTER_ADDR": "127.0.0.1"}
+                | os.environ
+                | {k: str(v) for k, v in place.items()}
+            )
             # A session of its own: Ctrl-C reaches a rank once, through `forward`.
             children.append(
-                subprocess.Popen(
-                    [*COMMAND, *argv], env=env, start_new_session=True, preexec_fn=dies_with_us
-                )
+                subprocess.Popen([*COMMAND, *argv], env=env, start_new_session=True, preexec_fn=dies_with_us)
             )
         return _wait(children)
     finally:

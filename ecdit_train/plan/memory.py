@@ -10,9 +10,9 @@ Every part has a formula; `c` is the size of the compute type.
     ema             4 per element held; 0 when it is off
     gathered        compute copies that FSDP has all-gathered: the root, and two neighbouring blocks with their
                     experts (all blocks when reshard_after_forward is off)
-    communication   whichever is more: the fp32 buffer in which the smaller kind of block's gradient is being reduced while
-                    its larger neighbour is recomputed, and the expert exchange's two buffers of f_c rows per token; or
-                    the larger kind's own fp32 buffer less that block's activations, which are freed by then
+    communication   whichever is more: the fp32 buffer in which the smaller kind of block's gradient is being reduced
+                    while its larger neighbour is recomputed, and the expert exchange's two buffers of f_c rows per
+                    token; or the larger kind's own fp32 buffer less that block's activations, which are freed by then
     activations     plan/activations.py
     encoders        frozen encoders in the compute type, whole on every rank, when they run inside training
     framework       device context, communicators and library workspaces; nothing on a CPU

@@ -94,7 +94,8 @@ class Loop:
                 after=self._update_average)
         except NonFiniteError as e:
             first = int(batch.position_B[0]) // c.train.global_batch * c.train.global_batch
-            raise NonFiniteError(f"step {state.step}, samples {first} to {first + c.train.global_batch - 1}: {e}") from e
+            last = first + c.train.global_batch - 1
+            raise NonFiniteError(f"step {state.step}, samples {first} to {last}: {e}") from e
 
     def _log(self, result: StepResult) -> None:
         """One record for every log interval; routing as the last step had it."""

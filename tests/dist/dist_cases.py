@@ -25,12 +25,30 @@ POOL = 16
 """Two half-masked images."""
 MAX_NORM = 0.01
 
-MODEL = ModelConfig(name="test", layers=4, width=32, heads=4, kv_heads=2, ffn_ratio=2, patch=2, text_width=64,
-                    text_refiner_layers=1)
-MOE = MoEConfig(router="expert_choice", experts=8, capacity_factor=2.0, scope="group", group_size=POOL, top_k=2,
-                balance_weight=0.01, combine="index_add")
-PARALLEL = ParallelConfig(dp_replicate=1, dp_shard=-1, tp=1, ep=1, sequence_parallel=False,
-                          activation_checkpointing="none", compile=False, overlap_chunks=1, reshard_after_forward=True)
+MODEL = ModelConfig(
+    name="test", layers=4, width=32, heads=4, kv_heads=2, ffn_ratio=2, patch=2, text_width=64, text_refiner_layers=1
+)
+MOE = MoEConfig(
+    router="expert_choice",
+    experts=8,
+    capacity_factor=2.0,
+    scope="group",
+    group_size=POOL,
+    top_k=2,
+    balance_weight=0.01,
+    combine="index_add",
+)
+PARALLEL = ParallelConfig(
+    dp_replicate=1,
+    dp_shard=-1,
+    tp=1,
+    ep=1,
+    sequence_parallel=False,
+    activation_checkpointing="none",
+    compile=False,
+    overlap_chunks=1,
+    reshard_after_forward=True,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,10 +70,14 @@ class Case:
 
     def __str__(self) -> str:
         p = self.parallel
-        extra = [f"{k}={v}" for k, v in vars(self).items()
-                 if k not in ("parallel", "model", "moe") and v != getattr(BASE, k)]
-        extra += [f"{k}={v}" for k, v in vars(p).items()
-                  if k not in ("tp", "ep", "dp_replicate") and v != getattr(PARALLEL, k)]
+        extra = [
+            f"{k}={v}" for k, v in vars(self).items() if k not in ("parallel", "model", "moe") and v != getattr(BASE, k)
+        ]
+        extra += [
+            f"{k}={v}"
+            for k, v in vars(p).items()
+            if k not in ("tp", "ep", "dp_replicate") and v != getattr(PARALLEL, k)
+        ]
         if self.moe.router != "expert_choice":
             extra.append(self.moe.router)
         if self.model.kv_heads != MODEL.kv_heads:
@@ -66,10 +88,29 @@ class Case:
 BASE = Case()
 
 
-def case(*, tp: int = 1, ep: int = 1, rep: int = 1, moe: MoEConfig = MOE, model: ModelConfig = MODEL, chunks: int = 1,
-         ac: Any = "none", reshard: bool = True, compiled: bool = False, **rest: Any) -> Case:
-    parallel = replace(PARALLEL, tp=tp, ep=ep, dp_replicate=rep, overlap_chunks=chunks, activation_checkpointing=ac,
-                       reshard_after_forward=reshard, compile=compiled)
+def case(
+    *,
+    tp: int = 1,
+    ep: int = 1,
+    rep: int = 1,
+    moe: MoEConfig = MOE,
+    model: ModelConfig = MODEL,
+    chunks: int = 1,
+    ac: Any = "none",
+    reshard: bool = True,
+    compiled: bool = False,
+    **rest: Any,
+) -> Case:
+    parallel = replace(
+        PARALLEL,
+        tp=tp,
+        ep=ep,
+        dp_replicate=rep,
+        overlap_chunks=chunks,
+        activation_checkpointing=ac,
+        reshard_after_forward=reshard,
+        compile=compiled,
+    )
     return Case(parallel=parallel, moe=moe, model=model, **rest)
 
 
@@ -109,11 +150,14 @@ def full_state(c: Case) -> dict[str, Tensor]:
 def batch(step: int) -> dict[str, Tensor]:
     g = torch.Generator().manual_seed(100 + step)
     return {
-        "latents": torch.randn(IMAGES, CHANNELS, SIDE, SIDE, generator=g), "t": torch.rand(IMAGES, generator=g),
+        "latents": torch.randn(IMAGES, CHANNELS, SIDE, SIDE, generator=g),
+        "t": torch.rand(IMAGES, generator=g),
         "features": torch.randn(IMAGES, TEXT_TOKENS, TEXT_FEATURES, generator=g),
-        "mask": torch.rand(IMAGES, TEXT_TOKENS, generator=g) < 0.7, "drop": torch.rand(IMAGES, generator=g) < 0.2,
+        "mask": torch.rand(IMAGES, TEXT_TOKENS, generator=g) < 0.7,
+        "drop": torch.rand(IMAGES, generator=g) < 0.2,
         "keep": torch.rand(IMAGES, 16, generator=g).argsort(1)[:, :KEPT].sort(1).values,
-        "target": torch.randn(IMAGES, KEPT, 4 * CHANNELS, generator=g)}
+        "target": torch.randn(IMAGES, KEPT, 4 * CHANNELS, generator=g),
+    }
 
 
 def optimizer(c: Case, parameters: Any) -> torch.optim.Optimizer:
@@ -205,8 +249,11 @@ def run_parallel(c: Case, mesh: Mesh) -> Trace:
 def same_bits(tensors: dict[str, Tensor], full: dict[str, Tensor], placements: dict[str, ParamPlacement]) -> bool:
     """What this rank holds is what the gathered tensors say."""
     with torch.no_grad():
-        return all(torch.equal(box.of_local(local(t)), box.of_global(full[n]))
-                   for n, t in tensors.items() for box in local_boxes(t, placements[n]))
+        return all(
+            torch.equal(box.of_local(local(t)), box.of_global(full[n]))
+            for n, t in tensors.items()
+            for box in local_boxes(t, placements[n])
+        )
 
 
 def gather_pools(index: Tensor, mesh: Mesh) -> Tensor:
@@ -264,9 +311,14 @@ def poison_drifted_copy(model: DiT, mesh: Mesh) -> None:
             local(model.final.weight).mul_(1 + 1e-14)
 
 
-POISONS: dict[str, Any] = {"": lambda model, mesh: None, "expert_scale": poison_expert_scale, "kv_sum": poison_kv_sum,
-                           "stale_index": poison_stale_index, "gate_gradient": poison_gate_gradient,
-                           "drifted_copy": poison_drifted_copy}
+POISONS: dict[str, Any] = {
+    "": lambda model, mesh: None,
+    "expert_scale": poison_expert_scale,
+    "kv_sum": poison_kv_sum,
+    "stale_index": poison_stale_index,
+    "gate_gradient": poison_gate_gradient,
+    "drifted_copy": poison_drifted_copy,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,8 +335,12 @@ class Errors:
 
     def within(self, bound: float, *, grad: float | None = None) -> bool:
         """`grad`: a bound of its own for gradients."""
-        return (max(self.loss, self.norm, self.weight) <= bound and self.grad <= (grad or bound)
-                and self.same_choices and self.copies_agree)
+        return (
+            max(self.loss, self.norm, self.weight) <= bound
+            and self.grad <= (grad or bound)
+            and self.same_choices
+            and self.copies_agree
+        )
 
 
 def compare(trace: Trace, reference: Trace) -> Errors:
@@ -299,9 +355,15 @@ def compare(trace: Trace, reference: Trace) -> Errors:
         loss=max(abs(a - b) / abs(b) for a, b in zip(trace.losses, reference.losses, strict=True)),
         norm=max(abs(a - b) / abs(b) for a, b in zip(trace.norms, reference.norms, strict=True)),
         weight=max(((trace.weights[n] - w).norm() / w.norm()).item() for n, w in reference.weights.items()),
-        grad=grad, grad_name=grad_name, copies_agree=trace.copies_agree,
-        same_choices=all(torch.equal(a, b) for x, y in zip(trace.chosen, reference.chosen, strict=True)
-                         for a, b in zip(x, y, strict=True)))
+        grad=grad,
+        grad_name=grad_name,
+        copies_agree=trace.copies_agree,
+        same_choices=all(
+            torch.equal(a, b)
+            for x, y in zip(trace.chosen, reference.chosen, strict=True)
+            for a, b in zip(x, y, strict=True)
+        ),
+    )
 
 
 def check_cases(runtime: Any, cases: list[Case]) -> list[tuple[str, Errors]]:

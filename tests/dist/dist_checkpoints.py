@@ -13,12 +13,21 @@ from ecdit_train.errors import CheckpointError
 from ecdit_train.parallel.placement import local
 
 FIRST, STEPS = 4, 14
-RUN = ("moe.experts=2", "moe.capacity_factor=1.0", "train.microbatch=2", f"train.steps={STEPS}", "checkpoint.every_steps=1000")
+RUN = (
+    "moe.experts=2",
+    "moe.capacity_factor=1.0",
+    "train.microbatch=2",
+    f"train.steps={STEPS}",
+    "checkpoint.every_steps=1000",
+)
 
 
 def sources(here: Any, folder: Path, shards: Path, layouts: dict[str, Layout]) -> dict[str, Life]:
     """A few steps under each layout, saved."""
-    return {name: live(here, folder / name, shards, (*RUN, *layout.words), stop_after=FIRST) for name, layout in layouts.items()}
+    return {
+        name: live(here, folder / name, shards, (*RUN, *layout.words), stop_after=FIRST)
+        for name, layout in layouts.items()
+    }
 
 
 def pairs(here: Any, folder: Path, shards: Path, layouts: dict[str, Layout], wanted: list[tuple[str, str]]
@@ -41,10 +50,15 @@ def naive(here: Any, folder: Path, shards: Path, layouts: dict[str, Layout]) -> 
         loop.close()
         tensors, comm = loop.state.tensors(), loop.spread.comm()
         answers = []
-        for how, values in (("refuse", tensors), ("refuse", {n: local(t) for n, t in tensors.items()}), ("trust", tensors)):
+        for how, values in (
+            ("refuse", tensors),
+            ("refuse", {n: local(t) for n, t in tensors.items()}),
+            ("trust", tensors),
+        ):
             try:
-                store.save(folder / name / f"naive-{len(answers)}", step=1, tensors=values, objects={}, comm=comm,
-                           replicas=how)  # type: ignore[arg-type]
+                store.save(
+                    folder / name / f"naive-{len(answers)}", step=1, tensors=values, objects={}, comm=comm, replicas=how
+                )  # type: ignore[arg-type]
                 answers.append("saved")
             except CheckpointError as e:
                 answers.append(str(e))

@@ -92,4 +92,4 @@ def _rank(rank: int, world: int, port: int, send: Any, fn: Callable[..., Any], a
         send.send((False, traceback.format_exc()))
     finally:
         send.close()
-        os._exit(0)      # no atexit work of vendors, no waiting for their threads
+        os._exit(0)  # no atexit work of vendors, no waiting for their threads

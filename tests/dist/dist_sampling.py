@@ -21,7 +21,9 @@ def draw(here: Any, run: Path, shards: Path, layouts: dict[str, Layout], asked: 
         painter, _ = build_painter(config, here, kind="raw", step=None)
         drawn = []
         for scope, prompts in asked:
-            pictures = painter.draw(prompts, how=replace(config.sample, scope=scope, group_size=32, guidance=2.0), step=0)
+            pictures = painter.draw(
+                prompts, how=replace(config.sample, scope=scope, group_size=32, guidance=2.0), step=0
+            )
             assert pictures.prompts == tuple(prompts)
             drawn.append((pictures.images, pictures.maps.counts))
         out[name] = drawn

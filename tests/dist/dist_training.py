@@ -12,11 +12,15 @@ from ecdit_train.errors import NonFiniteError
 from ecdit_train.train.loop import Loop
 
 
-def curves(here: Any, folder: Path, shards: Path, layouts: dict[str, Layout], extra: tuple[str, ...]) -> dict[str, Life]:
+def curves(
+    here: Any, folder: Path, shards: Path, layouts: dict[str, Layout], extra: tuple[str, ...]
+) -> dict[str, Life]:
     return {name: live(here, folder / name, shards, (*extra, *layout.words)) for name, layout in layouts.items()}
 
 
-def looked_at(here: Any, folder: Path, shards: Path, variants: dict[str, tuple[str, ...]]) -> dict[str, tuple[Life, Life]]:
+def looked_at(
+    here: Any, folder: Path, shards: Path, variants: dict[str, tuple[str, ...]]
+) -> dict[str, tuple[Life, Life]]:
     """Each variant blind and with sample grids."""
     out = {}
     for name, extra in variants.items():
@@ -54,13 +58,17 @@ def poisoned(here: Any, folder: Path, shards: Path, variants: dict[str, tuple[st
             loop._step = step  # type: ignore[method-assign]
             if where == "loss":
                 loss = loop.flow.loss
-                object.__setattr__(loop.flow, "loss", lambda *a, **k: loss(*a, **k) * (math.nan if at_step_3() else 1.0))
+                object.__setattr__(
+                    loop.flow, "loss", lambda *a, **k: loss(*a, **k) * (math.nan if at_step_3() else 1.0)
+                )
             else:
                 clip = loop.spread.clip
 
                 def spoil(*, max_norm: float) -> Any:
                     if at_step_3():
-                        grad = next(p.grad for n, p in loop.state.params.items() if n == "blocks.0.feed_forward.up.weight")
+                        grad = next(
+                            p.grad for n, p in loop.state.params.items() if n == "blocks.0.feed_forward.up.weight"
+                        )
                         (grad.to_local() if hasattr(grad, "to_local") else grad)[0, 0] = math.inf
                     return clip(max_norm=max_norm)
 

@@ -1,4 +1,4 @@
-"""A checkpoint belongs to no layout: what one layout saves, every other loads bit for bit, and the same losses follow."""
+"""A checkpoint belongs to no layout: what one saves, every other loads bit for bit, and the same losses follow."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from dist_checkpoints import FIRST, RUN, STEPS, naive, pairs, sources
 from dist_harness import run_distributed
-from dist_runs import Layout, Life, digest
+from dist_runs import TWO_HEADS, Layout, Life, digest
 from tiny_runs import configure
 
 from ecdit_train.build import build_training
@@ -16,7 +16,7 @@ from ecdit_train.checkpoint.manifest import read
 from ecdit_train.errors import CheckpointError
 from ecdit_train.parallel import runtime
 
-# Two experts, so that four ranks share one: experts are then cut inside, not between. One kv head, held twice with tp 2.
+# Two experts on four ranks: experts are then cut inside, not between. One kv head, which two tp ranks both hold.
 LAYOUTS = {
     "one": Layout(world=1),
     "dp2": Layout(world=2),
@@ -26,8 +26,8 @@ LAYOUTS = {
     "dp2_tp2_ep2": Layout(world=4, words=("parallel.tp=2", "parallel.ep=2")),
 }
 SOME = [
-    ("one", "dp2_tp2_ep2"), ("dp2_tp2_ep2", "one"), ("tp2", "one"), ("dp2", "tp2"), ("dp2_ep2", "tp2"), ("tp2", "dp2_ep2"),
-    ("tp2", "hsdp2x2"), ("hsdp2x2", "dp2"), ("dp2_ep2", "hsdp2x2"),
+    ("one", "dp2_tp2_ep2"), ("dp2_tp2_ep2", "one"), ("tp2", "one"), ("dp2", "tp2"), ("dp2_ep2", "tp2"),
+    ("tp2", "dp2_ep2"), ("tp2", "hsdp2x2"), ("hsdp2x2", "dp2"), ("dp2_ep2", "hsdp2x2"),
 ]  # fmt: skip
 """Each layout as a source and as a target at least once."""
 
@@ -105,8 +105,8 @@ def test_shards_taken_for_whole_tensors_are_caught(tiny_shards, tmp_path):
         assert "lacks its ParamPlacement" in no_mesh, (name, no_mesh)
         assert trusted == "saved"
         path = tmp_path / name / "naive-2" / "step_00000001"
-        whole = build_training(configure(tmp_path / "whole" / name, tiny_shards, *RUN, "model.width=128", "model.heads=2"),
-                               runtime.start("cpu", env={}), stop_after=None)  # fmt: skip
+        config = configure(tmp_path / "whole" / name, tiny_shards, *RUN, *TWO_HEADS)
+        whole = build_training(config, runtime.start("cpu", env={}), stop_after=None)
         whole.close()
         targets = whole.spread.placed(whole.state.tensors())
         with pytest.raises(CheckpointError, match="does not fit"):

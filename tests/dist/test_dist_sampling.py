@@ -21,8 +21,8 @@ LAYOUTS = {
     "dp2_ep2": Layout(world=2, words=("parallel.ep=2",)),
 }
 PROMPTS = ["a red circle", "a blue square", "a green triangle", "a red circle", "a yellow cross"]
-ASKED = [("image", PROMPTS[:1]), ("image", PROMPTS[:3]), ("image", PROMPTS), ("group", PROMPTS[:1]), ("group", PROMPTS[:3]),
-         ("group", PROMPTS)]  # fmt: skip
+ASKED = [("image", PROMPTS[:1]), ("image", PROMPTS[:3]), ("image", PROMPTS), ("group", PROMPTS[:1]),
+         ("group", PROMPTS[:3]), ("group", PROMPTS)]  # fmt: skip
 """Two pictures fill a group: fewer prompts than ranks, than pools, and neither even."""
 
 

@@ -83,7 +83,9 @@ def data_files(run: Path) -> dict[str, bytes]:
 def test_drawing_does_not_touch_training(tiny_shards, tmp_path):
     """FSDP keeps the root gathered after a forward pass without a backward: weights changed in their shards, as the
     average is swapped in, would go unseen."""
-    for name, (blind, seeing) in run_distributed(2, looked_at, tmp_path, tiny_shards, TWO_RANKS, timeout=240)[0].items():
+    for name, (blind, seeing) in run_distributed(2, looked_at, tmp_path, tiny_shards, TWO_RANKS, timeout=240)[
+        0
+    ].items():
         assert len(list((tmp_path / name / "seeing" / "samples").glob("*.png"))) == 6
         assert seeing.losses == blind.losses, name
         assert seeing.tensors == blind.tensors, name
@@ -93,7 +95,9 @@ def test_drawing_does_not_touch_training(tiny_shards, tmp_path):
 
 
 def test_interrupted_and_resumed(tiny_shards, tmp_path):
-    for name, (whole, *parts) in run_distributed(2, interrupted, tmp_path, tiny_shards, TWO_RANKS, timeout=240)[0].items():
+    for name, (whole, *parts) in run_distributed(2, interrupted, tmp_path, tiny_shards, TWO_RANKS, timeout=240)[
+        0
+    ].items():
         assert [life.step for life in parts] == [1, 5, 12]
         assert [life.finished for life in parts] == [False, False, True]
         assert tuple(loss for life in parts for loss in life.losses) == whole.losses, name

@@ -13,7 +13,7 @@ from tiny_runs import assert_same, configure, live, records, steady
 from data_pipeline.prepare import RawMembers, write_shards
 from ecdit_train.build import build_painter
 from ecdit_train.diffusion.encoders import HashTextEncoder
-from ecdit_train.errors import ConfigError
+from ecdit_train.errors import CheckpointError, ConfigError
 from ecdit_train.parallel.runtime import start
 
 
@@ -134,3 +134,34 @@ def test_the_unmasked_stage_trains(tiny_shards, tmp_path):
     assert (stopped.finished, life.finished) == (False, True)
     whole = live(configure(tmp_path / "whole", tiny_shards, "diffusion.mask_ratio=0.0", "train.steps=6"))
     assert_same(life.tensors, whole.tensors)
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.0])
+def test_the_unmasked_stage_starts_from_a_masked_runs_average(decay, tiny_shards, tmp_path):
+    """Weights and average begin as the other run's average (its raw weights if it keeps none); the optimizer is new."""
+    average = f"optim.ema_decay={decay}"
+    masked = live(configure(tmp_path / "masked", tiny_shards, "train.steps=6", average))
+    config = configure(tmp_path / "unmasked", tiny_shards, "train.steps=6", average, "diffusion.mask_ratio=0.0",
+                       f"train.init_from={tmp_path / 'masked'}")  # fmt: skip
+    begun = {}
+
+    def look(loop):
+        begun.update({name: t.clone() for name, t in loop.state.tensors().items()})
+
+    live(config, stop_after=2, before=look)
+    source = "ema" if decay else "model"
+    for name, t in begun.items():
+        part, parameter = name.split("/", 1)
+        expected = torch.zeros_like(t) if part.startswith("optim.") else masked.tensors[f"{source}/{parameter}"]
+        assert torch.equal(t, expected), name
+    resumed = live(config)  # from its own checkpoint, not from the other run again
+    whole = live(configure(tmp_path / "whole", tiny_shards, "train.steps=6", average, "diffusion.mask_ratio=0.0",
+                           f"train.init_from={tmp_path / 'masked'}"))  # fmt: skip
+    assert_same(resumed.tensors, whole.tensors)
+
+
+def test_nothing_to_start_from(tiny_shards, tmp_path):
+    config = configure(tmp_path / "run", tiny_shards, f"train.init_from={tmp_path / 'none'}")
+    with pytest.raises(CheckpointError, match="no committed checkpoint"):
+        live(config)
+    assert not (tmp_path / "run").exists()

@@ -103,7 +103,11 @@ def test_ranks_that_hang_are_ended_with_what_they_started(ranks, tmp_path):
     assert gone(*map(int, (tmp_path / "hangs").read_text().split()))
 
 
-LAUNCHER = "import sys\nfrom launch import local\nlocal.COMMAND = tuple(sys.argv[1:])\nsys.exit(local.run_ranks([], nproc=2))\n"
+LAUNCHER = """import sys
+from launch import local
+local.COMMAND = tuple(sys.argv[1:])
+sys.exit(local.run_ranks([], nproc=2))
+"""
 PATIENT = """
     def stop(number, frame):
         open(f'{folder}/stopped-{{rank}}', 'w').write(str(number))

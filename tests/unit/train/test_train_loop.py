@@ -92,7 +92,7 @@ def test_non_finite_ends_the_run_before_the_update(tiny_shards, tmp_path):
 
         loop._step = poisoned
 
-    with pytest.raises(NonFiniteError, match="step 5, samples 40 to 47 of this rank: loss") as error:
+    with pytest.raises(NonFiniteError, match="step 5, samples 40 to 47: loss") as error:
         live(configure(tmp_path, tiny_shards), before=meddle)
     assert error.value.exit_code == 80
     assert_same(caught["before"], caught["loop"].state.tensors())
