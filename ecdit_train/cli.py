@@ -32,6 +32,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(run_ranks(sys.argv[1:] if argv is None else argv, nproc=args.nproc))  # a rank passes over --nproc
     try:
         code = args.verb(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of a pipe has seen enough, as in `ecdit plan ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = errors.EXIT_OK
     except Exception as e:
         if not isinstance(getattr(e, "exit_code", None), int):
             raise
