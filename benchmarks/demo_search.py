@@ -61,7 +61,8 @@ def main(words: list[str]) -> None:
     drawn = [shape_sample(i, spec=spec, seed=0) for i in range(int(own.get("count", 4000)))]
     codec = make_image_codec(c.encoders.image, device="cpu", dtype=torch.float32)
     text = make_text_encoder(c.encoders.text, device="cpu", dtype=torch.float32)
-    assert codec is not None and text is not None
+    assert codec is not None
+    assert text is not None
     latents = codec.encode(torch.from_numpy(np.stack([s.image for s in drawn])))
     features, mask = text.encode([s.caption for s in drawn])
 
@@ -81,16 +82,28 @@ def main(words: list[str]) -> None:
         while time.process_time() - START - drawing < seconds * quarter / 4:
             rows = torch.from_numpy(rng.integers(0, len(drawn), c.train.global_batch))
             position = torch.arange(c.train.global_batch) + state.step * c.train.global_batch
-            batch = Microbatch(position_B=position, latents_BCHW=latents[rows], features_BLX=features[rows], mask_BL=mask[rows])
+            batch = Microbatch(
+                position_B=position, latents_BCHW=latents[rows], features_BLX=features[rows], mask_BL=mask[rows]
+            )
             # The schedule runs on time here: the demo's step count is fixed from what this reaches.
             share = min(1.0, (time.process_time() - START - drawing) / seconds)
-            step = state.step if state.step < c.optim.warmup_steps else int(
-                c.optim.warmup_steps + share * (c.train.steps - c.optim.warmup_steps))
+            step = (
+                state.step
+                if state.step < c.optim.warmup_steps
+                else int(c.optim.warmup_steps + share * (c.train.steps - c.optim.warmup_steps))
+            )
             result = train_step(
-                list(split(batch, size=c.train.microbatch)), model=model, optimizer=state.optimizer,
-                lr=learning_rate(step, c.optim, total_steps=c.train.steps), max_norm=c.optim.clip_norm, flow=flow,
-                pool=c.pool_tokens, patch=c.model.patch, spread=spread,
-                after=lambda: state.ema.update(state.step) if state.ema is not None else None)
+                list(split(batch, size=c.train.microbatch)),
+                model=model,
+                optimizer=state.optimizer,
+                lr=learning_rate(step, c.optim, total_steps=c.train.steps),
+                max_norm=c.optim.clip_norm,
+                flow=flow,
+                pool=c.pool_tokens,
+                patch=c.model.patch,
+                spread=spread,
+                after=lambda: state.ema.update(state.step) if state.ema is not None else None,
+            )
             state.step += 1
             losses.append(result.loss)
         t = time.process_time()
@@ -100,8 +113,18 @@ def main(words: list[str]) -> None:
                 pictures = painter.draw([m["prompt"] for m in wanted], how=how, step=state.step)
             if "grid" in own and guidance == 2.0:
                 sample_grid(pictures.images[:32], pictures.prompts[:32], Path(own["grid"]), columns=8)
-            print(json.dumps({"quarter": quarter, "steps": state.step, "loss": round(float(np.mean(losses[-50:])), 4),
-                              "guidance": guidance, **shares(pictures.images, wanted)}), flush=True)
+            print(
+                json.dumps(
+                    {
+                        "quarter": quarter,
+                        "steps": state.step,
+                        "loss": round(float(np.mean(losses[-50:])), 4),
+                        "guidance": guidance,
+                        **shares(pictures.images, wanted),
+                    }
+                ),
+                flush=True,
+            )
         drawing += time.process_time() - t
 
 
@@ -113,7 +136,11 @@ def shares(images: np.ndarray, wanted: list[dict]) -> dict[str, float]:
         shape.append(found is not None and found[0] == m["include"][0]["class"])
         color.append(found is not None and found[1] == m["include"][0]["color"])
         right.append(grade(image, m).correct)
-    return {"right": round(float(np.mean(right)), 3), "shape": round(float(np.mean(shape)), 3), "color": round(float(np.mean(color)), 3)}
+    return {
+        "right": round(float(np.mean(right)), 3),
+        "shape": round(float(np.mean(shape)), 3),
+        "color": round(float(np.mean(color)), 3),
+    }
 
 
 START = time.process_time()

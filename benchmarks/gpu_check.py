@@ -43,7 +43,9 @@ def parity(device: str) -> float:
     """Largest relative difference from Algorithm 1 in fp64 over values and all gradients."""
     worst = 0.0
     for deterministic in (False, True):
-        ours = expert_choice(64, hidden=256, experts=8, capacity_factor=2, deterministic=deterministic).double().to(device)
+        ours = (
+            expert_choice(64, hidden=256, experts=8, capacity_factor=2, deterministic=deterministic).double().to(device)
+        )
         literal = Algorithm1(64, hidden=256, experts=8, capacity=64).double().to(device)
         fill_on(ours, seed=0)
         copy_weights(ours, literal)
@@ -54,8 +56,13 @@ def parity(device: str) -> float:
         z.square().sum().backward()
         up = torch.stack([e.up.weight.grad.T for e in literal.experts])
         down = torch.stack([e.down.weight.grad.T for e in literal.experts])
-        pairs = [(y, z), (a.grad, b.grad), (ours.router.weight.grad, literal.weight.grad), (ours.experts.up.grad, up),
-                 (ours.experts.down.grad, down)]
+        pairs = [
+            (y, z),
+            (a.grad, b.grad),
+            (ours.router.weight.grad, literal.weight.grad),
+            (ours.experts.up.grad, up),
+            (ours.experts.down.grad, down),
+        ]
         worst = max([worst, *(distance(p, q) for p, q in pairs)])
     return worst
 
@@ -69,7 +76,10 @@ def bf16_distance(device: str) -> float:
     low, chosen = layer(x, pool=256)
     layer.float()
     high, same = layer(x.float(), pool=256)
-    shared = [set(p.tolist()) == set(q.tolist()) for p, q in zip(chosen.index_EGC.flatten(0, 1), same.index_EGC.flatten(0, 1), strict=True)]
+    shared = [
+        set(p.tolist()) == set(q.tolist())
+        for p, q in zip(chosen.index_EGC.flatten(0, 1), same.index_EGC.flatten(0, 1), strict=True)
+    ]
     assert all(shared), "routing must not depend on the compute precision"
     return distance(low.float(), high)
 
@@ -95,9 +105,11 @@ def step_without_sync(device: str, *, precision: str) -> float:
     weights.fill(model, placements, seed=0)
     B = c.train.microbatch
     micro = Microbatch(
-        position_B=torch.arange(B, device=device), latents_BCHW=torch.randn(B, 3, c.latent_side, c.latent_side, device=device),
+        position_B=torch.arange(B, device=device),
+        latents_BCHW=torch.randn(B, 3, c.latent_side, c.latent_side, device=device),
         features_BLX=torch.randn(B, c.encoders.text.max_tokens, c.encoders.text.width, device=device),
-        mask_BL=torch.ones(B, c.encoders.text.max_tokens, dtype=torch.bool, device=device))
+        mask_BL=torch.ones(B, c.encoders.text.max_tokens, dtype=torch.bool, device=device),
+    )
     flow = Flow(config=c.diffusion, seed=0, num_patches=c.patches_per_image, num_kept=c.tokens_per_image)
 
     class Alone:
@@ -116,7 +128,7 @@ def step_without_sync(device: str, *, precision: str) -> float:
         forward_backward(model, [micro], flow=flow, pool=c.pool_tokens, patch=c.model.patch, spread=alone)
         return alone.clip(max_norm=1.0)
 
-    step()                                                       # allocations and library handles of a first step may sync
+    step()  # allocations and library handles of a first step may sync
     with forbidden_sync(device):
         norm = step()
     return float(norm)
@@ -160,8 +172,11 @@ def throughput(device: str, *, width: int, experts: int, tokens: int, pool: int,
     def products() -> Tensor:
         return torch.bmm(F.gelu(torch.bmm(dispatched, layer.experts.up), approximate="tanh"), layer.experts.down)
 
-    works = {"layer": lambda: layer(x, pool=pool)[0].sum().backward(), "bmm": lambda: products().sum().backward(),
-             "algorithm1": lambda: literal(x).sum().backward()}
+    works = {
+        "layer": lambda: layer(x, pool=pool)[0].sum().backward(),
+        "bmm": lambda: products().sum().backward(),
+        "algorithm1": lambda: literal(x).sum().backward(),
+    }
     times: dict[str, list[float]] = {name: [] for name in works}
     for work in works.values():
         work()
@@ -170,8 +185,12 @@ def throughput(device: str, *, width: int, experts: int, tokens: int, pool: int,
             times[name].append(seconds(work, device=device, repeat=1))
     median = {name: sorted(t)[len(t) // 2] for name, t in times.items()}
     flops = 3 * 2 * 2 * rows * width * hidden
-    return {"layer_tflops": flops / median["layer"] / 1e12, "bmm_tflops": flops / median["bmm"] / 1e12,
-            "bmm / layer": median["bmm"] / median["layer"], "algorithm1 / layer": median["algorithm1"] / median["layer"]}
+    return {
+        "layer_tflops": flops / median["layer"] / 1e12,
+        "bmm_tflops": flops / median["bmm"] / 1e12,
+        "bmm / layer": median["bmm"] / median["layer"],
+        "algorithm1 / layer": median["algorithm1"] / median["layer"],
+    }
 
 
 def distance(a: Tensor, b: Tensor) -> float:
@@ -186,7 +205,9 @@ def fill_on(module: nn.Module, *, seed: int) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="gpu_check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="gpu_check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     device = parser.parse_args(arguments).device
     if device == "cuda" and not torch.cuda.is_available():
@@ -194,26 +215,39 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     cuda = device == "cuda"
     results: dict[str, float] = {
-        "parity_fp64": parity(device), "bf16": bf16_distance(device),
+        "parity_fp64": parity(device),
+        "bf16": bf16_distance(device),
         "fullgraph": one_graph(device, backend="inductor" if cuda else "aot_eager"),
         "step_norm_fp32": step_without_sync(device, precision="fp32"),
         "step_norm_bf16": step_without_sync(device, precision="bf16"),
     }
-    bars = [Bar(name="parity with Algorithm 1, fp64", value=results["parity_fp64"], limit=1e-9, at_least=False),
-            Bar(name="bf16 against fp32", value=results["bf16"], limit=2e-2, at_least=False),
-            Bar(name="fullgraph against eager", value=results["fullgraph"], limit=1e-4, at_least=False)]
-    shapes = {name: throughput(device, width=w, experts=e, tokens=8192, pool=1024) for name, (w, e) in SHAPES.items()} if cuda else {
-        "small": throughput(device, width=64, experts=8, tokens=512, pool=256, repeat=3)}
+    bars = [
+        Bar(name="parity with Algorithm 1, fp64", value=results["parity_fp64"], limit=1e-9, at_least=False),
+        Bar(name="bf16 against fp32", value=results["bf16"], limit=2e-2, at_least=False),
+        Bar(name="fullgraph against eager", value=results["fullgraph"], limit=1e-4, at_least=False),
+    ]
+    shapes = (
+        {name: throughput(device, width=w, experts=e, tokens=8192, pool=1024) for name, (w, e) in SHAPES.items()}
+        if cuda
+        else {"small": throughput(device, width=64, experts=8, tokens=512, pool=256, repeat=3)}
+    )
     for name, row in shapes.items():
         print(name, {k: round(v, 3) for k, v in row.items()})
         if cuda:
             bars.append(Bar(name=f"{name}: layer / bmm TFLOP/s", value=row["bmm / layer"], limit=0.85, at_least=True))
-            bars.append(Bar(name=f"{name}: Algorithm 1 / layer", value=row["algorithm1 / layer"], limit=1.5, at_least=True))
+            bars.append(
+                Bar(name=f"{name}: Algorithm 1 / layer", value=row["algorithm1 / layer"], limit=1.5, at_least=True)
+            )
     if not cuda:
         for bar in bars:
             print(bar)
         return int(not all(bar.passed for bar in bars))
-    return report("gpu_check", settings={"device": torch.cuda.get_device_name(), "tokens": 8192, "pool": 1024, "capacity_factor": 2}, ratios={**results, **shapes}, bars=bars)
+    return report(
+        "gpu_check",
+        settings={"device": torch.cuda.get_device_name(), "tokens": 8192, "pool": 1024, "capacity_factor": 2},
+        ratios={**results, **shapes},
+        bars=bars,
+    )
 
 
 if __name__ == "__main__":

@@ -129,15 +129,29 @@ def configuration() -> str:
     last_of_group = {section.partition(".")[0]: section for section in sections}
     for section, keys in sections.items():
         parts.append(f"\n## {section or 'top level'}\n\n")
-        if section and (doc := classes_of[section].__doc__ or "").strip() and "(" not in doc[: len(classes_of[section].__name__) + 1]:
+        if (
+            section
+            and (doc := classes_of[section].__doc__ or "").strip()
+            and "(" not in doc[: len(classes_of[section].__name__) + 1]
+        ):
             parts.append(one_line(doc) + "\n\n")
         group = section.partition(".")[0]
-        rows = [[f"`{key}`", _value(default[key]), _type(leaf_types()[key]), kind[key], _meaning(meaning.get(key, ""), group)]
-                for key in keys]
+        rows = [
+            [
+                f"`{key}`",
+                _value(default[key]),
+                _type(leaf_types()[key]),
+                kind[key],
+                _meaning(meaning.get(key, ""), group),
+            ]
+            for key in keys
+        ]
         parts.append(table(["key", "default", "type", "on resume", "meaning"], rows))
         if group in groups() and section == last_of_group[group]:
             parts.append("\n" + _choices(group))
-    parts.append("\n## experiment\n\nPresets: whole runs as differences from the default. `experiment=NAME` chooses one.\n\n")
+    parts.append(
+        "\n## experiment\n\nPresets: whole runs as differences from the default. `experiment=NAME` chooses one.\n\n"
+    )
     parts.append(_choices("experiment", sentence=False))
     parts.append("\n## debug\n\nChecks on top of any experiment, as in `experiment=shapes_tiny debug=sanity`.\n\n")
     parts.append(_choices("debug", sentence=False))
@@ -193,7 +207,11 @@ def _value(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple):
-        return f"{len(value)} entries" if value and any(" " in str(v) for v in value) else "[" + ", ".join(map(str, value)) + "]"
+        return (
+            f"{len(value)} entries"
+            if value and any(" " in str(v) for v in value)
+            else "[" + ", ".join(map(str, value)) + "]"
+        )
     return str(value)
 
 
@@ -218,7 +236,11 @@ def metrics() -> str:
         "since the epoch); a value that is not finite is written as `null`.\n",
     ]
     for group in dict.fromkeys(name.partition("/")[0] for name in METRICS):
-        rows = [[f"`{name}`", m.unit, m.reduction, m.question] for name, m in METRICS.items() if name.startswith(f"{group}/")]
+        rows = [
+            [f"`{name}`", m.unit, m.reduction, m.question]
+            for name, m in METRICS.items()
+            if name.startswith(f"{group}/")
+        ]
         parts.append(f"\n## {group}\n\n" + table(["name", "unit", "reduction", "the question it answers"], rows))
     return "".join(parts)
 
@@ -227,10 +249,21 @@ def metrics() -> str:
 
 ERROR_MODULES = ("ecdit_train.errors", "data_pipeline.errors", "launch.submit")
 RUNBOOK = {
-    "MissingShard": "bad-shards", "TruncatedShard": "bad-shards", "CorruptShard": "bad-shards", "UndecodableImage": "bad-shards",
-    "BadCaption": "bad-shards", "WrongView": "bad-shards", "BadMember": "bad-shards", "BadSplit": "bad-shards",
-    "TooManyBad": "bad-shards", "BadArray": "bad-shards", "DataError": "bad-shards", "ConfigError": "config-refused",
-    "CheckpointError": "corrupt-checkpoint", "RunFolderError": "another-configuration", "NonFiniteError": "non-finite-loss",
+    "MissingShard": "bad-shards",
+    "TruncatedShard": "bad-shards",
+    "CorruptShard": "bad-shards",
+    "UndecodableImage": "bad-shards",
+    "BadCaption": "bad-shards",
+    "WrongView": "bad-shards",
+    "BadMember": "bad-shards",
+    "BadSplit": "bad-shards",
+    "TooManyBad": "bad-shards",
+    "BadArray": "bad-shards",
+    "DataError": "bad-shards",
+    "ConfigError": "config-refused",
+    "CheckpointError": "corrupt-checkpoint",
+    "RunFolderError": "another-configuration",
+    "NonFiniteError": "non-finite-loss",
     "PeerLostError": "hang",
 }
 HOWTO = {"EncoderError": "use-real-encoders", "SubmitError": "submit-to-slurm", "PeerLostError": "debug-a-run"}
@@ -253,29 +286,41 @@ def exit_codes() -> str:
     rows = [
         [str(errors.EXIT_OK), "", "Done.", ""],
         ["2", "", "The command line itself cannot be read (unknown verb or option).", "`ecdit VERB --help`"],
-        [str(errors.EXIT_REQUEUE), "", "Stopped on request with everything saved: run it again.",
-         "[submit to Slurm](../how-to/submit-to-slurm.md)"],
+        [
+            str(errors.EXIT_REQUEUE),
+            "",
+            "Stopped on request with everything saved: run it again.",
+            "[submit to Slurm](../how-to/submit-to-slurm.md)",
+        ],
     ]
     for error in error_classes():
         if error is errors.EcditError:
-            rows.append([str(error.exit_code), f"`{error.__name__}`", "An error without a code of its own, or a defect of ecdit (then "
-                         "with a traceback).", "[debug a run](../how-to/debug-a-run.md)"])
+            rows.append(
+                [
+                    str(error.exit_code),
+                    f"`{error.__name__}`",
+                    "An error without a code of its own, or a defect of ecdit (then with a traceback).",
+                    "[debug a run](../how-to/debug-a-run.md)",
+                ]
+            )
             continue
         name, text = error.__name__, one_line((error.__doc__ or "").split("\n\n")[0])
         link = f"[{RUNBOOK[name]}](../runbook/{RUNBOOK[name]}.md)" if name in RUNBOOK else ""
         link = f"[{HOWTO[name]}](../how-to/{HOWTO[name]}.md)" if name in HOWTO else link
         rows.append([str(error.exit_code), f"`{name}`", text, link])  # type: ignore[attr-defined]
     rows.sort(key=lambda row: int(row[0]))
-    return "".join([
-        NOTE.format(source=", ".join(f"`{name}`" for name in ERROR_MODULES).replace("`", "")),
-        "# Exit codes\n\n",
-        "What an `ecdit` process returns, also as one of several ranks. Every code from 60 on comes with one line per problem on stderr: "
-        "`ecdit: CLASS: what, where, the rule, the nearest valid value`.\n\n",
-        table(["code", "class", "meaning", "what to do"], rows),
-        "\n`ecdit --nproc N` returns the code of the first rank that failed, or 128 + the number of the signal that ended it. torchrun "
-        "turns every failure into 1, so a rank also leaves its code in the file that `ECDIT_EXIT_FILE` names; the job script of "
-        "`ecdit launch` reads it.\n",
-    ])
+    return "".join(
+        [
+            NOTE.format(source=", ".join(f"`{name}`" for name in ERROR_MODULES).replace("`", "")),
+            "# Exit codes\n\n",
+            "What an `ecdit` process returns, also as one of several ranks. Every code from 60 on comes with one line per problem on stderr: "
+            "`ecdit: CLASS: what, where, the rule, the nearest valid value`.\n\n",
+            table(["code", "class", "meaning", "what to do"], rows),
+            "\n`ecdit --nproc N` returns the code of the first rank that failed, or 128 + the number of the signal that ended it. torchrun "
+            "turns every failure into 1, so a rank also leaves its code in the file that `ECDIT_EXIT_FILE` names; the job script of "
+            "`ecdit launch` reads it.\n",
+        ]
+    )
 
 
 # --- plan-json.md ----------------------------------------------------------------------------------------------------
@@ -296,16 +341,18 @@ def plan_json() -> str:
             rows.append([f"`{key}`", value])
         else:
             rows[-1][1] += " " + value
-    return "".join([
-        NOTE.format(source="the docstring of ecdit_train/plan/document.py"),
-        "# What `ecdit plan --json` prints\n\n",
-        "One JSON object. Keys are stable; numbers are plain (bytes, seconds, FLOPs, parameters). Everything in it is arithmetic from the "
-        "configuration and the rates that the [cluster section](configuration.md#cluster) states. It was never measured on a GPU: use it "
-        "to compare layouts, not to promise a date.\n\n",
-        table(["key", "value"], rows),
-        "\n`suggested_layout.overrides` can be pasted behind `ecdit train` or `ecdit launch`. Rules of thumb are in "
-        "[choose a layout](../how-to/choose-a-layout.md).\n",
-    ])
+    return "".join(
+        [
+            NOTE.format(source="the docstring of ecdit_train/plan/document.py"),
+            "# What `ecdit plan --json` prints\n\n",
+            "One JSON object. Keys are stable; numbers are plain (bytes, seconds, FLOPs, parameters). Everything in it is arithmetic from the "
+            "configuration and the rates that the [cluster section](configuration.md#cluster) states. It was never measured on a GPU: use it "
+            "to compare layouts, not to promise a date.\n\n",
+            table(["key", "value"], rows),
+            "\n`suggested_layout.overrides` can be pasted behind `ecdit train` or `ecdit launch`. Rules of thumb are in "
+            "[choose a layout](../how-to/choose-a-layout.md).\n",
+        ]
+    )
 
 
 PAGES: dict[str, Callable[[], str]] = {
@@ -319,8 +366,11 @@ PAGES: dict[str, Callable[[], str]] = {
 
 def stale() -> list[str]:
     """Generated pages whose text is not what the code says now."""
-    return [name for name, make in PAGES.items()
-            if not (REFERENCE / name).is_file() or (REFERENCE / name).read_text(encoding="utf-8") != make()]
+    return [
+        name
+        for name, make in PAGES.items()
+        if not (REFERENCE / name).is_file() or (REFERENCE / name).read_text(encoding="utf-8") != make()
+    ]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -86,7 +86,9 @@ class Ranks:
 def spread_model(config: RunConfig, here: Runtime, *, mesh: Mesh) -> Ranks:
     """The network built on the meta device, spread, then filled with its first weights box by box."""
     with torch.device("meta"):
-        model = DiT(config.model, config.moe, channels=config.encoders.image.channels, text_features=config.encoders.text.width)
+        model = DiT(
+            config.model, config.moe, channels=config.encoders.image.channels, text_features=config.encoders.text.width
+        )
     placements = parallelize(model, mesh=mesh, parallel=config.parallel, precision=config.train.precision)
     model.to_empty(device=here.device)
     weights.fill(model, placements, seed=config.train.seed)
@@ -96,8 +98,15 @@ def spread_model(config: RunConfig, here: Runtime, *, mesh: Mesh) -> Ranks:
 class EncodedBatches:
     """The loader's numpy batches as device tensors, through the frozen encoders where the shards hold raw data."""
 
-    def __init__(self, loader: StreamingLoader, *, text: TextEncoder | None, codec: ImageCodec | None, config: RunConfig,
-                 device: torch.device) -> None:
+    def __init__(
+        self,
+        loader: StreamingLoader,
+        *,
+        text: TextEncoder | None,
+        codec: ImageCodec | None,
+        config: RunConfig,
+        device: torch.device,
+    ) -> None:
         self._loader, self._text, self._codec, self._config, self._device = loader, text, codec, config, device
         self._first: Microbatch | None = None
 
@@ -108,8 +117,13 @@ class EncodedBatches:
         image, text = self._config.encoders.image, self._config.encoders.text
         side = self._config.latent_side
         for what, found, wanted in (
-                ("latents of shape (channels, side, side)", tuple(self._first.latents_BCHW.shape[1:]), (image.channels, side, side)),
-                ("text embeddings of width", self._first.features_BLX.shape[2], text.width)):
+            (
+                "latents of shape (channels, side, side)",
+                tuple(self._first.latents_BCHW.shape[1:]),
+                (image.channels, side, side),
+            ),
+            ("text embeddings of width", self._first.features_BLX.shape[2], text.width),
+        ):
             if found != wanted:
                 raise BadArray(f"{self._config.data.shards}: {what} {found}; the configuration says {wanted}")
 
@@ -123,16 +137,22 @@ class EncodedBatches:
             image = self._config.encoders.image
             latents = (torch.from_numpy(batch.latents).to(self._device).float() - image.shift) * image.scale
         else:
-            assert self._codec is not None and batch.images is not None
+            assert self._codec is not None
+            assert batch.images is not None
             latents = self._codec.encode(torch.from_numpy(batch.images).to(self._device))
         if batch.text is not None:
             assert batch.text_mask is not None
             features, mask = torch.from_numpy(batch.text), torch.from_numpy(batch.text_mask)
         else:
-            assert self._text is not None and batch.captions is not None
+            assert self._text is not None
+            assert batch.captions is not None
             features, mask = self._text.encode(batch.captions)
-        return Microbatch(position_B=torch.from_numpy(batch.position).to(self._device), latents_BCHW=latents,
-                          features_BLX=features.to(self._device), mask_BL=mask.to(self._device))
+        return Microbatch(
+            position_B=torch.from_numpy(batch.position).to(self._device),
+            latents_BCHW=latents,
+            features_BLX=features.to(self._device),
+            mask_BL=mask.to(self._device),
+        )
 
     def close(self) -> None:
         self._loader.close()
@@ -140,8 +160,10 @@ class EncodedBatches:
 
 def make_encoders(config: RunConfig, device: torch.device) -> tuple[TextEncoder | None, ImageCodec | None]:
     dtype = torch.bfloat16 if config.train.precision == "bf16" and device.type == "cuda" else torch.float32
-    return (make_text_encoder(config.encoders.text, device=device, dtype=dtype),
-            make_image_codec(config.encoders.image, device=device, dtype=dtype))
+    return (
+        make_text_encoder(config.encoders.text, device=device, dtype=dtype),
+        make_image_codec(config.encoders.image, device=device, dtype=dtype),
+    )
 
 
 def make_loader(config: RunConfig, mesh: Mesh, *, run: Path) -> StreamingLoader:
@@ -149,27 +171,54 @@ def make_loader(config: RunConfig, mesh: Mesh, *, run: Path) -> StreamingLoader:
     stored_latents, stored_text = config.encoders.image.kind == "shards", config.encoders.text.kind == "shards"
     have = default_fields(view, text_len=config.encoders.text.max_tokens if stored_text else 0)
     fields = replace(
-        have, image=None if stored_latents else have.image, latents=have.latents if stored_latents else None,
-        caption=None if stored_text else have.caption, text=have.text if stored_text else None)
-    for section, found in (("encoders.image", fields.latents if stored_latents else fields.image),
-                           ("encoders.text", fields.text if stored_text else fields.caption)):
+        have,
+        image=None if stored_latents else have.image,
+        latents=have.latents if stored_latents else None,
+        caption=None if stored_text else have.caption,
+        text=have.text if stored_text else None,
+    )
+    for section, found in (
+        ("encoders.image", fields.latents if stored_latents else fields.image),
+        ("encoders.text", fields.text if stored_text else fields.caption),
+    ):
         if found is None:
-            raise DataError(f"{config.data.shards}: {section}.kind = {getattr(config.encoders, section[9:]).kind} needs a member "
-                            f"that the shards do not have; they hold {', '.join(view.fields)}")
+            raise DataError(
+                f"{config.data.shards}: {section}.kind = {getattr(config.encoders, section[9:]).kind} needs a member "
+                f"that the shards do not have; they hold {', '.join(view.fields)}"
+            )
     return StreamingLoader(
-        view, global_batch=config.train.global_batch, rank=mesh.dp_rank, world=mesh.dp_size, seed=config.train.seed,
-        fields=fields, resolution=config.data.resolution, threads=config.data.threads, prefetch=config.data.prefetch,
-        on_bad=config.data.on_bad, max_bad=config.data.max_bad, quarantine=run / f"quarantine-{mesh.dp_rank:04d}.jsonl")
+        view,
+        global_batch=config.train.global_batch,
+        rank=mesh.dp_rank,
+        world=mesh.dp_size,
+        seed=config.train.seed,
+        fields=fields,
+        resolution=config.data.resolution,
+        threads=config.data.threads,
+        prefetch=config.data.prefetch,
+        on_bad=config.data.on_bad,
+        max_bad=config.data.max_bad,
+        quarantine=run / f"quarantine-{mesh.dp_rank:04d}.jsonl",
+    )
 
 
-def make_painter(config: RunConfig, ranks: Ranks, *, encoders: tuple[TextEncoder | None, ImageCodec | None]) -> Painter | None:
+def make_painter(
+    config: RunConfig, ranks: Ranks, *, encoders: tuple[TextEncoder | None, ImageCodec | None]
+) -> Painter | None:
     """None when the shards carry what the encoders would make and no encoder is there to draw with."""
     text, codec = encoders
     if text is None or codec is None:
         return None
-    return Painter(model=ranks.model, text=text, codec=codec, config=config, device=ranks.runtime.device,
-                   dp_rank=ranks.mesh.dp_rank, dp_size=ranks.mesh.dp_size,
-                   gather=lambda x: gather_over_dp(x, ranks.mesh))
+    return Painter(
+        model=ranks.model,
+        text=text,
+        codec=codec,
+        config=config,
+        device=ranks.runtime.device,
+        dp_rank=ranks.mesh.dp_rank,
+        dp_size=ranks.mesh.dp_size,
+        gather=lambda x: gather_over_dp(x, ranks.mesh),
+    )
 
 
 def build_training(config: RunConfig, here: Runtime, *, stop_after: int | None) -> Loop:
@@ -185,8 +234,11 @@ def build_training(config: RunConfig, here: Runtime, *, stop_after: int | None) 
     # Resume order: the newest sound checkpoint of this folder, else another run's weights (`train.init_from`), else first weights.
     checkpoints = CheckpointManager(run / "checkpoints", comm=ranks.comm(), keep=config.checkpoint.keep)
     resumed = checkpoints.resume(ranks.placed(state.tensors()))
-    window = MetricWindow(device=here.device, images_per_step=config.train.global_batch,
-                          tokens_per_step=config.train.global_batch * config.tokens_per_image)
+    window = MetricWindow(
+        device=here.device,
+        images_per_step=config.train.global_batch,
+        tokens_per_step=config.train.global_batch * config.tokens_per_image,
+    )
     if resumed is None and config.train.init_from is not None:
         load_weights(config.train.init_from, ranks, kind="ema", step=None)
         if state.ema is not None:
@@ -205,14 +257,28 @@ def build_training(config: RunConfig, here: Runtime, *, stop_after: int | None) 
         for rejected in resumed.rejected:
             progress.message(f"checkpoint of step {rejected.step} passed over: {rejected.reason}")
         progress.message(f"resumed from step {resumed.step}")
-    sinks = open_sinks(run, rank=here.rank, wandb_mode=config.observe.wandb, wandb_project=config.observe.wandb_project,
-                       config=to_dict(config), name=config.experiment, resume_step=state.step)
+    sinks = open_sinks(
+        run,
+        rank=here.rank,
+        wandb_mode=config.observe.wandb,
+        wandb_project=config.observe.wandb_project,
+        config=to_dict(config),
+        name=config.experiment,
+        resume_step=state.step,
+    )
 
     def save(step: int) -> None:
         if resumed is None or step != resumed.step:
-            checkpoints.save(step, tensors=ranks.placed(state.tensors()), objects={
-                # Metrics of two tp ranks may differ in a last bit; a checkpoint holds one truth.
-                "loader": loader.state_dict(), "window": here.broadcast_object(window.state_dict()), "config": to_dict(config)})
+            checkpoints.save(
+                step,
+                tensors=ranks.placed(state.tensors()),
+                objects={
+                    # Metrics of two tp ranks may differ in a last bit; a checkpoint holds one truth.
+                    "loader": loader.state_dict(),
+                    "window": here.broadcast_object(window.state_dict()),
+                    "config": to_dict(config),
+                },
+            )
 
     painter = make_painter(config, ranks, encoders=encoders)
 
@@ -227,18 +293,41 @@ def build_training(config: RunConfig, here: Runtime, *, stop_after: int | None) 
             sinks.image(grid, key="samples/grid", step=step, caption=f"step {step}")
 
     return Loop(
-        config=config, state=state, spread=ranks, sinks=sinks, progress=progress, save=save, show=show,
-        any_rank=here.any_rank, stop_after=stop_after, batches=batches, window=window,
-        flow=Flow(config=config.diffusion, seed=config.train.seed, num_patches=config.patches_per_image,
-                  num_kept=config.tokens_per_image))
+        config=config,
+        state=state,
+        spread=ranks,
+        sinks=sinks,
+        progress=progress,
+        save=save,
+        show=show,
+        any_rank=here.any_rank,
+        stop_after=stop_after,
+        batches=batches,
+        window=window,
+        flow=Flow(
+            config=config.diffusion,
+            seed=config.train.seed,
+            num_patches=config.patches_per_image,
+            num_kept=config.tokens_per_image,
+        ),
+    )
 
 
 def write_pictures(pictures: Pictures, *, run: Path, how: SampleConfig, step: int) -> Path:
     """`samples/step_N.png` with its `.json`, and `routing/step_N.npz` for a sparse model."""
     if pictures.maps is not None:
         pictures.maps.save(routing_path(run, step=step))
-    return figures.write_samples(run, step=step, images=pictures.images, prompts=pictures.prompts, guidance=how.guidance,
-                                 sampler=how.sampler, steps=how.steps, seed=how.seed, scope=how.scope)
+    return figures.write_samples(
+        run,
+        step=step,
+        images=pictures.images,
+        prompts=pictures.prompts,
+        guidance=how.guidance,
+        sampler=how.sampler,
+        steps=how.steps,
+        seed=how.seed,
+        scope=how.scope,
+    )
 
 
 def load_weights(run: str, ranks: Ranks, *, kind: Literal["ema", "raw"], step: int | None) -> int:
@@ -247,8 +336,10 @@ def load_weights(run: str, ranks: Ranks, *, kind: Literal["ema", "raw"], step: i
     root = Path(run) / "checkpoints"
     path = folder.path_of(root, step=step) if step is not None else folder.newest(root)
     if path is None or not path.exists():
-        raise CheckpointError(f"{run} has no committed checkpoint{'' if step is None else f' of step {step}'}; it has "
-                              f"{[c.step for c in folder.find(root)] or 'none: train it first'}")
+        raise CheckpointError(
+            f"{run} has no committed checkpoint{'' if step is None else f' of step {step}'}; it has "
+            f"{[c.step for c in folder.find(root)] or 'none: train it first'}"
+        )
     averaged = any(name.startswith("ema/") for name in manifest.read(path).tensors)
     part = "ema" if kind == "ema" and averaged else "model"
     params = {f"{part}/{name}": p.detach() for name, p in ranks.model.named_parameters()}
@@ -256,15 +347,23 @@ def load_weights(run: str, ranks: Ranks, *, kind: Literal["ema", "raw"], step: i
     return restore.load(path, targets=ranks.placed(params), comm=ranks.comm(), skip=skip).step
 
 
-def build_painter(config: RunConfig, here: Runtime, *, kind: Literal["ema", "raw"], step: int | None) -> tuple[Painter, int]:
+def build_painter(
+    config: RunConfig, here: Runtime, *, kind: Literal["ema", "raw"], step: int | None
+) -> tuple[Painter, int]:
     """A painter with a run's trained weights, and the step they come from."""
     encoders = here.together(lambda: make_encoders(config, here.device))
     ranks = spread_model(config, here, mesh=make_mesh(config.parallel, device_type=here.device.type, world=here.world))
     step = load_weights(config.run, ranks, kind=kind, step=step)
     painter = make_painter(config, ranks, encoders=encoders)
     if painter is None:
-        raise ConfigError(Problem(field="encoders", value="shards", rule="drawing needs a text encoder and a codec that can decode; "
-                                  "name the ones that made the shards", nearest="text_encoder=FOLDER image_codec=FOLDER"))
+        raise ConfigError(
+            Problem(
+                field="encoders",
+                value="shards",
+                rule="drawing needs a text encoder and a codec that can decode; name the ones that made the shards",
+                nearest="text_encoder=FOLDER image_codec=FOLDER",
+            )
+        )
     return painter, step
 
 
@@ -282,8 +381,14 @@ def shapes_suite(config: RunConfig, *, tasks: Sequence[str] | None, repeat: int,
     """The coloured-shapes suite: every prompt of the tasks, `repeat` times."""
     metadata = [m for m in all_prompts(split=split, tasks=tasks or TASKS) for _ in range(repeat)]
     if not metadata:
-        raise ConfigError(Problem(field="tasks", value=",".join(tasks or TASKS), nearest="color_attr",
-                                  rule=f"has no prompt in split {split}; only color_attr is held out"))
+        raise ConfigError(
+            Problem(
+                field="tasks",
+                value=",".join(tasks or TASKS),
+                nearest="color_attr",
+                rule=f"has no prompt in split {split}; only color_attr is held out",
+            )
+        )
     specs = {task: ShapesSpec(resolution=config.data.resolution, mix={task: 1.0}) for task in TASKS}
     others = [shape_sample(i, spec=specs[m["tag"]], seed=0).image for i, m in enumerate(metadata)]
     return Suite(metadata=metadata, others=np.stack(others), grade=lambda image, wanted: grade(image, wanted).correct)

@@ -59,66 +59,136 @@ def _tell(error: Exception) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="ecdit", description="Train, sample, measure and plan EC-DiT: diffusion transformers whose experts choose "
-                     "their tokens.", formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nproc", type=int, default=1, metavar="N", help="run the verb as N ranks on this machine (train, resume, "
-                        "sample, evaluate); on a cluster use `ecdit launch` or torchrun")
+    parser = _Parser(
+        prog="ecdit",
+        description="Train, sample, measure and plan EC-DiT: diffusion transformers whose experts choose their tokens.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--nproc",
+        type=int,
+        default=1,
+        metavar="N",
+        help="run the verb as N ranks on this machine (train, resume, "
+        "sample, evaluate); on a cluster use `ecdit launch` or torchrun",
+    )
     verbs = parser.add_subparsers(required=True, metavar="VERB", parser_class=argparse.ArgumentParser)
 
     def verb(name: str, function: Any, text: str, *, parent: Any = verbs) -> argparse.ArgumentParser:
-        p = parent.add_parser(name, help=text.splitlines()[0], description=text,
-                              formatter_class=argparse.RawDescriptionHelpFormatter)
+        p = parent.add_parser(
+            name, help=text.splitlines()[0], description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
         p.set_defaults(verb=function)
         return p
 
-    p = verb("train", train, "train a run from a configuration; goes on where it stopped if the run folder has checkpoints\n\n"
-             "  ecdit train experiment=shapes_tiny run=runs/demo train.steps=200\n"
-             "  ecdit --nproc 8 train experiment=ec_dit_xl_8e parallel.ep=8 data.shards=/data/shards run=/runs/xl8e")
+    p = verb(
+        "train",
+        train,
+        "train a run from a configuration; goes on where it stopped if the run folder has checkpoints\n\n"
+        "  ecdit train experiment=shapes_tiny run=runs/demo train.steps=200\n"
+        "  ecdit --nproc 8 train experiment=ec_dit_xl_8e parallel.ep=8 data.shards=/data/shards run=/runs/xl8e",
+    )
     p.add_argument("overrides", nargs="*", metavar="WORD", help=OVERRIDES)
     _stop_after(p)
 
-    p = verb("resume", resume, "go on with a run from its newest sound checkpoint, on any number of ranks\n\n"
-             "  ecdit resume runs/demo train.steps=2000")
+    p = verb(
+        "resume",
+        resume,
+        "go on with a run from its newest sound checkpoint, on any number of ranks\n\n"
+        "  ecdit resume runs/demo train.steps=2000",
+    )
     p.add_argument("run", help="run folder")
-    p.add_argument("overrides", nargs="*", metavar="WORD", help="changes to layout, schedule or logging; what defines the network, "
-                   "the data order or the random draws is refused")
+    p.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="WORD",
+        help="changes to layout, schedule or logging; what defines the network, "
+        "the data order or the random draws is refused",
+    )
     _stop_after(p)
 
-    p = verb("sample", sample, "draw prompts with a trained run: an image grid with captions\n\n"
-             "  ecdit sample run=runs/demo prompts='a photo of a red circle|a photo of a blue square'\n"
-             "  ecdit sample run=runs/demo prompts=@prompts.txt guidance=3 steps=50 scope=group out=grid.png")
-    p.add_argument("words", nargs="+", metavar="KEY=VALUE", help="run=FOLDER, prompts='A|B|...' or prompts=@FILE; optional: out=FILE, "
-                   "repeat=N, weights=ema|raw, step=N, and any key of the sample section (sampler, steps, guidance, scope, "
-                   "group_size, seed)")
+    p = verb(
+        "sample",
+        sample,
+        "draw prompts with a trained run: an image grid with captions\n\n"
+        "  ecdit sample run=runs/demo prompts='a photo of a red circle|a photo of a blue square'\n"
+        "  ecdit sample run=runs/demo prompts=@prompts.txt guidance=3 steps=50 scope=group out=grid.png",
+    )
+    p.add_argument(
+        "words",
+        nargs="+",
+        metavar="KEY=VALUE",
+        help="run=FOLDER, prompts='A|B|...' or prompts=@FILE; optional: out=FILE, "
+        "repeat=N, weights=ema|raw, step=N, and any key of the sample section (sampler, steps, guidance, scope, "
+        "group_size, seed)",
+    )
 
-    p = verb("evaluate", evaluate, "grade a run on the coloured-shapes suite with its exact grader\n\n  ecdit evaluate run=runs/demo tasks=colors")
-    p.add_argument("words", nargs="+", metavar="KEY=VALUE", help="run=FOLDER; optional: tasks=A,B (default all six), repeat=N, "
-                   "split=all|train|heldout, weights=ema|raw, step=N, and any key of the sample section")
+    p = verb(
+        "evaluate",
+        evaluate,
+        "grade a run on the coloured-shapes suite with its exact grader\n\n  ecdit evaluate run=runs/demo tasks=colors",
+    )
+    p.add_argument(
+        "words",
+        nargs="+",
+        metavar="KEY=VALUE",
+        help="run=FOLDER; optional: tasks=A,B (default all six), repeat=N, "
+        "split=all|train|heldout, weights=ema|raw, step=N, and any key of the sample section",
+    )
 
-    p = verb("report", report, "write RUN/report.html: loss, samples over time, routing heat maps, in one self-contained page")
+    p = verb(
+        "report",
+        report,
+        "write RUN/report.html: loss, samples over time, routing heat maps, in one self-contained page",
+    )
     p.add_argument("run", help="run folder")
 
-    p = verb("plan", plan, "what a run would cost: parameters, memory, traffic, step time, the layout that fits; on a CPU, in seconds\n\n"
-             "  ecdit plan experiment=ec_dit_m_64e cluster=h100_ib400 cluster.nodes=8")
+    p = verb(
+        "plan",
+        plan,
+        "what a run would cost: parameters, memory, traffic, step time, the layout that fits; on a CPU, in seconds\n\n"
+        "  ecdit plan experiment=ec_dit_m_64e cluster=h100_ib400 cluster.nodes=8",
+    )
     p.add_argument("overrides", nargs="*", metavar="WORD", help=OVERRIDES)
     p.add_argument("--json", action="store_true", help="print one JSON object (docs/reference/plan-json.md)")
     p.add_argument("--world", type=int, help="ranks (default: cluster.nodes * cluster.gpus_per_node)")
-    p.add_argument("--dry-run", action="store_true", help="build and spread the real model on fake ranks, run forward and backward, "
-                   "list every collective")
+    p.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="build and spread the real model on fake ranks, run forward and backward, list every collective",
+    )
 
-    p = verb("launch", launch, "render the sbatch script of a run, freeze its configuration and submit it\n\n"
-             "  ecdit launch experiment=ec_dit_m_64e cluster=h100_ib400 cluster.nodes=32 run=/scratch/m64e --render-only")
+    p = verb(
+        "launch",
+        launch,
+        "render the sbatch script of a run, freeze its configuration and submit it\n\n"
+        "  ecdit launch experiment=ec_dit_m_64e cluster=h100_ib400 cluster.nodes=32 run=/scratch/m64e --render-only",
+    )
     p.add_argument("overrides", nargs="*", metavar="WORD", help=OVERRIDES)
     p.add_argument("--render-only", action="store_true", help="print the script; write and submit nothing")
 
     data = parser_group(verbs, "data", "make, index and verify shards")
-    p = verb("shapes", data_shapes, "draw the procedural coloured-shapes set into WebDataset shards\n\n"
-             "  ecdit data shapes out=data/shapes count=4000 resolution=32", parent=data)
-    p.add_argument("words", nargs="+", metavar="KEY=VALUE", help="out=FOLDER; optional: count=N, resolution=PIXELS, seed=N, "
-                   "per_shard=N, mix=task:weight,..., scale=LOW,HIGH, format=png|jpg")
-    p = verb("index", data_index, "index plain WebDataset tars: an .idx beside each tar and a manifest.json", parent=data)
+    p = verb(
+        "shapes",
+        data_shapes,
+        "draw the procedural coloured-shapes set into WebDataset shards\n\n"
+        "  ecdit data shapes out=data/shapes count=4000 resolution=32",
+        parent=data,
+    )
+    p.add_argument(
+        "words",
+        nargs="+",
+        metavar="KEY=VALUE",
+        help="out=FOLDER; optional: count=N, resolution=PIXELS, seed=N, "
+        "per_shard=N, mix=task:weight,..., scale=LOW,HIGH, format=png|jpg",
+    )
+    p = verb(
+        "index", data_index, "index plain WebDataset tars: an .idx beside each tar and a manifest.json", parent=data
+    )
     p.add_argument("folder")
-    p = verb("verify", data_verify, "read every byte of a data set and check it against its index and manifest", parent=data)
+    p = verb(
+        "verify", data_verify, "read every byte of a data set and check it against its index and manifest", parent=data
+    )
     p.add_argument("folder")
 
     config = parser_group(verbs, "config", "show, list and compare configurations")
@@ -132,7 +202,12 @@ def make_parser() -> argparse.ArgumentParser:
     checkpoint = parser_group(verbs, "checkpoint", "list and verify checkpoints")
     p = verb("list", checkpoint_list, "committed checkpoints of a run", parent=checkpoint)
     p.add_argument("run")
-    p = verb("verify", checkpoint_verify, "check every byte of a run's checkpoints against their manifests", parent=checkpoint)
+    p = verb(
+        "verify",
+        checkpoint_verify,
+        "check every byte of a run's checkpoints against their manifests",
+        parent=checkpoint,
+    )
     p.add_argument("run")
     return parser
 
@@ -151,8 +226,12 @@ def parser_group(verbs: Any, name: str, text: str) -> Any:
 
 
 def _stop_after(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--stop-after", type=int, metavar="STEP", help="save and exit with code 75 after this step, as if Slurm had asked "
-                   "(a drill; the demo uses it)")
+    p.add_argument(
+        "--stop-after",
+        type=int,
+        metavar="STEP",
+        help="save and exit with code 75 after this step, as if Slurm had asked (a drill; the demo uses it)",
+    )
 
 
 # --- training -------------------------------------------------------------------------------------------------------
@@ -189,7 +268,9 @@ def _run(config: Any, *, stop_after: int | None) -> int:
         from ecdit_train.config.convert import from_dict, to_dict
 
         with _ranks() as here:
-            config = from_dict(here.broadcast_object(to_dict(config)))  # one truth for all ranks, whatever their files say
+            config = from_dict(
+                here.broadcast_object(to_dict(config))
+            )  # one truth for all ranks, whatever their files say
             loop = build_training(config, here, stop_after=stop_after)
             try:
                 finished = loop.run(stop)
@@ -229,7 +310,9 @@ def _ranks() -> Iterator[Any]:
 
 
 def sample(args: argparse.Namespace) -> int:
-    words = _words(args.words, own={**_DRAWING, "prompts": _prompts, "out": Path}, required=("run", "prompts"), sampling=True)
+    words = _words(
+        args.words, own={**_DRAWING, "prompts": _prompts, "out": Path}, required=("run", "prompts"), sampling=True
+    )
     prompts = words["prompts"] * words.get("repeat", 1)
     pictures, step, here = _draw(words, prompts)
     if here:
@@ -243,14 +326,20 @@ def sample(args: argparse.Namespace) -> int:
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    words = _words(args.words, own={**_DRAWING, "tasks": _tasks, "split": _one_of("all", "train", "heldout")}, required=("run",),
-                   sampling=True)
+    words = _words(
+        args.words,
+        own={**_DRAWING, "tasks": _tasks, "split": _one_of("all", "train", "heldout")},
+        required=("run",),
+        sampling=True,
+    )
     config = _stored(words["run"])
 
     from ecdit_train import build
     from ecdit_train.evaluate import shapes
 
-    suite = build.shapes_suite(config, tasks=words.get("tasks"), repeat=words.get("repeat", 1), split=words.get("split", "all"))
+    suite = build.shapes_suite(
+        config, tasks=words.get("tasks"), repeat=words.get("repeat", 1), split=words.get("split", "all")
+    )
     pictures, step, here = _draw(words, [m["prompt"] for m in suite.metadata])
     if here:
         result = shapes.score(pictures.images, suite.metadata, grade=suite.grade, others=suite.others)
@@ -284,8 +373,13 @@ def _draw(words: dict[str, Any], prompts: list[str]) -> tuple[Any, int, bool]:
 
 def _drawing_layout(trained: Any, *, world: int) -> Any:
     """The layout of the training where this world allows it: what 512 ranks trained, one can draw."""
-    return replace(trained, tp=trained.tp if world % trained.tp == 0 else 1, ep=trained.ep if world % trained.ep == 0 else 1,
-                   dp_replicate=1, dp_shard=-1)
+    return replace(
+        trained,
+        tp=trained.tp if world % trained.tp == 0 else 1,
+        ep=trained.ep if world % trained.ep == 0 else 1,
+        dp_replicate=1,
+        dp_shard=-1,
+    )
 
 
 def report(args: argparse.Namespace) -> int:
@@ -341,13 +435,30 @@ def data_shapes(args: argparse.Namespace) -> int:
     from data_pipeline.prepare import make_shapes
     from data_pipeline.shapes_prompts import TASKS
 
-    words = _words(args.words, required=("out",), own={
-        "out": Path, "count": _whole(1), "resolution": _whole(1), "seed": _whole(0), "per_shard": _whole(1), "mix": _mix,
-        "scale": _range, "format": _one_of("png", "jpg")})
-    made = make_shapes(words["out"], count=words.get("count", 4000), resolution=words.get("resolution", 32),
-                       seed=words.get("seed", 0), mix=words.get("mix", dict.fromkeys(TASKS, 1.0)),
-                       scale=words.get("scale", (0.2, 0.35)), samples_per_shard=words.get("per_shard", 500),
-                       image_format=words.get("format", "png"))
+    words = _words(
+        args.words,
+        required=("out",),
+        own={
+            "out": Path,
+            "count": _whole(1),
+            "resolution": _whole(1),
+            "seed": _whole(0),
+            "per_shard": _whole(1),
+            "mix": _mix,
+            "scale": _range,
+            "format": _one_of("png", "jpg"),
+        },
+    )
+    made = make_shapes(
+        words["out"],
+        count=words.get("count", 4000),
+        resolution=words.get("resolution", 32),
+        seed=words.get("seed", 0),
+        mix=words.get("mix", dict.fromkeys(TASKS, 1.0)),
+        scale=words.get("scale", (0.2, 0.35)),
+        samples_per_shard=words.get("per_shard", 500),
+        image_format=words.get("format", "png"),
+    )
     print(f"{made.num_samples} samples in {len(made.shards)} shards: {words['out']}")
     return errors.EXIT_OK
 
@@ -427,12 +538,13 @@ _SAMPLING = frozenset({"sampler", "steps", "guidance", "scope", "group_size", "s
 """Keys of the configuration's sample section that drawing verbs take; their values are read with the configuration's own rules."""
 
 
-def _words(words: Sequence[str], *, own: Mapping[str, Callable[[str], Any]], required: Sequence[str],
-           sampling: bool = False) -> dict[str, Any]:
+def _words(
+    words: Sequence[str], *, own: Mapping[str, Callable[[str], Any]], required: Sequence[str], sampling: bool = False
+) -> dict[str, Any]:
     """KEY=VALUE words of a verb, each value through its reader; every mistake at once."""
     import difflib
 
-    readers = dict(own) | ({key: str for key in _SAMPLING} if sampling else {})
+    readers = dict(own) | (dict.fromkeys(_SAMPLING, str) if sampling else {})
     problems: list[Problem] = []
     out: dict[str, Any] = {}
     for word in words:
@@ -446,7 +558,9 @@ def _words(words: Sequence[str], *, own: Mapping[str, Callable[[str], Any]], req
         except (ValueError, OSError) as e:
             problems.append(Problem(field=key, value=value, rule=str(e)))
             out[key] = None
-    problems += [Problem(field=key, value=None, rule="is required", nearest=f"{key}=...") for key in required if key not in out]
+    problems += [
+        Problem(field=key, value=None, rule="is required", nearest=f"{key}=...") for key in required if key not in out
+    ]
     if problems:
         raise ConfigError(problems)
     return out
@@ -480,7 +594,9 @@ def _tasks(text: str) -> list[str]:
 
 def _prompts(text: str) -> list[str]:
     """`A|B|...`, or one a line in @FILE."""
-    lines = Path(text[1:]).read_text(encoding="utf-8").splitlines() if text.startswith("@") else text.strip("[]").split("|")
+    lines = (
+        Path(text[1:]).read_text(encoding="utf-8").splitlines() if text.startswith("@") else text.strip("[]").split("|")
+    )
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise ValueError("needs at least one prompt, as in 'a photo of a red circle'")
@@ -506,16 +622,30 @@ def _exit_codes() -> str:
     import data_pipeline.errors
     import launch.submit  # noqa: F401 - defines its own kind
 
-    lines = ["exit codes:", f"  {errors.EXIT_OK:<4} done", "  2    the command line itself cannot be read",
-             f"  {errors.EXIT_REQUEUE:<4} stopped on request, everything saved: run again"]
-    kinds: list[Any] = [*EcditError.__subclasses__(), data_pipeline.errors.DataError, *data_pipeline.errors.DataError.__subclasses__()]
+    lines = [
+        "exit codes:",
+        f"  {errors.EXIT_OK:<4} done",
+        "  2    the command line itself cannot be read",
+        f"  {errors.EXIT_REQUEUE:<4} stopped on request, everything saved: run again",
+    ]
+    kinds: list[Any] = [
+        *EcditError.__subclasses__(),
+        data_pipeline.errors.DataError,
+        *data_pipeline.errors.DataError.__subclasses__(),
+    ]
     for kind in sorted((kind for kind in kinds if "exit_code" in vars(kind)), key=lambda kind: kind.exit_code):
         lines.append(f"  {kind.exit_code:<4} {kind.__name__}: {(kind.__doc__ or '').splitlines()[0]}")
     return "\n".join(lines)
 
 
 _DRAWING: dict[str, Callable[[str], Any]] = {
-    "run": str, "repeat": _whole(1), "weights": _one_of("ema", "raw"), "step": _whole(0), "text_encoder": str, "image_codec": str}
+    "run": str,
+    "repeat": _whole(1),
+    "weights": _one_of("ema", "raw"),
+    "step": _whole(0),
+    "text_encoder": str,
+    "image_codec": str,
+}
 """What every drawing verb takes."""
 
 

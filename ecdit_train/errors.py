@@ -75,12 +75,6 @@ class EncoderError(EcditError):
     exit_code = 81
 
 
-class VendorMissing(EcditError):
-    """An optional package is needed; names the extra that brings it."""
-
-    exit_code = 82
-
-
 class PeerLostError(EcditError):
     """Another rank left in the middle of an exchange; its own message says why."""
 

@@ -30,8 +30,15 @@ Watcher = Callable[[float, Prediction], None]
 
 
 def sample_latents(
-    model: DiT, *, text: tuple[Tensor, Tensor], position_B: Tensor, shape: tuple[int, int, int], config: SampleConfig,
-    prediction: Literal["velocity", "data"], pool: int, watch: Watcher | None = None,
+    model: DiT,
+    *,
+    text: tuple[Tensor, Tensor],
+    position_B: Tensor,
+    shape: tuple[int, int, int],
+    config: SampleConfig,
+    prediction: Literal["velocity", "data"],
+    pool: int,
+    watch: Watcher | None = None,
 ) -> Tensor:
     """Latents (B, C, H, W) for text features (B, L, X) with their mask (B, L). B * patches must be whole pools.
 
@@ -92,9 +99,14 @@ class Painter:
         c, n = self.config, len(prompts)
         images_per_pool = max(1, how.group_size // c.patches_per_image) if how.scope == "group" else 1
         if batch % images_per_pool:
-            raise ConfigError(Problem(
-                field="batch", value=batch, rule=f"must hold whole pools of {images_per_pool} images",
-                nearest=max(1, batch // images_per_pool) * images_per_pool))
+            raise ConfigError(
+                Problem(
+                    field="batch",
+                    value=batch,
+                    rule=f"must hold whole pools of {images_per_pool} images",
+                    nearest=max(1, batch // images_per_pool) * images_per_pool,
+                )
+            )
         position = prompt_positions(prompts)
         share = -(-n // (self.dp_size * images_per_pool)) * images_per_pool
         mine = [min(i, n - 1) for i in range(self.dp_rank * share, (self.dp_rank + 1) * share)]
@@ -105,9 +117,15 @@ class Painter:
             part = mine[start : start + batch]
             recorder = _Recorder(how, side=c.latent_side // c.model.patch, batch=len(part))
             latents = sample_latents(
-                self.model, text=self.text.encode([prompts[i] for i in part]), position_B=position[part],
-                shape=(c.encoders.image.channels, c.latent_side, c.latent_side), config=how,
-                prediction=c.diffusion.prediction, pool=self.pool(how, batch=len(part)), watch=recorder)
+                self.model,
+                text=self.text.encode([prompts[i] for i in part]),
+                position_B=position[part],
+                shape=(c.encoders.image.channels, c.latent_side, c.latent_side),
+                config=how,
+                prediction=c.diffusion.prediction,
+                pool=self.pool(how, batch=len(part)),
+                watch=recorder,
+            )
             images.append(self.codec.decode(latents))
             counts.append(recorder.counts())
         self.model.train(was_training)
@@ -116,9 +134,17 @@ class Painter:
         if counts[0] is not None:
             both = self.gather(torch.cat([x for x in counts if x is not None]))[:n].cpu().numpy()
             maps = RoutingMaps(
-                counts=both.transpose(1, 2, 0, 3, 4), timesteps=np.array(_watched(how), dtype=np.float32),
-                layers=sparse_layers(both.shape[2]), prompts=tuple(prompts), images=pixels, scope=how.scope,
-                group_size=how.group_size, experts=c.moe.experts, capacity_factor=c.moe.capacity_factor, step=step)
+                counts=both.transpose(1, 2, 0, 3, 4),
+                timesteps=np.array(_watched(how), dtype=np.float32),
+                layers=sparse_layers(both.shape[2]),
+                prompts=tuple(prompts),
+                images=pixels,
+                scope=how.scope,
+                group_size=how.group_size,
+                experts=c.moe.experts,
+                capacity_factor=c.moe.capacity_factor,
+                step=step,
+            )
         return Pictures(images=pixels, prompts=tuple(prompts), maps=maps)
 
 

@@ -43,8 +43,13 @@ def score(images: np.ndarray, metadata: Sequence[dict[str, Any]], *, grade: Grad
         lucky[wanted["tag"]].append(grade(other, wanted))
     by_task = {tag: float(np.mean(v)) for tag, v in sorted(right.items())}
     chance = {tag: float(np.mean(v)) for tag, v in sorted(lucky.items())}
-    return ShapesScore(by_task=by_task, overall=float(np.mean(list(by_task.values()))), chance_by_task=chance,
-                       chance=float(np.mean(list(chance.values()))), num_images=len(images))
+    return ShapesScore(
+        by_task=by_task,
+        overall=float(np.mean(list(by_task.values()))),
+        chance_by_task=chance,
+        chance=float(np.mean(list(chance.values()))),
+        num_images=len(images),
+    )
 
 
 def write(result: ShapesScore, path: Path, *, step: int) -> None:

@@ -20,12 +20,14 @@ from .expert_parallel import EXCHANGE
 
 Mode = Literal["none", "selective", "full"]
 
-KEPT = frozenset({
-    "aten::topk",
-    EXCHANGE,
-    "_c10d_functional::all_to_all_single",
-    "_c10d_functional::all_reduce",
-})
+KEPT = frozenset(
+    {
+        "aten::topk",
+        EXCHANGE,
+        "_c10d_functional::all_to_all_single",
+        "_c10d_functional::all_reduce",
+    }
+)
 """Ops whose results `selective` keeps. An exchange would cost its traffic again (two all-to-alls per sparse layer);
 routing is small and must not be decided twice: a recomputed logit that differs in its last bit may pick another token.
 `wait_tensor` must not be among them: a wait on a kept result returns at once, while one that compiled code issues for
@@ -73,7 +75,7 @@ class _Replay(_Mode):
             return func(*args, **(kwargs or {}))
         index = self.used[name]
         self.used[name] += 1
-        out, self.saved[name][index] = self.saved[name][index], None      # freed as backward goes on
+        out, self.saved[name][index] = self.saved[name][index], None  # freed as backward goes on
         assert out is not None, f"{name}: a second backward through a checkpointed block"
         return out
 
@@ -94,5 +96,6 @@ def apply_activation_checkpointing(model: DiT, *, mode: Mode) -> None:
         return
     extra: dict[str, Any] = {"context_fn": _contexts} if mode == "selective" else {}
     for block in model.blocks:
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False,
-                                          **extra)
+        block.forward = functools.partial(
+            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, **extra
+        )

@@ -39,8 +39,11 @@ def parallelize(model: DiT, *, mesh: Mesh, parallel: ParallelConfig, precision: 
         ensure_group(mesh.device_type)
         mesh.build()
         apply_fsdp(model, mesh=mesh, precision=precision, reshard_after_forward=parallel.reshard_after_forward)
-    whole = {name: ParamPlacement(global_shape=shape, replicas=mesh.tp_size, first_replica=mesh.tp_rank == 0)
-             for name, shape in shapes.items() if name not in split}
+    whole = {
+        name: ParamPlacement(global_shape=shape, replicas=mesh.tp_size, first_replica=mesh.tp_rank == 0)
+        for name, shape in shapes.items()
+        if name not in split
+    }
     placements = split | whole
     assert placements.keys() == {name for name, _ in model.named_parameters()}, "a parameter changed its name"
     return placements

@@ -56,38 +56,72 @@ def resolve_degrees(parallel: ParallelConfig, world: int) -> Degrees:
         if value < 1:
             problems.append(Problem(field=f"parallel.{name}", value=value, rule="must be at least 1", nearest=1))
     if parallel.dp_shard < 1 and parallel.dp_shard != -1:
-        problems.append(Problem(field="parallel.dp_shard", value=parallel.dp_shard,
-                                rule="must be at least 1, or -1 for the ranks that are left", nearest=-1))
+        problems.append(
+            Problem(
+                field="parallel.dp_shard",
+                value=parallel.dp_shard,
+                rule="must be at least 1, or -1 for the ranks that are left",
+                nearest=-1,
+            )
+        )
     if parallel.sequence_parallel:
         # Experts are folded over tp: every tp rank dispatches its share of the slots of the *whole* pool, so each
         # needs all tokens of a pool, and expert choice itself ranks all of them. Sequence-parallel regions would have
         # to be gathered before every attention and every router again; at 128 to 256 tokens an image that costs more
         # than it saves.
-        problems.append(Problem(field="parallel.sequence_parallel", value=True, nearest=False,
-                                rule="not available: an expert ranks its whole pool, so each tp rank needs all tokens"))
+        problems.append(
+            Problem(
+                field="parallel.sequence_parallel",
+                value=True,
+                nearest=False,
+                rule="not available: an expert ranks its whole pool, so each tp rank needs all tokens",
+            )
+        )
     if problems:
         raise ConfigError(problems)
 
     if world % parallel.tp:
-        problems.append(Problem(field="parallel.tp", value=parallel.tp, rule=f"must divide the {world} ranks",
-                                nearest=nearest_divisor(world, parallel.tp)))
+        problems.append(
+            Problem(
+                field="parallel.tp",
+                value=parallel.tp,
+                rule=f"must divide the {world} ranks",
+                nearest=nearest_divisor(world, parallel.tp),
+            )
+        )
     if world % parallel.ep:
-        problems.append(Problem(field="parallel.ep", value=parallel.ep, rule=f"must divide the {world} ranks",
-                                nearest=nearest_divisor(world, parallel.ep)))
+        problems.append(
+            Problem(
+                field="parallel.ep",
+                value=parallel.ep,
+                rule=f"must divide the {world} ranks",
+                nearest=nearest_divisor(world, parallel.ep),
+            )
+        )
     if problems:
         raise ConfigError(problems)
 
     dp = world // parallel.tp
     if dp % parallel.dp_replicate:
-        raise ConfigError(Problem(field="parallel.dp_replicate", value=parallel.dp_replicate,
-                                  rule=f"must divide the {dp} data-parallel ranks (world {world} / tp {parallel.tp})",
-                                  nearest=nearest_divisor(dp, parallel.dp_replicate)))
+        raise ConfigError(
+            Problem(
+                field="parallel.dp_replicate",
+                value=parallel.dp_replicate,
+                rule=f"must divide the {dp} data-parallel ranks (world {world} / tp {parallel.tp})",
+                nearest=nearest_divisor(dp, parallel.dp_replicate),
+            )
+        )
     left = dp // parallel.dp_replicate
     dp_shard = left if parallel.dp_shard == -1 else parallel.dp_shard
     if dp_shard != left:
-        raise ConfigError(Problem(
-            field="parallel.dp_shard", value=dp_shard, nearest=left,
-            rule=f"dp_replicate {parallel.dp_replicate} x dp_shard x tp {parallel.tp} must be the {world} ranks"))
+        raise ConfigError(
+            Problem(
+                field="parallel.dp_shard",
+                value=dp_shard,
+                nearest=left,
+                rule=f"dp_replicate {parallel.dp_replicate} x dp_shard x tp {parallel.tp} must be the {world} ranks",
+            )
+        )
     return Degrees(world=world, dp_replicate=parallel.dp_replicate, dp_shard=dp_shard, tp=parallel.tp, ep=parallel.ep)
 
 

@@ -142,8 +142,16 @@ class ExpertParallelDispatcher:
     """Dispatcher over a mesh. `local` does the gathering and summing, so that its kind (deterministic or not) is
     kept."""
 
-    def __init__(self, local: Dispatcher, *, exchange: ExpertExchange | None, tp_group: dist.ProcessGroup | None,
-                 tp_rank: int, tp_size: int, chunks: int) -> None:
+    def __init__(
+        self,
+        local: Dispatcher,
+        *,
+        exchange: ExpertExchange | None,
+        tp_group: dist.ProcessGroup | None,
+        tp_rank: int,
+        tp_size: int,
+        chunks: int,
+    ) -> None:
         self.local = local
         self.exchange = exchange
         self.tp_group, self.tp_rank, self.tp_size = tp_group, tp_rank, tp_size
@@ -180,15 +188,22 @@ class ExpertParallelDispatcher:
             index_ES, gate_ES = nn.functional.pad(index_ES, (0, missing)), nn.functional.pad(gate_ES, (0, missing))
         s = index_ES.shape[1] // self.tp_size
         first = self.tp_rank * s
-        return replace(assignment, index_EGC=index_ES[:, None, first : first + s],
-                       gate_EGC=gate_ES[:, None, first : first + s], filled_EGC=None)
+        return replace(
+            assignment,
+            index_EGC=index_ES[:, None, first : first + s],
+            gate_EGC=gate_ES[:, None, first : first + s],
+            filled_EGC=None,
+        )
 
     def _cut(self, mine: Assignment) -> Iterator[Assignment]:
         """This rank's slots, chunk by chunk."""
         size = mine.index_EGC.shape[2] // self.chunks
         for first in range(0, size * self.chunks, size):
-            yield replace(mine, index_EGC=mine.index_EGC[:, :, first : first + size],
-                          gate_EGC=mine.gate_EGC[:, :, first : first + size])
+            yield replace(
+                mine,
+                index_EGC=mine.index_EGC[:, :, first : first + size],
+                gate_EGC=mine.gate_EGC[:, :, first : first + size],
+            )
 
 
 def check(model: DiT, *, ep: int) -> None:
@@ -196,8 +211,14 @@ def check(model: DiT, *, ep: int) -> None:
     for moe in sparse_layers(model).values():
         experts = moe.experts.up.shape[0]
         if experts % ep:
-            raise ConfigError(Problem(field="parallel.ep", value=ep, rule=f"must divide moe.experts = {experts}",
-                                      nearest=nearest_divisor(experts, ep)))
+            raise ConfigError(
+                Problem(
+                    field="parallel.ep",
+                    value=ep,
+                    rule=f"must divide moe.experts = {experts}",
+                    nearest=nearest_divisor(experts, ep),
+                )
+            )
 
 
 def sparse_layers(model: DiT) -> dict[str, MoE]:
@@ -212,17 +233,18 @@ def apply_expert_parallel(model: DiT, *, mesh: Mesh, overlap_chunks: int) -> dic
     """
     check(model, ep=mesh.ep_size)
     placements: dict[str, ParamPlacement] = {}
-    chunks = overlap_chunks if mesh.ep_size > 1 else 1       # without an exchange there is nothing to hide
+    chunks = overlap_chunks if mesh.ep_size > 1 else 1  # without an exchange there is nothing to hide
     exchange = None
     if mesh.ep_group is not None:
         exchange = ExpertExchange(group=mesh.ep_group, overlap=chunks > 1)
         if chunks == 1:
-            _vendor()       # collective setup belongs here, not in the middle of the first forward pass
+            _vendor()  # collective setup belongs here, not in the middle of the first forward pass
     for path, moe in sparse_layers(model).items():
         E, D, H = moe.experts.up.shape
         for name, shape in (("up", (E, D, H)), ("down", (E, H, D))):
             placements[f"{path}.experts.{name}"] = ParamPlacement(
-                global_shape=shape, dim=0, index=mesh.ep_rank, count=mesh.ep_size, kind="expert")
+                global_shape=shape, dim=0, index=mesh.ep_rank, count=mesh.ep_size, kind="expert"
+            )
         if mesh.ep_size > 1:
             like = moe.experts.up
             with like.device:
@@ -233,6 +255,11 @@ def apply_expert_parallel(model: DiT, *, mesh: Mesh, overlap_chunks: int) -> dic
                 moe.experts.exchange = exchange
         if mesh.ep_size > 1 or mesh.tp_size > 1:
             moe.dispatcher = ExpertParallelDispatcher(
-                moe.dispatcher, exchange=exchange, tp_group=mesh.tp_group, tp_rank=mesh.tp_rank, tp_size=mesh.tp_size,
-                chunks=chunks)
+                moe.dispatcher,
+                exchange=exchange,
+                tp_group=mesh.tp_group,
+                tp_rank=mesh.tp_rank,
+                tp_size=mesh.tp_size,
+                chunks=chunks,
+            )
     return placements

@@ -33,8 +33,10 @@ def policies(precision: Precision) -> tuple[MixedPrecisionPolicy, MixedPrecision
     """
     compute = None if precision == "fp32" else torch.bfloat16
     reduce = None if precision == "fp32" else torch.float32
-    return (MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce, cast_forward_inputs=False),
-            MixedPrecisionPolicy(cast_forward_inputs=False))
+    return (
+        MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce, cast_forward_inputs=False),
+        MixedPrecisionPolicy(cast_forward_inputs=False),
+    )
 
 
 def needs_fsdp(mesh: Mesh, precision: Precision) -> bool:
@@ -56,15 +58,21 @@ def apply_fsdp(model: DiT, *, mesh: Mesh, precision: Precision, reshard_after_fo
     fully_shard(model, mesh=mesh.fsdp_dense, mp_policy=network, reshard_after_forward=False)
 
 
-def _shard_experts(experts: nn.Module, *, mesh: Mesh, policy: MixedPrecisionPolicy,
-                   reshard_after_forward: bool) -> None:
+def _shard_experts(
+    experts: nn.Module, *, mesh: Mesh, policy: MixedPrecisionPolicy, reshard_after_forward: bool
+) -> None:
     def cut(param: nn.Parameter) -> Shard:
         # Whole experts if they share evenly; else a dimension that does (more ranks than experts is the usual case);
         # FSDP2 demands even pieces on every dim but 0.
         return Shard(next((dim for dim, size in enumerate(param.shape) if size % mesh.edp_size == 0), 0))
 
-    fully_shard(experts, mesh=mesh.fsdp_experts, mp_policy=policy, shard_placement_fn=cut,
-                reshard_after_forward=reshard_after_forward)
+    fully_shard(
+        experts,
+        mesh=mesh.fsdp_experts,
+        mp_policy=policy,
+        shard_placement_fn=cut,
+        reshard_after_forward=reshard_after_forward,
+    )
     assert isinstance(experts, FSDPModule)
     experts.set_gradient_divide_factor(expert_gradient_divisor(mesh))
     # gloo has no PREMUL_SUM, so the division must follow a plain sum; but on a mesh of one torch 2.13 would then

@@ -104,14 +104,16 @@ class Mesh:
         if self.dense is not None:
             return
         d = self.degrees
-        self.dense = init_device_mesh(self.device_type, (d.dp_replicate, d.dp_shard, d.tp),
-                                      mesh_dim_names=("dp_replicate", "dp_shard", "tp"))
+        self.dense = init_device_mesh(
+            self.device_type, (d.dp_replicate, d.dp_shard, d.tp), mesh_dim_names=("dp_replicate", "dp_shard", "tp")
+        )
         self.sparse = init_device_mesh(self.device_type, (d.edp, d.ep), mesh_dim_names=("edp", "ep"))
         if d.world > 1:
             self.world_group = dist.group.WORLD
         if d.dp > 1:
-            self.dp_group = (self.dense["dp_replicate", "dp_shard"]._flatten("dp") if d.dp_replicate > 1
-                             else self.dense["dp_shard"]).get_group()
+            self.dp_group = (
+                self.dense["dp_replicate", "dp_shard"]._flatten("dp") if d.dp_replicate > 1 else self.dense["dp_shard"]
+            ).get_group()
 
     def tp_part(self, size: int) -> dist.ProcessGroup | None:
         """The group of `size` consecutive tp ranks this rank belongs to (ranks that hold the same kv head). Collective.

@@ -100,8 +100,9 @@ class Runtime:
             dist.destroy_process_group()
 
 
-def start(device: str, *, env: Mapping[str, str] | None = None, store: dist.Store | None = None,
-          timeout: timedelta = TIMEOUT) -> Runtime:
+def start(
+    device: str, *, env: Mapping[str, str] | None = None, store: dist.Store | None = None, timeout: timedelta = TIMEOUT
+) -> Runtime:
     """Join the world. `device` is "cpu" or "cuda"; `env` (default: the process's) holds RANK, WORLD_SIZE, LOCAL_RANK,
     MASTER_ADDR and MASTER_PORT, or nothing for a single process; `store` takes the master's place where there is one.
 
@@ -115,18 +116,26 @@ def start(device: str, *, env: Mapping[str, str] | None = None, store: dist.Stor
     # All ranks of a host are refused alike: one that is refused alone leaves the others waiting for it.
     here_ranks = max(local_rank + 1, int(env.get("LOCAL_WORLD_SIZE", "1")))
     if device == "cuda" and here_ranks > torch.cuda.device_count():
-        raise ConfigError(Problem(
-            field="device", value=device, nearest="cpu",
-            rule=f"{here_ranks} ranks on this host need a GPU each (it shows {torch.cuda.device_count()})"))
+        raise ConfigError(
+            Problem(
+                field="device",
+                value=device,
+                nearest="cpu",
+                rule=f"{here_ranks} ranks on this host need a GPU each (it shows {torch.cuda.device_count()})",
+            )
+        )
     here = torch.device("cuda", local_rank) if device == "cuda" else torch.device("cpu")
     if device == "cuda":
         torch.cuda.set_device(here)
     control = None
     if world > 1:
-        where: dict[str, Any] = {"store": store} if store is not None else {
-            "init_method": f"tcp://{env['MASTER_ADDR']}:{env['MASTER_PORT']}"}
+        where: dict[str, Any] = (
+            {"store": store}
+            if store is not None
+            else {"init_method": f"tcp://{env['MASTER_ADDR']}:{env['MASTER_PORT']}"}
+        )
         if store is None and env.get("TORCHELASTIC_USE_AGENT_STORE"):
-            where = {"init_method": "env://"}      # torchrun already runs the store at that port
+            where = {"init_method": "env://"}  # torchrun already runs the store at that port
         dist.init_process_group(_backend(device), rank=rank, world_size=world, timeout=timeout, **where)
         control = dist.new_group(backend="gloo", timeout=timeout)
     return Runtime(rank=rank, world=world, local_rank=local_rank, device=here, control=control)
@@ -137,8 +146,11 @@ def is_peer_lost(error: BaseException) -> bool:
     if isinstance(error, (dist.DistNetworkError, dist.DistBackendError)):
         return True
     text = str(error)  # gloo raises a plain RuntimeError
-    return isinstance(error, RuntimeError) and "gloo" in text and any(
-        words in text for words in ("closed by peer", "reset by peer", "Broken pipe", "Timed out waiting"))
+    return (
+        isinstance(error, RuntimeError)
+        and "gloo" in text
+        and any(words in text for words in ("closed by peer", "reset by peer", "Broken pipe", "Timed out waiting"))
+    )
 
 
 def ensure_group(device_type: str) -> None:

@@ -56,16 +56,21 @@ def check(model: DiT, *, tp: int) -> None:
 
     def must_divide(what: str, size: int) -> None:
         if size % tp:
-            problems[what] = Problem(field="parallel.tp", value=tp, rule=f"must divide {what} = {size}",
-                                     nearest=nearest_divisor(size, tp))
+            problems[what] = Problem(
+                field="parallel.tp", value=tp, rule=f"must divide {what} = {size}", nearest=nearest_divisor(size, tp)
+            )
 
     for path, module in model.named_modules():
         if split_of(f"{path}.query") and isinstance(module, Attention):
             heads, kv_heads = (linear.out_features // module.head_dim for linear in (module.query, module.key))
             must_divide("model.heads", heads)
             if kv_heads % tp and tp % kv_heads:
-                problems["kv_heads"] = Problem(field="parallel.tp", value=tp, nearest=nearest_divisor(kv_heads, tp),
-                                               rule=f"must divide model.kv_heads = {kv_heads}, or be a multiple of it")
+                problems["kv_heads"] = Problem(
+                    field="parallel.tp",
+                    value=tp,
+                    nearest=nearest_divisor(kv_heads, tp),
+                    rule=f"must divide model.kv_heads = {kv_heads}, or be a multiple of it",
+                )
         elif split_of(f"{path}.up") and isinstance(module, FeedForward):
             must_divide("the feed-forward's hidden width", module.up.out_features)
     if problems:
@@ -97,8 +102,9 @@ def apply_tensor_parallel(model: DiT, *, mesh: Mesh) -> dict[str, ParamPlacement
     return placements
 
 
-def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, group: dist.ProcessGroup | None
-           ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _enter(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, group: dist.ProcessGroup | None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Copy each floating input of a region to the group once: one all-reduce in backward per input, not per
     projection."""
     copies: list[tuple[Tensor, Tensor]] = []
@@ -107,7 +113,7 @@ def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, 
         if not isinstance(value, Tensor) or not value.is_floating_point():
             return value
         for original, made in copies:
-            if original is value:       # self-attention: queries and context are one tensor
+            if original is value:  # self-attention: queries and context are one tensor
                 return made
         copies.append((value, copy_to_group(value, group)))
         return copies[-1][1]
@@ -135,11 +141,17 @@ def _kv(linear: nn.Linear, attention: Attention, *, mesh: Mesh) -> tuple[nn.Modu
     share, head_dim, width = mesh.tp_size // kv_heads, attention.head_dim, linear.in_features
     head = mesh.tp_rank // share
     placement = ParamPlacement(
-        global_shape=(linear.out_features, width), dim=0, boxes=((head * head_dim, 0, head_dim),), kind="column",
-        replicas=share, first_replica=mesh.tp_rank % share == 0)
+        global_shape=(linear.out_features, width),
+        dim=0,
+        boxes=((head * head_dim, 0, head_dim),),
+        kind="column",
+        replicas=share,
+        first_replica=mesh.tp_rank % share == 0,
+    )
     # As a column layer of tp heads: each rank's part is one head.
-    return _layers().column(width, mesh.tp_size * head_dim, linear=linear, group=mesh.tp_group,
-                            shared=mesh.tp_part(share)), placement
+    return _layers().column(
+        width, mesh.tp_size * head_dim, linear=linear, group=mesh.tp_group, shared=mesh.tp_part(share)
+    ), placement
 
 
 @functools.cache
@@ -156,19 +168,32 @@ def _layers() -> Any:
         # use_cpu_initialization: the GPU path names the current device and would override a meta context.
         # perform_initialization=False: Megatron would build the full matrix on every rank; `fill` writes this rank's
         # box.
-        return ModelParallelConfig(tensor_model_parallel_size=size, use_cpu_initialization=True, params_dtype=dtype,
-                                   perform_initialization=False, gradient_accumulation_fusion=False)
+        return ModelParallelConfig(
+            tensor_model_parallel_size=size,
+            use_cpu_initialization=True,
+            params_dtype=dtype,
+            perform_initialization=False,
+            gradient_accumulation_fusion=False,
+        )
 
     class Column(ColumnParallelLinear):
         """Y_r = X W_r^T. `shared`: ranks that hold the same W_r because kv heads are repeated."""
 
-        def __init__(self, width: int, out: int, *, linear: nn.Linear, group: dist.ProcessGroup,
-                     shared: dist.ProcessGroup | None) -> None:
+        def __init__(
+            self, width: int, out: int, *, linear: nn.Linear, group: dist.ProcessGroup, shared: dist.ProcessGroup | None
+        ) -> None:
             with linear.weight.device:
                 # disable_grad_reduce: the region's inputs are copied to the group once, by _enter.
-                super().__init__(width, out, config=config(group.size(), linear.weight.dtype),
-                                 init_method=nn.init.xavier_uniform_, bias=False, gather_output=False,
-                                 disable_grad_reduce=True, tp_group=group)
+                super().__init__(
+                    width,
+                    out,
+                    config=config(group.size(), linear.weight.dtype),
+                    init_method=nn.init.xavier_uniform_,
+                    bias=False,
+                    gather_output=False,
+                    disable_grad_reduce=True,
+                    tp_group=group,
+                )
             self.shared = shared
 
         def forward(self, x: Tensor) -> Tensor:
@@ -181,9 +206,16 @@ def _layers() -> Any:
 
         def __init__(self, width: int, out: int, *, linear: nn.Linear, group: dist.ProcessGroup) -> None:
             with linear.weight.device:
-                super().__init__(width, out, config=config(group.size(), linear.weight.dtype),
-                                 init_method=nn.init.xavier_uniform_, bias=False, input_is_parallel=True,
-                                 skip_bias_add=False, tp_group=group)
+                super().__init__(
+                    width,
+                    out,
+                    config=config(group.size(), linear.weight.dtype),
+                    init_method=nn.init.xavier_uniform_,
+                    bias=False,
+                    input_is_parallel=True,
+                    skip_bias_add=False,
+                    tp_group=group,
+                )
 
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x)[0]

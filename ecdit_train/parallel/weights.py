@@ -24,9 +24,16 @@ def fill(model: nn.Module, placements: Mapping[str, ParamPlacement], *, seed: in
         for name, p in model.named_parameters():
             placement = placements[name]
             for box in local_boxes(p, placement):
-                box.of_local(local(p)).copy_(initial_values(
-                    name, seed=seed, global_shape=placement.global_shape, offsets=box.offsets, sizes=box.sizes,
-                    device=p.device))
+                box.of_local(local(p)).copy_(
+                    initial_values(
+                        name,
+                        seed=seed,
+                        global_shape=placement.global_shape,
+                        offsets=box.offsets,
+                        sizes=box.sizes,
+                        device=p.device,
+                    )
+                )
 
 
 def load_full(model: nn.Module, placements: Mapping[str, ParamPlacement], full_state: Mapping[str, Tensor]) -> None:
@@ -37,8 +44,9 @@ def load_full(model: nn.Module, placements: Mapping[str, ParamPlacement], full_s
                 box.of_local(local(p)).copy_(box.of_global(full_state[name]))
 
 
-def full_tensors(tensors: Mapping[str, Tensor], placements: Mapping[str, ParamPlacement],
-                 mesh: Mesh) -> dict[str, Tensor]:
+def full_tensors(
+    tensors: Mapping[str, Tensor], placements: Mapping[str, ParamPlacement], mesh: Mesh
+) -> dict[str, Tensor]:
     """The global tensors of parameters, or of gradients or optimizer states with their placements. Collective.
 
     One rank of each set of copies writes its boxes into zeros, then all are added in one all-reduce: exact for every
@@ -48,8 +56,10 @@ def full_tensors(tensors: Mapping[str, Tensor], placements: Mapping[str, ParamPl
         first = local(next(iter(tensors.values())))
         sizes = [math.prod(placements[name].global_shape) for name in tensors]
         flat = torch.zeros(sum(sizes), dtype=first.dtype, device=first.device)
-        full = {name: part.view(placements[name].global_shape)
-                for name, part in zip(tensors, flat.split(sizes), strict=True)}
+        full = {
+            name: part.view(placements[name].global_shape)
+            for name, part in zip(tensors, flat.split(sizes), strict=True)
+        }
         for name, tensor in tensors.items():
             if holds_first_copy(tensor, placements[name]):
                 for box in local_boxes(tensor, placements[name]):

@@ -77,8 +77,9 @@ class Loop:
                     self.save(state.step)
             if stopping and not last:
                 why = stop.name or ("--stop-after" if state.step == self.stop_after else "another rank")
-                self.progress.message(f"stopped by {why} after step {state.step}, everything saved; "
-                                      f"go on with: ecdit resume {c.run}")
+                self.progress.message(
+                    f"stopped by {why} after step {state.step}, everything saved; go on with: ecdit resume {c.run}"
+                )
                 return False
         return True
 
@@ -89,9 +90,17 @@ class Loop:
         self.window.add("optim/lr", lr)
         try:
             return train_step(
-                list(split(batch, size=c.train.microbatch)), model=state.model, optimizer=state.optimizer, lr=lr,
-                max_norm=c.optim.clip_norm, flow=self.flow, pool=c.pool_tokens, patch=c.model.patch, spread=self.spread,
-                after=self._update_average)
+                list(split(batch, size=c.train.microbatch)),
+                model=state.model,
+                optimizer=state.optimizer,
+                lr=lr,
+                max_norm=c.optim.clip_norm,
+                flow=self.flow,
+                pool=c.pool_tokens,
+                patch=c.model.patch,
+                spread=self.spread,
+                after=self._update_average,
+            )
         except NonFiniteError as e:
             first = int(batch.position_B[0]) // c.train.global_batch * c.train.global_batch
             last = first + c.train.global_batch - 1

@@ -31,12 +31,25 @@ def make_optimizer(params: list[nn.Parameter], config: OptimConfig) -> torch.opt
     """
     optimizer: torch.optim.Optimizer
     if config.kind == "rmsprop":
-        optimizer = torch.optim.RMSprop(params, lr=config.lr, alpha=config.decay, eps=config.eps,
-                                        momentum=config.momentum, weight_decay=config.weight_decay, foreach=True)
+        optimizer = torch.optim.RMSprop(
+            params,
+            lr=config.lr,
+            alpha=config.decay,
+            eps=config.eps,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            foreach=True,
+        )
         names = ["square_avg"] + (["momentum_buffer"] if config.momentum > 0 else [])
     else:
-        optimizer = torch.optim.AdamW(params, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps,
-                                      weight_decay=config.weight_decay, foreach=True)
+        optimizer = torch.optim.AdamW(
+            params,
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            foreach=True,
+        )
         names = ["exp_avg", "exp_avg_sq"]
     for p in params:
         optimizer.state[p] = {"step": torch.tensor(0.0), **{name: torch.zeros_like(p) for name in names}}

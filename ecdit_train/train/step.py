@@ -85,8 +85,17 @@ def forward_backward(
 
 
 def train_step(
-    microbatches: list[Microbatch], *, model: nn.Module, optimizer: torch.optim.Optimizer, lr: float, max_norm: float,
-    flow: Flow, pool: int, patch: int, spread: Spread, after: Callable[[], None],
+    microbatches: list[Microbatch],
+    *,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    lr: float,
+    max_norm: float,
+    flow: Flow,
+    pool: int,
+    patch: int,
+    spread: Spread,
+    after: Callable[[], None],
 ) -> StepResult:
     """Gradients, one global norm, one look at the numbers, the update, then `after` (the moving average).
 
@@ -105,8 +114,9 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
     after()
     balanced = any(a.balance_loss is not None for a in assignments)
-    return StepResult(loss=loss_now, balance_loss=balance_now if balanced else None, grad_norm=norm_now,
-                      assignments=assignments)
+    return StepResult(
+        loss=loss_now, balance_loss=balance_now if balanced else None, grad_norm=norm_now, assignments=assignments
+    )
 
 
 def _finite(x: float) -> bool:
@@ -117,5 +127,9 @@ def split(batch: Microbatch, *, size: int) -> Iterator[Microbatch]:
     """A rank's share of the global batch, cut into microbatches of `size` consecutive images (whole routing groups)."""
     for start in range(0, len(batch.position_B), size):
         part = slice(start, start + size)
-        yield Microbatch(position_B=batch.position_B[part], latents_BCHW=batch.latents_BCHW[part],
-                         features_BLX=batch.features_BLX[part], mask_BL=batch.mask_BL[part])
+        yield Microbatch(
+            position_B=batch.position_B[part],
+            latents_BCHW=batch.latents_BCHW[part],
+            features_BLX=batch.features_BLX[part],
+            mask_BL=batch.mask_BL[part],
+        )

@@ -69,8 +69,15 @@ def test_stopped_at_every_step(name, stop, undisturbed, tiny_shards, tmp_path):
     check(tmp_path, [live(config, stop_after=stop), live(config)], undisturbed(name))
 
 
-@pytest.mark.parametrize(("name", "cut"), [
-    ("expert_choice", 3), ("expert_choice", 7), ("expert_choice", 12), pytest.param("bf16", 7, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("name", "cut"),
+    [
+        ("expert_choice", 3),
+        ("expert_choice", 7),
+        ("expert_choice", 12),
+        pytest.param("bf16", 7, marks=pytest.mark.slow),
+    ],
+)
 def test_power_cut(name, cut, undisturbed, tiny_shards, tmp_path):
     """Nothing is saved at the cut: the run goes back to its last committed step and does the rest again, alike."""
     config = configure(tmp_path, tiny_shards, *RUNS[name])

@@ -12,8 +12,7 @@ import torch
 from torch.distributed.tensor import Replicate, Shard
 
 from ecdit_train.checkpoint import ParamPlacement, TensorSlice
-from ecdit_train.checkpoint.layout import placed_runs
-from ecdit_train.checkpoint.layout import chunk_bounds, describe_sharded
+from ecdit_train.checkpoint.layout import chunk_bounds, describe_sharded, placed_runs
 
 
 class ThreadComm:
@@ -144,7 +143,9 @@ def shard(name: str, full: torch.Tensor, *, mesh: Mesh, rank: int, placed: bool 
     placement = placement_of(name, tuple(full.shape), mesh=mesh, rank=rank)
     part = full
     if placement is not None:
-        part = torch.cat([full.narrow(placement.dim, run.start, run.size) for run in placed_runs(placement)], placement.dim)
+        part = torch.cat(
+            [full.narrow(placement.dim, run.start, run.size) for run in placed_runs(placement)], placement.dim
+        )
     if name.startswith("experts"):
         mesh_shape: tuple[int, ...] = (mesh.world // mesh.ep,)
         coordinate: tuple[int, ...] = (rank // mesh.ep,)

@@ -17,8 +17,7 @@ import torch
 from checkpoint_worlds import run_world
 
 from ecdit_train import checkpoint
-from ecdit_train.checkpoint import CheckpointManager, Placed
-from ecdit_train.checkpoint import ParamPlacement
+from ecdit_train.checkpoint import CheckpointManager, ParamPlacement, Placed
 
 
 class Stopped(BaseException):

@@ -14,8 +14,17 @@ from ecdit_train.config.schema import ParallelConfig
 from ecdit_train.errors import ConfigError
 from ecdit_train.parallel.degrees import Degrees, nearest_divisor, resolve_degrees
 
-SINGLE = ParallelConfig(dp_replicate=1, dp_shard=-1, tp=1, ep=1, sequence_parallel=False,
-                        activation_checkpointing="none", compile=False, overlap_chunks=1, reshard_after_forward=True)
+SINGLE = ParallelConfig(
+    dp_replicate=1,
+    dp_shard=-1,
+    tp=1,
+    ep=1,
+    sequence_parallel=False,
+    activation_checkpointing="none",
+    compile=False,
+    overlap_chunks=1,
+    reshard_after_forward=True,
+)
 
 
 def test_what_is_left() -> None:
@@ -39,16 +48,19 @@ def test_every_rank_has_its_own_place(rep: int, shard: int, tp: int, ep: int) ->
     assert d.ep == 1 or d.sparse(0)[0] == d.sparse(1)[0]
 
 
-@pytest.mark.parametrize(("change", "world", "field", "nearest"), [
-    ({"tp": 3}, 8, "parallel.tp", 2),
-    ({"ep": 7}, 8, "parallel.ep", 8),
-    ({"tp": 0}, 8, "parallel.tp", 1),
-    ({"dp_shard": 0}, 8, "parallel.dp_shard", -1),
-    ({"dp_replicate": 3}, 8, "parallel.dp_replicate", 2),
-    ({"dp_replicate": 2, "dp_shard": 2}, 8, "parallel.dp_shard", 4),
-    ({"overlap_chunks": 0}, 8, "parallel.overlap_chunks", 1),
-    ({"sequence_parallel": True, "tp": 2}, 8, "parallel.sequence_parallel", False),
-])
+@pytest.mark.parametrize(
+    ("change", "world", "field", "nearest"),
+    [
+        ({"tp": 3}, 8, "parallel.tp", 2),
+        ({"ep": 7}, 8, "parallel.ep", 8),
+        ({"tp": 0}, 8, "parallel.tp", 1),
+        ({"dp_shard": 0}, 8, "parallel.dp_shard", -1),
+        ({"dp_replicate": 3}, 8, "parallel.dp_replicate", 2),
+        ({"dp_replicate": 2, "dp_shard": 2}, 8, "parallel.dp_shard", 4),
+        ({"overlap_chunks": 0}, 8, "parallel.overlap_chunks", 1),
+        ({"sequence_parallel": True, "tp": 2}, 8, "parallel.sequence_parallel", False),
+    ],
+)
 def test_refused(change: dict[str, object], world: int, field: str, nearest: object) -> None:
     with pytest.raises(ConfigError) as caught:
         resolve_degrees(replace(SINGLE, **change), world)
@@ -64,7 +76,7 @@ def test_all_problems_at_once() -> None:
 
 def test_nearest_divisor() -> None:
     assert [nearest_divisor(12, n) for n in (1, 7, 10, 100)] == [1, 6, 12, 12]
-    assert nearest_divisor(12, 5) == 4      # 4 and 6 are as close: the smaller one
+    assert nearest_divisor(12, 5) == 4  # 4 and 6 are as close: the smaller one
 
 
 def test_no_torch() -> None:

@@ -17,10 +17,19 @@ from ecdit_train.parallel import expert_parallel, tensor_parallel
 from ecdit_train.parallel.expert_parallel import ExpertParallelDispatcher
 from ecdit_train.parallel.placement import ParamPlacement, local_boxes
 
-MODEL = ModelConfig(name="test", layers=2, width=32, heads=4, kv_heads=2, ffn_ratio=2, patch=2, text_width=64,
-                    text_refiner_layers=1)
-MOE = MoEConfig(router="expert_choice", experts=6, capacity_factor=1.5, scope="group", group_size=16, top_k=2,
-                balance_weight=0.0, combine="index_add")
+MODEL = ModelConfig(
+    name="test", layers=2, width=32, heads=4, kv_heads=2, ffn_ratio=2, patch=2, text_width=64, text_refiner_layers=1
+)
+MOE = MoEConfig(
+    router="expert_choice",
+    experts=6,
+    capacity_factor=1.5,
+    scope="group",
+    group_size=16,
+    top_k=2,
+    balance_weight=0.0,
+    combine="index_add",
+)
 
 
 def make(model: ModelConfig = MODEL) -> DiT:
@@ -29,19 +38,32 @@ def make(model: ModelConfig = MODEL) -> DiT:
 
 
 def test_split_layers() -> None:
-    split = {path: how for path, module in make().named_modules()
-             if isinstance(module, torch.nn.Linear) and (how := tensor_parallel.split_of(path))}
-    attention = {f"{kind}_attention.{name}": "row" if name == "out" else "column"
-                 for kind in ("self", "cross") for name in ("query", "key", "value", "out")}
+    split = {
+        path: how
+        for path, module in make().named_modules()
+        if isinstance(module, torch.nn.Linear) and (how := tensor_parallel.split_of(path))
+    }
+    attention = {
+        f"{kind}_attention.{name}": "row" if name == "out" else "column"
+        for kind in ("self", "cross")
+        for name in ("query", "key", "value", "out")
+    }
     dense = {"feed_forward.up": "column", "feed_forward.down": "row"}
     blocks = (attention | dense, attention)
     assert split == {f"blocks.{n}.{name}": how for n, block in enumerate(blocks) for name, how in block.items()}
 
 
-@pytest.mark.parametrize(("model", "tp", "rules"), [
-    (MODEL, 2, 0), (MODEL, 4, 0), (MODEL, 3, 3), (MODEL, 8, 1), (replace(MODEL, kv_heads=1), 4, 0),
-    (replace(MODEL, heads=12, kv_heads=4), 6, 2),
-])
+@pytest.mark.parametrize(
+    ("model", "tp", "rules"),
+    [
+        (MODEL, 2, 0),
+        (MODEL, 4, 0),
+        (MODEL, 3, 3),
+        (MODEL, 8, 1),
+        (replace(MODEL, kv_heads=1), 4, 0),
+        (replace(MODEL, heads=12, kv_heads=4), 6, 2),
+    ],
+)
 def test_tensor_parallel_sizes(model: ModelConfig, tp: int, rules: int) -> None:
     if rules == 0:
         tensor_parallel.check(make(model), tp=tp)
@@ -70,14 +92,20 @@ def test_boxes() -> None:
 def test_tp_ranks_share_the_slots(tp: int, pools: int, capacity: int) -> None:
     """Without groups, the parts of all tp ranks add up to the local dispatcher's result, also where they are padded."""
     E, N, D = 3, 24, 5
-    assignment = Assignment(index_EGC=torch.randint(N, (E, pools, capacity)), gate_EGC=torch.rand(E, pools, capacity),
-                            filled_EGC=None, probability_GSE=torch.empty(0), balance_loss=None)
+    assignment = Assignment(
+        index_EGC=torch.randint(N, (E, pools, capacity)),
+        gate_EGC=torch.rand(E, pools, capacity),
+        filled_EGC=None,
+        probability_GSE=torch.empty(0),
+        balance_loss=None,
+    )
     x = torch.randn(N, D)
     whole = LocalDispatcher().combine(LocalDispatcher().dispatch(x, assignment), assignment, num_tokens=N)
     total: Tensor = torch.zeros(N, D)
     for rank in range(tp):
-        part = ExpertParallelDispatcher(LocalDispatcher(), exchange=None, tp_group=None, tp_rank=rank, tp_size=tp,
-                                        chunks=1)
+        part = ExpertParallelDispatcher(
+            LocalDispatcher(), exchange=None, tp_group=None, tp_rank=rank, tp_size=tp, chunks=1
+        )
         rows = part.dispatch(x, assignment)
         assert rows.shape == (E, -(-pools * capacity // tp), D)
         total += part.combine(rows, assignment, num_tokens=N)
