@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import sys
 
-from . import block, moe_layer
+from . import block, moe_layer, parallel_overhead
 
 
 def main() -> int:
     codes = []
-    for module in (moe_layer, block):
+    for module in (moe_layer, block, parallel_overhead):
         print(f"--- {module.__name__}")
         codes.append(module.main([]))
     return max(codes)

@@ -162,7 +162,7 @@ def make_parser() -> argparse.ArgumentParser:
         "launch",
         launch,
         "render the sbatch script of a run, freeze its configuration and submit it\n\n"
-        "  ecdit launch experiment=ec_dit_m_64e cluster=h100_ib400 cluster.nodes=32 run=/scratch/m64e --render-only",
+        "  ecdit launch experiment=ec_dit_m_64e cluster=h100_ib400 cluster.nodes=8 run=/scratch/m64e --render-only",
     )
     p.add_argument("overrides", nargs="*", metavar="WORD", help=OVERRIDES)
     p.add_argument("--render-only", action="store_true", help="print the script; write and submit nothing")

@@ -26,7 +26,7 @@ GRACE_SECONDS = 15.0
 
 def run_ranks(argv: Sequence[str], *, nproc: int) -> int:
     """Run `ecdit ARGV` as `nproc` ranks over loopback. Returns 0, or the exit code of the rank that failed first."""
-    port = _free_port()
+    port = free_port()
     threads = str(max(1, (os.cpu_count() or 1) // nproc))
     dies_with_us = _dies_with_parent()
     children: list[subprocess.Popen] = []
@@ -105,7 +105,7 @@ def _dies_with_parent() -> Callable[[], None] | None:
     return ask
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])

@@ -85,7 +85,7 @@ def test_every_choice_of_every_group_composes():
 
 def test_demo_fills_one_group_with_eight_images(preset):
     cfg = preset("shapes_tiny")
-    assert (cfg.tokens_per_image, cfg.moe.group_size, cfg.capacity) == (32, 256, 64)
+    assert (cfg.tokens_per_image, cfg.moe.group_size, cfg.capacity) == (18, 144, 36.0)
 
 
 # --- conf is a manual ------------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """Each rule with its exact message, and all of them at once. The default is EC-DiT-XL-8E on one process."""
 
-# ruff: noqa: E501 (exact messages)
 from __future__ import annotations
 
 import pytest

@@ -63,9 +63,7 @@ def test_every_error_has_an_exit_code_of_its_own() -> None:
     codes = {c.__name__: c.exit_code for c in classes}
     assert codes.pop("DataError") == 74
     assert sorted(codes.values()) == list(range(60, 70))
-    for name, code in codes.items():
-        assert f"{name}" in (errors.__doc__ or "")
-        assert f"  {code}  " in (errors.__doc__ or "")
+    assert all(c.__doc__ for c in classes)  # `ecdit --help` and the reference show the first line
 
 
 def test_missing_files_are_all_named_up_front(copied_folder: Path) -> None:

@@ -1,0 +1,164 @@
+"""What spreading costs: a step of fixed work on 2 ranks against 1, and the bytes that experts exchange against the plan.
+
+    python -m benchmarks.parallel_overhead [--rounds 8]
+
+One world of two gloo ranks holds every layout at once; in each round all of them and the plain single-process model train on the
+same 64 images, in shuffled order. The ratio is CPU seconds of both ranks together over CPU seconds of one process: 1.0 would be
+free. The wall clock of two ranks on a shared machine says little, so it is not reported. No GPU number is claimed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ecdit_train.build import Ranks, spread_model
+from ecdit_train.config.compose import compose
+from ecdit_train.config.schema import RunConfig
+from ecdit_train.diffusion.flow import Flow
+from ecdit_train.parallel import runtime
+from ecdit_train.parallel.mesh import make_mesh
+from ecdit_train.plan import estimate, to_json
+from ecdit_train.train.optim import make_optimizer
+from ecdit_train.train.step import Microbatch, split, train_step
+
+from .timing import Bar, report, settle
+
+LAYOUTS = {"dp 2": [], "tp 2": ["parallel.tp=2"], "ep 2": ["parallel.ep=2"], "tp 2, ep 2": ["parallel.tp=2", "parallel.ep=2"]}
+ONE = "one process"
+STEPS = 3
+"""Optimizer steps per turn."""
+
+
+class Trained:
+    """A model, its optimizer and this rank's share of a fixed batch; `turn` trains a few steps."""
+
+    def __init__(self, config: RunConfig, ranks: Ranks) -> None:
+        self.config, self.ranks = config, ranks
+        self.optimizer = make_optimizer(list(ranks.model.parameters()), config.optim)
+        B, text, side = config.train.global_batch, config.encoders.text, config.latent_side
+        g = torch.Generator().manual_seed(0)
+        mine = slice(ranks.mesh.dp_rank * B // ranks.mesh.dp_size, (ranks.mesh.dp_rank + 1) * B // ranks.mesh.dp_size)
+        self.batch = Microbatch(
+            position_B=torch.arange(B)[mine],
+            latents_BCHW=torch.randn(B, 3, side, side, generator=g)[mine],
+            features_BLX=torch.randn(B, text.max_tokens, text.width, generator=g)[mine],
+            mask_BL=torch.ones(B, text.max_tokens, dtype=torch.bool)[mine],
+        )
+        self.flow = Flow(
+            config=config.diffusion, seed=0, num_patches=config.patches_per_image, num_kept=config.tokens_per_image
+        )
+
+    def turn(self, steps: int = STEPS) -> None:
+        c = self.config
+        for _ in range(steps):
+            train_step(
+                list(split(self.batch, size=c.train.microbatch)), model=self.ranks.model, optimizer=self.optimizer, lr=1e-4,
+                max_norm=1.0, flow=self.flow, pool=c.pool_tokens, patch=c.model.patch, spread=self.ranks, after=lambda: None,
+            )  # fmt: skip
+
+
+def spread(config: RunConfig, here: runtime.Runtime) -> Ranks:
+    return spread_model(config, here, mesh=make_mesh(config.parallel, device_type="cpu", world=here.world))
+
+
+class ExchangedBytes:
+    """Counts what this process hands to all-to-all while it is open."""
+
+    def __enter__(self) -> ExchangedBytes:
+        self.bytes, self._real = 0, dist.all_to_all_single
+
+        def counted(output: torch.Tensor, input: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            self.bytes += input.numel() * input.element_size()
+            return self._real(output, input, *args, **kwargs)
+
+        dist.all_to_all_single = counted
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        dist.all_to_all_single = self._real
+
+
+def worker(rounds: int) -> None:
+    """One of the two ranks; rank 0 also plays the single process, while rank 1 waits, and prints the result as JSON."""
+    import json
+
+    settle()
+    here = runtime.start("cpu")
+    base = compose(["experiment=shapes_tiny"])
+    trained = {
+        name: Trained(c, spread(c, here))
+        for name, c in ((n, compose(["experiment=shapes_tiny", *words])) for n, words in LAYOUTS.items())
+    }
+    if here.rank == 0:
+        trained[ONE] = Trained(base, spread(base, replace(here, world=1, control=None)))
+    seconds: dict[str, list[float]] = {name: [] for name in [*LAYOUTS, ONE]}
+    order = [*LAYOUTS, ONE]
+    shuffle = random.Random(0).shuffle
+    for number in range(-1, rounds):
+        shuffle(order)
+        for name in order:
+            here.barrier()
+            began = time.process_time()
+            if name in trained:
+                trained[name].turn()
+            spent = time.process_time() - began if name in trained else 0.0
+            total = sum(here.all_gather_json(spent))
+            if number >= 0:
+                seconds[name].append(total)
+    with ExchangedBytes() as counter:
+        trained["ep 2"].turn(steps=1)
+    if here.rank == 0:
+        ratios = {n: median(a / b for a, b in zip(seconds[n], seconds[ONE], strict=True)) for n in LAYOUTS}
+        print(json.dumps({"ratios": ratios, "exchanged": counter.bytes}), flush=True)
+    here.shutdown()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    import json
+    import os
+
+    from launch.local import free_port
+
+    parser = argparse.ArgumentParser(prog="parallel_overhead", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args(arguments)
+    if args.worker:
+        worker(args.rounds)
+        return 0
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "benchmarks.parallel_overhead", "--worker", "--rounds", str(args.rounds)]
+    ranks = [
+        subprocess.Popen(command, env=os.environ | place | {"RANK": str(r), "LOCAL_RANK": str(r)}, stdout=subprocess.PIPE, text=True)
+        for r in range(2)
+    ]
+    said = [rank.communicate()[0] for rank in ranks]
+    if any(rank.returncode for rank in ranks):
+        return 1
+    measured = json.loads(said[0].strip().splitlines()[-1])
+    plan = to_json(estimate(compose(["experiment=shapes_tiny", "parallel.ep=2"]), world=2))
+    planned = plan["traffic_per_step"]["all_to_all"]["message"]
+    ratios: dict[str, Any] = {f"{name}: CPU of 2 ranks / 1 process": round(r, 3) for name, r in measured["ratios"].items()}
+    ratios |= {"exchanged bytes per step and rank": measured["exchanged"], "planned": planned}
+    for name, value in ratios.items():
+        print(f"{name:<44} {value}")
+    bars = [
+        Bar(name="exchanged bytes / plan", value=measured["exchanged"] / planned, limit=1.1, at_least=False),
+        Bar(name="plan / exchanged bytes", value=planned / measured["exchanged"], limit=1.1, at_least=False),
+    ]
+    settings = {"experiment": "shapes_tiny", "global_batch": 64, "steps_per_turn": STEPS, "rounds": args.rounds}
+    return report("parallel_overhead", settings=settings, ratios=ratios, bars=bars)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
