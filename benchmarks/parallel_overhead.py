@@ -33,7 +33,12 @@ from ecdit_train.train.step import Microbatch, split, train_step
 
 from .timing import Bar, report, settle
 
-LAYOUTS = {"dp 2": [], "tp 2": ["parallel.tp=2"], "ep 2": ["parallel.ep=2"], "tp 2, ep 2": ["parallel.tp=2", "parallel.ep=2"]}
+LAYOUTS = {
+    "dp 2": [],
+    "tp 2": ["parallel.tp=2"],
+    "ep 2": ["parallel.ep=2"],
+    "tp 2, ep 2": ["parallel.tp=2", "parallel.ep=2"],
+}
 ONE = "one process"
 STEPS = 3
 """Optimizer steps per turn."""
@@ -129,7 +134,9 @@ def main(arguments: list[str] | None = None) -> int:
 
     from launch.local import free_port
 
-    parser = argparse.ArgumentParser(prog="parallel_overhead", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="parallel_overhead", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
@@ -139,7 +146,9 @@ def main(arguments: list[str] | None = None) -> int:
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "benchmarks.parallel_overhead", "--worker", "--rounds", str(args.rounds)]
     ranks = [
-        subprocess.Popen(command, env=os.environ | place | {"RANK": str(r), "LOCAL_RANK": str(r)}, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            command, env=os.environ | place | {"RANK": str(r), "LOCAL_RANK": str(r)}, stdout=subprocess.PIPE, text=True
+        )
         for r in range(2)
     ]
     said = [rank.communicate()[0] for rank in ranks]
@@ -148,7 +157,9 @@ def main(arguments: list[str] | None = None) -> int:
     measured = json.loads(said[0].strip().splitlines()[-1])
     plan = to_json(estimate(compose(["experiment=shapes_tiny", "parallel.ep=2"]), world=2))
     planned = plan["traffic_per_step"]["all_to_all"]["message"]
-    ratios: dict[str, Any] = {f"{name}: CPU of 2 ranks / 1 process": round(r, 3) for name, r in measured["ratios"].items()}
+    ratios: dict[str, Any] = {
+        f"{name}: CPU of 2 ranks / 1 process": round(r, 3) for name, r in measured["ratios"].items()
+    }
     ratios |= {"exchanged bytes per step and rank": measured["exchanged"], "planned": planned}
     for name, value in ratios.items():
         print(f"{name:<44} {value}")

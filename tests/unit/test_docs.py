@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from ecdit_train import cli
+from ecdit_train import arguments, cli
 from ecdit_train.config import compat, compose, validate
 from ecdit_train.errors import EcditError
 
@@ -171,13 +171,13 @@ class _WordsRead(Exception):  # noqa: N818
 @pytest.fixture
 def words_only(monkeypatch, tmp_path):
     """Verbs with KEY=VALUE words read and check them, and go no further."""
-    read = cli._words
+    read = arguments.read
 
     def stop(*args, **kwargs):
         read(*args, **kwargs)
         raise _WordsRead
 
-    monkeypatch.setattr(cli, "_words", stop)
+    monkeypatch.setattr(arguments, "read", stop)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts.txt").write_text("a photo of a red circle\n")
 
@@ -194,7 +194,7 @@ def check_command(line: str) -> None:
     if name in ("sample", "evaluate", "data_shapes"):
         with pytest.raises(_WordsRead):
             args.verb(args)
-        sampling = [f"sample.{word}" for word in args.words if word.partition("=")[0] in cli._SAMPLING]
+        sampling = [f"sample.{word}" for word in args.words if word.partition("=")[0] in arguments.SAMPLING]
         if name != "data_shapes":
             validate.validate(compose.override(shapes(), sampling).config)
     elif name == "resume":
