@@ -29,11 +29,13 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip check
 	@touch $@
 
-RUN ?= runs/demo
-SHAPES ?= data/shapes_demo
+# Not ?=: the demo starts with `rm -rf $(RUN)`, and RUN may mean something else in your environment.
+RUN := runs/demo
+SHAPES := data/shapes_demo
 
 # The main job on real input, in the commands a user would type. The first leg stops in the middle with exit code 75, "saved, run me
 # again"; the second goes on from its checkpoint.
+demo: export CUDA_VISIBLE_DEVICES :=
 demo: setup  ## draw shapes into shards, train a small EC-DiT on 2 ranks, resume it once, draw, grade, report (about 6 minutes)
 	rm -rf $(RUN)
 	$(BIN)/ecdit data shapes out=$(SHAPES) count=8000 resolution=24 mix=single_object:1,colors:4 scale=0.55,0.8

@@ -4,7 +4,8 @@ The unit of work is one output shard: `x.tar.part-*` -> rename to `x.tar` -> `x.
 done record names the same parameters and whose files have the recorded sizes is skipped; anything else is written
 again from the start. The manifest comes last. Bytes are deterministic: ustar, members in one order (payload first),
 no times, no owners. The standard library's `tarfile` writes them: webdataset's writer sorts members by suffix, which
-puts json before the pixels, and importing it imports torch. `webdataset` reads the result like any other.
+puts json before the pixels, and importing it imports torch. `webdataset` reads the result like any other
+(tested).
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.assemble import default_fields
+from data_pipeline.contract import Batch
 from data_pipeline.errors import BadArray, DataError
 from data_pipeline.loader import StreamingLoader
 from data_pipeline.manifest import open_view
@@ -48,6 +49,7 @@ from ecdit_train.parallel.fsdp import accumulate, reshard
 from ecdit_train.parallel.mesh import Mesh, make_mesh
 from ecdit_train.parallel.placement import ParamPlacement
 from ecdit_train.parallel.runtime import Runtime
+from ecdit_train.plan.flops import per_step
 from ecdit_train.train.loop import Loop
 from ecdit_train.train.state import TrainState, parameter_of
 from ecdit_train.train.step import Microbatch
@@ -108,31 +110,38 @@ class EncodedBatches:
         device: torch.device,
     ) -> None:
         self._loader, self._text, self._codec, self._config, self._device = loader, text, codec, config, device
-        self._first: Microbatch | None = None
+        self._first: tuple[Batch, Microbatch] | None = None
 
     def prepare(self) -> None:
         """Make the first batch now: bad data is refused before a run folder is made for it. The loader's state is asked for only
-        after `next`, so it never counts a batch that nobody trained on."""
-        self._first = self._make()
+        after `fetch`, so it never counts a batch that nobody trained on."""
+        raw = next(self._loader)
+        batch = self._encode(raw)
+        self._first = raw, batch
         image, text = self._config.encoders.image, self._config.encoders.text
         side = self._config.latent_side
         for what, found, wanted in (
             (
                 "latents of shape (channels, side, side)",
-                tuple(self._first.latents_BCHW.shape[1:]),
+                tuple(batch.latents_BCHW.shape[1:]),
                 (image.channels, side, side),
             ),
-            ("text embeddings of width", self._first.features_BLX.shape[2], text.width),
+            ("text embeddings of width", batch.features_BLX.shape[2], text.width),
         ):
             if found != wanted:
                 raise BadArray(f"{self._config.data.shards}: {what} {found}; the configuration says {wanted}")
 
-    def next(self) -> Microbatch:
-        first, self._first = self._first, None
-        return self._make() if first is None else first
+    def fetch(self) -> Batch:
+        return next(self._loader) if self._first is None else self._first[0]
 
-    def _make(self) -> Microbatch:
-        batch = next(self._loader)
+    def encode(self, raw: Batch) -> Microbatch:
+        first, self._first = self._first, None
+        return self._encode(raw) if first is None else first[1]
+
+    def substituted(self) -> int:
+        return sum(self._loader.stats().bad.values())
+
+    def _encode(self, batch: Batch) -> Microbatch:
         if batch.latents is not None:
             image = self._config.encoders.image
             latents = (torch.from_numpy(batch.latents).to(self._device).float() - image.shift) * image.scale
@@ -198,7 +207,8 @@ def make_loader(config: RunConfig, mesh: Mesh, *, run: Path) -> StreamingLoader:
         prefetch=config.data.prefetch,
         on_bad=config.data.on_bad,
         max_bad=config.data.max_bad,
-        quarantine=run / f"quarantine-{mesh.dp_rank:04d}.jsonl",
+        # Tensor-parallel ranks read the same samples; one of them writes down what was bad.
+        quarantine=run / f"quarantine-{mesh.dp_rank:04d}.jsonl" if mesh.tp_rank == 0 else None,
     )
 
 
@@ -221,6 +231,17 @@ def make_painter(
     )
 
 
+def make_window(config: RunConfig, here: Runtime) -> MetricWindow:
+    """Utilisation needs a known peak, which only a GPU has."""
+    return MetricWindow(
+        device=here.device,
+        images_per_step=config.train.global_batch,
+        tokens_per_step=config.train.global_batch * config.tokens_per_image,
+        flops_per_step=per_step(config, checkpointing=config.parallel.activation_checkpointing).model,
+        peak_flops=config.cluster.peak_flops * here.world if here.device.type == "cuda" else None,
+    )
+
+
 def build_training(config: RunConfig, here: Runtime, *, stop_after: int | None) -> Loop:
     """Everything a run needs, with the newest sound checkpoint loaded if the folder has one."""
     run = Path(config.run)
@@ -234,19 +255,24 @@ def build_training(config: RunConfig, here: Runtime, *, stop_after: int | None) 
     # Resume order: the newest sound checkpoint of this folder, else another run's weights (`train.init_from`), else first weights.
     checkpoints = CheckpointManager(run / "checkpoints", comm=ranks.comm(), keep=config.checkpoint.keep)
     resumed = checkpoints.resume(ranks.placed(state.tensors()))
-    window = MetricWindow(
-        device=here.device,
-        images_per_step=config.train.global_batch,
-        tokens_per_step=config.train.global_batch * config.tokens_per_image,
-    )
+    window = make_window(config, here)
     if resumed is None and config.train.init_from is not None:
         load_weights(config.train.init_from, ranks, kind="ema", step=None)
         if state.ema is not None:
             state.ema.restart()
     if resumed is not None:
+        if resumed.step > config.train.steps:
+            raise ConfigError(
+                Problem(
+                    field="train.steps",
+                    value=config.train.steps,
+                    rule=f"{config.run} is already at step {resumed.step}",
+                    nearest=resumed.step,
+                )
+            )
         state.restore_step(resumed.step)
         loader.load_state_dict(resumed.objects["loader"])
-        window.load_state_dict(resumed.objects.get("window", {}))
+        window.load_state_dict(resumed.objects.get("window", {}), first=mesh.dp_rank == 0)
     here.together(batches.prepare)
 
     # Nothing above writes into a new run folder: what cannot start leaves no trace.
@@ -275,7 +301,7 @@ def build_training(config: RunConfig, here: Runtime, *, stop_after: int | None) 
                 objects={
                     # Metrics of two tp ranks may differ in a last bit; a checkpoint holds one truth.
                     "loader": loader.state_dict(),
-                    "window": here.broadcast_object(window.state_dict()),
+                    "window": here.broadcast_object(window.state_dict(ranks.reduce)),
                     "config": to_dict(config),
                 },
             )

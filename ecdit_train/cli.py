@@ -30,6 +30,9 @@ from ecdit_train.verbs import (
 
 OVERRIDES = "Hydra words: experiment=NAME, GROUP=CHOICE, section.key=value (see `ecdit config keys`)"
 
+RANKS = ("train", "resume", "sample", "evaluate")
+"""Verbs that run on several ranks."""
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a verb; a user's mistake becomes one line on stderr and its own exit code."""
@@ -39,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         args.overrides += rest  # argparse stops collecting words at the first option
+    if args.nproc > 1 and not args.ranks:
+        parser.error(f"argument --nproc: only for {', '.join(RANKS)}")
     if args.nproc > 1 and "RANK" not in os.environ:
         from launch.local import run_ranks
 
@@ -79,11 +84,10 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--nproc",
-        type=int,
+        type=_ranks,
         default=1,
         metavar="N",
-        help="run the verb as N ranks on this machine (train, resume, "
-        "sample, evaluate); on a cluster use `ecdit launch` or torchrun",
+        help=f"run the verb as N ranks on this machine (only {', '.join(RANKS)}); on a cluster use `ecdit launch` or torchrun",
     )
     verbs = parser.add_subparsers(required=True, metavar="VERB", parser_class=argparse.ArgumentParser)
 
@@ -91,7 +95,7 @@ def make_parser() -> argparse.ArgumentParser:
         p = parent.add_parser(
             name, help=text.splitlines()[0], description=text, formatter_class=argparse.RawDescriptionHelpFormatter
         )
-        p.set_defaults(verb=function)
+        p.set_defaults(verb=function, ranks=name in RANKS)
         return p
 
     p = verb(
@@ -132,7 +136,8 @@ def make_parser() -> argparse.ArgumentParser:
         nargs="+",
         metavar="KEY=VALUE",
         help="run=FOLDER, prompts='A|B|...' or prompts=@FILE; optional: out=FILE, "
-        "repeat=N, weights=ema|raw, step=N, and any key of the sample section (sampler, steps, guidance, scope, "
+        "repeat=N, weights=ema|raw, step=N, text_encoder=FOLDER, image_codec=FOLDER, "
+        "and any key of the sample section (sampler, steps, guidance, scope, "
         "group_size, seed)",
     )
 
@@ -146,7 +151,8 @@ def make_parser() -> argparse.ArgumentParser:
         nargs="+",
         metavar="KEY=VALUE",
         help="run=FOLDER; optional: tasks=A,B (default all six), repeat=N, "
-        "split=all|train|heldout, weights=ema|raw, step=N, and any key of the sample section",
+        "split=all|train|heldout, weights=ema|raw, step=N, text_encoder=FOLDER, image_codec=FOLDER, and any key of the "
+        "sample section",
     )
 
     p = verb(
@@ -168,7 +174,8 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--dry-run",
         action="store_true",
-        help="build and spread the real model on fake ranks, run forward and backward, list every collective",
+        help="build and spread the real model on fake ranks, run forward and backward, compare every collective and "
+        "the memory with the plan; exit code 1 if one is off by more than a tenth",
     )
 
     p = verb(
@@ -236,6 +243,12 @@ class _Parser(argparse.ArgumentParser):
 def parser_group(verbs: Any, name: str, text: str) -> Any:
     p = verbs.add_parser(name, help=text, description=text)
     return p.add_subparsers(required=True, metavar="VERB")
+
+
+def _ranks(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 1 or more")
+    return int(text)
 
 
 def _stop_after(p: argparse.ArgumentParser) -> None:

@@ -35,7 +35,6 @@ class Purpose(IntEnum):
     CAPTION_DROP = 4
     SAMPLE_NOISE = 5
     INIT = 6
-    VALIDATION = 7
 
 
 def philox(

@@ -25,7 +25,7 @@ def train(args: argparse.Namespace) -> int:
     validate.validate(config, world=world)
     folder = Path(config.run)
     if (folder / compose.RESOLVED).exists():
-        compat.check_resume(compose.load(folder), config, allow=compat.classes())
+        compat.check_resume(compose.load(folder), config, allow=compose.explicit_keys(args.overrides))
     return _run(config, stop_after=args.stop_after)
 
 
@@ -181,32 +181,32 @@ def plan(args: argparse.Namespace) -> int:
 
     config = compose.compose(args.overrides)
     result = estimate(config, world=args.world)
-    document = to_json(result)
+    document, code = to_json(result), errors.EXIT_OK
     if not args.json:
         print(render(result), end="")
     if args.dry_run:
-        from ecdit_train.plan import compare, dry_run
+        from ecdit_train.plan import dry_run
 
-        ran = dry_run.dry_run(config, world=result.cost.layout.world)
-        rows = compare.compare(result, ran)
-        document |= compare.to_json(ran, rows)
+        checked = dry_run.check(result)
+        document |= checked.document
+        code = errors.EXIT_OK if checked.within else 1
         if not args.json:
-            print("\n" + compare.render(ran, rows), end="")
+            print("\n" + checked.text, end="")
     if args.json:
         print(json.dumps(document, indent=2))
-    return errors.EXIT_OK
+    return code
 
 
 def launch(args: argparse.Namespace) -> int:
     from ecdit_train.config import compose, validate
-    from launch import render, submit
+    from launch import submit
 
     config = compose.compose(args.overrides)
     validate.validate(config, world=config.cluster.nodes * config.cluster.gpus_per_node)
     if args.render_only:
-        print(render.render(config, run_folder=Path(config.run)), end="")
+        print(submit.job_script(config), end="")
         return errors.EXIT_OK
-    script = submit.prepare(config)
+    script = submit.prepare(config, allow=compose.explicit_keys(args.overrides))
     print(f"job {submit.submit(script)} submitted: {script}")
     return errors.EXIT_OK
 
@@ -272,10 +272,11 @@ def config_show(args: argparse.Namespace) -> int:
 
 
 def config_keys(args: argparse.Namespace) -> int:
-    from ecdit_train.config import compat
+    from ecdit_train.config import compat, convert
 
+    types = convert.leaf_types()
     for key, kind in compat.classes().items():
-        print(f"{key:<44}{kind}")
+        print(f"{key:<44}{kind:<10}{convert.type_name(types[key])}")
     return errors.EXIT_OK
 
 

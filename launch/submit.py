@@ -6,14 +6,15 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 
-from ecdit_train.config.compat import diff
+from ecdit_train.config.compat import check_resume
 from ecdit_train.config.compose import RESOLVED, freeze, load
 from ecdit_train.config.schema import RunConfig
 from ecdit_train.config.validate import validate
-from ecdit_train.errors import EcditError, RunFolderError
+from ecdit_train.errors import EcditError
 from launch.render import render
 
 JOB_SCRIPT = "job.sh"
@@ -26,22 +27,38 @@ class SubmitError(EcditError):
     exit_code = 83
 
 
-def prepare(cfg: RunConfig) -> Path:
+def job_script(cfg: RunConfig, *, run: str | Path | None = None, python: str | None = None) -> str:
+    """The script that `prepare` writes, and the one that is shown before.
+
+    Args:
+        cfg: a validated configuration.
+        run: run folder on the nodes; default `cfg.run`, seen from here.
+        python: interpreter on the nodes; default this one, or the container's.
+    """
+    if python is None:
+        python = "python" if cfg.cluster.container else sys.executable
+    return render(cfg, run_folder=cfg.run if run is None else run, python=python)
+
+
+def prepare(cfg: RunConfig, *, allow: Collection[str] = ()) -> Path:
     """Makes `<run>/` with `resolved.yaml`, `logs/` and `job.sh`; returns the script's path.
 
-    The folder may exist if it holds the same configuration: launching twice is resuming.
+    The folder may exist: launching again is resuming, and may change what a resume may change. Both files are then
+    written anew.
+
+    Args:
+        cfg: what the user asks for.
+        allow: dotted keys given explicitly on the command line; only they may change the schedule.
 
     Raises:
         ConfigError: the configuration does not fit the cluster's nodes.
-        RunFolderError: the folder belongs to another configuration.
+        RunFolderError: the folder belongs to another run, or to another schedule that was not asked for.
     """
     validate(cfg, world=cfg.cluster.nodes * cfg.cluster.gpus_per_node)
     run = Path(cfg.run).absolute()
-    python = "python" if cfg.cluster.container else sys.executable
-    script = render(cfg, run_folder=run, python=python)
-    if (run / RESOLVED).exists() and (changes := diff(load(run), cfg)):
-        listed = "\n".join(str(change) for change in changes)
-        raise RunFolderError(f"{run} holds another configuration; resume it, or choose another run=...\n{listed}")
+    script = job_script(cfg)
+    if (run / RESOLVED).exists():
+        check_resume(replace(load(run), run=cfg.run), cfg, allow)  # the folder was found: its old name says nothing
     (run / "logs").mkdir(parents=True, exist_ok=True)
     freeze(cfg, run)
     return write_script(script, run=run)

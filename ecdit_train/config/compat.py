@@ -84,7 +84,13 @@ def kind(key: str, *, old: RunConfig, new: RunConfig) -> Kind:
     """The class of `key` between these two configurations."""
     if key == "train.microbatch" and any(c.moe.router != "dense" and c.moe.scope == "batch" for c in (old, new)):
         return "identity"
+    if key in ("optim.ema_decay", "optim.momentum") and (_value(old, key) == 0) != (_value(new, key) == 0):
+        return "identity"  # 0 means that the state has no such tensors
     return classes()[key]
+
+
+def _value(cfg: RunConfig, key: str) -> Any:
+    return flatten(cfg)[key]
 
 
 def diff(old: RunConfig, new: RunConfig) -> list[Change]:

@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ecdit_train.config import overrides as command_line
-from ecdit_train.config.convert import from_dict, section_names, to_dict, with_values
+from ecdit_train.config.convert import from_dict, leaf_types, section_names, to_dict, with_values
 from ecdit_train.config.schema import RunConfig
 from ecdit_train.errors import ConfigError, RunFolderError
 
@@ -95,6 +95,13 @@ def override(cfg: RunConfig, overrides: Sequence[str]) -> Overridden:
         values.update({f"{group}.{key}": value for key, value in _leaves(section)})
     values.update(read.values)
     return Overridden(config=with_values(cfg, values), explicit=frozenset(values))
+
+
+def explicit_keys(overrides: Sequence[str]) -> frozenset[str]:
+    """Dotted keys that the words name, themselves or by choosing a group."""
+    read = command_line.read(overrides, groups=groups())
+    chosen = {key for group in read.groups for key in leaf_types() if key.startswith(f"{group}.")}
+    return frozenset(chosen | set(read.values))
 
 
 def _leaves(tree: Mapping[str, Any]) -> list[tuple[str, Any]]:

@@ -6,6 +6,8 @@ from ecdit_train.config.nearest import divisors, nearest_divisor, nearest_multip
 from ecdit_train.config.rules import Checker, is_whole
 from ecdit_train.config.schema import RunConfig
 
+NO_SEQUENCE_PARALLEL = "not available: an expert ranks its whole pool, so each tp rank needs all tokens"
+
 
 def check_layout(cfg: RunConfig, check: Checker, *, world: int | None) -> None:
     """Appends what is wrong with `cfg.parallel`; rules that need the number of ranks only when `world` is given."""
@@ -72,13 +74,9 @@ def _capacity_is_sane(cfg: RunConfig, check: Checker) -> bool:
 
 
 def _sequence(cfg: RunConfig, check: Checker) -> None:
-    """Sequence parallelism splits what tensor parallelism leaves whole, so it needs tp > 1."""
-    check.require(
-        not cfg.parallel.sequence_parallel or cfg.parallel.tp > 1,
-        "parallel.sequence_parallel",
-        rule=f"needs parallel.tp > 1, which is {cfg.parallel.tp}",
-        nearest="false",
-    )
+    """Refused at any tp (docs/decisions/0007)."""
+    wanted = cfg.parallel.sequence_parallel
+    check.require(not wanted, "parallel.sequence_parallel", rule=NO_SEQUENCE_PARALLEL, nearest="false")
 
 
 def _expert(cfg: RunConfig, check: Checker) -> None:

@@ -16,7 +16,6 @@ from torch import Tensor
 from ecdit_train.config.schema import RunConfig, SampleConfig
 from ecdit_train.diffusion.encoders import ImageCodec, TextEncoder
 from ecdit_train.diffusion.sampler import prompt_positions, sample
-from ecdit_train.errors import ConfigError, Problem
 from ecdit_train.model.dit import DiT, Prediction
 from ecdit_train.model.embed import Text, unpatchify
 from ecdit_train.observe.routing import RoutingMaps, count_maps, sparse_layers
@@ -89,24 +88,18 @@ class Painter:
     """Concatenates equal shares of all data-parallel ranks on dim 0."""
 
     def pool(self, how: SampleConfig, *, batch: int) -> int:
-        """Tokens of a routing pool."""
+        """Tokens of a routing pool; an image's own where nothing is routed."""
         n = self.config.patches_per_image
+        if self.config.moe.router == "dense":
+            return n
         return {"image": n, "group": how.group_size, "batch": batch * n}[how.scope]
 
     def draw(self, prompts: Sequence[str], *, how: SampleConfig, step: int, batch: int = 64) -> Pictures:
-        """At most `batch` pictures are in flight on a rank. Missing places of a pool or of a rank are filled with
-        copies of the last prompt, which are thrown away."""
+        """At most `batch` pictures are in flight on a rank, rounded down to whole pools but one at least. Missing places
+        of a pool or of a rank are filled with copies of the last prompt, which are thrown away."""
         c, n = self.config, len(prompts)
-        images_per_pool = max(1, how.group_size // c.patches_per_image) if how.scope == "group" else 1
-        if batch % images_per_pool:
-            raise ConfigError(
-                Problem(
-                    field="batch",
-                    value=batch,
-                    rule=f"must hold whole pools of {images_per_pool} images",
-                    nearest=max(1, batch // images_per_pool) * images_per_pool,
-                )
-            )
+        images_per_pool = self.pool(how, batch=1) // c.patches_per_image
+        batch = max(1, batch // images_per_pool) * images_per_pool
         position = prompt_positions(prompts)
         share = -(-n // (self.dp_size * images_per_pool)) * images_per_pool
         mine = [min(i, n - 1) for i in range(self.dp_rank * share, (self.dp_rank + 1) * share)]
@@ -155,21 +148,26 @@ def _watched(how: SampleConfig) -> list[float]:
 
 
 class _Recorder:
-    """Keeps the number of experts per patch of the conditional half, at the watched timesteps."""
+    """Keeps the number of experts per patch of the conditional half, at the watched timesteps.
+
+    Heun evaluates a t twice: first at its predictor's guess, then at the state itself. The later one is kept.
+    """
 
     def __init__(self, how: SampleConfig, *, side: int, batch: int) -> None:
         self._wanted, self._side, self._batch = _watched(how), side, batch
-        self._seen: list[Tensor] = []
+        self._seen: dict[int, Tensor] = {}
 
     def __call__(self, t: float, prediction: Prediction) -> None:
         # t comes back from the device as fp32, hence the tolerance.
-        done = not prediction.assignments or len(self._seen) == len(self._wanted)
-        if done or abs(t - self._wanted[len(self._seen)]) > 1e-6:
+        place = next((i for i, wanted in enumerate(self._wanted) if abs(t - wanted) < 1e-6), None)
+        if place is None or not prediction.assignments:
             return
         rows = prediction.patches_BKP.shape[0]
         counts = count_maps(prediction.assignments, batch=rows, side=self._side)
-        self._seen.append(counts[:, : self._batch].to(torch.uint8))
+        self._seen[place] = counts[:, : self._batch].to(torch.uint8)
 
     def counts(self) -> Tensor | None:
         """(B, T, L, side, side) uint8, or None for a dense model."""
-        return torch.stack(self._seen).permute(2, 0, 1, 3, 4).contiguous() if self._seen else None
+        if not self._seen:
+            return None
+        return torch.stack([self._seen[i] for i in range(len(self._wanted))]).permute(2, 0, 1, 3, 4).contiguous()

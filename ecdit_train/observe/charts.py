@@ -24,7 +24,6 @@ class Curve:
     color: str
     faint: bool = False
     """Drawn thin behind the others and left out of the legend (raw values behind a smoothed curve)."""
-    dots: bool = False
 
 
 def line_chart(curves: Sequence[Curve], *, title: str, unit: str = "", wide: bool = False) -> str:
@@ -61,7 +60,7 @@ def line_chart(curves: Sequence[Curve], *, title: str, unit: str = "", wide: boo
         points = " ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in zip(curve.x, curve.y, strict=True))
         style = "opacity:.4;stroke-width:1" if curve.faint else "stroke-width:2"
         parts.append(f'<polyline points="{points}" stroke="{curve.color}" style="{style}"/>')
-        if curve.dots or len(curve.x) == 1:
+        if len(curve.x) == 1:
             parts += [
                 f'<circle cx="{px(x):.1f}" cy="{py(y):.1f}" r="3" fill="{curve.color}"/>'
                 for x, y in zip(curve.x, curve.y, strict=True)
@@ -113,7 +112,6 @@ def _thinned(curve: Curve) -> Curve:
         label=curve.label,
         color=curve.color,
         faint=curve.faint,
-        dots=False,
         x=[curve.x[b - 1] for _, b in buckets],
         y=[sum(curve.y[a:b]) / (b - a) for a, b in buckets],
     )

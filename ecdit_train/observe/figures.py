@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 INK = "#1f2937"
 MUTED = "#6b7280"
 ACCENT = "#2563eb"
-SECOND = "#d97706"
 HEAT, HEAT_ALPHA = "YlOrRd", 0.78
 """Darker is more compute, as in the paper."""
 
@@ -137,15 +136,12 @@ def series(records: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float],
 
 
 def loss_curve(records: Sequence[Mapping[str, Any]], path: Path) -> Path:
-    """Training loss, raw and smoothed, and the validation loss where it was measured."""
+    """Training loss, raw and smoothed."""
     figure = _figure(7.0, 3.6)
     axes = figure.add_subplot()
     steps, values = series(records, "train/loss")
     axes.plot(steps, values, color=ACCENT, alpha=0.25, linewidth=1)
     axes.plot(steps, smooth(values), color=ACCENT, linewidth=2, label="training (smoothed)")
-    steps, values = series(records, "train/validation_loss")
-    if values:
-        axes.plot(steps, values, color=SECOND, linewidth=1.5, marker="o", markersize=3, label="validation")
     axes.set_xlabel("step")
     axes.set_ylabel("mean squared error")
     axes.grid(color="#e5e7eb", linewidth=0.8)

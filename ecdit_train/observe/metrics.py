@@ -40,7 +40,6 @@ METRICS: dict[str, Metric] = {
     "train/loss": _metric(
         "latent units^2", "mean", "Is it learning? Mean squared error of the prediction at kept patches."
     ),
-    "train/validation_loss": _metric("latent units^2", "last", "Does it hold on images it has not seen?"),
     "train/balance_loss": _metric("1", "mean", "Token choice only: how uneven are the experts, weight included?"),
     "train/images": _metric("images", "last", "How many images has the run seen?"),
     # optim/
@@ -82,7 +81,7 @@ METRICS: dict[str, Metric] = {
         "share of choices", "mean", "Token choice only: choices of layer n beyond capacity."
     ),
     "moe/L{n}/load_cv": _metric("std / mean", "mean", "Token choice only: unequal load of experts in layer n."),
-    # perf/: wall time of the window without pauses (checkpoints, samples, validation).
+    # perf/: wall time of the window without pauses (checkpoints, samples).
     "perf/images_per_s": _metric("images/s, all ranks", "mean", "How fast is it?"),
     "perf/tokens_per_s": _metric("tokens/s, all ranks", "mean", "How fast is it, whatever resolution and mask ratio?"),
     "perf/step_s": _metric("s", "mean", "How long does an optimizer step take?"),
@@ -92,7 +91,7 @@ METRICS: dict[str, Metric] = {
     "perf/memory_gib": _metric("GiB, fullest rank", "max", "How close to the end of device memory? Absent on CPU."),
     # data/
     "data/stall_frac": _metric(
-        "share of time", "mean", "How long do ranks wait for data? Above a few percent, feed more."
+        "share of time", "mean", "How long do ranks wait for the loader? Above a few percent, feed more."
     ),
     "data/substituted": _metric("samples", "sum", "How many unreadable samples were replaced since the last log step?"),
 }
@@ -122,7 +121,7 @@ class MetricWindow:
     FLOP of such a step and `peak_flops` the FLOP/s of all devices together (None: no MFU, as on CPU).
 
         with window.waiting():
-            batch = next(batches)
+            raw = batches.fetch()
         ...
         window.add("train/loss", loss)          # a device scalar or a float
         window.step_done()
@@ -177,15 +176,21 @@ class MetricWindow:
         for name, value in values.items():
             self.add(name, value)
 
-    def state_dict(self) -> dict[str, list[float]]:
+    def state_dict(self, all_reduce: AllReduce | None = None) -> dict[str, list[float]]:
         """What has gathered since the last record, as JSON: a run stopped between two log steps then logs the same
-        means as one that was not. Times are a life's own and stay out."""
+        means as one that was not. Times are a life's own and stay out. Collective: sums are each rank's own."""
         values = {name: value for name, value in self._values.items() if not isinstance(value, Tensor)}
         assert len(values) == len(self._values), "a device value is one rank's own, a checkpoint is everybody's"
+        sums = sorted(name for name in values if METRICS[metric_key(name)].reduction == "sum")
+        if sums and all_reduce is not None:
+            total = all_reduce(torch.stack([self._tensor(values[name]) for name in sums]), op="sum")
+            values |= dict(zip(sums, total.tolist(), strict=True))
         return {name: [value, self._counts[name]] for name, value in values.items()}
 
-    def load_state_dict(self, state: Mapping[str, list[float]]) -> None:
-        self._values = {name: value for name, (value, _) in state.items()}
+    def load_state_dict(self, state: Mapping[str, list[float]], *, first: bool = True) -> None:
+        """`first`: on the rank that takes over the sums of all; the others begin at 0."""
+        own = {name: first or METRICS[metric_key(name)].reduction != "sum" for name in state}
+        self._values = {name: value if own[name] else 0.0 for name, (value, _) in state.items()}
         self._counts = {name: int(count) for name, (_, count) in state.items()}
 
     def step_done(self) -> None:

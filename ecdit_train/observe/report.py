@@ -92,7 +92,6 @@ def _tiles(records: Records, config: Mapping[str, Any]) -> str:
         tiles.append((number(records[-1]["step"]), f"of {number(total)} steps" if total else "steps"))
     for label, key, form in (
         ("training loss", "train/loss", number),
-        ("validation loss", "train/validation_loss", number),
         ("images seen", "train/images", number),
         ("images per second", "perf/images_per_s", number),
         ("of the GPUs' peak", "perf/mfu", _percent),
@@ -117,9 +116,9 @@ def _last_values(records: Records) -> dict[str, float]:
 # --- curves ----------------------------------------------------------------------------------------------------------
 
 
-def _curve(records: Records, key: str, *, label: str, color: int = 0, faint: bool = False, dots: bool = False) -> Curve:
+def _curve(records: Records, key: str, *, label: str, color: int = 0, faint: bool = False) -> Curve:
     x, y = series(records, key)
-    return Curve(label=label, x=x, y=y, color=PALETTE[color % len(PALETTE)], faint=faint, dots=dots)
+    return Curve(label=label, x=x, y=y, color=PALETTE[color % len(PALETTE)], faint=faint)
 
 
 def _learning(records: Records) -> str:
@@ -127,7 +126,6 @@ def _learning(records: Records) -> str:
     loss = [
         Curve(label="raw", x=steps, y=losses, color=PALETTE[0], faint=True),
         Curve(label="training, smoothed", x=steps, y=smooth(losses), color=PALETTE[0]),
-        _curve(records, "train/validation_loss", label="validation", color=1, dots=True),
     ]
     norms = [
         _curve(records, "optim/grad_norm", label="mean", color=2),
@@ -157,7 +155,7 @@ def _speed(records: Records) -> str:
     ):
         curve = _curve(records, key, label=label, color=n)
         charts.append(line_chart([curve], title=title, unit=METRICS[key].unit))
-    return parts.chart_section("Speed", "Time spent in checkpoints, samples and validation is left out.", charts)
+    return parts.chart_section("Speed", "Time spent in checkpoints and samples is left out.", charts)
 
 
 def _routing_curves(records: Records) -> str:

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ecdit_train.config.layout import NO_SEQUENCE_PARALLEL
+from ecdit_train.config.nearest import nearest_divisor
 from ecdit_train.config.schema import ParallelConfig
 from ecdit_train.errors import ConfigError, Problem
 
@@ -74,7 +76,7 @@ def resolve_degrees(parallel: ParallelConfig, world: int) -> Degrees:
                 field="parallel.sequence_parallel",
                 value=True,
                 nearest=False,
-                rule="not available: an expert ranks its whole pool, so each tp rank needs all tokens",
+                rule=NO_SEQUENCE_PARALLEL,
             )
         )
     if problems:
@@ -86,7 +88,7 @@ def resolve_degrees(parallel: ParallelConfig, world: int) -> Degrees:
                 field="parallel.tp",
                 value=parallel.tp,
                 rule=f"must divide the {world} ranks",
-                nearest=nearest_divisor(world, parallel.tp),
+                nearest=nearest_divisor(parallel.tp, world),
             )
         )
     if world % parallel.ep:
@@ -95,7 +97,7 @@ def resolve_degrees(parallel: ParallelConfig, world: int) -> Degrees:
                 field="parallel.ep",
                 value=parallel.ep,
                 rule=f"must divide the {world} ranks",
-                nearest=nearest_divisor(world, parallel.ep),
+                nearest=nearest_divisor(parallel.ep, world),
             )
         )
     if problems:
@@ -108,7 +110,7 @@ def resolve_degrees(parallel: ParallelConfig, world: int) -> Degrees:
                 field="parallel.dp_replicate",
                 value=parallel.dp_replicate,
                 rule=f"must divide the {dp} data-parallel ranks (world {world} / tp {parallel.tp})",
-                nearest=nearest_divisor(dp, parallel.dp_replicate),
+                nearest=nearest_divisor(parallel.dp_replicate, dp),
             )
         )
     left = dp // parallel.dp_replicate
@@ -123,8 +125,3 @@ def resolve_degrees(parallel: ParallelConfig, world: int) -> Degrees:
             )
         )
     return Degrees(world=world, dp_replicate=parallel.dp_replicate, dp_shard=dp_shard, tp=parallel.tp, ep=parallel.ep)
-
-
-def nearest_divisor(n: int, value: int) -> int:
-    """The divisor of `n` closest to `value`; the smaller one if two are equally close."""
-    return min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: (abs(d - value), d))

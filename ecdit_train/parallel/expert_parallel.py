@@ -24,13 +24,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ecdit_train.config.nearest import nearest_divisor
 from ecdit_train.errors import ConfigError, Problem
 from ecdit_train.model.dit import DiT
 from ecdit_train.model.moe import Dispatcher, Experts, MoE
 from ecdit_train.model.router import Assignment
 
 from .collectives import all_to_all_start, all_to_all_wait, copy_to_group, sum_over_group
-from .degrees import nearest_divisor
 from .mesh import Mesh
 from .placement import ParamPlacement
 
@@ -216,7 +216,7 @@ def check(model: DiT, *, ep: int) -> None:
                     field="parallel.ep",
                     value=ep,
                     rule=f"must divide moe.experts = {experts}",
-                    nearest=nearest_divisor(experts, ep),
+                    nearest=nearest_divisor(ep, experts),
                 )
             )
 

@@ -17,13 +17,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ecdit_train.config.nearest import nearest_divisor
 from ecdit_train.errors import ConfigError, Problem
 from ecdit_train.model.attention import Attention
 from ecdit_train.model.dit import DiT
 from ecdit_train.model.feed_forward import FeedForward
 
 from .collectives import copy_to_group
-from .degrees import nearest_divisor
 from .mesh import Mesh
 from .placement import ParamPlacement
 
@@ -57,7 +57,7 @@ def check(model: DiT, *, tp: int) -> None:
     def must_divide(what: str, size: int) -> None:
         if size % tp:
             problems[what] = Problem(
-                field="parallel.tp", value=tp, rule=f"must divide {what} = {size}", nearest=nearest_divisor(size, tp)
+                field="parallel.tp", value=tp, rule=f"must divide {what} = {size}", nearest=nearest_divisor(tp, size)
             )
 
     for path, module in model.named_modules():
@@ -68,7 +68,7 @@ def check(model: DiT, *, tp: int) -> None:
                 problems["kv_heads"] = Problem(
                     field="parallel.tp",
                     value=tp,
-                    nearest=nearest_divisor(kv_heads, tp),
+                    nearest=nearest_divisor(tp, kv_heads),
                     rule=f"must divide model.kv_heads = {kv_heads}, or be a multiple of it",
                 )
         elif split_of(f"{path}.up") and isinstance(module, FeedForward):

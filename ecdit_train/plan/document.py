@@ -21,7 +21,7 @@ memory_per_rank.total        the peak: the sum of the parts, less never_together
 fits, gpu_memory             whether total <= gpu_memory; bytes per GPU
 min_nodes                    fewest nodes on which this layout fits; null if none up to 512
 traffic_per_step.<kind>      bytes of one rank and step: message, intra_node, inter_node; kinds all_gather,
-                             reduce_scatter, all_reduce, all_to_all
+                             reduce_scatter, all_reduce, all_to_all, broadcast
 traffic_per_step.flows       the same by purpose: kind, purpose, axis, ranks, calls, message, intra_node, inter_node
 exchange_bytes               bytes one rank sends in one direction of one sparse layer and microbatch
 step_time                    seconds and its parts, bounds best and worst, mfu, mfu_ceiling, tokens_per_second,
@@ -43,7 +43,7 @@ from .plan import Cost, Plan
 from .suggest import overrides
 from .traffic import Flow, exchange_bytes
 
-KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all")
+KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "broadcast")
 
 
 def to_json(plan: Plan) -> dict[str, Any]:

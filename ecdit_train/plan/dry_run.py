@@ -39,6 +39,7 @@ from ecdit_train.parallel.mesh import make_mesh
 
 from . import layout as layout_
 from .collective_log import Collective, CollectiveLog
+from .plan import Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,11 +169,32 @@ def _snapshot(tracker: FSDPMemTracker, moment: str) -> dict[str, int]:
     return out
 
 
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """A dry run held against its plan."""
+
+    document: dict[str, Any]
+    """Plain values: {"dry_run": ..., "differences": ...}."""
+    text: str
+    within: bool
+    """Whether every formula is within `compare.TOLERANCE` of the dry run."""
+
+
+def check(plan: Plan) -> Checked:
+    """Dry-run what was planned and compare; errors as in `dry_run`."""
+    from . import compare
+
+    ran = dry_run(plan.cfg, world=plan.cost.layout.world)
+    rows = compare.compare(plan, ran)
+    return Checked(
+        document=compare.to_json(ran, rows), text=compare.render(ran, rows), within=all(row.within for row in rows)
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Entry of `python -m ecdit_train.plan.dry_run`; returns the exit code."""
+    """Entry of `python -m ecdit_train.plan.dry_run`: `ecdit plan --dry-run` without the plan; returns the exit code."""
     from ecdit_train.config.compose import compose
 
-    from . import compare
     from .plan import estimate
 
     parser = argparse.ArgumentParser(prog="python -m ecdit_train.plan.dry_run", description=__doc__.splitlines()[0])
@@ -183,16 +205,12 @@ def main(argv: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     try:
-        cfg = compose(args.overrides)
-        world = args.world or cfg.cluster.nodes * cfg.cluster.gpus_per_node
-        plan = estimate(cfg, world=world)
-        result = dry_run(cfg, world=world)
+        checked = check(estimate(compose(args.overrides), world=args.world))
     except EcditError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    rows = compare.compare(plan, result)
-    print(json.dumps(compare.to_json(result, rows)) if args.json else compare.render(result, rows))
-    return 0 if all(row.within for row in rows) else 1
+    print(json.dumps(checked.document) if args.json else checked.text)
+    return 0 if checked.within else 1
 
 
 if __name__ == "__main__":

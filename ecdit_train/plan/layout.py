@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from ecdit_train.config.schema import RunConfig
 from ecdit_train.config.validate import validate
+from ecdit_train.errors import ConfigError, Problem
 from ecdit_train.parallel.degrees import resolve_degrees
 
 
@@ -74,6 +75,8 @@ def resolve(cfg: RunConfig, *, world: int) -> Layout:
     Raises:
         ConfigError: everything that does not divide, each with the nearest valid value.
     """
+    if world < 1:
+        raise ConfigError(Problem(field="world", value=world, rule="must be at least 1", nearest=1))
     validate(cfg, world=world)
     degrees = resolve_degrees(cfg.parallel, world)
     p = cfg.parallel

@@ -30,6 +30,10 @@ class Unit:
     shards: int
     bytes_each: int
     """Bytes per gathered element: the compute type, fp32 for routers."""
+    replicated: int = 0
+    """Of the gathered elements, those that all tp ranks hold alike."""
+    repeated: int = 0
+    """And those of key and value heads that tp / kv_heads ranks hold alike (none while there are enough heads)."""
 
     @property
     def gathered_bytes(self) -> int:
@@ -50,8 +54,18 @@ def units(cfg: RunConfig, parameters: Parameters, layout: Layout) -> tuple[Unit,
     split = 4 * m.width * q + 2 * m.text_width * q  # query and out of both attentions, key and value of the text
     attention_saved = split - split // tp + 2 * m.width * (kv - kv_here)
     feed_forward = 2 * m.width * m.width * m.ffn_ratio
+    attention = split + 2 * m.width * kv  # nothing of it is replicated
+    repeated = 2 * m.width * kv_here if tp > m.kv_heads else 0
     kinds = (
-        Unit(name="root", count=1, gathered=p.root, axis="dp_shard", shards=layout.dp_shard, bytes_each=c),
+        Unit(
+            name="root",
+            count=1,
+            gathered=p.root,
+            axis="dp_shard",
+            shards=layout.dp_shard,
+            bytes_each=c,
+            replicated=p.root,
+        ),
         Unit(
             name="dense block",
             count=p.dense_blocks,
@@ -59,6 +73,8 @@ def units(cfg: RunConfig, parameters: Parameters, layout: Layout) -> tuple[Unit,
             shards=layout.dp_shard,
             bytes_each=c,
             gathered=p.dense_per_block - attention_saved - (feed_forward - feed_forward // tp),
+            replicated=p.dense_per_block - attention - feed_forward,
+            repeated=repeated,
         ),
         Unit(
             name="sparse block",
@@ -67,6 +83,8 @@ def units(cfg: RunConfig, parameters: Parameters, layout: Layout) -> tuple[Unit,
             shards=layout.dp_shard,
             bytes_each=c,
             gathered=p.sparse_per_block - attention_saved,
+            replicated=p.sparse_per_block - attention,
+            repeated=repeated,
         ),
         Unit(
             name="router",
@@ -75,6 +93,7 @@ def units(cfg: RunConfig, parameters: Parameters, layout: Layout) -> tuple[Unit,
             shards=layout.dp_shard,
             bytes_each=4,
             gathered=p.router_per_block,
+            replicated=p.router_per_block,
         ),
         Unit(
             name="experts",

@@ -7,12 +7,16 @@ them on this node, on k nodes, and a hierarchical schedule in which the ranks of
     all-gather, reduce-scatter   inside M (m - 1) / m     between M (k - 1) / (k m)      together M (n - 1) / n
     all-reduce                   twice that
     all-to-all                   inside M (m - 1) / n     between M (n - m) / n
+    broadcast                    as a gather: n - 1 copies leave n ranks
+
+Single numbers (the gradient's norm, the loss) are left out.
 
 Expert exchange, per direction and sparse layer: f_c t d rows of `c` bytes, divided by tp, for t tokens of a rank.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from ecdit_train.config.schema import HEAD_DIM, RunConfig
@@ -28,7 +32,7 @@ class Flow:
     """One kind of collective with one purpose, summed over a step; bytes of one rank."""
 
     kind: str
-    """all_gather, reduce_scatter, all_reduce or all_to_all."""
+    """all_gather, reduce_scatter, all_reduce, all_to_all or broadcast."""
     purpose: str
     axis: str
     size: int
@@ -47,7 +51,12 @@ class Flow:
 
 def per_step(cfg: RunConfig, parameters: Parameters, layout: Layout) -> tuple[Flow, ...]:
     """Every flow that carries bytes between ranks, largest kinds first in source order: weights, tensors, experts."""
-    flows = [*_weights(cfg, parameters, layout), *_tensor_parallel(cfg, layout), *_experts(cfg, layout)]
+    flows = [
+        *_weights(cfg, parameters, layout),
+        *_tensor_parallel(cfg, layout),
+        *_agreement(cfg, parameters, layout),
+        *_experts(cfg, layout),
+    ]
     return tuple(flow for flow in flows if flow.size > 1 and flow.calls)
 
 
@@ -127,6 +136,27 @@ def _tensor_parallel(cfg: RunConfig, layout: Layout) -> list[Flow]:
             )
         )
     return flows
+
+
+def _agreement(cfg: RunConfig, parameters: Parameters, layout: Layout) -> list[Flow]:
+    """Once a step the first tp rank gives its fp32 gradient of what tp ranks hold alike to the others, one broadcast per
+    number of copies (parallel/grads.agree)."""
+    elements: Counter[int] = Counter()
+    for unit in units(cfg, parameters, layout):
+        elements[layout.tp] += unit.count * unit.replicated
+        elements[layout.tp // cfg.model.kv_heads] += unit.count * unit.repeated
+    return [
+        _flow(
+            "broadcast",
+            "gradients that tp ranks hold alike",
+            "tp",
+            Group(size=copies, per_node=min(copies, layout.gpus_per_node)),
+            calls=1,
+            message=4 * held / layout.dp_shard,
+        )
+        for copies, held in sorted(elements.items())
+        if held and copies > 1
+    ]
 
 
 def _experts(cfg: RunConfig, layout: Layout) -> list[Flow]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from ecdit_train.config.schema import RunConfig
 from ecdit_train.diffusion.flow import Flow
@@ -23,7 +23,18 @@ from .stop import StopRequest
 class Batches(Protocol):
     """The loader as the loop sees it: this rank's share of each global step, on the device."""
 
-    def next(self) -> Microbatch: ...
+    def fetch(self) -> Any:
+        """The next batch as the loader has it; what is waited here is the loader's doing."""
+        ...
+
+    def encode(self, raw: Any) -> Microbatch:
+        """What `fetch` gave, through the frozen encoders and on the device."""
+        ...
+
+    def substituted(self) -> int:
+        """Unreadable samples replaced so far in this life, on this rank."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -54,15 +65,20 @@ class Loop:
         A request that came before the first step is met after it, so that every life moves the run on.
         """
         c, state, window = self.config, self.state, self.window
+        substituted = 0
         while state.step < c.train.steps:
             with window.waiting():
-                batch = self.batches.next()
-            result = self._step(batch)
+                raw = self.batches.fetch()
+            before, substituted = substituted, self.batches.substituted()
+            result = self._step(self.batches.encode(raw))
             state.step += 1
             last = state.step == c.train.steps
 
             window.add("train/loss", result.loss)
             window.add("optim/grad_norm", result.grad_norm)
+            window.add("optim/grad_norm_max", result.grad_norm)
+            window.add("optim/clipped_frac", float(0 < c.optim.clip_norm < result.grad_norm))
+            window.add("data/substituted", float(substituted - before))
             if result.balance_loss is not None:
                 window.add("train/balance_loss", result.balance_loss)
             window.step_done()
@@ -70,11 +86,14 @@ class Loop:
                 self._log(result)
 
             stopping = self.any_rank(stop.name is not None or state.step == self.stop_after)
-            with window.paused():
-                if c.observe.sample_every and (state.step % c.observe.sample_every == 0 or last):
-                    self.show(state.step)
-                if stopping or last or state.step % c.checkpoint.every_steps == 0:
-                    self.save(state.step)
+            showing = c.observe.sample_every > 0 and (state.step % c.observe.sample_every == 0 or last)
+            saving = stopping or last or state.step % c.checkpoint.every_steps == 0
+            if showing or saving:  # a pause waits for the device
+                with window.paused():
+                    if showing:
+                        self.show(state.step)
+                    if saving:
+                        self.save(state.step)
             if stopping and not last:
                 why = stop.name or ("--stop-after" if state.step == self.stop_after else "another rank")
                 self.progress.message(
@@ -108,10 +127,17 @@ class Loop:
 
     def _log(self, result: StepResult) -> None:
         """One record for every log interval; routing as the last step had it."""
-        self.window.add_all(routing_scalars(result.assignments, top_k=self.config.moe.top_k))
+        c, step = self.config, self.state.step
+        self.window.add_all(routing_scalars(result.assignments, top_k=c.moe.top_k))
+        self.window.add("train/images", float(step * c.train.global_batch))
         record = self.window.flush(self.spread.reduce)
-        self.sinks.log(self.state.step, record)
-        self.progress.update(self.state.step, record)
+        self.sinks.log(step, record)
+        self.progress.update(step, record)
+        if record["data/substituted"] > 0:
+            self.progress.message(
+                f"step {step}: {record['data/substituted']:.0f} unreadable samples substituted since the last log step, "
+                f"named in {c.run}/quarantine-*.jsonl"
+            )
 
     def close(self) -> None:
         """Flush what people see and end the loader's threads; also after an error."""

@@ -11,7 +11,7 @@ from ecdit_train.config.compose import compose, groups
 from ecdit_train.config.describe import differences
 from ecdit_train.config.schema import RunConfig
 from ecdit_train.model.dit import DiT
-from launch.render import render
+from launch.submit import job_script
 
 HERE = Path(__file__).parent
 EXPERIMENTS = groups()["experiment"]
@@ -57,7 +57,7 @@ def test_no_golden_file_without_its_experiment():
 
 @pytest.mark.parametrize("cluster", SBATCH)
 def test_job_script(cluster, request):
-    script = render(compose(SBATCH[cluster], local=False), run_folder=f"/runs/{cluster}")
+    script = job_script(compose(SBATCH[cluster], local=False), run=f"/runs/{cluster}", python="python")
     path = HERE / "sbatch" / f"{cluster}.sh"
     if request.config.getoption("--update-golden", default=False):
         path.write_text(script, encoding="utf-8")

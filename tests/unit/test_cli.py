@@ -20,8 +20,15 @@ from ecdit_train import cli, errors
 VERBS = {
     "train": ["WORD", "--stop-after", "experiment=shapes_tiny"],
     "resume": ["run", "WORD", "--stop-after"],
-    "sample": ["KEY=VALUE", "prompts=@FILE", "guidance", "weights=ema|raw"],
-    "evaluate": ["KEY=VALUE", "split=all|train|heldout", "tasks="],
+    "sample": [
+        "KEY=VALUE",
+        "prompts=@FILE",
+        "guidance",
+        "weights=ema|raw",
+        "text_encoder=FOLDER",
+        "image_codec=FOLDER",
+    ],
+    "evaluate": ["KEY=VALUE", "split=all|train|heldout", "tasks=", "text_encoder=FOLDER", "image_codec=FOLDER"],
     "report": ["report.html", "run"],
     "plan": ["--json", "--world", "--dry-run", "cluster="],
     "launch": ["--render-only", "sbatch"],
@@ -422,6 +429,59 @@ def test_plan_from_a_login_node(capsys):
     assert json.loads(capsys.readouterr().out)["experiment"] == "ec_dit_m_64e"
     assert ecdit("plan", "experiment=ec_dit_m_64e", "cluster=h100_ib400", "cluster.nodes=8") == 0
     assert "parameters" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("world", [0, -2])
+def test_plan_for_no_ranks(world, capsys):
+    code, lines = refused(capsys, "plan", "experiment=shapes_tiny", f"--world={world}")
+    assert (code, lines) == (77, [f"ecdit: ConfigError: world = {world}: must be at least 1; nearest valid: 1"])
+
+
+@pytest.mark.parametrize("within", [True, False])
+def test_a_dry_run_says_whether_the_plan_holds(within, monkeypatch, capsys):
+    from ecdit_train.plan import dry_run
+
+    checked = dry_run.Checked(document={"differences": []}, text="off\n", within=within)
+    monkeypatch.setattr(dry_run, "check", lambda plan: checked)
+    for more in ((), ("--json",)):
+        assert ecdit("plan", "experiment=shapes_tiny", "--world=2", "--dry-run", *more) == int(not within)
+        assert ("differences" if more else "off") in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("argv", "text"), [
+    (["--nproc", "0", "train"], "--nproc: '0' is not a whole number, 1 or more"),
+    (["--nproc=-3", "train"], "--nproc: '-3' is not a whole number"),
+    (["--nproc", "two", "train"], "--nproc: 'two' is not a whole number"),
+    (["--nproc", "2", "plan"], "--nproc: only for train, resume, sample, evaluate"),
+    (["--nproc", "2", "config", "keys"], "--nproc: only for"),
+    (["--nproc", "2", "report", "x"], "--nproc: only for"),
+])  # fmt: skip
+def test_ranks_that_cannot_be(argv, text, capsys):
+    assert ecdit(*argv) == 2
+    assert text in capsys.readouterr().err
+
+
+def test_keys_with_type_and_class(capsys):
+    assert ecdit("config", "keys") == 0
+    lines = {line.split()[0]: line.split(maxsplit=2)[1:] for line in capsys.readouterr().out.splitlines()}
+    assert lines["train.steps"] == ["schedule", "a whole number"]
+    assert lines["optim.kind"] == ["identity", "one of rmsprop, adamw"]
+
+
+def test_launch_shows_the_script_that_it_submits(tmp_path, monkeypatch, capsys):
+    """And launching again may change what a resume may."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    words = ("experiment=shapes_tiny", "cluster.nodes=1", "cluster.gpus_per_node=2", "run=runs/r")
+    for more in ((), ("cluster.time_limit=01:00:00",), ("train.steps=3000",)):
+        assert ecdit("launch", *words, *more, "--render-only") == 0
+        shown = capsys.readouterr().out
+        assert ecdit("launch", *words, *more) == 83  # no sbatch here
+        capsys.readouterr()
+        assert (tmp_path / "runs" / "r" / "job.sh").read_text() == shown
+    assert f"run={tmp_path}/runs/r\n" in shown
+    assert "train.steps: 3000 -> " in refused(capsys, "launch", *words)[1][-1]
+    assert refused(capsys, "launch", *words, "train.steps=3000", "train.seed=7")[0] == 79
 
 
 def test_launch_render_only_writes_nothing(tmp_path, capsys):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from ecdit_train.config.cluster_rules import is_secret_name, seconds
@@ -9,6 +11,7 @@ from ecdit_train.config.convert import with_values
 from ecdit_train.config.rules import is_whole
 from ecdit_train.config.validate import images_per_group, validate
 from ecdit_train.errors import ConfigError
+from ecdit_train.parallel.degrees import resolve_degrees
 
 
 def broken(cfg, *, world=None) -> list[str]:
@@ -92,8 +95,8 @@ RULES = [
      "slots; nearest valid: 2"),
     ({"parallel.ep": 3}, "parallel.ep = 3: must divide moe.experts = 8; nearest valid: 2"),
     ({"parallel.ep": 2, **DENSE}, "parallel.ep = 2: must be 1 with moe.router dense: no experts; nearest valid: 1"),
-    ({"parallel.sequence_parallel": True}, "parallel.sequence_parallel = True: needs parallel.tp > 1, which is 1; nearest "
-     "valid: false"),
+    ({"parallel.sequence_parallel": True}, "parallel.sequence_parallel = True: not available: an expert ranks its whole "
+     "pool, so each tp rank needs all tokens; nearest valid: false"),
     ({"parallel.overlap_chunks": 3}, "parallel.overlap_chunks = 3: must divide the 8 routing groups of a microbatch; "
      "nearest valid: 2"),
     ({"parallel.dp_shard": 0}, "parallel.dp_shard = 0: must be at least 1, or -1 for the ranks that are left; nearest "
@@ -201,8 +204,11 @@ def test_tensor_parallel_may_exceed_kv_heads_evenly(base):
     assert len(broken(with_values(base, {**ok, "parallel.tp": 3}))) == 1
 
 
-def test_sequence_parallel_with_tensor_parallel(base):
-    assert broken(with_values(base, {"parallel.sequence_parallel": True, "parallel.tp": 2}), world=8) == []
+def test_sequence_parallel_is_refused_with_tensor_parallel_too(base):
+    (line,) = broken(with_values(base, {"parallel.sequence_parallel": True, "parallel.tp": 2}), world=8)
+    with pytest.raises(ConfigError) as caught:
+        resolve_degrees(replace(base.parallel, sequence_parallel=True, tp=2), 8)
+    assert str(caught.value).replace("False", "false") == line
 
 
 @pytest.mark.parametrize("layout", [(1, -1, 2, 8), (2, -1, 1, 4), (2, 2, 2, 8), (1, 8, 1, 1), (1, 4, 2, 2)])

@@ -10,8 +10,9 @@ import pytest
 
 from data_pipeline.decode import decode_image
 from data_pipeline.errors import BadMember, BadSplit, DataError, Where, WrongView
+from data_pipeline.loader import StreamingLoader
 from data_pipeline.manifest import index_folder, open_view, verify
-from data_pipeline.prepare import RawMembers, make_shapes, write_shards
+from data_pipeline.prepare import RawMembers, encode_image, make_shapes, write_shards
 from data_pipeline.shapes import ShapesSpec, shape_sample
 
 SMALL = {"count": 25, "resolution": 16, "seed": 1, "samples_per_shard": 10}
@@ -99,6 +100,36 @@ def test_webdataset_reads_our_shards_and_pixels_are_the_drawn_ones(tmp_path: Pat
     # A foreign pass over our tars finds what we recorded while writing.
     ours = open_view(tmp_path)
     assert index_folder(tmp_path).shards == ours.shards
+
+
+def test_webdataset_and_we_read_each_others_tars_byte_for_byte(tmp_path: Path) -> None:
+    """Tars by webdataset's ShardWriter through our index and loader, and our tars through webdataset."""
+    webdataset = pytest.importorskip("webdataset")
+    samples = {
+        f"{i:08d}": {"png": encode_image(drawn.image, image_format="png"), "txt": drawn.caption.encode()}
+        for i in range(24)
+        for drawn in [shape_sample(i, spec=ShapesSpec(resolution=16), seed=1)]
+    }
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    theirs.mkdir()
+    with webdataset.ShardWriter(str(theirs / "s-%06d.tar"), maxcount=8, encoder=False, verbose=0) as writer:
+        for key, members in samples.items():
+            writer.write({"__key__": key, **members})
+    write_shards([RawMembers(key=k, members=m) for k, m in samples.items()], ours, samples_per_shard=8)
+
+    tars = [str(path) for path in sorted(ours.glob("*.tar"))]
+    read = {s["__key__"]: {n: s[n] for n in ("png", "txt")} for s in webdataset.WebDataset(tars, shardshuffle=False)}
+    assert read == samples
+
+    streams = [StreamingLoader(view, global_batch=8, resolution=16) for view in (index_folder(theirs), open_view(ours))]
+    for _ in range(3):
+        foreign, own = (next(stream) for stream in streams)
+        assert foreign.keys == own.keys
+        assert foreign.captions == own.captions == tuple(samples[key]["txt"].decode() for key in own.keys)
+        assert foreign.images is not None
+        assert np.array_equal(foreign.images, own.images)
+    for stream in streams:
+        stream.close()
 
 
 def test_refusals(tmp_path: Path) -> None:

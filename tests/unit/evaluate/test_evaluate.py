@@ -14,6 +14,7 @@ from ecdit_train import build
 from ecdit_train.errors import CheckpointError, ConfigError
 from ecdit_train.evaluate import shapes
 from ecdit_train.evaluate.pictures import WATCHED_TIMESTEPS, _watched
+from ecdit_train.observe.routing import count_maps
 from ecdit_train.parallel.runtime import start
 
 PROMPTS = ["a red circle", "a blue square", "a green triangle"]
@@ -58,9 +59,38 @@ def test_shapes_and_maps(painter, trained, scope):
         assert (maps.counts.sum(axis=(-1, -2)) == 16 * trained.moe.capacity_factor).all()
 
 
-def test_a_batch_that_splits_a_pool_is_refused(painter, trained):
-    with pytest.raises(ConfigError, match="whole pools of 2"):
-        painter.draw(PROMPTS, how=replace(trained.sample, scope="group", group_size=32), step=8, batch=3)
+@pytest.mark.parametrize(("images", "batch"), [(2, 3), (3, 64), (3, 2), (5, 4)])
+def test_a_batch_is_rounded_to_whole_pools(painter, trained, images, batch):
+    """Down, but to one pool at least: 3 pictures in flight are one pool of 2, then the rest."""
+    how = replace(trained.sample, scope="group", group_size=16 * images)
+    rows, hook = [], painter.model.register_forward_hook(lambda *a: rows.append(a[2].patches_BKP.shape[0] // 2))
+    try:
+        pictures = painter.draw([*PROMPTS, *PROMPTS], how=replace(how, guidance=2.0), step=8, batch=batch)
+    finally:
+        hook.remove()
+    assert set(map(bool, rows)) == {True}
+    assert max(rows) <= max(images, batch)
+    assert all(n % images == 0 for n in rows)
+    whole = painter.draw([*PROMPTS, *PROMPTS], how=replace(how, guidance=2.0), step=8, batch=60)
+    assert np.array_equal(pictures.images, whole.images)
+
+
+def test_heuns_maps_are_of_the_states_not_of_the_guesses(painter, trained):
+    """Evaluations with 4 steps: t0, guess of t1, t1, guess of t2, t2, guess of t3, t3."""
+    how = replace(trained.sample, sampler="heun", steps=4, scope="image")
+    said = []
+    hook = painter.model.register_forward_hook(
+        lambda _model, _args, out: said.append(
+            count_maps(out.assignments, batch=out.patches_BKP.shape[0], side=4)[:, : len(PROMPTS)].numpy()
+        )
+    )
+    try:
+        maps = painter.draw(PROMPTS, how=how, step=8).maps
+    finally:
+        hook.remove()
+    assert len(said) == 7
+    assert np.array_equal(maps.counts, np.stack([said[i] for i in (0, 2, 4, 6)]))
+    assert not np.array_equal(maps.counts, np.stack([said[i] for i in (0, 1, 3, 5)]))  # or nothing was shown
 
 
 def test_a_dense_model_has_no_maps(tiny_shards, tmp_path):
@@ -69,6 +99,8 @@ def test_a_dense_model_has_no_maps(tiny_shards, tmp_path):
     painter, step = build.build_painter(config, start("cpu"), kind="ema", step=None)
     assert step == 4
     assert painter.draw(PROMPTS, how=config.sample, step=step).maps is None
+    wide = replace(config.sample, scope="group", group_size=16 * 7)  # nothing is routed, so nothing is filled up
+    assert painter.draw(PROMPTS, how=wide, step=step, batch=2).images.shape[0] == 3
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5, 7, 20, 50])

@@ -146,11 +146,20 @@ def test_success_is_not_requeued(slurm):
     done = slurm('echo "$@"')
     assert done.returncode == 0
     assert done.stdout.split() == [
-        *["-m", "torch.distributed.run", "--nnodes=1", "--nproc-per-node=8", "--max-restarts=0", "--rdzv-backend=c10d"],
+        *["-m", "torch.distributed.run", "--nnodes=1", "--nproc-per-node=8", "--max-restarts=0"],
+        *("--shutdown-timeout=600", "--rdzv-backend=c10d"),
         *("--rdzv-id=12345.0", f"--rdzv-endpoint=n7:{20000 + 12345 * 8 % 10000}"),
         *f"-m ecdit_train.cli resume {slurm.run}".split(),
     ]
     assert "requeue" not in slurm.log.read_text()
+
+
+def test_torchrun_knows_its_flags(slurm):
+    """And gives ranks as long to save after SIGTERM as they have before the time limit."""
+    from torch.distributed.run import get_args_parser
+
+    words = slurm('echo "$@"').stdout.split()[2:]
+    assert get_args_parser().parse_args(words).shutdown_timeout == config().cluster.signal_lead
 
 
 def test_each_life_has_its_own_rendezvous(slurm):

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from ecdit_train.config.compose import compose, load
+from ecdit_train.config.compose import compose, freeze, load
 from ecdit_train.config.convert import with_values
 from ecdit_train.errors import ConfigError, RunFolderError
 from launch.submit import SubmitError, prepare, submit
@@ -36,11 +36,39 @@ def test_prepare_fills_the_run_folder(demo, tmp_path):
 def test_preparing_twice_is_fine_with_the_same_configuration(demo, tmp_path):
     cfg = with_values(demo, {"run": str(tmp_path / "demo")})
     assert prepare(cfg).read_text() == prepare(cfg).read_text()
+
+
+def test_launching_again_after_a_life_that_stored_another_path(demo, tmp_path, monkeypatch):
+    """A rank is started with the absolute folder, and stores that."""
+    monkeypatch.chdir(tmp_path)
+    cfg = with_values(demo, {"run": "runs/demo"})
+    before = prepare(cfg).read_text()
+    freeze(with_values(cfg, {"run": str(tmp_path / "runs" / "demo")}), "runs/demo")
+    assert prepare(cfg).read_text() == before
+
+
+def test_preparing_again_may_change_what_a_resume_may(demo, tmp_path):
+    cfg = with_values(demo, {"run": str(tmp_path / "demo")})
+    prepare(cfg)
+    wider = with_values(cfg, {"cluster.nodes": 2, "data.threads": 3})
+    assert "#SBATCH --nodes=2\n" in prepare(wider).read_text()
+    assert load(tmp_path / "demo") == wider
+    longer = with_values(wider, {"train.steps": wider.train.steps + 1})
+    with pytest.raises(RunFolderError, match=r"give train\.steps=\d+ on the command line if you mean it"):
+        prepare(longer, allow={"optim.lr"})
+    assert load(tmp_path / "demo") == wider
+    prepare(longer, allow={"train.steps"})
+    assert load(tmp_path / "demo") == longer
+
+
+def test_preparing_another_run_in_the_folder_is_refused(demo, tmp_path):
+    cfg = with_values(demo, {"run": str(tmp_path / "demo")})
+    before = prepare(cfg).read_text()
     with pytest.raises(RunFolderError) as caught:
-        prepare(with_values(cfg, {"train.seed": 1, "optim.lr": 0.5}))
-    assert "holds another configuration" in str(caught.value)
-    assert "train.seed: 0 -> 1 (identity)" in str(caught.value)
+        prepare(with_values(cfg, {"train.seed": 1, "cluster.nodes": 2}), allow={"train.seed"})
+    assert "train.seed: 0 -> 1 (identity): another run; start a new run folder for it" in str(caught.value)
     assert load(tmp_path / "demo") == cfg
+    assert (tmp_path / "demo" / "job.sh").read_text() == before
 
 
 def test_prepare_checks_the_layout_before_it_writes(demo, tmp_path):

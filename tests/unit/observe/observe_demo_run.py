@@ -130,8 +130,6 @@ def build(run: Path, *, steps: int = 1500, every: int = 10, grids: int = 6) -> P
             "data/stall_frac": 0.012 + 0.004 * abs(rng.normal()),
             "data/substituted": 0.0,
         }
-        if step % (every * 10) == 0:
-            record["train/validation_loss"] = 0.065 + 0.9 * math.exp(-7 * done)
         if step % (every * 5) == 0:
             record |= {k: float(v) for k, v in routing_scalars(assignments(images, t=0.2 + 0.7 * done)).items()}
         log.log(step, record)

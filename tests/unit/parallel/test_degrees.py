@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ecdit_train.config.schema import ParallelConfig
 from ecdit_train.errors import ConfigError
-from ecdit_train.parallel.degrees import Degrees, nearest_divisor, resolve_degrees
+from ecdit_train.parallel.degrees import Degrees, resolve_degrees
 
 SINGLE = ParallelConfig(
     dp_replicate=1,
@@ -72,11 +72,6 @@ def test_all_problems_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         resolve_degrees(replace(SINGLE, tp=3, ep=5), 8)
     assert {p.field for p in caught.value.problems} == {"parallel.tp", "parallel.ep"}
-
-
-def test_nearest_divisor() -> None:
-    assert [nearest_divisor(12, n) for n in (1, 7, 10, 100)] == [1, 6, 12, 12]
-    assert nearest_divisor(12, 5) == 4  # 4 and 6 are as close: the smaller one
 
 
 def test_no_torch() -> None:

@@ -49,6 +49,7 @@ def test_eight_ranks(layout):
     exact = {"all_gather", "reduce_scatter", "all_to_all", "parameters", "gradients", "optimizer"}
     for name in exact | ({"all_reduce"} & set(found)):
         assert abs(found[name]["relative"]) < 0.005, found[name]
+    assert "broadcast" not in found  # comes with clipping, after backward
     assert ("all_reduce" in found) == layout.startswith("tp2")
     ranks = {(c["kind"], c["ranks"]) for c in tree["dry_run"]["collectives"]}
     assert ("all_to_all", 2 if layout.startswith("tp2") else 8) in ranks
@@ -91,6 +92,7 @@ def test_refuses_one_rank_and_bad_layouts():
     for words, world, text in (
         (("parallel.ep=1",), 1, "at least two ranks"),
         (("parallel.ep=3",), 8, "parallel.ep = 3"),
+        (("parallel.ep=1",), 0, "world = 0: must be at least 1; nearest valid: 1"),
     ):
         command = [sys.executable, "-m", "ecdit_train.plan.dry_run", "--world", str(world)]
         done = subprocess.run([*command, "experiment=ec_dit_xl_8e", *words], capture_output=True, text=True)

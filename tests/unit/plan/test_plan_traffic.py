@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections import Counter
 
 import pytest
+import torch
 
+from ecdit_train.model.dit import DiT
 from ecdit_train.parallel.degrees import Degrees
+from ecdit_train.parallel.tensor_parallel import PLAN
 from ecdit_train.plan import flops, layout, memory, parameters, step_time, traffic
 from ecdit_train.plan.plan import cost
 
@@ -102,11 +107,35 @@ def test_what_leaves_a_rank(cfg_of):
     """All bytes sent are M (n - 1) / n for gathers and exchanges, twice that for all-reduces, however they split."""
     cfg = cfg_of("ec_dit_xl_8e", "parallel=tp2_ep8", "parallel.dp_replicate=2", "train.microbatch=16")
     _, flows = flows_of(cfg, 32)
-    assert {f.kind for f in flows} == {"all_gather", "reduce_scatter", "all_reduce", "all_to_all"}
+    assert {f.kind for f in flows} == {"all_gather", "reduce_scatter", "all_reduce", "all_to_all", "broadcast"}
     for f in flows:
         passes = 2 if f.kind == "all_reduce" else 1
         assert f.intra + f.inter == pytest.approx(passes * f.message * (f.size - 1) / f.size), f
     assert all(f.inter == 0 for f in flows if f.axis in ("tp", "ep"))
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "tp"), [("ec_dit_xl_8e", (), 2), ("dense_xl", ("model.kv_heads=3",), 9), ("dense_xl", (), 1)]
+)
+def test_agreement_counts_what_the_parallel_model_holds_alike(cfg_of, name, words, tp):
+    """Against the real placements: every parameter that tensor parallelism leaves alone, and repeated kv heads."""
+    cfg = cfg_of(name, "train.global_batch=4608", f"parallel.tp={tp}", "parallel.ep=1", "model.layers=2", *words)
+    at, flows = flows_of(cfg, 4 * tp)
+    found = {f.size: f for f in flows if f.kind == "broadcast"}
+    with torch.device("meta"):
+        model = DiT(cfg.model, cfg.moe, channels=cfg.encoders.image.channels, text_features=cfg.encoders.text.width)
+    copies = Counter()
+    for key, p in model.named_parameters():
+        split = any(re.fullmatch(rf"{pattern}\.(weight|bias)", key) for pattern, _ in PLAN)
+        kv = re.search(r"self_attention\.(key|value)|cross_attention\.(key|value)", key) is not None
+        if split and kv and p.shape[0] == cfg.model.kv_heads * 64 and tp > cfg.model.kv_heads:
+            copies[tp // cfg.model.kv_heads] += p.numel() // cfg.model.kv_heads
+        elif not split and ".experts." not in key:
+            copies[tp] += p.numel()
+    expected = {n: 4 * held / at.dp_shard for n, held in copies.items() if n > 1}
+    assert {n: f.message for n, f in found.items()} == pytest.approx(expected)
+    assert all(f.calls == 1 for f in found.values())
+    assert all(f.inter == 0 for f in found.values() if f.size <= 8)
 
 
 def test_expert_gradients_over_replicas(cfg_of):

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
-from tiny_runs import ROUTERS, assert_same, configure, live, records
+import torch
+from tiny_runs import ROUTERS, assert_same, configure, live, records, steady
 
+from ecdit_train import build
 from ecdit_train.errors import NonFiniteError
-from ecdit_train.observe.metrics import undocumented
+from ecdit_train.observe.metrics import METRICS, metric_key, undocumented
+from ecdit_train.parallel.degrees import Degrees
+from ecdit_train.parallel.mesh import Mesh
+from ecdit_train.parallel.runtime import start
+from ecdit_train.plan.flops import per_step
 from ecdit_train.train.stop import StopRequest
 
 
@@ -59,6 +70,103 @@ def test_everything_logged_is_documented(router, tiny_shards, tmp_path):
         assert names.keys() >= wanted
         assert any(name.startswith("moe/") for name in names) == (router != "dense")
         assert ("train/balance_loss" in names) == (router == "token_choice")
+
+
+def test_everything_documented_is_logged(tiny_shards, tmp_path):
+    """By one of the three routers, but for what only a GPU has."""
+    logged = set()
+    for router, how in ROUTERS.items():
+        live(configure(tmp_path / router, tiny_shards, *how, "train.steps=4"))
+        logged |= {metric_key(name) for line in records(tmp_path / router) for name in line}
+    on_gpu = {name for name, metric in METRICS.items() if "Absent on CPU" in metric.question}
+    assert on_gpu == {"perf/mfu", "perf/memory_gib"}
+    assert METRICS.keys() - logged == on_gpu
+
+
+def test_utilisation_compares_model_flops_with_the_peak_of_all_gpus(tiny_shards, tmp_path):
+    config, here = configure(tmp_path, tiny_shards), start("cpu")
+    assert build.make_window(config, here)._peak_flops is None
+    window = build.make_window(config, replace(here, world=3, device=torch.device("cuda", 0)))
+    assert window._peak_flops == 3 * config.cluster.peak_flops
+    assert window._flops_per_step == per_step(config, checkpointing="none").model > 0
+
+
+def test_norms_images_and_clipping(tiny_shards, tmp_path):
+    live(configure(tmp_path / "each", tiny_shards, "train.steps=6"))
+    norms = [line["optim/grad_norm"] for line in records(tmp_path / "each")]
+    for limit, clipped in ((1e-9, 1.0), (0.0, 0.0), (1e9, 0.0), (norms[0] * 0.999, None)):
+        run = tmp_path / f"{limit}"
+        live(configure(run, tiny_shards, "train.steps=6", "observe.log_every=3", f"optim.clip_norm={limit}"))
+        lines = records(run)
+        assert [line["train/images"] for line in lines] == [24, 48]
+        assert all(line["optim/grad_norm_max"] >= line["optim/grad_norm"] for line in lines)
+        if clipped is None:
+            assert lines[0]["optim/clipped_frac"] > 0.3
+        else:
+            assert [line["optim/clipped_frac"] for line in lines] == [clipped, clipped]
+
+
+def test_substituted_samples_are_logged_said_and_survive_a_stop(tiny_shards, tmp_path, capsys):
+    shards = Path(shutil.copytree(tiny_shards, tmp_path / "shards"))
+    for tar in sorted(shards.glob("*.tar")):  # a few samples of every shard are unreadable
+        data = bytearray(tar.read_bytes())
+        for at in range(len(data) // 8, len(data) - 4096, len(data) // 4):
+            data[at : at + 64] = bytes(64 * [0x5A])
+        tar.write_bytes(data)
+    how = ("data.on_bad=substitute", "data.max_bad=0.9", "observe.log_every=5")
+    live(configure(tmp_path / "whole", shards, *how))
+    rows = (tmp_path / "whole" / "quarantine-0000.jsonl").read_text().splitlines()
+    lines = records(tmp_path / "whole")
+    assert sum(line["data/substituted"] for line in lines) == len(rows) > 2
+    said = capsys.readouterr().out
+    for line in lines:
+        phrase = f"step {line['step']}: {line['data/substituted']:.0f} unreadable samples substituted"
+        assert (phrase in said) == (line["data/substituted"] > 0)
+    assert f"{tmp_path / 'whole'}/quarantine-*.jsonl" in said
+    parts = configure(tmp_path / "parts", shards, *how)
+    for stop in (3, 7, None):
+        live(parts, stop_after=stop)
+    assert steady(records(tmp_path / "parts")) == steady(lines)
+
+
+def test_a_pause_is_made_only_to_show_or_to_save(tiny_shards, tmp_path):
+    at = []
+
+    def meddle(loop):
+        paused = loop.window.paused
+
+        @contextmanager
+        def noted():
+            at.append(loop.state.step)
+            with paused():
+                yield
+
+        loop.window.paused = noted
+
+    live(configure(tmp_path, tiny_shards, "observe.sample_every=3"), before=meddle)
+    assert at == [3, 4, 6, 8, 9, 12]
+
+
+def test_encoding_is_no_wait_for_data(tiny_shards, tmp_path):
+    """Encoders sleep for most of a step; the loader is as quick as ever."""
+
+    def meddle(loop):
+        encode = loop.batches.encode
+        loop.batches.encode = lambda raw: (time.sleep(0.2), encode(raw))[1]
+
+    live(configure(tmp_path, tiny_shards, "train.steps=4", "observe.log_every=4"), before=meddle)
+    assert records(tmp_path)[0]["perf/step_s"] > 0.2
+    assert records(tmp_path)[0]["data/stall_frac"] < 0.3
+
+
+def test_one_tensor_parallel_rank_writes_the_quarantine(tiny_shards, tmp_path):
+    config, names = configure(tmp_path, tiny_shards), []
+    degrees = Degrees(world=4, dp_replicate=1, dp_shard=2, tp=2, ep=1)
+    for rank in range(4):
+        loader = build.make_loader(config, Mesh(degrees=degrees, rank=rank, device_type="cpu"), run=tmp_path)
+        names.append(loader._quarantine and loader._quarantine.name)
+        loader.close()
+    assert names == ["quarantine-0000.jsonl", None, "quarantine-0001.jsonl", None]
 
 
 def test_a_record_is_the_mean_of_its_steps(tiny_shards, tmp_path):

@@ -89,7 +89,14 @@ def test_average_forgets_its_youth_faster():
         decay = min(0.9, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * step
     assert ema.shadow["p"].item() == pytest.approx(expected, rel=1e-5)
-    assert min(0.9, 1 / 10) == 0.1  # after the first update nine tenths are the new weights
+
+
+def test_after_the_first_update_nine_tenths_are_the_new_weights():
+    p = nn.Parameter(torch.zeros(1))
+    ema = Ema({"p": p}, decay=0.999)
+    p.data.fill_(1.0)
+    ema.update(0)
+    assert ema.shadow["p"].item() == pytest.approx(0.9)
 
 
 def test_average_swaps_bitwise():
@@ -103,3 +110,14 @@ def test_average_swaps_bitwise():
         assert all(torch.equal(params[n], average[n]) and torch.equal(ema.shadow[n], raw[n]) for n in params)
         raise KeyError
     assert all(torch.equal(params[n], raw[n]) and torch.equal(ema.shadow[n], average[n]) for n in params)
+
+
+@pytest.mark.parametrize("kind", ["rmsprop", "adamw"])
+def test_weight_decay_is_decoupled_and_spares_vectors(optim, kind):
+    """With no gradient, a matrix shrinks by 1 - lr wd in a step and a vector stays."""
+    matrix, vector = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))
+    optimizer = make_optimizer([matrix, vector], replace(optim, kind=kind, lr=0.1, weight_decay=0.5))
+    matrix.grad, vector.grad = torch.zeros(2, 2), torch.zeros(2)
+    optimizer.step()
+    torch.testing.assert_close(matrix.detach(), torch.full((2, 2), 0.95))
+    torch.testing.assert_close(vector.detach(), torch.ones(2))
