@@ -55,10 +55,10 @@ def main(words: list[str]) -> None:
     overrides = [w for w in words if w.split("=")[0] not in own]
     seconds = float(own.get("seconds", 200))
     mix = {k: float(v) for k, v in (part.split(":") for part in own.get("mix", "single_object:1,colors:4").split(","))}
-    scale = tuple(float(s) for s in own.get("scale", "0.4,0.7").split(","))
+    scale = tuple(float(s) for s in own.get("scale", "0.55,0.8").split(","))
     c = compose(["experiment=shapes_tiny", *overrides])
     spec = ShapesSpec(resolution=c.data.resolution, mix=mix, scale=(scale[0], scale[1]))
-    drawn = [shape_sample(i, spec=spec, seed=0) for i in range(int(own.get("count", 4000)))]
+    drawn = [shape_sample(i, spec=spec, seed=0) for i in range(int(own.get("count", 8000)))]
     codec = make_image_codec(c.encoders.image, device="cpu", dtype=torch.float32)
     text = make_text_encoder(c.encoders.text, device="cpu", dtype=torch.float32)
     assert codec is not None

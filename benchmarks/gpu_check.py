@@ -95,7 +95,7 @@ def one_graph(device: str, *, backend: str) -> float:
 
 
 def step_without_sync(device: str, *, precision: str) -> float:
-    """Forward, backward, clipping, update and average of the demo's network under `set_sync_debug_mode("error")`; returns the gradient norm."""
+    """A step of the demo's network (to the moving average) under `set_sync_debug_mode("error")`; returns the norm."""
     c = compose(["experiment=shapes_tiny", f"train.precision={precision}"])
     runtime.ensure_group(device)
     mesh = make_mesh(c.parallel, device_type=device, world=1)

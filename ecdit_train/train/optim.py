@@ -75,7 +75,7 @@ class Ema:
     @torch.no_grad()
     def restart(self) -> None:
         """Begin anew from the weights as they are now."""
-for p, shadow in zip(self._params, self.shadow.values(), strict=True):
+        for p, shadow in zip(self._params, self.shadow.values(), strict=True):
             shadow.copy_(p.detach())  # one by one: DTensor has no _foreach_copy_
 
     @torch.no_grad()

@@ -30,14 +30,16 @@ export ECDIT_EXIT_FILE="$run/logs/exit-$SLURM_JOB_ID-$restart"
 rm -f "$ECDIT_EXIT_FILE"
 
 # Slurm's warning (USR2, 600 s before the limit) reaches every process of the step: torchrun must ignore it, or it dies
-# of it; the ranks install their own handler, save and stop.
+# of it; the ranks install their own handler, save and stop. On SIGTERM torchrun passes it on and kills what is left after
+# --shutdown-timeout (30 s if not said): the ranks get as long as before the limit. The flag came in March 2026 (pytorch pull
+# request 172596): torch 2.13 has it, 2.11 may refuse it.
 status=0
 srun \
   --cpus-per-task=96 \
   --kill-on-bad-exit=1 \
   bash -c 'trap "" USR2; exec "$@"' worker \
   python -m torch.distributed.run \
-    --nnodes=1 --nproc-per-node=8 --max-restarts=0 \
+    --nnodes=1 --nproc-per-node=8 --max-restarts=0 --shutdown-timeout=600 \
     --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID.$restart" --rdzv-endpoint="$endpoint" \
     -m ecdit_train.cli resume "$run" || status=$?
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from ecdit_train.config.compat import Change, check_resume, classes, diff
+from ecdit_train.config import compose
+from ecdit_train.config.compat import Change, check_resume, classes, diff, kind
 from ecdit_train.config.convert import leaf_types, with_values
 from ecdit_train.errors import RunFolderError
 
@@ -89,3 +90,17 @@ def test_microbatch_is_identity_where_it_is_the_pool(base, router, kind):
     old = with_values(base, {"moe.scope": "batch", "moe.router": router})
     (change,) = diff(old, with_values(old, {"train.microbatch": 8}))
     assert change.kind == kind
+
+
+def test_explicit_keys_are_those_that_words_name():
+    keys = compose.explicit_keys(["experiment=shapes_tiny", "optim=adamw", "train.steps=3"])
+    assert "train.steps" in keys
+    assert {"optim.lr", "optim.ema_decay"} <= keys
+    assert "train.seed" not in keys
+
+
+@pytest.mark.parametrize("key", ["optim.ema_decay", "optim.momentum"])
+def test_state_that_appears_or_vanishes_is_identity(key):
+    old = compose.compose(["experiment=dense_xl"])
+    assert kind(key, old=old, new=with_values(old, {key: 0.0})) == "identity"
+    assert kind(key, old=old, new=with_values(old, {key: 0.5})) == "schedule"

@@ -50,7 +50,7 @@ def test_launching_again_after_a_life_that_stored_another_path(demo, tmp_path, m
 def test_preparing_again_may_change_what_a_resume_may(demo, tmp_path):
     cfg = with_values(demo, {"run": str(tmp_path / "demo")})
     prepare(cfg)
-    wider = with_values(cfg, {"cluster.nodes": 2, "data.threads": 3})
+    wider = with_values(cfg, {"cluster.nodes": 2, "data.threads": 3, "train.microbatch": 32})
     assert "#SBATCH --nodes=2\n" in prepare(wider).read_text()
     assert load(tmp_path / "demo") == wider
     longer = with_values(wider, {"train.steps": wider.train.steps + 1})
@@ -65,7 +65,7 @@ def test_preparing_another_run_in_the_folder_is_refused(demo, tmp_path):
     cfg = with_values(demo, {"run": str(tmp_path / "demo")})
     before = prepare(cfg).read_text()
     with pytest.raises(RunFolderError) as caught:
-        prepare(with_values(cfg, {"train.seed": 1, "cluster.nodes": 2}), allow={"train.seed"})
+        prepare(with_values(cfg, {"train.seed": 1, "data.threads": 3}), allow={"train.seed"})
     assert "train.seed: 0 -> 1 (identity): another run; start a new run folder for it" in str(caught.value)
     assert load(tmp_path / "demo") == cfg
     assert (tmp_path / "demo" / "job.sh").read_text() == before
