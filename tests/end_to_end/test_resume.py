@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from tiny_runs import ROUTERS, Life, assert_same, configure, cut_power, live, records, steady, words
 
+from ecdit_train.errors import ConfigError
+
 STEPS = 12
 RUNS = {
     **ROUTERS,
@@ -123,6 +125,14 @@ def test_resuming_a_finished_run_changes_nothing(tiny_shards, tmp_path):
     again = live(config)
     assert again.finished
     assert_same(first.tensors, again.tensors)
+    assert _files(tmp_path) == before
+
+
+def test_fewer_steps_than_done_are_refused(tiny_shards, tmp_path):
+    live(configure(tmp_path, tiny_shards, "train.steps=6"))
+    before = _files(tmp_path)
+    with pytest.raises(ConfigError, match=r"train.steps = 4: .* is already at step 6; nearest valid: 6"):
+        live(configure(tmp_path, tiny_shards, "train.steps=4"))
     assert _files(tmp_path) == before
 
 
