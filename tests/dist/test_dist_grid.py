@@ -44,7 +44,10 @@ def test_two_ranks() -> None:
         case(tp=2, moe=DENSE, optim="adamw"),
         case(ep=2, moe=TOKEN_CHOICE, optim="adamw"),
         case(ep=2, pool=whole_microbatch(2)),
-        case(tp=2, model=FEW_KV), case(ep=2, dtype="float32"),
+        case(tp=2, model=FEW_KV),
+        case(dtype="float32"), case(tp=2, dtype="float32"), case(ep=2, dtype="float32"), case(tp=2, ep=2, dtype="float32"),
+        case(tp=2, moe=DENSE, dtype="float32"), case(ep=2, moe=TOKEN_CHOICE, dtype="float32"),
+        case(ep=2, pool=whole_microbatch(2), dtype="float32"),
     ])
 
 
@@ -54,13 +57,15 @@ def test_four_ranks() -> None:
         case(tp=2, ep=2), case(ep=2), case(ep=4), case(tp=2), case(tp=2, ep=4, moe=TOKEN_CHOICE),
         case(tp=4, ep=2), case(tp=4, ep=4, model=FEW_KV), case(rep=2, ep=2), case(rep=2, tp=2, ep=2),
         case(tp=2, ep=2, pool=whole_microbatch(4, tp=2)),
-        case(tp=2, ep=2, optim="adamw", dtype="float32"), case(ep=4, dtype="float32"),
+        case(tp=2, ep=2, optim="adamw", dtype="float32"), case(ep=4, dtype="float32"), case(tp=2, dtype="float32"),
+        case(ep=2, dtype="float32"), case(rep=2, tp=2, ep=2, dtype="float32"),
+        case(tp=2, ep=4, moe=TOKEN_CHOICE, dtype="float32"),
     ])
 
 
 def test_eight_ranks_all_axes() -> None:
     """dp_replicate x dp_shard x tp with experts over 4."""
-    assert_equal(8, [case(rep=2, tp=2, ep=4), case(tp=2, ep=2)])
+    assert_equal(8, [case(rep=2, tp=2, ep=4), case(tp=2, ep=2), case(tp=2, ep=4, dtype="float32")])
 
 
 @pytest.mark.slow
