@@ -1,4 +1,4 @@
-"""Reads an offline `.wandb` file without wandb's private classes (docs: facts/dependencies.md, section 9)."""
+"""Reads an offline `.wandb` file without wandb's private classes."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ def test_suggestion_is_valid_faster_and_fits(planned, cfg_of, name):
 
 
 def test_large_models_keep_experts_in_reach(planned):
-    """facts/performance.md: M-64E by FSDP alone cannot work; its experts are spread over all 64 GPUs."""
+    """M-64E by FSDP alone cannot work; its experts are spread over all 64 GPUs."""
     assert planned("ec_dit_m_64e").suggested.layout.ep == 64
     assert planned("ec_dit_m_64e").suggested.layout.tp == 1
 
@@ -146,7 +146,9 @@ def test_97_billion_parameters_in_five_seconds_without_a_process_group():
         "cfg = compose(['experiment=ec_dit_m_64e'], local=False)\n"
         "t = time.process_time(); plan.render(plan.estimate(cfg)); t = time.process_time() - t\n"
         "assert not dist.is_initialized()\n"
-        "import resource; print(t, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)\n"
+        # Not ru_maxrss: it starts at what the parent had when it forked.
+        "peak = next(line for line in open('/proc/self/status') if line.startswith('VmHWM'))\n"
+        "print(t, int(peak.split()[1]) / 1e6)\n"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert float(out[0]) < 5.0, f"{out[0]} CPU seconds"

@@ -1,4 +1,4 @@
-"""FLOPs: the reference of facts/performance.md section 4 under its own assumptions, and what ours adds."""
+"""FLOPs: a published-shape estimate under its own assumptions, and what ours adds."""
 
 from __future__ import annotations
 

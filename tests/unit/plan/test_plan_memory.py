@@ -1,4 +1,4 @@
-"""Memory: the arithmetic of facts/performance.md sections 4 and 6 under its own assumptions, and the rules of the
+"""Memory: an independent estimate under its own assumptions, and the rules of the
 parts."""
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def test_m_64e_activations(cfg_of):
 
 
 def test_expert_rows_are_eleven_units(cfg_of):
-    """facts/performance.md section 2: plain autograd keeps 11 units of f_c T d of the expert layer."""
+    """Measured: plain autograd keeps 11 units of f_c T d of the expert layer."""
     _, _, sparse = activations.block_units(cfg_of("ec_dit_xl_8e"), tp=1)
     router_and_output = 2 + 1
     assert (sparse - router_and_output) / 2 == 11

@@ -1,4 +1,4 @@
-"""Traffic: links of groups, the exchange formula, and the times of facts/performance.md sections 4 and 5."""
+"""Traffic: links of groups, the exchange formula, and the times of an independent estimate."""
 
 from __future__ import annotations
 
