@@ -50,8 +50,10 @@ def check(lives: dict[str, Life], folder: Path, *, bound: float) -> float:
         assert life.finished
         assert life.order == one.order, name
         assert [p for step in life.order for p in step[0]] == list(range(8 * STEPS))
-        error = max(abs(a - b) / b for a, b in zip(life.losses, one.losses, strict=True))
-        assert error <= bound, (name, error)
+        errors = [abs(a - b) / b for a, b in zip(life.losses, one.losses, strict=True)]
+        error = max(errors)
+        first = next((step for step, e in enumerate(errors) if e > bound), None)
+        assert error <= bound, (name, error, "first at step", first, "before it", max(errors[:first], default=0.0))
         worst = max(worst, error)
         print(f"{name}: {error:.1e}")
         logged = [line["train/loss"] for line in records(folder / name)]
@@ -67,9 +69,10 @@ def test_one_run_on_six_layouts(tiny_shards, tmp_path):
     print(f"largest relative difference of a loss: {worst:.1e}")
 
 
+# Token choice at the demo's rate of 4e-3 amplifies rounding until one token changes its expert (first at step 30, dp2).
 @pytest.mark.slow
 @pytest.mark.parametrize("extra", [
-    ("moe.router=token_choice", "moe.balance_weight=0.01"), ("moe.combine=deterministic",), ("moe.scope=image",),
+    ("moe.router=token_choice", "moe.balance_weight=0.01", "optim.lr=1e-3"), ("moe.combine=deterministic",), ("moe.scope=image",),
     ("optim.kind=rmsprop", "optim.lr=1e-4"), ("parallel.activation_checkpointing=selective",),
     ("model.layers=4", "parallel.reshard_after_forward=false"),
 ], ids=lambda extra: extra[0])  # fmt: skip
