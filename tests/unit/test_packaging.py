@@ -1,15 +1,20 @@
-"""What a wheel holds, and that it needs nothing of the checkout: built from a copy, unpacked, run from another folder."""
+"""What a wheel holds, and that it needs nothing of the checkout: built from a copy, unpacked, run from another folder.
+
+And that the two descriptions of CI, the Makefile's probe and the package's metadata say the same."""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 from ecdit_train.config.compose import conf_folder
 
@@ -71,3 +76,24 @@ def test_it_composes_and_renders_from_anywhere(wheel: zipfile.ZipFile, tmp_path:
         done = subprocess.run([*command, *verb.split()], cwd=tmp_path, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert "ec_dit_xl_8e" in done.stdout
+
+
+def test_ci_and_contributors_run_the_same() -> None:
+    script = re.findall(r"^make (\w+)", (ROOT / ".ci" / "run").read_text(), flags=re.MULTILINE)
+    job = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]["check"]
+    assert [step["run"].split()[1] for step in job["steps"] if "run" in step] == script == ["setup", "lint", "test"]
+
+
+def test_pythons_are_the_same_everywhere() -> None:
+    pythons = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]["check"]["strategy"]
+    minors = [int(version.partition(".")[2]) for version in pythons["matrix"]["python"]]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["requires-python"] == f">=3.{minors[0]},<3.{minors[-1] + 1}"
+    probe = next(line for line in (ROOT / "Makefile").read_text().splitlines() if line.startswith("PYTHON ?="))
+    assert re.findall(r"python3\.(\d+)", probe) == [str(minor) for minor in minors]
+    assert f"(3, {minors[0]}) <= sys.version_info < (3, {minors[-1] + 1})" in probe
+
+
+def test_no_extra_that_nothing_imports() -> None:
+    """An extra that nothing imports is a promise that nothing keeps (docs/decisions/0010)."""
+    assert set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]) == {"dev"}
