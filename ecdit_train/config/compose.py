@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +39,10 @@ class Overridden:
 
 
 def conf_folder() -> Path:
-    """The installed `conf` package; the same from any working directory."""
-    return Path(str(resources.files("conf")))
+    """The presets that belong to this package: `ecdit_train/conf`, in a checkout a link to the folder `conf/` beside it.
+
+    Found from this file and not by a name of `sys.path`, so no `conf` of a working directory can take its place."""
+    return Path(__file__).parents[1] / "conf"
 
 
 @cache
