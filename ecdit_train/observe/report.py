@@ -19,7 +19,8 @@ from .figures import allocation_heatmap, allocation_layers, series, smooth
 from .metrics import METRICS, metric_key
 from .page import SCRIPT, STYLE
 from .routing import RoutingMaps
-from .sinks import read_jsonl, redact_text
+from .redact import redact_text
+from .sinks import read_jsonl
 
 logger = logging.getLogger("ecdit.observe")
 

@@ -293,7 +293,7 @@ class Checked:
     """Whether every formula is within TOLERANCE of the dry run."""
 
 
-def check(plan: Plan, *) -> Checked:
+def check(plan: Plan) -> Checked:
     """Dry-run what was planned and compare; errors as in `dry_run`."""
     ran = dry_run(plan.cfg, world=plan.cost.layout.world)
     rows = compare(plan, ran)
