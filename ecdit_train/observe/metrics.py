@@ -178,7 +178,7 @@ class MetricWindow:
 
     def state_dict(self, all_reduce: AllReduce | None = None) -> dict[str, list[float]]:
         """What has gathered since the last record, as JSON: a run stopped between two log steps then logs the same
-        means as one that was not. Times are a life's own and stay out. Collective: sums are each rank's own."""
+        means as one that was not. Times belong to the process and stay out. Collective: sums are each rank's own."""
         values = {name: value for name, value in self._values.items() if not isinstance(value, Tensor)}
         assert len(values) == len(self._values), "a device value is one rank's own, a checkpoint is everybody's"
         sums = sorted(name for name in values if METRICS[metric_key(name)].reduction == "sum")
