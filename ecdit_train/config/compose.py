@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ecdit_train.config import overrides as command_line
-from ecdit_train.config.convert import from_dict, leaf_types, section_names, to_dict, with_values
+from ecdit_train.config.convert import from_dict, to_dict, with_values
 from ecdit_train.config.schema import RunConfig
 from ecdit_train.errors import ConfigError, RunFolderError
 
@@ -40,8 +38,10 @@ class Overridden:
 
 
 def conf_folder() -> Path:
-    """The installed `conf` package; the same from any working directory."""
-    return Path(str(resources.files("conf")))
+    """The presets that belong to this package: `ecdit_train/conf`, in a checkout a link to the folder `conf/` beside it.
+
+    Found from this file and not by a name of `sys.path`, so no `conf` of a working directory can take its place."""
+    return Path(__file__).parents[1] / "conf"
 
 
 @cache
@@ -67,10 +67,7 @@ def compose(overrides: Sequence[str], *, local: bool = True) -> RunConfig:
     Raises:
         ConfigError: every unknown key, unknown choice and ill-typed value, with the nearest valid one.
     """
-    read = command_line.read(overrides, groups=groups())
-    words = list(read.words)
-    if not local and "local" in groups():
-        words = [w for w in words if not w.startswith(("local=", "~local"))] + ["~local"]
+    words = list(overrides) + ([] if local or 'local' not in groups() else ['~local'])
     try:
         GlobalHydra.instance().clear()
         with initialize_config_dir(version_base="1.3", config_dir=str(conf_folder()), job_name="ecdit"):
@@ -86,22 +83,12 @@ def override(cfg: RunConfig, overrides: Sequence[str]) -> Overridden:
 
     A group's choice replaces its whole section. `experiment`, `debug` and `local` cannot be applied afterwards.
     """
-    read = command_line.read(overrides, groups=groups())
-    values: dict[str, Any] = {}
-    for group, choice in read.groups.items():
-        if group not in section_names():
-            raise ConfigError(f"{group} = {choice!r}: cannot be changed after the run was made; set keys instead")
-        section = to_dict(compose([f"{group}={choice}"]))[group]
-        values.update({f"{group}.{key}": value for key, value in _leaves(section)})
-    values.update(read.values)
+    values = {w.partition("=")[0]: yaml.safe_load(w.partition("=")[2]) for w in overrides}
     return Overridden(config=with_values(cfg, values), explicit=frozenset(values))
 
 
 def explicit_keys(overrides: Sequence[str]) -> frozenset[str]:
-    """Dotted keys that the words name, themselves or by choosing a group."""
-    read = command_line.read(overrides, groups=groups())
-    chosen = {key for group in read.groups for key in leaf_types() if key.startswith(f"{group}.")}
-    return frozenset(chosen | set(read.values))
+    return frozenset(w.partition("=")[0] for w in overrides)
 
 
 def _leaves(tree: Mapping[str, Any]) -> list[tuple[str, Any]]:

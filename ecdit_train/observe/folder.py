@@ -18,8 +18,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from ecdit_train.atomic import write as write_atomically  # noqa: F401 - sinks.py says folder.write_atomically
-
 RESOLVED = "resolved.yaml"
 JOB_SCRIPT = "job.sh"
 LOGS = "logs"

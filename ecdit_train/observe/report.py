@@ -20,8 +20,9 @@ from .console import duration
 from .figures import allocation_heatmap, allocation_layers
 from .metrics import METRICS, Metric, metric_key
 from .page import render, short
+from .redact import redact_text
 from .routing import RoutingMaps
-from .sinks import read_jsonl, redact_text
+from .sinks import read_jsonl
 
 logger = logging.getLogger("ecdit.observe")
 
@@ -122,15 +123,32 @@ def _chart(records: Records, keys: Mapping[str, str], *, title: str, unit: str =
     return line_chart(curves, title=title, unit=unit)
 
 
+_UNKNOWN = Metric(unit="", reduction="last", question="")
+_ROUTING = {
+    "dropped_frac": "Tokens without an expert",
+    "experts_per_token_std": "Spread of experts per token",
+    "experts_per_token_max": "Largest number of experts of a token",
+    "entropy": "Router entropy",
+    "gate_mean": "Mean gate",
+    "overflow_frac": "Choices beyond capacity",
+    "capped_frac": "Rows beyond the cap",
+    "load_cv": "Load imbalance",
+}
+
+
 def _learning(records: Records) -> list[str]:
     steps, losses = series(records, "train/loss")
     raw = Curve(label="raw", x=steps, y=losses, color=PALETTE[0], faint=True)
     smoothed = Curve(label="training, smoothed", x=steps, y=smooth(losses), color=PALETTE[0])
+    losses_of_routers = sorted({k for r in records for k in r if k.startswith("train/") and k.endswith("_loss")})
     norms = {"optim/grad_norm": "mean", "optim/grad_norm_max": "largest"}
     charts = [
         line_chart([raw, smoothed], title="Loss", unit="mean squared error", wide=True),
         _chart(records, norms, title="Gradient norm", unit="before clipping", color=2),
         _chart(records, {"optim/lr": "learning rate"}, title="Learning rate", color=4),
+        _chart(
+            records, {key: key for key in losses_of_routers}, title="Auxiliary losses", unit="weight included", color=5
+        ),
     ]
     return [chart for chart in charts if chart]
 
@@ -150,22 +168,17 @@ def _speed(records: Records) -> list[str]:
 
 
 def _routing(records: Records) -> list[str]:
-    """One chart a quantity, one curve a layer."""
-    layers = sorted({int(k.split("/")[1][1:]) for r in records for k in r if k.startswith("moe/L")})
-    charts = [
-        _chart(
-            records, {f"moe/L{n}/{name}": f"layer {n}" for n in layers}, title=title, unit=METRICS[f"moe/{name}"].unit
+    """One chart a quantity, one curve a layer; what a router of one's own reports comes last."""
+    logged = {k for r in records for k in r if k.startswith("moe/L")}
+    layers = sorted({int(k.split("/")[1][1:]) for k in logged})
+    titles = _ROUTING | {n: n.replace("_", " ") for n in sorted({k.split("/")[2] for k in logged} - _ROUTING.keys())}
+    charts = []
+    for name, title in titles.items():
+        keys, about = (
+            {f"moe/L{n}/{name}": f"layer {n}" for n in layers},
+            METRICS.get(metric_key(f"moe/{name}"), _UNKNOWN),
         )
-        for name, title in (
-            ("dropped_frac", "Tokens without an expert"),
-            ("experts_per_token_std", "Spread of experts per token"),
-            ("experts_per_token_max", "Largest number of experts of a token"),
-            ("entropy", "Router entropy"),
-            ("gate_mean", "Mean gate"),
-            ("overflow_frac", "Choices beyond capacity"),
-            ("load_cv", "Load imbalance"),
-        )
-    ]
+        charts.append(_chart(records, keys, title=title, unit=about.unit))
     return [chart for chart in charts if chart]
 
 
@@ -256,17 +269,16 @@ def _table(values: Mapping[str, Any]) -> Table:
 
 def _last(records: Records) -> list[tuple[str, float, Metric]]:
     last = {k: v for k, v in _last_values(records).items() if "/L" not in k}
-    unknown = Metric(unit="", reduction="last", question="")
-    return [(key, last[key], METRICS.get(metric_key(key), unknown)) for key in sorted(last)]
+    return [(key, last[key], METRICS.get(metric_key(key), _UNKNOWN)) for key in sorted(last)]
 
 
 _SUMMARY = {
     "model": ("name", "layers", "width", "heads", "patch"),
-    "moe": ("router", "experts", "capacity_factor", "scope", "group_size"),
+    "moe": ("router", "num_experts", "experts", "capacity_factor", "dispatcher", "scope", "group_size"),
     "diffusion": ("prediction", "mask_ratio", "caption_drop"),
     "data": ("shards", "resolution"),
     "train": ("steps", "global_batch", "microbatch", "precision", "seed"),
-    "optim": ("kind", "lr", "warmup_steps", "schedule", "clip_norm", "ema_decay"),
+    "optim": ("optimizer", "kind", "lr", "warmup_steps", "schedule", "clip_norm", "ema_decay"),
     "parallel": ("dp_replicate", "dp_shard", "tp", "ep"),
 }
 
@@ -274,8 +286,19 @@ _SUMMARY = {
 def _summary(config: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(section, its most telling values)."""
     chosen = {name: (config.get(name) or {}, keys) for name, keys in _SUMMARY.items()}
-    texts = {n: ", ".join(f"{k} {values[k]}" for k in keys if k in values) for n, (values, keys) in chosen.items()}
+    texts = {
+        n: ", ".join(f"{k} {_said(values[k])}" for k in keys if k in values) for n, (values, keys) in chosen.items()
+    }
     return [(name, redact_text(text)) for name, text in texts.items() if text]
+
+
+def _said(value: Any) -> str:
+    """A slot as its class with its values, anything else as it is."""
+    if not isinstance(value, dict):
+        return str(value)
+    name = str(value.get("_target_", "")).rpartition(".")[2]
+    own = ", ".join(f"{k} {v}" for k, v in value.items() if k != "_target_" and v is not None)
+    return f"{name} ({own})" if own else name
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

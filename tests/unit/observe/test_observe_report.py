@@ -214,6 +214,20 @@ def test_report_survives_damage_and_hides_secrets(tmp_path: Path) -> None:
     assert "abcdef" not in page
 
 
+def test_what_a_router_of_ones_own_reports_is_drawn(tmp_path: Path) -> None:
+    log = [{"step": n, "time": n, "moe/L2/kept": n / 9, "moe/L4/kept": 0.5, "train/toy_loss": 1 / n} for n in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    (tmp_path / "resolved.yaml").write_text(
+        "moe: {router: {_target_: toy.routers.Toy, share: 0.25, cap: null}, experts: {_target_: e.Gelu}, num_experts: 4}\n"
+    )
+    page = write_report(tmp_path).read_text()
+    parse(page)
+    assert '<svg viewBox="0 0 640 280" role="img" aria-label="kept">' in page
+    assert 'aria-label="Auxiliary losses"' in page
+    assert page.count("</i>layer 2<b>") == 1
+    assert "router Toy (share 0.25), num_experts 4, experts Gelu" in page
+
+
 def test_a_long_run_keeps_first_and_last_grid(tmp_path: Path) -> None:
     for step in range(1, MAX_GRIDS + 12):
         sample_grid(np.full((1, 8, 8, 3), step, np.uint8), [""], folder.samples_path(tmp_path, step=step), scale=8)
