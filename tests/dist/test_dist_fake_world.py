@@ -31,7 +31,7 @@ def fake_step(world: int, rank: int, c: Any) -> tuple[int, float]:
             part = {"latents": torch.randn(2, 4, 8, 8), "t": torch.rand(2), "features": torch.randn(2, 5, 24),
                     "mask": torch.ones(2, 5, dtype=torch.bool), "drop": torch.zeros(2, dtype=torch.bool),
                     "keep": torch.arange(8).expand(2, 8), "target": torch.randn(2, 8, 16)}
-            forward(model, part, pool=16)[0].backward()
+            forward(model, part, group_tokens=16)[0].backward()
         assert all(p.grad is not None for p in model.parameters())
         copies = {n: p.replicas * (1 if p.kind == "expert" else mesh.dp_replicate_size) for n, p in placements.items()}
         even = sum(p.numel() * copies[n] for n, p in whole.named_parameters()) / world

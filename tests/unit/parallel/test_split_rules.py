@@ -6,13 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from moe_configs import moe_config
 from torch import Tensor
 
-from ecdit_train.config.schema import ModelConfig, MoEConfig
+from ecdit_train.config.schema import ModelConfig
 from ecdit_train.errors import ConfigError
+from ecdit_train.model.assignment import Table
+from ecdit_train.model.dispatchers.index_add import IndexAddDispatcher
 from ecdit_train.model.dit import DiT
-from ecdit_train.model.moe import LocalDispatcher
-from ecdit_train.model.router import Assignment
 from ecdit_train.parallel import expert_parallel, tensor_parallel
 from ecdit_train.parallel.expert_parallel import ExpertParallelDispatcher
 from ecdit_train.parallel.placement import ParamPlacement, local_boxes
@@ -20,16 +21,7 @@ from ecdit_train.parallel.placement import ParamPlacement, local_boxes
 MODEL = ModelConfig(
     name="test", layers=2, width=32, heads=4, kv_heads=2, ffn_ratio=2, patch=2, text_width=64, text_refiner_layers=1
 )
-MOE = MoEConfig(
-    router="expert_choice",
-    experts=6,
-    capacity_factor=1.5,
-    scope="group",
-    group_size=16,
-    top_k=2,
-    balance_weight=0.0,
-    combine="index_add",
-)
+MOE = moe_config(num_experts=6, capacity_factor=1.5, group_size=16)
 
 
 def make(model: ModelConfig = MODEL) -> DiT:
@@ -76,7 +68,7 @@ def test_tensor_parallel_sizes(model: ModelConfig, tp: int, rules: int) -> None:
 
 def test_expert_parallel_sizes() -> None:
     expert_parallel.check(make(), ep=3)
-    with pytest.raises(ConfigError, match=r"must divide moe.experts = 6; nearest valid: 3"):
+    with pytest.raises(ConfigError, match=r"must divide moe.num_experts = 6; nearest valid: 3"):
         expert_parallel.check(make(), ep=4)
 
 
@@ -92,19 +84,17 @@ def test_boxes() -> None:
 def test_tp_ranks_share_the_slots(tp: int, pools: int, capacity: int) -> None:
     """Without groups, the parts of all tp ranks add up to the local dispatcher's result, also where they are padded."""
     E, N, D = 3, 24, 5
-    assignment = Assignment(
+    assignment = Table(
         index_EGC=torch.randint(N, (E, pools, capacity)),
         gate_EGC=torch.rand(E, pools, capacity),
-        filled_EGC=None,
         probability_GSE=torch.empty(0),
-        balance_loss=None,
     )
     x = torch.randn(N, D)
-    whole = LocalDispatcher().combine(LocalDispatcher().dispatch(x, assignment), assignment, num_tokens=N)
+    whole = IndexAddDispatcher().combine(IndexAddDispatcher().dispatch(x, assignment), assignment, num_tokens=N)
     total: Tensor = torch.zeros(N, D)
     for rank in range(tp):
         part = ExpertParallelDispatcher(
-            LocalDispatcher(), exchange=None, tp_group=None, tp_rank=rank, tp_size=tp, chunks=1
+            IndexAddDispatcher(), exchange=None, tp_group=None, tp_rank=rank, tp_size=tp, chunks=1
         )
         rows = part.dispatch(x, assignment)
         assert rows.shape == (E, -(-pools * capacity // tp), D)
