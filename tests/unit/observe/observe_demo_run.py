@@ -19,7 +19,7 @@ from ecdit_train.model.assignment import Assignment
 from ecdit_train.observe import folder
 from ecdit_train.observe.figures import write_samples
 from ecdit_train.observe.report import write_report
-from ecdit_train.observe.routing import RoutingMaps, count_maps, gate_maps, routing_scalars
+from ecdit_train.observe.routing import RoutingMaps, count_maps, routing_scalars
 from ecdit_train.observe.sinks import JsonlSink
 
 PROMPTS = (
@@ -90,10 +90,8 @@ def routing_maps(step: int) -> RoutingMaps:
     timesteps = [0.1, 0.3, 0.5, 0.7, 0.9]
     called = [assignments(images, t=t) for t in timesteps]
     counts = torch.stack([count_maps(a, batch=4, side=SIDE) for a in called])
-    gates = torch.stack([gate_maps(a, batch=4, side=SIDE) for a in called])
     return RoutingMaps(
         counts=counts.to(torch.uint8).numpy(),
-        gates=gates.half().numpy(),
         timesteps=np.array(timesteps, np.float32),
         layers=(2, 4, 6),
         prompts=PROMPTS[:4],
@@ -127,7 +125,7 @@ def build(run: Path, *, steps: int = 1500, every: int = 10, grids: int = 6) -> P
             "data/substituted": 0.0,
         }
         if step % (every * 5) == 0:
-            record |= {k: float(v) for k, v in routing_scalars(assignments(images, t=0.2 + 0.7 * done)).items()}
+            record |= {k: float(v) for k, v in routing_scalars(assignments(images, t=0.2 + 0.7 * done), layers=(2, 4, 6)).items()}
         log.log(step, record)
     log.close()
     for n in range(1, grids + 1):

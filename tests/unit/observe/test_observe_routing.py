@@ -12,7 +12,7 @@ from observe_demo_run import assignments, picture, routing_maps
 
 from ecdit_train.errors import RunFolderError
 from ecdit_train.model.router import Assignment
-from ecdit_train.observe.routing import RoutingMaps, count_maps, gate_maps, routing_scalars, sparse_layers
+from ecdit_train.observe.routing import RoutingMaps, count_maps, routing_scalars, sparse_layers
 
 
 def by_hand(*, filled: bool = False) -> Assignment:
@@ -70,9 +70,6 @@ def test_maps_add_up_to_all_slots() -> None:
     E, G, C = called[0].index_EGC.shape
     assert counts.sum((1, 2, 3)).tolist() == [E * C * G] * 3
     assert counts.flatten(2).sum(-1).eq(E * C).all()  # pools of one image
-    gates = gate_maps(called, batch=4, side=8)
-    assert gates.sum((1, 2, 3)).tolist() == pytest.approx([float(a.gate_EGC.sum()) for a in called], rel=1e-5)
-    assert ((gates > 0) == (counts > 0)).all()
     # In token choice, slots that stay empty are nobody's.
     called = assignments(images, t=0.8, token_choice=True, capacity_factor=1.0)
     assert count_maps(called, batch=4, side=8).sum((1, 2, 3)).tolist() == [int((a.gate_EGC > 0).sum()) for a in called]
@@ -88,7 +85,7 @@ def test_maps_survive_a_file_without_pickle(tmp_path: Path) -> None:
     maps = routing_maps(300)
     maps.save(tmp_path / "routing/step_00000300.npz")
     back = RoutingMaps.load(tmp_path / "routing/step_00000300.npz")
-    for name in ("counts", "gates", "timesteps", "images"):
+    for name in ("counts", "timesteps", "images"):
         np.testing.assert_array_equal(getattr(back, name), getattr(maps, name))
     for name in ("layers", "prompts", "scope", "group_size", "experts", "capacity_factor", "step"):
         assert getattr(back, name) == getattr(maps, name)
