@@ -25,7 +25,6 @@ from data_pipeline.shapes import ShapesSpec, shape_sample
 from data_pipeline.shapes_grader import grade
 from data_pipeline.shapes_prompts import TASKS, Split, all_prompts
 from ecdit_train.checkpoint import folder, manifest, restore
-from ecdit_train.checkpoint.comm import Comm, GroupComm, SingleProcess
 from ecdit_train.checkpoint.layout import Placed
 from ecdit_train.checkpoint.manager import CheckpointManager
 from ecdit_train.config.compose import freeze
@@ -81,8 +80,8 @@ class Ranks:
         """Every tensor of the state with its place in the global tensor: the place of the parameter it belongs to."""
         return {name: Placed(tensor=t, placement=self.placements[parameter_of(name)]) for name, t in tensors.items()}
 
-    def comm(self) -> Comm:
-        return SingleProcess() if self.runtime.control is None else GroupComm(self.runtime.control)
+    def comm(self) -> Runtime:
+        return self.runtime
 
 
 def spread_model(config: RunConfig, here: Runtime, *, mesh: Mesh) -> Ranks:
