@@ -34,8 +34,7 @@ class Resumed:
 
 
 class CheckpointManager:
-    """The checkpoints of the one run that owns `root`; keeps the newest `keep`. All ranks make one and call its methods
-    together."""
+    """The checkpoints of the one run that owns `root`; the newest `keep` stay. All ranks call its methods together."""
 
     def __init__(
         self,
