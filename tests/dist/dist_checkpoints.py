@@ -7,7 +7,7 @@ from typing import Any
 
 from dist_runs import Layout, Life, configure, copy_checkpoints, live
 
-from ecdit_train.build import build_trainer, comm
+from ecdit_train.build import build_trainer
 from ecdit_train.checkpoint import store
 from ecdit_train.errors import CheckpointError
 from ecdit_train.parallel.placement import local
@@ -48,7 +48,7 @@ def naive(here: Any, folder: Path, shards: Path, layouts: dict[str, Layout]) -> 
     for name, layout in layouts.items():
         trainer = build_trainer(configure(here, folder / name, shards, *RUN, *layout.words), here, stop_after=None)
         trainer.close()
-        tensors, ranks = trainer.state.tensors(), comm(trainer.parallel.runtime)
+        tensors, ranks = trainer.state.tensors(), trainer.parallel.runtime
         answers = []
         for how, values in (
             ("refuse", tensors),
