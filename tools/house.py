@@ -29,15 +29,19 @@ EVERYWHERE = {"torch", "numpy", "einops"}
 VENDORS: dict[str, tuple[str, ...]] = {
     "megatron": ("ecdit_train/parallel/tensor_parallel.py",),
     "deepspeed": ("ecdit_train/parallel/expert_parallel.py",),
-    "transformers": ("ecdit_train/diffusion/encoders.py",),
-    "diffusers": ("ecdit_train/diffusion/encoders.py",),
-    "safetensors": ("ecdit_train/diffusion/encoders.py",),
-    "wandb": ("ecdit_train/observe/sinks.py",),
+    "transformers": ("ecdit_train/diffusion/encoders/t5.py",),
+    "diffusers": ("ecdit_train/diffusion/encoders/kl.py",),
+    "safetensors": ("ecdit_train/diffusion/encoders/local_folder.py",),
+    "wandb": ("ecdit_train/observe/wandb_sink.py",),
     "matplotlib": ("ecdit_train/observe/figures.py",),
-    "rich": ("ecdit_train/observe/console.py",),
+    "jinja2": ("ecdit_train/observe/page.py",),
+    "markupsafe": ("ecdit_train/observe/page.py",),  # jinja2's own strings
+    # A live bar, and tables as text.
+    "rich": ("ecdit_train/observe/console.py", "ecdit_train/plan/document.py"),
+    "pydantic": ("ecdit_train/config/convert.py",),
     "hydra": ("ecdit_train/config/compose.py", "ecdit_train/config/overrides.py"),
     "omegaconf": ("ecdit_train/config/compose.py", "ecdit_train/observe/report.py"),
-    "yaml": ("ecdit_train/config/compose.py",),
+    "yaml": ("ecdit_train/config/compose.py", "ecdit_train/config/validate.py"),
     "scipy": ("data_pipeline/shapes_grader.py",),
     # A codec is two halves: what is read in training, and what is written when shards are made.
     "simplejpeg": ("data_pipeline/decode.py", "data_pipeline/prepare.py"),
