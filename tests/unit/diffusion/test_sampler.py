@@ -12,9 +12,9 @@ from torch import Tensor
 from ecdit_train import keyed
 from ecdit_train.config.schema import ModelConfig, SampleConfig
 from ecdit_train.diffusion.encoders.hash_words import HashTextEncoder
+from ecdit_train.diffusion.sampler import prompt_positions, sample
 from ecdit_train.diffusion.samplers.euler import Euler
 from ecdit_train.diffusion.samplers.heun import Heun
-from ecdit_train.diffusion.sampler import prompt_positions, sample
 from ecdit_train.evaluate.pictures import sample_latents
 from ecdit_train.keyed import Purpose
 from ecdit_train.model.dit import DiT

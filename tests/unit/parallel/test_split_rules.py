@@ -16,7 +16,7 @@ from ecdit_train.model.dispatchers.index_add import IndexAddDispatcher
 from ecdit_train.model.dit import DiT
 from ecdit_train.parallel import expert_parallel, tensor_parallel
 from ecdit_train.parallel.expert_parallel import ExpertParallelDispatcher
-from ecdit_train.parallel.placement import ParamPlacement, local_boxes
+from ecdit_train.parallel.placement import Box, ParamPlacement, pieces
 
 MODEL = ModelConfig(
     name="test", layers=2, width=32, heads=4, kv_heads=2, ffn_ratio=2, patch=2, text_width=64, text_refiner_layers=1
@@ -73,11 +73,16 @@ def test_expert_parallel_sizes() -> None:
 
 
 def test_boxes() -> None:
-    row = local_boxes(torch.empty(4, 3), ParamPlacement(global_shape=(4, 6), dim=1, index=1, count=2))
-    assert [(b.offsets, b.local_offsets, b.sizes) for b in row] == [((0, 3), (0, 0), (4, 3))]
-    two = local_boxes(torch.empty(4, 3), ParamPlacement(global_shape=(8, 3), dim=0, boxes=((6, 0, 2), (0, 2, 2))))
-    assert [(b.offsets, b.local_offsets, b.sizes) for b in two] == [((6, 0), (0, 0), (2, 3)), ((0, 0), (2, 0), (2, 3))]
-    assert local_boxes(torch.empty(0, 3), ParamPlacement(global_shape=(8, 3))) == []
+    """(box of the global tensor, number of the first local element) of every piece."""
+
+    def found(local: Tensor, placement: ParamPlacement) -> list[tuple[Box, int]]:
+        return [(piece.box, int(piece.view.flatten()[0])) for piece in pieces(local, placement)]
+
+    x = torch.arange(12).view(4, 3)
+    assert found(x, ParamPlacement(global_shape=(4, 6), dim=1, index=1, count=2)) == [(Box((0, 3), (4, 3)), 0)]
+    two = ParamPlacement(global_shape=(8, 3), dim=0, boxes=((6, 0, 2), (0, 2, 2)))
+    assert found(x, two) == [(Box((6, 0), (2, 3)), 0), (Box((0, 0), (2, 3)), 6)]
+    assert found(torch.empty(0, 3), ParamPlacement(global_shape=(0, 3))) == []
 
 
 @pytest.mark.parametrize(("tp", "pools", "capacity"), [(1, 2, 3), (2, 1, 4), (2, 3, 3), (4, 2, 3)])

@@ -14,7 +14,6 @@ from ecdit_train.train.optim import Ema, learning_rate
 from ecdit_train.train.optimizers.adamw import AdamW
 from ecdit_train.train.optimizers.rmsprop import RMSProp
 
-
 KINDS = {
     "rmsprop": RMSProp(momentum=0.9, decay=0.99, eps=1e-8, weight_decay=0.0),
     "adamw": AdamW(beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.0),
