@@ -28,7 +28,7 @@ from ecdit_train.checkpoint import folder, manifest, restore
 from ecdit_train.checkpoint.comm import Comm, GroupComm, SingleProcess
 from ecdit_train.checkpoint.layout import Placed
 from ecdit_train.checkpoint.manager import CheckpointManager
-from ecdit_train.config.compose import freeze
+from ecdit_train.config.stored import freeze
 from ecdit_train.config.convert import to_dict
 from ecdit_train.config.schema import RunConfig, SampleConfig
 from ecdit_train.diffusion.encoders import ImageCodec, TextEncoder, make_image_codec, make_text_encoder
