@@ -1,6 +1,6 @@
 # The only door. `make help` lists what is behind it.
 SHELL := /bin/bash
-PYTHON ?= $(shell for p in python3.11 python3.12 python3; do $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && { command -v $$p; break; }; done)
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && { command -v $$p; break; }; done)
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ecdit-setup
@@ -19,7 +19,7 @@ setup: $(STAMP)  ## virtual environment with everything a CPU run and the tests 
 
 # Order matters: torch first (the constraint holds it), DeepSpeed built against that torch without its CUDA ops.
 $(STAMP): pyproject.toml constraints.txt
-	@test -n "$(PYTHON)" || { echo "ecdit needs Python 3.11 or 3.12 (set PYTHON=...)" >&2; exit 1; }
+	@test -n "$(PYTHON)" || { echo "ecdit needs Python 3.11, 3.12 or 3.13 (set PYTHON=...)" >&2; exit 1; }
 	@command -v cc >/dev/null || { echo "ecdit needs a C compiler (cc)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --upgrade pip
@@ -55,14 +55,16 @@ test: setup  ## the default test suite: everything but what takes minutes (under
 test-slow: setup  ## the slow suites: 8-rank grids, 512 fake ranks
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
-lint: setup  ## format check, lint, types, import rules
+lint: setup  ## format check, lint, types, import rules, house rules
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python tools/house.py
 
 format: setup  ## rewrite the code the way `make lint` wants it
 	$(BIN)/ruff check --fix-only -q .
+	$(BIN)/python tools/house.py --fix
 	$(BIN)/ruff format .
 
 golden: setup  ## rewrite the golden files; read the diff before you commit it
@@ -77,8 +79,8 @@ bench: setup  ## interleaved benchmarks against their bars; dated JSON under ben
 gpu-check: setup  ## parity, bf16, compile, host syncs and TFLOP/s on a GPU; skips with a reason where there is none
 	$(BIN)/python -m benchmarks.gpu_check
 
-image:  ## build the container image (needs docker)
-	docker build -f docker/Dockerfile -t ecdit:$(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml) .
+image:  ## build the container image (needs docker; CUDA_IMAGE=NAME@sha256:... pins the base)
+	docker build -f docker/Dockerfile $(if $(CUDA_IMAGE),--build-arg CUDA_IMAGE=$(CUDA_IMAGE)) -t ecdit:$(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml) .
 
 clean:  ## remove the virtual environment and caches; runs and data stay
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info

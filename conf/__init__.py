@@ -1,1 +1,1 @@
-"""Hydra groups of ecdit, shipped as package data so that they are found from any working directory."""
+"""Hydra groups: the presets of every run, installed as data of the package (`pkg://ecdit_train.conf`)."""

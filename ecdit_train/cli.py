@@ -235,8 +235,10 @@ def make_parser() -> argparse.ArgumentParser:
     p = verb("show", config_show, "print the resolved configuration of some words", parent=config)
     _composes(p)
     p = verb("keys", config_keys, "list every key with its type and how it may change on resume", parent=config)
+    _words(p)
     p = verb("explain", config_explain, "what a key means, or what choices a group has", parent=config)
     p.add_argument("key", help="a key or a group")
+    _words(p)
     p = verb("diff", config_diff, "what two run folders' configurations differ in", parent=config)
     _config_dir(p)
     p.add_argument("old")
@@ -260,13 +262,17 @@ DRAWING = "keys of the run's sample and encoders sections (sample.guidance=3)"
 
 def _composes(p: argparse.ArgumentParser) -> None:
     """The arguments of a verb that composes a configuration: Hydra's words and Hydra's options."""
-    p.add_argument("overrides", nargs="*", metavar="WORD", help=OVERRIDES)
-    _config_dir(p)
+    _words(p)
     p.add_argument("--multirun", "-m", action="store_true", help="one job for each combination of `key=A,B` words")
     p.add_argument("--cfg", "-c", choices=("job", "hydra", "all"), help="print the composed YAML instead of running")
     p.add_argument("--resolve", action="store_true", help="with --cfg: interpolations resolved")
     p.add_argument("--package", "-p", metavar="SECTION", help="with --cfg: only this section")
     p.add_argument("--info", "-i", nargs="?", const="all", choices=INFO, help="print how it is composed instead of running")
+
+
+def _words(p: argparse.ArgumentParser) -> None:
+    p.add_argument("overrides", nargs="*", metavar="WORD", help=OVERRIDES)
+    _config_dir(p)
 
 
 def _config_dir(p: argparse.ArgumentParser) -> None:

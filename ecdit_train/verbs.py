@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ecdit_train import arguments, errors
+from ecdit_train.config.slots import declarations_only
 from ecdit_train.errors import PeerLostError
 
 # --- training -------------------------------------------------------------------------------------------------------
@@ -20,20 +21,22 @@ from ecdit_train.errors import PeerLostError
 def train(args: argparse.Namespace) -> int:
     from ecdit_train.config import compat, compose, stored
 
-    made = compose.configure(args.overrides, world=_world(), config_dir=args.config_dir)
-    folder = Path(made.config.run)
-    if (folder / stored.RESOLVED).exists():
-        old = stored.load(folder, config_dir=args.config_dir)
-        compat.check_resume(old, made.config, allow=made.explicit)
+    with declarations_only():
+        made = compose.configure(args.overrides, world=_world(), config_dir=args.config_dir)
+        folder = Path(made.config.run)
+        if (folder / stored.RESOLVED).exists():
+            old = stored.load(folder, config_dir=args.config_dir)
+            compat.check_resume(old, made.config, allow=made.explicit)
     return _run(made.config, stop_after=args.stop_after)
 
 
 def resume(args: argparse.Namespace) -> int:
     from ecdit_train.config import compat, compose
 
-    old = _stored(args.run, args.config_dir)
-    changed = compose.override(old, args.overrides, world=_world())
-    compat.check_resume(old, changed.config, allow=changed.explicit)
+    with declarations_only():
+        old = _stored(args.run, args.config_dir)
+        changed = compose.override(old, args.overrides, world=_world())
+        compat.check_resume(old, changed.config, allow=changed.explicit)
     return _run(changed.config, stop_after=args.stop_after)
 
 
@@ -47,19 +50,22 @@ def _run(config: Any, *, stop_after: int | None) -> int:
     from ecdit_train.train.stop import StopRequest
 
     with StopRequest() as stop:  # before torch, whose import takes seconds
-        from ecdit_train.build import build_training
-        from ecdit_train.config.convert import from_dict, to_dict
+        from ecdit_train.build import build_trainer
 
-        with _ranks() as here:
-            config = from_dict(
-                here.broadcast_object(to_dict(config))
-            )  # one truth for all ranks, whatever their files say
-            loop = build_training(config, here, stop_after=stop_after)
+        with _ranks() as runtime:
+            trainer = build_trainer(_agreed(config, runtime), runtime, stop_after=stop_after)
             try:
-                finished = loop.run(stop)
+                finished = trainer.run(stop)
             finally:
-                loop.close()
+                trainer.close()
     return errors.EXIT_OK if finished else errors.EXIT_REQUEUE
+
+
+def _agreed(config: Any, runtime: Any) -> Any:
+    """The first rank's configuration, whatever the files of the others say, with the real classes of its slots."""
+    from ecdit_train.config.convert import from_dict, to_dict
+
+    return from_dict(runtime.broadcast_object(to_dict(config)))
 
 
 def _stored(run: str, config_dir: str | None = None) -> Any:
@@ -76,17 +82,17 @@ def _ranks() -> Iterator[Any]:
 
     from ecdit_train.parallel import runtime
 
-    here = None
+    started = None
     try:
-        here = runtime.start("cuda" if torch.cuda.is_available() else "cpu")
-        yield here
+        started = runtime.start("cuda" if torch.cuda.is_available() else "cpu")
+        yield started
     except RuntimeError as e:
         if not runtime.is_peer_lost(e):
             raise
         raise PeerLostError(f"another rank left in the middle of an exchange: {str(e).splitlines()[0]}") from e
     finally:
-        if here is not None:
-            here.shutdown()
+        if started is not None:
+            started.shutdown()
 
 
 # --- looking --------------------------------------------------------------------------------------------------------
@@ -95,8 +101,8 @@ def _ranks() -> Iterator[Any]:
 def sample(args: argparse.Namespace) -> int:
     asked, config = _drawing_request(arguments.Sample, args)
     prompts = [*asked.prompts] * asked.repeat
-    pictures, step, here = _draw(asked, config, prompts)
-    if here:
+    pictures, step, writes = _draw(asked, config, prompts)
+    if writes:
         from ecdit_train.observe import figures
 
         out = Path(asked.out) if asked.out else Path(asked.run) / "pictures" / f"step_{step:08d}.png"
@@ -109,12 +115,13 @@ def sample(args: argparse.Namespace) -> int:
 def evaluate(args: argparse.Namespace) -> int:
     asked, config = _drawing_request(arguments.Evaluate, args)
 
-    from ecdit_train import build
-    from ecdit_train.evaluate import shapes
+    from ecdit_train.evaluate import shapes, suites
 
-    suite = build.shapes_suite(config, tasks=asked.tasks or None, repeat=asked.repeat, split=asked.split)
-    pictures, step, here = _draw(asked, config, [m["prompt"] for m in suite.metadata])
-    if here:
+    suite = suites.shapes_suite(
+        resolution=config.data.resolution, tasks=asked.tasks or None, repeat=asked.repeat, split=asked.split
+    )
+    pictures, step, writes = _draw(asked, config, [m["prompt"] for m in suite.metadata])
+    if writes:
         result = shapes.score(pictures.images, suite.metadata, grade=suite.grade, others=suite.others)
         shapes.write(result, Path(asked.run) / "evaluation" / f"shapes_{step:08d}.json", step=step)
         print(f"{'task':<16}{'correct':>9}{'chance':>9}   ({result.num_images} pictures, step {step})")
@@ -138,8 +145,9 @@ def _drawing_request(kind: type, args: argparse.Namespace) -> tuple[Any, Any]:
         if run is None:
             request.build(kind)  # says so, and what else is wrong
         own = [field.name for field in fields(kind)]
-        stored_config = _stored(str(run), args.config_dir)
-        config = compose.override(stored_config, request.rest, sections=DRAWN_WITH, own=own).config
+        with declarations_only():
+            old = _stored(str(run), args.config_dir)
+            config = compose.override(old, request.rest, sections=DRAWN_WITH, own=own).config
     except errors.ConfigError as error:
         if run is None or not error.problems:
             raise
@@ -156,9 +164,10 @@ def _draw(asked: Any, config: Any, prompts: list[str]) -> tuple[Any, int, bool]:
 
     from ecdit_train import build
 
-    with _ranks() as here:
-        painter, step = build.build_painter(config, here, kind=asked.weights, step=asked.step)
-        return painter.draw(prompts, how=config.sample, step=step), step, here.rank == 0
+    with _ranks() as runtime:
+        config = _agreed(config, runtime)
+        pipeline, step = build.build_pipeline(config, runtime, kind=asked.weights, step=asked.step)
+        return pipeline.draw(prompts, how=config.sample, step=step), step, runtime.rank == 0
 
 
 def _drawing_layout(trained: Any, *, world: int) -> Any:
@@ -193,8 +202,9 @@ def plan(args: argparse.Namespace) -> int:
         print(render(result), end="")
     if args.dry_run:
         from ecdit_train.plan import dry_run
+        from ecdit_train.train.optim import make_optimizer
 
-        checked = dry_run.check(result)
+        checked = dry_run.check(result, make_optimizer=lambda params: make_optimizer(params, config.optim))
         document |= checked.document
         code = errors.EXIT_OK if checked.within else 1
         if not args.json:
@@ -208,11 +218,12 @@ def launch(args: argparse.Namespace) -> int:
     from ecdit_train.config import compose
     from launch import submit
 
-    made = compose.configure(args.overrides, world=compose.cluster_world, config_dir=args.config_dir)
-    if args.render_only:
-        print(submit.job_script(made.config), end="")
-        return errors.EXIT_OK
-    script = submit.prepare(made.config, allow=made.explicit)
+    with declarations_only():
+        made = compose.configure(args.overrides, world=compose.cluster_world, config_dir=args.config_dir)
+        if args.render_only:
+            print(submit.job_script(made.config), end="")
+            return errors.EXIT_OK
+        script = submit.prepare(made.config, allow=made.explicit)
     print(f"job {submit.submit(script)} submitted: {script}")
     return errors.EXIT_OK
 
@@ -232,21 +243,23 @@ def multirun(args: argparse.Namespace) -> int:
         return sweep.each(args.overrides, once, config_dir=args.config_dir)
     folder = ["--config-dir", args.config_dir] if args.config_dir else []
     stop = ["--stop-after", str(args.stop_after)] if getattr(args, "stop_after", None) else []
-    return sweep.Sweep(
-        args.overrides,
-        launcher="slurm" if args.verb is launch else "local",
-        config_dir=args.config_dir,
-        before=["--nproc", str(args.nproc)] if args.nproc > 1 else [],
-        options=[*folder, *stop],
-        nproc=args.nproc,
-    ).run()
+    with declarations_only():
+        return sweep.Sweep(
+            args.overrides,
+            launcher="slurm" if args.verb is launch else "local",
+            config_dir=args.config_dir,
+            before=["--nproc", str(args.nproc)] if args.nproc > 1 else [],
+            options=[*folder, *stop],
+            nproc=args.nproc,
+        ).run()
 
 
 def show(args: argparse.Namespace) -> int:
     """`--cfg` and `--info` of a composing verb: Hydra's own pages, once the words are right."""
     from ecdit_train.config import compose
 
-    compose.compose(args.overrides, config_dir=args.config_dir)
+    with declarations_only():
+        compose.compose(args.overrides, config_dir=args.config_dir)
     app = compose.open_app(args.overrides, config_dir=args.config_dir)
     words = compose.for_hydra(args.overrides, config_dir=args.config_dir)
     if args.cfg:
@@ -304,32 +317,38 @@ def data_verify(args: argparse.Namespace) -> int:
 def config_show(args: argparse.Namespace) -> int:
     from ecdit_train.config import compose, stored
 
-    print(stored.to_yaml(compose.configure(args.overrides, config_dir=args.config_dir).config), end="")
+    with declarations_only():
+        print(stored.to_yaml(compose.configure(args.overrides, config_dir=args.config_dir).config), end="")
     return errors.EXIT_OK
 
 
 def config_keys(args: argparse.Namespace) -> int:
-    from ecdit_train.config import compat, convert
+    from ecdit_train.config import compat, compose, convert
 
-    types = convert.leaf_types()
-    for key, kind in compat.classes().items():
-        print(f"{key:<44}{kind:<10}{convert.type_name(types[key])}")
+    with declarations_only():
+        config = compose.compose(args.overrides, config_dir=args.config_dir)
+        types = convert.key_types(config)
+        for key, kind in compat.classes(config).items():
+            print(f"{key:<44}{kind:<10}{convert.type_name(types[key])}")
     return errors.EXIT_OK
 
 
 def config_explain(args: argparse.Namespace) -> int:
-    from ecdit_train.config import describe
+    from ecdit_train.config import compose, describe
 
-    print(describe.explain(args.key))
+    with declarations_only():
+        config = compose.compose(args.overrides, config_dir=args.config_dir)
+        print(describe.explain(args.key, config, groups=compose.groups(config_dir=args.config_dir)))
     return errors.EXIT_OK
 
 
 def config_diff(args: argparse.Namespace) -> int:
     from ecdit_train.config import compat, stored
 
-    old, new = (stored.load(run, config_dir=args.config_dir) for run in (args.old, args.new))
-    for change in compat.diff(old, new):
-        print(f"{change.field}: {change.old!r} -> {change.new!r}  ({change.kind})")
+    with declarations_only():
+        old, new = (stored.load(run, config_dir=args.config_dir) for run in (args.old, args.new))
+        for change in compat.diff(old, new):
+            print(f"{change.field}: {change.old!r} -> {change.new!r}  ({change.kind})")
     return errors.EXIT_OK
 
 

@@ -34,6 +34,7 @@ def run_ranks(argv: Sequence[str], *, nproc: int) -> int:
     with _signals_passed_on() as (children, _):
         for rank in range(nproc):
             place = {
+                "PYTHONSAFEPATH": 1,  # a launch.py or torch.py in the working directory is the user's, not ours
                 "RANK": rank,
                 "LOCAL_RANK": rank,
                 "WORLD_SIZE": nproc,

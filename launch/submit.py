@@ -43,8 +43,8 @@ def job_script(cfg: RunConfig, *, run: str | Path | None = None, python: str | N
 def prepare(cfg: RunConfig, *, allow: Collection[str] = ()) -> Path:
     """Makes `<run>/` with `resolved.yaml`, `logs/` and `job.sh`; returns the script's path.
 
-    The folder may exist: launching again is resuming, and may change what a resume may change. Both files are then
-    written anew.
+    The folder may exist: launching again is resuming, and may change what a resume may change. Both files
+    are then written anew.
 
     Args:
         cfg: what the user asks for.

@@ -117,8 +117,8 @@ def to_bytes(manifest: Manifest) -> bytes:
 def read(path: Path) -> Manifest:
     """The manifest of a committed folder, fully checked except for the bytes of the data files.
 
-    Raises CheckpointDamagedError (missing, cut, flipped, inconsistent) or CheckpointMismatchError (another format
-    version).
+    Raises CheckpointDamagedError (missing, cut, flipped, inconsistent) or
+    CheckpointMismatchError (another format version).
     """
     described = parse(_load(path), where=f"{path.name}/{NAME}")
     stem = path.name.partition(".")[0]  # a copy may have any name, but not that of another step

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Literal
 
-from ecdit_train.config.convert import flatten, leaf_types
+from ecdit_train.config.convert import flatten, key_types
 from ecdit_train.config.schema import RunConfig
 from ecdit_train.errors import RunFolderError
 
@@ -21,9 +20,10 @@ Kind = Literal["identity", "schedule", "free"]
 _CLASSES: dict[str, Kind] = {
     "run": "free",
     "experiment": "free",
+    "config_dir": "free",
     "model": "identity",
     "moe": "identity",
-    "moe.combine": "free",
+    "moe.dispatcher": "free",
     "diffusion": "identity",
     "sample": "free",
     "encoders": "identity",
@@ -44,13 +44,14 @@ _CLASSES: dict[str, Kind] = {
     "train.precision": "schedule",
     "train.init_from": "free",  # read only before the first checkpoint
     "optim": "schedule",
-    "optim.kind": "identity",
+    "optim.optimizer._target_": "identity",
     "parallel": "free",
     "checkpoint": "free",
     "observe": "free",
     "cluster": "free",
 }
-"""Dotted key or section -> class; the longest match decides. A new key without an entry fails a test."""
+"""Dotted key or section -> class; the longest match decides, so the keys of a slot's own class follow its section. A new key without an
+entry fails a test."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,10 +67,9 @@ class Change:
         return f"{self.field}: {self.old!r} -> {self.new!r} ({self.kind})"
 
 
-@cache
-def classes() -> dict[str, Kind]:
-    """Every dotted key of the schema with its class; raises KeyError for an unclassified one."""
-    return {key: _lookup(key) for key in leaf_types()}
+def classes(cfg: RunConfig) -> dict[str, Kind]:
+    """Every dotted key of a configuration with its class; raises KeyError for an unclassified one."""
+    return {key: _lookup(key) for key in key_types(cfg)}
 
 
 def _lookup(key: str) -> Kind:
@@ -82,24 +82,21 @@ def _lookup(key: str) -> Kind:
 
 def kind(key: str, *, old: RunConfig, new: RunConfig) -> Kind:
     """The class of `key` between these two configurations."""
-    if key == "train.microbatch" and any(c.moe.router != "dense" and c.moe.scope == "batch" for c in (old, new)):
+    if key == "train.microbatch" and any(c.moe.router is not None and c.moe.scope == "batch" for c in (old, new)):
         return "identity"
-    if key in ("optim.ema_decay", "optim.momentum") and (_value(old, key) == 0) != (_value(new, key) == 0):
+    before, after = flatten(old).get(key), flatten(new).get(key)
+    if key in ("optim.ema_decay", "optim.optimizer.momentum") and (before == 0) != (after == 0):
         return "identity"  # 0 means that the state has no such tensors
-    return classes()[key]
-
-
-def _value(cfg: RunConfig, key: str) -> Any:
-    return flatten(cfg)[key]
+    return _lookup(key)
 
 
 def diff(old: RunConfig, new: RunConfig) -> list[Change]:
-    """Every key whose value differs, in the schema's order."""
+    """Every key whose value differs, in the schema's order; None where only one of them has the key (another class fills a slot)."""
     before, after = flatten(old), flatten(new)
     return [
-        Change(field=key, old=before[key], new=after[key], kind=kind(key, old=old, new=new))
-        for key in before
-        if before[key] != after[key]
+        Change(field=key, old=before.get(key), new=after.get(key), kind=kind(key, old=old, new=new))
+        for key in dict.fromkeys([*before, *after])
+        if before.get(key) != after.get(key) or (key in before) != (key in after)
     ]
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ecdit_train.config import groups as choosing
-from ecdit_train.config.convert import from_dict, hints, leaf_types, to_dict
+from ecdit_train.config.convert import from_dict, hints, key_types, to_dict
 from ecdit_train.config.hydra_app import HydraApp, apply, chosen, plain_tree
 from ecdit_train.config.overrides import Ledger, Vocabulary, Word, plain, read_values, split
 from ecdit_train.config.schema import RunConfig
@@ -42,13 +41,11 @@ class Overridden:
 
 
 def conf_folder() -> Path:
-    """The installed `conf` package; the same from any working directory."""
-    return Path(str(resources.files("conf")))
+    """The presets that belong to this package: `ecdit_train/conf`, in a checkout a link to the folder `conf/` beside it.
 
-
-def known_keys(tree: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Dotted key -> type of everything that may stand in a composed tree."""
-    return leaf_types()
+    Found from this file and not by a name of `sys.path`, so no `conf` of a working directory can take its place.
+    """
+    return Path(__file__).parents[1] / "conf"
 
 
 def is_section(group: str) -> bool:
@@ -153,12 +150,11 @@ def override(
     Raises:
         ConfigError: every wrong word and every broken rule.
     """
-    config_dir = getattr(cfg, "config_dir", None)
-    app = open_app(overrides, config_dir=config_dir)
+    app = open_app(overrides, config_dir=cfg.config_dir)
     reader = _Reader(
         app=app,
         start=partial(_replace_sections, app, cfg),
-        config_dir=config_dir,
+        config_dir=cfg.config_dir,
         rules=partial(_check_rules, world=world),
         sections=sections,
         own=own,
@@ -210,7 +206,7 @@ class _Reader:
             raise ConfigError([*ledger.problems(), *self._after_correction(ledger, rounds=rounds)])
         tree = plain_tree(cfg.copy())
         vocabulary = Vocabulary(
-            types={key: kind for key, kind in known_keys(tree).items() if key != "config_dir"},
+            types={key: kind for key, kind in key_types(tree).items() if key != "config_dir"},
             tree=tree,
             groups=groups,
             sections=self.sections,
@@ -238,7 +234,7 @@ class _Reader:
             tree = plain_tree(cfg)
         except BROKEN as error:
             raise ConfigError(_does_not_compose(error)) from error
-        if "config_dir" in hints(RunConfig) and self.config_dir is not None:
+        if self.config_dir is not None:
             tree["config_dir"] = str(Path(self.config_dir).absolute())
         config = from_dict(tree)
         if self.rules is not None:
@@ -257,7 +253,7 @@ class _Reader:
                 words = [text for target, (_, text) in choices.items() if target != group]
                 try:
                     tree = plain_tree(self.app.compose([*words, f"{group}={choice}"]))
-                    if key in known_keys(tree):
+                    if key in key_types(tree):
                         return f"{group}={choice} has it"
                 except (*BROKEN, ConfigError):
                     continue

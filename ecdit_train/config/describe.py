@@ -1,72 +1,54 @@
-"""What keys there are, what they mean and where two configurations differ."""
+"""What keys there are, what they mean and where two configurations differ. Meanings are the docstrings below the fields."""
 
 from __future__ import annotations
 
-import re
-from functools import cache
+from collections.abc import Mapping
+from typing import Any
 
 from ecdit_train.config.compat import classes, diff
-from ecdit_train.config.compose import conf_folder, groups
-from ecdit_train.config.convert import leaf_types, section_names, type_name
+from ecdit_train.config.convert import flatten, key_types, type_name
 from ecdit_train.config.nearest import closest_key
 from ecdit_train.config.schema import RunConfig
+from ecdit_train.config.slots import TARGET, field_docs
 from ecdit_train.errors import ConfigError, Problem
 
 
-def keys() -> tuple[str, ...]:
-    """All dotted keys, in the schema's order."""
-    return tuple(leaf_types())
-
-
-@cache
-def comments() -> dict[str, str]:
-    """Dotted key -> the comment above it in `conf/`, from the first file of its group that has one."""
-    found = _comments_of((conf_folder() / "config.yaml").read_text(encoding="utf-8"), prefix="")
-    for group, choices in groups().items():
-        if group in section_names():
-            for choice in choices:
-                text = (conf_folder() / group / f"{choice}.yaml").read_text(encoding="utf-8")
-                for key, comment in _comments_of(text, prefix=f"{group}.").items():
-                    found.setdefault(key, comment)
-    return {key: found[key] for key in keys() if key in found}
-
-
-def _comments_of(text: str, *, prefix: str) -> dict[str, str]:
-    """Comments directly above each key, or at the end of its line; sections by indentation."""
-    found: dict[str, str] = {}
-    pending: list[str] = []
-    path: list[tuple[int, str]] = []
-    for line in text.splitlines():
-        stripped = line.strip()
-        if stripped.startswith("#"):
-            pending.append(stripped.lstrip("# "))
-        elif match := re.match(r"( *)([A-Za-z_]\w*):(.*)", line):
-            indent, name, rest = len(match[1]), match[2], match[3]
-            path = [*((i, n) for i, n in path if i < indent), (indent, name)]
-            trailing = rest.partition(" # ")[2].strip()
-            comment = " ".join(pending) or trailing
-            if comment:
-                found[prefix + ".".join(n for _, n in path)] = comment
-            pending = []
+def meanings(cfg: RunConfig) -> dict[str, str]:
+    """Dotted key -> what it means, on one line; of a slot's `_target_`, what the class is."""
+    found = {}
+    for key in key_types(cfg):
+        *parents, leaf = key.split(".")
+        owner: Any = cfg
+        for part in parents:
+            owner = owner.get(part) if isinstance(owner, Mapping) else getattr(owner, part)
+        if leaf == TARGET:
+            found[key] = " ".join((type(owner).__doc__ or "").split("\n\n")[0].split())
         else:
-            pending = []
+            found[key] = field_docs(type(owner)).get(leaf, "")
     return found
 
 
-def explain(key: str) -> str:
-    """A key's meaning, type, and what a resume thinks of changing it; or a group's choices.
+def explain(key: str, cfg: RunConfig, *, groups: Mapping[str, tuple[str, ...]]) -> str:
+    """A key's type, value, what a resume thinks of changing it, and its meaning; or a group's choices and keys.
+
+    Args:
+        key: a dotted key, or a group.
+        cfg: which classes fill the slots decides which keys there are.
+        groups: group -> its choices.
 
     Raises:
         ConfigError: no such key or group, with the nearest one.
     """
-    if key in leaf_types():
-        note = comments().get(key, "")
-        return f"{key}: {type_name(leaf_types()[key])} [{classes()[key]}]\n{note}"
-    if key in groups():
-        lines = [f"{key}: one of {', '.join(groups()[key])}"]
-        lines += [k for k in keys() if k.startswith(f"{key}.")]
-        return "\n".join(lines)
-    nearest = closest_key(key, [*keys(), *groups()])
+    types = key_types(cfg)
+    if key in types:
+        value = _text(flatten(cfg)[key])
+        return f"{key} = {value}: {type_name(types[key])} [{classes(cfg)[key]}]\n{meanings(cfg)[key]}"
+    inside = [k for k in types if k.startswith(f"{key.replace('/', '.')}.")]
+    if key in groups:
+        return "\n".join([f"{key}: one of {', '.join(groups[key])}", *inside])
+    if inside:
+        return "\n".join([f"{key}: a section", *inside])
+    nearest = closest_key(key, [*types, *groups])
     raise ConfigError(Problem(field=key, value=None, rule="unknown key", nearest=nearest))
 
 

@@ -23,8 +23,8 @@ def check_layout(cfg: RunConfig, check: Checker, *, world: int | None) -> None:
 
 
 def _slots(cfg: RunConfig, check: Checker) -> int:
-    """Slots of an expert in a pool; 0 without experts (every number divides 0)."""
-    return round(cfg.capacity) if cfg.moe.router != "dense" and _capacity_is_sane(cfg, check) else 0
+    """Slots of an expert in a group; 0 without experts, or when their rows vary (every number divides 0)."""
+    return round(cfg.capacity) if cfg.capacity is not None and _capacity_is_sane(cfg, check) else 0
 
 
 def _fitting_tp(cfg: RunConfig, check: Checker) -> list[int]:
@@ -67,10 +67,11 @@ def _tensor(cfg: RunConfig, check: Checker) -> None:
 def _capacity_is_sane(cfg: RunConfig, check: Checker) -> bool:
     """Whether the capacity could be computed and is whole (if not, that is reported already)."""
     fields = (
-        *("moe.experts", "moe.capacity_factor", "moe.group_size", "train.microbatch", "data.resolution"),
+        *("moe.num_experts", "moe.group_size", "train.microbatch", "data.resolution"),
         *("encoders.image.factor", "model.patch", "diffusion.mask_ratio"),
+        *(key for key in check.values if key.startswith("moe.router.")),
     )
-    return check.sane(*fields) and is_whole(cfg.capacity)
+    return check.sane(*fields) and cfg.group_tokens > 0 and (cfg.capacity is None or is_whole(cfg.capacity))
 
 
 def _sequence(cfg: RunConfig, check: Checker) -> None:
@@ -82,18 +83,23 @@ def _sequence(cfg: RunConfig, check: Checker) -> None:
 def _expert(cfg: RunConfig, check: Checker) -> None:
     """ep spreads whole experts; chunks hold whole groups."""
     parallel, moe = cfg.parallel, cfg.moe
-    if moe.router == "dense":
-        check.require(parallel.ep == 1, "parallel.ep", rule="must be 1 with moe.router dense: no experts", nearest=1)
+    if moe.router is None:
+        check.require(parallel.ep == 1, "parallel.ep", rule="must be 1 in a dense network: no experts", nearest=1)
         return
-    if check.sane("parallel.ep", "moe.experts"):
+    if check.sane("parallel.ep", "moe.num_experts"):
         check.require(
-            moe.experts % parallel.ep == 0,
+            moe.num_experts % parallel.ep == 0,
             "parallel.ep",
-            rule=f"must divide moe.experts = {moe.experts}",
-            nearest=nearest_divisor(parallel.ep, moe.experts),
+            rule=f"must divide moe.num_experts = {moe.num_experts}",
+            nearest=nearest_divisor(parallel.ep, moe.num_experts),
         )
-    if check.sane("parallel.overlap_chunks") and _capacity_is_sane(cfg, check):
-        groups = cfg.train.microbatch * cfg.tokens_per_image // cfg.pool_tokens
+    if not check.sane("parallel.overlap_chunks"):
+        return
+    if cfg.capacity is None and moe.dispatcher is not None and moe.dispatcher.cap is None:
+        rule = "must be 1 while the number of rows varies (moe.dispatcher.cap = null)"
+        check.require(parallel.overlap_chunks == 1, "parallel.overlap_chunks", rule=rule, nearest=1)
+    elif _capacity_is_sane(cfg, check):
+        groups = cfg.train.microbatch * cfg.tokens_per_image // cfg.group_tokens
         check.require(
             parallel.overlap_chunks <= groups and groups % parallel.overlap_chunks == 0,
             "parallel.overlap_chunks",
@@ -129,7 +135,7 @@ def _world(cfg: RunConfig, check: Checker, *, world: int) -> None:
         world % ep == 0,
         "parallel.ep",
         rule=f"must divide the world of {world} ranks (edp * ep = world)",
-        nearest=max(d for d in divisors(world) if d <= ep and (cfg.moe.router == "dense" or cfg.moe.experts % d == 0)),
+        nearest=max(d for d in divisors(world) if d <= ep and (cfg.moe.router is None or cfg.moe.num_experts % d == 0)),
     )
     if check.sane("parallel.tp", "parallel.dp_replicate", "train.global_batch", "train.microbatch") and world % tp == 0:
         _microbatches(cfg, check, dp=world // tp)
@@ -139,8 +145,7 @@ def _microbatches(cfg: RunConfig, check: Checker, *, dp: int) -> None:
     """global_batch % (dp * microbatch) == 0; a smaller microbatch is the first remedy, another batch the second."""
     batch, micro = cfg.train.global_batch, cfg.train.microbatch
     rule = f"dp * microbatch = {dp} * {micro} = {dp * micro} must divide train.global_batch = {batch}"
-    whole_groups = cfg.moe.router != "dense" and cfg.moe.scope == "group" and check.sane("moe.group_size")
-    images = max(cfg.moe.group_size // cfg.tokens_per_image, 1) if whole_groups else 1
+    images = cfg.images_per_group if check.sane("moe.group_size") else 1
     fitting = [d for d in divisors(batch // dp) if d % images == 0] if batch % dp == 0 and batch >= dp else []
     if fitting:
         nearest = min(fitting, key=lambda d: (abs(d - micro), d))

@@ -240,7 +240,7 @@ def _unknown(word: Word, vocabulary: Vocabulary, ledger: Ledger, *, shown: objec
         better = f"~{near}"
     rule = f"unknown key; {note}" if note else "unknown key"
     if near in vocabulary.own:
-        rule = "is not a key of this verb"
+        rule, better = "is not a key of this verb", None  # its own words are read elsewhere (`arguments.py`)
     ledger.wrong(word, rule=rule, value=shown, nearest=near, better=better)
 
 

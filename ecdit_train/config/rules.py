@@ -26,24 +26,25 @@ class Checker:
             self._broken.add(field)
         return ok
 
-    def at_least(self, least: int, fields: Iterable[str]) -> None:
-        """Each field is at least `least`, which is also its nearest valid value."""
-        for field in fields:
-            self.require(self.values[field] >= least, field, rule=f"must be at least {least}", nearest=least)
+    def at_least(self, least: int, fields: Iterable[str]) -> bool:
+        """Each field is at least `least`, which is also its nearest valid value. Returns whether all are."""
+        rule = f"must be at least {least}"
+        return all([self.require(self.values[f] >= least, f, rule=rule, nearest=least) for f in fields])
 
-    def positive(self, fields: Iterable[str]) -> None:
-        """Each (real) field is above 0."""
-        for field in fields:
-            self.require(self.values[field] > 0, field, rule="must be greater than 0")
+    def positive(self, fields: Iterable[str]) -> bool:
+        """Each (real) field is above 0. Returns whether all are."""
+        return all([self.require(self.values[f] > 0, f, rule="must be greater than 0") for f in fields])
 
-    def share(self, fields: Iterable[str], *, below_one: bool = False) -> None:
-        """Each field is in [0, 1], or in [0, 1) when 1 makes no sense."""
+    def share(self, fields: Iterable[str], *, below_one: bool = False) -> bool:
+        """Each field is in [0, 1], or in [0, 1) when 1 makes no sense. Returns whether all are."""
+        fine = True
         for field in fields:
             value = self.values[field]
             ok = 0 <= value < 1 if below_one else 0 <= value <= 1
             rule = "must be at least 0 and below 1" if below_one else "must be between 0 and 1"
             nearest = 0.0 if value < 0 else (None if below_one else 1.0)
-            self.require(ok, field, rule=rule, nearest=nearest)
+            fine &= self.require(ok, field, rule=rule, nearest=nearest)
+        return fine
 
     def sane(self, *fields: str) -> bool:
         """Whether none of these fields has a problem yet."""

@@ -1,16 +1,34 @@
 """What a run is: a tree of frozen dataclasses, one per Hydra group. Imports no torch.
 
-Values come from `conf/`; nothing here has a default, so a key that no YAML file sets is an error, not a silent
-choice. Each component receives its own section and nothing else.
+Values come from `conf/`; nothing here has a default, so a key that no YAML file sets is an error, not a silent choice. What can
+be filled with a class of one's own is a slot (`slots.py`): its keys are the fields of the class that fills it. The docstring
+below a field is its description everywhere: `ecdit config keys`, docs/reference/configuration.md.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from ecdit_train.config.slots import (
+    DispatcherConfig,
+    ExpertsConfig,
+    ImageCodecConfig,
+    OptimizerConfig,
+    RouterConfig,
+    SamplerConfig,
+    SinkConfig,
+    TextEncoderConfig,
+)
+
 HEAD_DIM = 64
 """Channels per attention head in every configuration of the paper's Table 1."""
+
+
+def sparse_layers(layers: int) -> tuple[int, ...]:
+    """Numbers of the blocks that carry experts where there are any, counted from 1: every second one (paper section 3.1)."""
+    return tuple(range(2, layers + 1, 2))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,39 +36,41 @@ class ModelConfig:
     """The network: a row of the paper's Table 1, plus what the paper leaves open (docs/explanation/model.md)."""
 
     name: str
+    """Label in logs and plans; nothing is decided by it."""
     layers: int
+    """Transformer blocks. Blocks 2, 4, ... (counted from 1) carry experts unless moe is dense."""
     width: int
-    """Hidden dimension d."""
+    """Hidden dimension d; always 64 * heads."""
     heads: int
+    """Query heads of 64 channels."""
     kv_heads: int
-    """Key/value heads of self-attention (grouped-query attention)."""
+    """Key/value heads of self-attention (grouped-query attention); divides heads."""
     ffn_ratio: int
     """Feed-forward hidden width over d; experts have the same width as the dense feed-forward."""
     patch: int
+    """Latent pixels per patch, each way."""
     text_width: int
-    """Width of the text inside the model: keys and values of cross-attention are d x text_width."""
+    """Width of the text inside the network: keys and values of cross-attention are d x text_width. A multiple of 64."""
     text_refiner_layers: int
     """Transformer layers that refine the frozen text features before cross-attention."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MoEConfig:
-    """Routing of the sparse feed-forward layers (layers 2, 4, ... counted from 1)."""
+    """The sparse feed-forward layers; all three slots are null in a dense network."""
 
-    router: Literal["dense", "expert_choice", "token_choice"]
-    experts: int
-    capacity_factor: float
-    """f_c: mean number of experts per token; capacity C = pool * f_c / E."""
+    router: RouterConfig | None
+    """Which tokens an expert works on; null is a dense network."""
+    experts: ExpertsConfig | None
+    """The arithmetic of the experts' feed-forward."""
+    dispatcher: DispatcherConfig | None
+    """How rows are gathered for experts and results summed."""
+    num_experts: int
+    """Experts in every sparse layer (E)."""
     scope: Literal["group", "image", "batch"]
     """Tokens that compete for an expert: `group_size` consecutive tokens, one image, or one microbatch."""
     group_size: int
-    """Tokens per group when scope is `group`; whole images."""
-    top_k: int
-    """Experts per token of token choice."""
-    balance_weight: float
-    """Weight of token choice's auxiliary load-balance loss."""
-    combine: Literal["index_add", "deterministic"]
-    """`index_add` uses atomics on CUDA; `deterministic` sums in a fixed order."""
+    """Tokens per group when scope is group; whole images (paper: 1024 = 8 half-masked images)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,60 +78,43 @@ class DiffusionConfig:
     """Rectified flow, x_t = t x + (1 - t) eps: t = 0 is noise, t = 1 is data."""
 
     prediction: Literal["velocity", "data"]
+    """What the network predicts: velocity (x - eps) or data (x)."""
     timestep_mean: float
-    """mu of u ~ N(mu, sigma), t = sigmoid(u)."""
+    """Mean mu of u in t = sigmoid(u), u ~ N(mu, sigma). The paper names no value."""
     timestep_std: float
+    """Standard deviation sigma of u."""
     mask_ratio: float
-    """Share of patches dropped in training; 0 in the unmasked stage."""
+    """Share of patches dropped in training; 0 keeps all (the unmasked stage)."""
     caption_drop: float
-    """Probability that a caption is replaced by the null text, for classifier-free guidance."""
+    """Probability that a caption becomes the null text, for classifier-free guidance. The paper names no value."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig:
     """How pictures are drawn from a trained model."""
 
-    sampler: Literal["euler", "heun"]
+    sampler: SamplerConfig
+    """Integrator of dx/dt = v from t = 0 to t = 1."""
     steps: int
+    """Steps of the integrator."""
     guidance: float
+    """Classifier-free guidance scale; 1 switches guidance off."""
     scope: Literal["group", "image", "batch"]
-    """Routing pool while sampling; `image` makes a picture independent of its neighbours."""
+    """Tokens that compete while sampling: image makes a picture independent of its neighbours; group is the paper's."""
     group_size: int
+    """Tokens per group when scope is group (paper: 512 = 2 whole images)."""
     seed: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextEncoderConfig:
-    """Frozen text encoder: a local T5 folder, the built-in word hash, or embeddings stored in the shards."""
-
-    kind: Literal["t5", "hash", "shards"]
-    path: str | None
-    width: int
-    max_tokens: int
-    parameters: int
-    """Frozen parameters, for the plan's totals (the paper counts 670M)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImageCodecConfig:
-    """Frozen image codec: a local AutoencoderKL folder, pixels as they are, or latents stored in the shards."""
-
-    kind: Literal["kl", "identity", "shards"]
-    path: str | None
-    channels: int
-    factor: int
-    """Pixels per latent, each way."""
-    scale: float
-    """latent = (encoded - shift) * scale."""
-    shift: float
-    parameters: int
-    """Frozen parameters, for the plan's totals (the paper counts 34M)."""
+    """Seed of the starting noise: same prompt and seed, same picture."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncodersConfig:
+    """The frozen networks around the trained one."""
+
     text: TextEncoderConfig
+    """Captions to features."""
     image: ImageCodecConfig
+    """Pixels to latents and back."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,15 +122,17 @@ class DataConfig:
     """Shards and how they are read."""
 
     shards: str
-    """Folder with tars, indexes and manifest.json."""
+    """Folder with tars, indexes and manifest.json (`ecdit data` writes it)."""
     resolution: int
     """Side of the square training image, pixels."""
     threads: int
+    """Decoding threads per rank."""
     prefetch: int
-    """Global steps decoded ahead."""
+    """Global steps decoded ahead of the one being trained."""
     on_bad: Literal["fail", "substitute"]
+    """An undecodable sample stops the run (fail) or is replaced by a good one and counted (substitute)."""
     max_bad: float
-    """Largest tolerated share of substituted samples."""
+    """Largest tolerated share of replaced samples."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +140,9 @@ class TrainConfig:
     """Length, batch and numerics of a run."""
 
     seed: int
+    """Seed of everything random in training: order, noise, timesteps, masks, initial weights."""
     steps: int
+    """Optimizer steps in all."""
     global_batch: int
     """Images per optimizer step over all ranks."""
     microbatch: int
@@ -148,23 +155,20 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    kind: Literal["rmsprop", "adamw"]
+    """The update rule and what surrounds it."""
+
+    optimizer: OptimizerConfig
+    """The update rule."""
     lr: float
+    """Peak learning rate, reached after the warm-up."""
     warmup_steps: int
+    """Steps over which the rate rises linearly from 0."""
     schedule: Literal["constant", "cosine", "linear"]
     """After the warm-up: constant (paper), or decaying to zero at `train.steps`."""
-    momentum: float
-    """RMSProp's momentum."""
-    decay: float
-    """RMSProp's decay of the squared gradient (alpha)."""
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
     clip_norm: float
     """Largest global gradient norm; 0 switches clipping off (the norm is still measured)."""
     ema_decay: float
-    """0 switches the exponential moving average off."""
+    """Decay of the weights' moving average used for sampling; 0 switches it off."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,35 +176,47 @@ class ParallelConfig:
     """dp_replicate * dp_shard * tp == edp * ep == world."""
 
     dp_replicate: int
+    """Copies of the sharded model (hybrid sharding)."""
     dp_shard: int
-    """-1: the ranks that are left."""
+    """Ranks that share one copy of the dense weights; -1: the ranks that are left."""
     tp: int
+    """Ranks that split every matrix (tensor parallelism)."""
     ep: int
+    """Ranks that share the experts (expert parallelism)."""
     sequence_parallel: bool
+    """Not available: an expert ranks its whole group (docs/decisions/0007)."""
     activation_checkpointing: Literal["none", "selective", "full"]
     """`selective` recomputes matrix products but keeps what the expert exchange received."""
     compile: bool
+    """torch.compile, block by block."""
     overlap_chunks: int
     """Parts into which a layer's groups are cut: one part's exchange hides behind another's experts; 1 is off."""
     reshard_after_forward: bool
+    """Free gathered weights after the forward pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
+    """How often state is saved."""
+
     every_steps: int
+    """Steps between checkpoints; the last step and a stop signal save too."""
     keep: int
-    """Newest committed checkpoints kept."""
+    """Newest committed checkpoints kept; older ones are deleted after a new one is committed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ObserveConfig:
+    """What people see of a run while it goes on."""
+
     log_every: int
+    """Steps between log lines (console, metrics.jsonl, sinks)."""
     sample_every: int
     """Steps between sample grids and routing maps; 0 switches them off."""
     prompts: tuple[str, ...]
-    """Fixed prompts of the sample grids."""
-    wandb: Literal["offline", "online", "disabled"]
-    wandb_project: str
+    """Prompts of the sample grids; same noise every time, so grids compare over steps."""
+    sinks: Mapping[str, SinkConfig]
+    """Where records and pictures are copied to, by name; metrics.jsonl is written anyway."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,9 +224,13 @@ class ClusterConfig:
     """A machine room: what `ecdit plan` computes with and `ecdit launch` submits to."""
 
     name: str
+    """Name in plans and logs."""
     nodes: int
+    """Nodes of a job; experiments set their own."""
     gpus_per_node: int
+    """GPUs (processes) per node."""
     gpu: str
+    """GPU model; cpu asks Slurm for no GPU."""
     gpu_memory: float
     """Bytes per GPU."""
     peak_flops: float
@@ -218,21 +238,25 @@ class ClusterConfig:
     gemm_efficiency: float
     """Share of the peak that a large matrix product reaches."""
     memory_bandwidth: float
-    """Bytes/s of device memory."""
+    """Bytes/s of device memory (reached, not printed on the box)."""
     intra_bandwidth: float
     """Bytes/s one way per GPU inside a node (NVLink)."""
     inter_bandwidth: float
     """Bytes/s one way per GPU between nodes (InfiniBand)."""
     partition: str | None
+    """Slurm partition; null leaves the line out."""
     account: str | None
+    """Slurm account; null leaves the line out."""
     qos: str | None
+    """Slurm quality of service; null leaves the line out."""
     time_limit: str
-    """Slurm time, HH:MM:SS or D-HH:MM:SS."""
+    """Slurm time limit of one attempt of the job, HH:MM:SS or D-HH:MM:SS."""
     signal_lead: int
-    """Seconds before the limit at which Slurm warns the ranks."""
+    """Seconds before the limit at which Slurm sends USR2, so that the run saves and asks to be requeued."""
     cpus_per_gpu: int
+    """CPU cores per GPU."""
     container: str | None
-    """Container image for srun --container-image, or none."""
+    """Image for srun --container-image (pyxis/enroot); null runs on the node itself."""
     modules: tuple[str, ...]
     """`module load` lines of the job script."""
     env: tuple[str, ...]
@@ -244,7 +268,11 @@ class RunConfig:
     """One run, whole. `run` is its folder."""
 
     run: str
+    """Run folder: resolved.yaml, checkpoints, logs. Fixed, so that a requeued job finds its checkpoints again."""
     experiment: str
+    """Name of the run; every experiment file sets its own."""
+    config_dir: str | None
+    """Folder of the user's own YAML files and Python modules (`--config-dir`), absolute; null: the package's alone."""
     model: ModelConfig
     moe: MoEConfig
     diffusion: DiffusionConfig
@@ -276,8 +304,13 @@ class RunConfig:
         return round(self.patches_per_image * (1.0 - self.diffusion.mask_ratio))
 
     @property
-    def pool_tokens(self) -> int:
-        """Tokens that compete for an expert in training (the routing pool)."""
+    def sparse_layers(self) -> tuple[int, ...]:
+        """Numbers of the blocks that carry experts; none in a dense network."""
+        return () if self.moe.router is None else sparse_layers(self.model.layers)
+
+    @property
+    def group_tokens(self) -> int:
+        """Tokens that compete for an expert in training (the routing group)."""
         return {
             "group": self.moe.group_size,
             "image": self.tokens_per_image,
@@ -285,6 +318,15 @@ class RunConfig:
         }[self.moe.scope]
 
     @property
-    def capacity(self) -> float:
-        """C = pool * f_c / E tokens per expert and pool; validated to be whole."""
-        return self.pool_tokens * self.moe.capacity_factor / self.moe.experts
+    def images_per_group(self) -> int:
+        """Images that a microbatch must be a multiple of: those of a whole routing group, or 1."""
+        if self.moe.router is None or self.moe.scope != "group" or self.moe.group_size % self.tokens_per_image:
+            return 1
+        return self.moe.group_size // self.tokens_per_image
+
+    @property
+    def capacity(self) -> float | None:
+        """Rows that an expert takes of a routing group; None without experts, or when the number varies."""
+        if self.moe.router is None:
+            return None
+        return self.moe.router.capacity(group_tokens=self.group_tokens, num_experts=self.moe.num_experts)

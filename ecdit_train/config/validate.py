@@ -5,18 +5,27 @@ What a single value may look like (type, choice) is `convert`'s; layouts over ra
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from math import gcd
 
+import yaml  # type: ignore[import-untyped]
+
 from ecdit_train.config.cluster_rules import check_cluster
+from ecdit_train.config.convert import flatten, with_values
 from ecdit_train.config.layout import check_layout
 from ecdit_train.config.nearest import divisors, nearest_divisor, nearest_multiple
 from ecdit_train.config.rules import Checker, is_whole, short
 from ecdit_train.config.schema import HEAD_DIM, RunConfig
-from ecdit_train.errors import ConfigError
+from ecdit_train.config.slots import SlotConfig
+from ecdit_train.errors import ConfigError, Problem
 
 
 def validate(cfg: RunConfig, *, world: int | None = None) -> None:
     """Refuses an impossible configuration.
+
+    A broken value can hide a rule that depends on it. So what has a nearest valid value is repaired and the rules are asked
+    again, until nothing new comes up: all problems are listed at once, and the values that they name are valid together.
 
     Args:
         cfg: the composed configuration.
@@ -25,28 +34,72 @@ def validate(cfg: RunConfig, *, world: int | None = None) -> None:
     Raises:
         ConfigError: with one Problem per broken rule: field, value, rule and nearest valid value.
     """
+    problems = _problems(cfg, world=world)
+    if not problems:
+        return
+    found = list(problems)
+    repaired, written = cfg, flatten(cfg)
+    for _ in range(len(found) + 8):
+        hints = {p.field: p.nearest for p in problems if p.nearest is not None}
+        try:
+            repaired = with_values(repaired, _parsed(hints, written))
+        except ConfigError:
+            break  # a hint in words
+        problems = [p for p in _problems(repaired, world=world) if p.nearest is not None or p.field not in hints]
+        if not problems or not hints:
+            break
+        for p in problems:
+            same = [i for i, q in enumerate(found) if q.field == p.field]
+            for i in same:  # the value named first would not have done
+                found[i] = replace(found[i], nearest=p.nearest)
+            if not same:
+                found.append(replace(p, value=written.get(p.field, p.value)))
+    raise ConfigError(found)
+
+
+def _parsed(hints: Mapping[str, object], known: Mapping[str, object]) -> dict[str, object]:
+    """Hints as values; `key=value` about another key, and text that stands for a bool."""
+    values: dict[str, object] = {}
+    for field, nearest in hints.items():
+        key, equals, text = nearest.partition("=") if isinstance(nearest, str) else ("", "", "")
+        if equals and key in known:
+            values[key] = yaml.safe_load(text)
+        elif field in known:
+            values[field] = {"true": True, "false": False}.get(str(nearest), nearest)
+    return values
+
+
+def _problems(cfg: RunConfig, *, world: int | None) -> list[Problem]:
     check = Checker(cfg)
     _ranges(check)
     _model(cfg, check)
-    _encoders(cfg, check)
     _image(cfg, check)
-    if cfg.moe.router != "dense":
+    for key, slot in slots_of(cfg).items():
+        slot.check(cfg, check, key=key)
+    if cfg.moe.router is not None:
         _experts(cfg, check)
-        _training_pool(cfg, check)
-        _sampling_pool(cfg, check)
+        _training_group(cfg, check)
+        _sampling_group(cfg, check)
     _batch(cfg, check)
     _schedule(cfg, check)
     check_layout(cfg, check, world=world)
     check_cluster(cfg, check)
-    if check.problems:
-        raise ConfigError(check.problems)
+    return check.problems
 
 
-def images_per_group(cfg: RunConfig) -> int:
-    """Images that a microbatch must be a multiple of: a whole routing group's, or 1."""
-    if cfg.moe.router == "dense" or cfg.moe.scope != "group" or cfg.moe.group_size % cfg.tokens_per_image:
-        return 1
-    return cfg.moe.group_size // cfg.tokens_per_image
+def slots_of(cfg: RunConfig) -> dict[str, SlotConfig]:
+    """Dotted key -> what fills the slot; empty ones are left out."""
+    found = {
+        "moe.router": cfg.moe.router,
+        "moe.experts": cfg.moe.experts,
+        "moe.dispatcher": cfg.moe.dispatcher,
+        "encoders.text": cfg.encoders.text,
+        "encoders.image": cfg.encoders.image,
+        "sample.sampler": cfg.sample.sampler,
+        "optim.optimizer": cfg.optim.optimizer,
+        **{f"observe.sinks.{name}": sink for name, sink in cfg.observe.sinks.items()},
+    }
+    return {key: slot for key, slot in found.items() if slot is not None}
 
 
 # --- ranges of single values -----------------------------------------------------------------------------------
@@ -58,17 +111,15 @@ def _ranges(check: Checker) -> None:
     sizes = ["layers", "width", "heads", "kv_heads", "ffn_ratio", "patch", "text_width"]
     check.at_least(1, [f"model.{name}" for name in sizes])
     check.at_least(0, ["model.text_refiner_layers", "train.seed", "sample.seed", "data.prefetch", "optim.warmup_steps"])
-    check.at_least(1, ["moe.experts", "moe.group_size", "moe.top_k", "sample.steps", "sample.group_size"])
-    check.at_least(1, ["encoders.text.width", "encoders.text.max_tokens"])
-    check.at_least(1, ["encoders.image.channels", "encoders.image.factor"])
-    check.at_least(0, ["encoders.text.parameters", "encoders.image.parameters", "observe.sample_every"])
+    check.at_least(1, ["moe.num_experts", "moe.group_size", "sample.steps", "sample.group_size"])
+    check.at_least(0, ["observe.sample_every", "sample.guidance", "optim.clip_norm"])
     check.at_least(1, ["data.resolution", "data.threads", "train.steps", "train.global_batch", "train.microbatch"])
     check.at_least(1, ["checkpoint.every_steps", "checkpoint.keep", "observe.log_every"])
-    check.at_least(0, ["moe.balance_weight", "sample.guidance", "optim.weight_decay", "optim.clip_norm"])
-    check.positive(["moe.capacity_factor", "diffusion.timestep_std", "encoders.image.scale", "optim.lr", "optim.eps"])
+    check.positive(["diffusion.timestep_std", "optim.lr"])
     check.share(["diffusion.caption_drop", "data.max_bad"])
-    decays = ["momentum", "decay", "beta1", "beta2", "ema_decay"]
-    check.share(["diffusion.mask_ratio", *(f"optim.{name}" for name in decays)], below_one=True)
+    check.share(["diffusion.mask_ratio", "optim.ema_decay"], below_one=True)
+    sizes = {"encoders.text": ("width", "max_tokens"), "encoders.image": ("channels", "factor")}
+    check.at_least(1, [f"{key}.{name}" for key, names in sizes.items() for name in names if f"{key}.{name}" in check.values])
 
 
 # --- the network and what it sees ------------------------------------------------------------------------------
@@ -93,24 +144,6 @@ def _model(cfg: RunConfig, check: Checker) -> None:
             "model.text_width",
             rule=f"must be a multiple of {HEAD_DIM}",
             nearest=nearest_multiple(model.text_width, HEAD_DIM),
-        )
-
-
-def _encoders(cfg: RunConfig, check: Checker) -> None:
-    text, image = cfg.encoders.text, cfg.encoders.image
-    rule = "must be a local folder with config.json and safetensors weights when kind is {}"
-    check.require(
-        text.kind != "t5" or bool(text.path), "encoders.text.path", rule=rule.format("t5"), nearest="encoders/t5"
-    )
-    check.require(
-        image.kind != "kl" or bool(image.path), "encoders.image.path", rule=rule.format("kl"), nearest="encoders/vae"
-    )
-    if image.kind == "identity":
-        check.require(
-            image.channels == 3, "encoders.image.channels", rule="must be 3: kind identity gives RGB pixels", nearest=3
-        )
-        check.require(
-            image.factor == 1, "encoders.image.factor", rule="must be 1: kind identity does not downsample", nearest=1
         )
 
 
@@ -140,7 +173,7 @@ def _image(cfg: RunConfig, check: Checker) -> None:
 def _nearest_kept(cfg: RunConfig, kept: float, *, patches: int) -> int:
     """Whole number of kept patches nearest to `kept` which also fills the routing groups, if any does."""
     moe, counts = cfg.moe, range(1, patches + 1)
-    if moe.router != "dense" and moe.scope == "group" and moe.group_size >= 1:
+    if moe.router is not None and moe.scope == "group" and moe.group_size >= 1:
         size, micro = moe.group_size, cfg.train.microbatch
         counts_that_fill = [n for n in counts if size % n == 0 and micro * n % size == 0]
         if counts_that_fill:
@@ -156,27 +189,17 @@ _TOKENS = ("data.resolution", "encoders.image.factor", "model.patch", "diffusion
 
 
 def _experts(cfg: RunConfig, check: Checker) -> None:
-    moe = cfg.moe
-    check.require(
-        cfg.model.layers >= 2,
-        "model.layers",
-        rule=f"must be at least 2 with moe.router {moe.router}: layers 2, 4, ... carry the experts",
-        nearest=2,
-    )
-    if not check.sane("moe.experts"):
-        return
-    if moe.router == "token_choice" and check.sane("moe.top_k"):
-        rule = f"must not exceed moe.experts = {moe.experts}"
-        check.require(moe.top_k <= moe.experts, "moe.top_k", rule=rule, nearest=moe.experts)
-    if moe.router == "expert_choice" and check.sane("moe.capacity_factor"):
-        rule = f"must not exceed moe.experts = {moe.experts}: an expert cannot take a token twice"
-        check.require(moe.capacity_factor <= moe.experts, "moe.capacity_factor", rule=rule, nearest=float(moe.experts))
+    rule = "must be at least 2 with experts: layers 2, 4, ... carry them"
+    check.require(cfg.model.layers >= 2, "model.layers", rule=rule, nearest=2)
+    for name in ("experts", "dispatcher"):
+        rule = f"must be filled when moe.router is; choose one with moe/{name}=NAME"
+        check.require(getattr(cfg.moe, name) is not None, f"moe.{name}", rule=rule)
 
 
-def _training_pool(cfg: RunConfig, check: Checker) -> None:
-    """Groups hold whole images and the capacity is whole."""
+def _training_group(cfg: RunConfig, check: Checker) -> None:
+    """Groups hold whole images and a fixed capacity is whole."""
     moe = cfg.moe
-    if not check.sane(*_TOKENS, "moe.group_size", "moe.experts", "moe.capacity_factor", "train.microbatch"):
+    if not check.sane(*_TOKENS, "moe.group_size", "moe.num_experts", *_router_keys(check), "train.microbatch"):
         return
     tokens = cfg.tokens_per_image
     if moe.scope == "group" and not check.require(
@@ -186,50 +209,74 @@ def _training_pool(cfg: RunConfig, check: Checker) -> None:
         nearest=nearest_multiple(moe.group_size, tokens),
     ):
         return
-    pool = cfg.pool_tokens
+    if cfg.capacity is None or is_whole(cfg.capacity):
+        return
+    # What fits this unit fits the training group and the sampling group.
+    unit = gcd(cfg.group_tokens, cfg.sample.group_size if cfg.sample.scope == "group" else cfg.patches_per_image)
     formula = (
-        f"capacity = pool * capacity_factor / experts = {pool} * {short(moe.capacity_factor)} / {moe.experts}"
-        f" = {short(cfg.capacity)} must be whole"
+        f"capacity = group * experts per token / experts = {cfg.group_tokens} * {short(_rows_per_token(cfg))} / "
+        f"{moe.num_experts} = {short(cfg.capacity)} must be whole"
     )
-    # what fits this unit fits the training pool and the sampling pool
-    unit = gcd(pool, cfg.sample.group_size if cfg.sample.scope == "group" else cfg.patches_per_image)
-    slots = unit * moe.capacity_factor
-    if is_whole(slots):
-        fitting = [d for d in divisors(round(slots)) if d >= moe.capacity_factor]
-        nearest = min(fitting, key=lambda d: (abs(d - moe.experts), d), default=None)
-        check.require(is_whole(cfg.capacity), "moe.experts", rule=formula, nearest=nearest)
+    fitting = [n for n in range(1, 2 * moe.num_experts + 1) if _fits(cfg, unit, num_experts=n)]
+    key = "moe.router.capacity_factor"
+    if fitting or key not in check.values:
+        nearest = min(fitting, key=lambda n: (abs(n - moe.num_experts), n), default=None)
+        check.require(False, "moe.num_experts", rule=formula, nearest=nearest)
     else:
-        near = max(round(slots / moe.experts), 1) * moe.experts / unit
-        check.require(is_whole(cfg.capacity), "moe.capacity_factor", rule=formula, nearest=near)
+        rows = max(round(unit * _rows_per_token(cfg) / moe.num_experts), 1)
+        check.require(False, key, rule=formula, nearest=rows * moe.num_experts / unit)
 
 
-def _sampling_pool(cfg: RunConfig, check: Checker) -> None:
+def _router_keys(check: Checker) -> list[str]:
+    """Keys of the router's own class."""
+    return [key for key in check.values if key.startswith("moe.router.")]
+
+
+def _rows_per_token(cfg: RunConfig) -> float:
+    assert cfg.moe.router is not None
+    return cfg.moe.router.experts_per_token()
+
+
+def _capacity(cfg: RunConfig, group_tokens: int, *, num_experts: int) -> float | None:
+    assert cfg.moe.router is not None
+    return cfg.moe.router.capacity(group_tokens=group_tokens, num_experts=num_experts)
+
+
+def _fits(cfg: RunConfig, group_tokens: int, *, num_experts: int) -> bool:
+    """Whether an expert takes a whole number of rows, at least one and no more than there are tokens."""
+    rows = _capacity(cfg, group_tokens, num_experts=num_experts)
+    return rows is None or (is_whole(rows) and 1 <= round(rows) <= group_tokens)
+
+
+def _sampling_group(cfg: RunConfig, check: Checker) -> None:
     """The same while sampling, where nothing is masked."""
     moe, sample = cfg.moe, cfg.sample
-    if not check.sane(*_TOKENS[:3], "moe.experts", "moe.capacity_factor", "sample.group_size"):
+    if not check.sane(*_TOKENS[:3], "moe.num_experts", *_router_keys(check), "sample.group_size"):
         return
     patches = cfg.patches_per_image
 
-    def capacity(pool: int) -> float:
-        return pool * moe.capacity_factor / moe.experts
-
-    def formula(pool: int) -> str:
+    def formula(group: int) -> str:
+        rows = _capacity(cfg, group, num_experts=moe.num_experts)
         return (
-            f"sampling capacity = pool * capacity_factor / experts = {pool} * {short(moe.capacity_factor)} / "
-            f"{moe.experts} = {short(capacity(pool))} must be whole"
+            f"sampling capacity = group * experts per token / experts = {group} * {short(_rows_per_token(cfg))} / "
+            f"{moe.num_experts} = {short(rows or 0)} must be whole"
         )
 
+    def fits(group: int) -> bool:
+        return _fits(cfg, group, num_experts=moe.num_experts)
+
     if sample.scope != "group":  # any number of images: one image's share must be whole already
-        nearest = "group" if is_whole(capacity(sample.group_size)) and sample.group_size % patches == 0 else None
-        check.require(is_whole(capacity(patches)), "sample.scope", rule=formula(patches), nearest=nearest)
+        if not fits(patches):
+            alike = fits(sample.group_size) and sample.group_size % patches == 0
+            check.require(False, "sample.scope", rule=formula(patches), nearest="group" if alike else None)
         return
-    fitting = [patches * n for n in range(1, moe.experts + 1) if is_whole(capacity(patches * n))]
+    fitting = [patches * n for n in range(1, moe.num_experts + 1) if fits(patches * n)]
     step = fitting[0] if fitting else patches  # multiples of this hold whole images and give a whole capacity
     nearest_size = nearest_multiple(sample.group_size, step)
     rule = f"must hold whole images of {patches} patches"
     if check.require(sample.group_size % patches == 0, "sample.group_size", rule=rule, nearest=nearest_size):
-        whole = is_whole(capacity(sample.group_size))
-        check.require(whole, "sample.group_size", rule=formula(sample.group_size), nearest=nearest_size)
+        if not fits(sample.group_size):
+            check.require(False, "sample.group_size", rule=formula(sample.group_size), nearest=nearest_size)
 
 
 # --- batch and schedule ----------------------------------------------------------------------------------------
@@ -240,7 +287,7 @@ def _batch(cfg: RunConfig, check: Checker) -> None:
     train = cfg.train
     if not check.sane("train.global_batch", "train.microbatch", "moe.group_size", *_TOKENS):
         return
-    images = images_per_group(cfg)
+    images = cfg.images_per_group
     fitting = [d for d in divisors(train.global_batch) if d % images == 0]
     if not fitting:
         rule = f"must be a multiple of the {images} images of a routing group (moe.group_size {cfg.moe.group_size})"

@@ -1,9 +1,9 @@
-"""From noise to latents: Euler and Heun with classifier-free guidance.
+"""From noise to latents with classifier-free guidance; the integrators are in `samplers/`.
 
 Legend: B images, C channels, H W latent height and width.
 
 Guidance runs both halves in one batch: the network gets them one after the other, so that they are separate routing
-pools. Noise is keyed by (seed, prompt, repetition): same prompt and seed, same picture, whatever else is drawn.
+groups. Noise is keyed by (seed, prompt, repetition): same prompt and seed, same picture, whatever else is drawn.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from ecdit_train.keyed import Purpose
 
 from .flow import SAMPLE_FLOOR, as_velocity
 
-Velocity = Callable[[Tensor, float], Tensor]
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(x_t (B, C, H, W), t (B,), drop (B,) True where the caption is dropped) -> raw prediction (B, C, H, W) fp32."""
 
@@ -34,18 +33,6 @@ def prompt_positions(prompts: Sequence[str]) -> Tensor:
         positions.append((zlib.crc32(prompt.encode()) << 16) + seen.get(prompt, 0))
         seen[prompt] = seen.get(prompt, 0) + 1
     return torch.tensor(positions, dtype=torch.int64)
-
-
-def integrate(velocity: Velocity, x: Tensor, *, steps: int, method: Literal["euler", "heun"]) -> Tensor:
-    """dx = v(x, t) dt from t = 0 to 1 in equal steps. Heun averages the slopes of both ends, except in the last step,
-    where the end is t = 1 and a velocity is not defined for a data prediction."""
-    for n in range(steps):
-        t, dt = n / steps, 1.0 / steps
-        v = velocity(x, t)
-        if method == "heun" and n < steps - 1:
-            v = 0.5 * (v + velocity(x + dt * v, t + dt))
-        x = x + dt * v
-    return x
 
 
 @torch.no_grad()
@@ -77,4 +64,4 @@ def sample(
         return null + config.guidance * (captioned - null)
 
     noise = keyed.normal(config.seed, Purpose.SAMPLE_NOISE, position_B, shape=shape)
-    return integrate(velocity, noise, steps=config.steps, method=config.sampler)
+    return config.sampler.integrate(velocity, noise, times=config.sampler.times(config.steps))

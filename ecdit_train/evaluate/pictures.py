@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -18,7 +19,10 @@ from ecdit_train.diffusion.encoders import ImageCodec, TextEncoder
 from ecdit_train.diffusion.sampler import prompt_positions, sample
 from ecdit_train.model.dit import DiT, Prediction
 from ecdit_train.model.embed import Text, unpatchify
-from ecdit_train.observe.routing import RoutingMaps, count_maps, sparse_layers
+from ecdit_train.observe import figures
+from ecdit_train.observe.folder import routing_path
+from ecdit_train.observe.routing import RoutingMaps, count_maps
+from ecdit_train.parallel.context import ParallelContext
 
 WATCHED_TIMESTEPS = 5
 """Timesteps, evenly spread over the sampler's steps, at which routing is recorded."""
@@ -36,23 +40,24 @@ def sample_latents(
     shape: tuple[int, int, int],
     config: SampleConfig,
     prediction: Literal["velocity", "data"],
-    pool: int,
+    group_tokens: int,
     watch: Watcher | None = None,
 ) -> Tensor:
-    """Latents (B, C, H, W) for text features (B, L, X) with their mask (B, L). B * patches must be whole pools.
+    """Latents (B, C, H, W) for text features (B, L, X) with their mask (B, L). B * patches must be whole routing groups.
 
-    A picture depends on every picture in its pool: `pool` = patches of one image keeps them independent, the paper's
+    A picture depends on every picture in its group: `group_tokens` = patches of one image keeps them independent, the paper's
     512 tokens (two images) are one override of the sample section.
     """
     features, mask = text
     side = shape[1] // model.patch
-    # Otherwise the captioned and the null half of guidance would share a pool.
-    assert features.shape[0] * side * side % pool == 0, f"{features.shape[0]} images are not whole pools of {pool}"
+    # Otherwise the captioned and the null half of guidance would share a group.
+    whole = features.shape[0] * side * side % group_tokens == 0
+    assert whole, f"{features.shape[0]} images are not whole groups of {group_tokens}"
 
     def network(x_BCHW: Tensor, t_B: Tensor, drop_B: Tensor) -> Tensor:
         halves = x_BCHW.shape[0] // features.shape[0]
         both = Text(features_BLX=features.repeat(halves, 1, 1), mask_BL=mask.repeat(halves, 1), drop_B=drop_B)
-        out = model(x_BCHW, t_B=t_B, text=both, keep_BK=None, pool=pool)
+        out = model(x_BCHW, t_B=t_B, text=both, keep_BK=None, group_tokens=group_tokens)
         if watch is not None:
             watch(float(t_B[0]), out)
         return unpatchify(out.patches_BKP.float(), patch=model.patch, side=side)
@@ -70,81 +75,77 @@ class Pictures:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Painter:
+class SamplePipeline:
     """Draws prompts with the weights that the model holds now.
 
-    On several ranks every rank must call it with the same words: each data-parallel rank draws its share, `gather` puts
-    the shares together.
+    On several ranks every rank must call it with the same prompts: each data-parallel rank draws its share, and the shares are put
+    together.
     """
 
-    model: DiT
+    parallel: ParallelContext
     text: TextEncoder
     codec: ImageCodec
     config: RunConfig
-    device: torch.device
-    dp_rank: int = 0
-    dp_size: int = 1
-    gather: Callable[[Tensor], Tensor] = lambda x: x
-    """Concatenates equal shares of all data-parallel ranks on dim 0."""
 
-    def pool(self, how: SampleConfig, *, batch: int) -> int:
-        """Tokens of a routing pool; an image's own where nothing is routed."""
+    def group_tokens(self, how: SampleConfig, *, batch: int) -> int:
+        """Tokens of a routing group; an image's own where nothing is routed."""
         n = self.config.patches_per_image
-        if self.config.moe.router == "dense":
+        if self.config.moe.router is None:
             return n
         return {"image": n, "group": how.group_size, "batch": batch * n}[how.scope]
 
     def draw(self, prompts: Sequence[str], *, how: SampleConfig, step: int, batch: int = 64) -> Pictures:
-        """At most `batch` pictures are in flight on a rank, rounded down to whole pools but one at least. Missing places
-        of a pool or of a rank are filled with copies of the last prompt, which are thrown away."""
-        c, n = self.config, len(prompts)
-        images_per_pool = self.pool(how, batch=1) // c.patches_per_image
-        batch = max(1, batch // images_per_pool) * images_per_pool
+        """At most `batch` pictures are in flight on a rank, rounded down to whole groups but one at least. Missing places
+        of a group or of a rank are filled with copies of the last prompt, which are thrown away."""
+        c, n, mesh, model = self.config, len(prompts), self.parallel.mesh, self.parallel.model
+        images_per_group = self.group_tokens(how, batch=1) // c.patches_per_image
+        batch = max(1, batch // images_per_group) * images_per_group
         position = prompt_positions(prompts)
-        share = -(-n // (self.dp_size * images_per_pool)) * images_per_pool
-        mine = [min(i, n - 1) for i in range(self.dp_rank * share, (self.dp_rank + 1) * share)]
+        share = -(-n // (mesh.dp_size * images_per_group)) * images_per_group
+        mine = [min(i, n - 1) for i in range(mesh.dp_rank * share, (mesh.dp_rank + 1) * share)]
         images, counts = [], []
-        was_training = self.model.training
-        self.model.eval()
+        was_training = model.training
+        model.eval()
         for start in range(0, share, batch):
             part = mine[start : start + batch]
             recorder = _Recorder(how, side=c.latent_side // c.model.patch, batch=len(part))
             latents = sample_latents(
-                self.model,
+                model,
                 text=self.text.encode([prompts[i] for i in part]),
                 position_B=position[part],
                 shape=(c.encoders.image.channels, c.latent_side, c.latent_side),
                 config=how,
                 prediction=c.diffusion.prediction,
-                pool=self.pool(how, batch=len(part)),
+                group_tokens=self.group_tokens(how, batch=len(part)),
                 watch=recorder,
             )
             images.append(self.codec.decode(latents))
             counts.append(recorder.counts())
-        self.model.train(was_training)
-        pixels = self.gather(torch.cat(images))[:n].cpu().numpy()
+        model.train(was_training)
+        pixels = self.parallel.gather(torch.cat(images))[:n].cpu().numpy()
         maps = None
-        if counts[0] is not None:
-            both = self.gather(torch.cat([x for x in counts if x is not None]))[:n].cpu().numpy()
+        if counts[0] is not None and c.moe.router is not None:
+            both = self.parallel.gather(torch.cat([x for x in counts if x is not None]))[:n].cpu().numpy()
             maps = RoutingMaps(
                 counts=both.transpose(1, 2, 0, 3, 4),
                 timesteps=np.array(_watched(how), dtype=np.float32),
-                layers=sparse_layers(both.shape[2]),
+                layers=c.sparse_layers,
                 prompts=tuple(prompts),
                 images=pixels,
                 scope=how.scope,
                 group_size=how.group_size,
-                experts=c.moe.experts,
-                capacity_factor=c.moe.capacity_factor,
+                experts=c.moe.num_experts,
+                capacity_factor=c.moe.router.experts_per_token(),
                 step=step,
             )
         return Pictures(images=pixels, prompts=tuple(prompts), maps=maps)
 
 
 def _watched(how: SampleConfig) -> list[float]:
-    """The timesteps recorded: evenly spread over the steps, the first and the last among them."""
+    """The timesteps recorded: evenly spread over the sampler's steps, the first and the last among them."""
     steps = np.unique(np.linspace(0, how.steps - 1, min(WATCHED_TIMESTEPS, how.steps)).round().astype(int))
-    return [int(s) / how.steps for s in steps]
+    times = how.sampler.times(how.steps)
+    return [times[int(s)] for s in steps]
 
 
 class _Recorder:
@@ -171,3 +172,35 @@ class _Recorder:
         if not self._seen:
             return None
         return torch.stack([self._seen[i] for i in range(len(self._wanted))]).permute(2, 0, 1, 3, 4).contiguous()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptGrid:
+    """Draws the run's fixed prompts into its folder while it trains (`train.trainer.Drawer`)."""
+
+    pipeline: SamplePipeline
+    run: Path
+
+    def __call__(self, step: int) -> Path | None:
+        c = self.pipeline.config
+        pictures = self.pipeline.draw(c.observe.prompts, how=c.sample, step=step)
+        if self.pipeline.parallel.runtime.rank != 0:
+            return None
+        return write_pictures(pictures, run=self.run, how=c.sample, step=step)
+
+
+def write_pictures(pictures: Pictures, *, run: Path, how: SampleConfig, step: int) -> Path:
+    """`samples/step_N.png` with its `.json`, and `routing/step_N.npz` for a sparse model."""
+    if pictures.maps is not None:
+        pictures.maps.save(routing_path(run, step=step))
+    return figures.write_samples(
+        run,
+        step=step,
+        images=pictures.images,
+        prompts=pictures.prompts,
+        guidance=how.guidance,
+        sampler=type(how.sampler).__name__.lower(),
+        steps=how.steps,
+        seed=how.seed,
+        scope=how.scope,
+    )

@@ -12,11 +12,11 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .assignment import Assignment
 from .attention import Attention
 from .embed import Conditioning
 from .feed_forward import FeedForward
 from .moe import MoE
-from .router import Assignment
 
 
 def modulate(x_BSD: Tensor, *, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ class Block(nn.Module):
         self.cross_attention = cross_attention
         self.feed_forward = feed_forward
 
-    def forward(self, x_BSD: Tensor, c: Conditioning, *, pool: int) -> tuple[Tensor, Assignment | None]:
+    def forward(self, x_BSD: Tensor, c: Conditioning, *, group_tokens: int) -> tuple[Tensor, Assignment | None]:
         """Returns the tokens and, from a sparse block, who took what."""
         B, _, D = x_BSD.shape
         local_B13D = self.modulation(c.vector_BD).view(B, 1, 3, D)
@@ -50,7 +50,7 @@ class Block(nn.Module):
         shift, scale, gate = ffn_B3D.unbind(1)
         h = modulate(x_BSD, shift_BD=shift, scale_BD=scale)
         if isinstance(self.feed_forward, MoE):
-            y, assignment = self.feed_forward(h, pool=pool)
+            y, assignment = self.feed_forward(h, group_tokens=group_tokens)
         else:
             y, assignment = self.feed_forward(h), None
         return x_BSD + gate[:, None] * y, assignment

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ecdit_train.config.schema import HEAD_DIM, ModelConfig, MoEConfig
+from ecdit_train.config.schema import HEAD_DIM, ModelConfig, MoEConfig, sparse_layers
 
+from .assignment import Assignment
 from .attention import Attention
 from .block import Block, modulate
 from .embed import Conditioning, Text, TextEmbedding, TimestepEmbedding, patchify, sincos_2d, take_tokens
 from .feed_forward import FeedForward
-from .moe import DeterministicDispatcher, Experts, LocalDispatcher, MoE
-from .router import Assignment, ExpertChoiceRouter, Router, TokenChoiceRouter
+from .moe import MoE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +31,13 @@ class Prediction:
     """One per sparse block, first to last."""
 
     @property
-    def balance_loss(self) -> Tensor | None:
-        """Sum of token choice's auxiliary losses; None for routers that have none."""
-        losses = [a.balance_loss for a in self.assignments if a.balance_loss is not None]
-        return sum(losses[1:], losses[0]) if losses else None
+    def losses(self) -> dict[str, Tensor]:
+        """The routers' auxiliary losses by name, summed over layers."""
+        total: dict[str, Tensor] = {}
+        for assignment in self.assignments:
+            for name, loss in assignment.losses.items():
+                total[name] = total[name] + loss if name in total else loss
+        return total
 
 
 class DiT(nn.Module):
@@ -55,10 +58,10 @@ class DiT(nn.Module):
         self.final = nn.Linear(D, patch_values)
 
     def forward(
-        self, latents_BCHW: Tensor, *, t_B: Tensor, text: Text, keep_BK: Tensor | None, pool: int
+        self, latents_BCHW: Tensor, *, t_B: Tensor, text: Text, keep_BK: Tensor | None, group_tokens: int
     ) -> Prediction:
-        """latents: noisy x_t; t: fp32 in [0, 1]; keep: patches to look at, ascending, or None for all of them; `pool`:
-        tokens that compete for an expert. Activations take the type of the weights."""
+        """latents: noisy x_t; t: fp32 in [0, 1]; keep: patches to look at, ascending, or None for all of them; `group_tokens`: tokens that
+        compete for an expert. Activations take the type of the weights."""
         dtype = self.patch_embed.weight.dtype
         x = self.patch_embed(patchify(latents_BCHW, patch=self.patch).to(dtype))
         x = x + sincos_2d(latents_BCHW.shape[-1] // self.patch, x.shape[-1], device=x.device).to(dtype)
@@ -67,7 +70,7 @@ class DiT(nn.Module):
         c = self.condition(t_B, text)
         assignments = []
         for block in self.blocks:
-            x, assignment = block(x, c, pool=pool)
+            x, assignment = block(x, c, group_tokens=group_tokens)
             if assignment is not None:
                 assignments.append(assignment)
         shift, scale = self.final_modulation(c.vector_BD).chunk(2, dim=-1)
@@ -85,11 +88,6 @@ class DiT(nn.Module):
         )
 
 
-def is_sparse(number: int, moe: MoEConfig) -> bool:
-    """Blocks are counted from 1; every second one is sparse, starting with the second (paper section 3.1)."""
-    return moe.router != "dense" and number % 2 == 0
-
-
 def make_block(model: ModelConfig, moe: MoEConfig, *, number: int) -> Block:
     D = model.width
     return Block(
@@ -98,22 +96,15 @@ def make_block(model: ModelConfig, moe: MoEConfig, *, number: int) -> Block:
         cross_attention=Attention(
             D, context_width=model.text_width, heads=model.heads, kv_heads=model.heads, head_dim=HEAD_DIM
         ),
-        feed_forward=make_moe(model, moe) if is_sparse(number, moe) else FeedForward(D, hidden=model.ffn_ratio * D),
+        feed_forward=make_moe(model, moe) if moe.router is not None and number in sparse_layers(model.layers) else FeedForward(D, hidden=model.ffn_ratio * D),
     )
 
 
 def make_moe(model: ModelConfig, moe: MoEConfig) -> MoE:
-    router: Router
-    if moe.router == "expert_choice":
-        router = ExpertChoiceRouter(model.width, experts=moe.experts, capacity_factor=moe.capacity_factor)
-    else:
-        router = TokenChoiceRouter(
-            model.width,
-            experts=moe.experts,
-            capacity_factor=moe.capacity_factor,
-            top_k=moe.top_k,
-            balance_weight=moe.balance_weight,
-        )
-    experts = Experts(model.width, hidden=model.ffn_ratio * model.width, experts=moe.experts)
-    dispatcher = DeterministicDispatcher() if moe.combine == "deterministic" else LocalDispatcher()
-    return MoE(router, experts, dispatcher=dispatcher)
+    assert moe.router is not None
+    assert moe.experts is not None
+    assert moe.dispatcher is not None
+    router = moe.router.build(width=model.width, num_experts=moe.num_experts)
+    hidden = model.ffn_ratio * model.width
+    experts = moe.experts.build(width=model.width, hidden=hidden, num_experts=moe.num_experts)
+    return MoE(router, experts, dispatcher=moe.dispatcher.build())  # type: ignore[arg-type]

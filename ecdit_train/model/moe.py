@@ -1,110 +1,110 @@
 """The sparse feed-forward: router, dispatcher and experts are siblings, so that a distributed dispatcher can take the
 local one's place without the others knowing.
 
-Legend: B images, S tokens per image, N = B * S tokens, G routing pools of P tokens (N = G * P), D hidden width, H
-expert hidden width, E experts (e on this rank), C capacity, R rows that reach an expert.
+Legend: B images, S tokens per image, N = B * S tokens, G routing groups of P tokens (N = G * P), D hidden width, E experts
+(e on this rank), C capacity, R rows (one token at one expert), of each expert in `x_eRD`.
 
 Dataflow, all index based: `index_select` writes the operand of a batched product over stacked expert weights directly,
-and `index_add` sums the weighted results. A one-hot dispatch (the paper's Algorithm 1) costs 1.4 to 2 times as much,
-and indexing stacked weights by `W[e]` in a loop allocates a full-size zero gradient per expert.
+and `index_add` sums the weighted results. A one-hot dispatch (the paper's Algorithm 1) costs 1.4 to 2 times as much.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .router import Assignment, Router
+from .assignment import Assignment, Rows, Selection, Table
+from .router import Router
+
+Pipeline = Callable[[Callable[[Tensor], Tensor], Any], Any]
+"""(compute, rows in flight) -> results in flight: how a distributed dispatcher feeds experts part by part."""
 
 
 class Experts(nn.Module):
-    """e two-layer feed-forwards without biases, stacked: E_i(x) = GELU(x W1_i) W2_i."""
+    """e networks stacked on dim 0 of every parameter and buffer. Extend it, make the parameters, write `compute`."""
 
-    def __init__(self, width: int, *, hidden: int, experts: int) -> None:
+    constants: ClassVar[Mapping[str, float]] = {}
+    """Parameters (local names) that start at one value; the others are Xavier-uniform over their last two dims."""
+
+    def __init__(self, num_experts: int) -> None:
         super().__init__()
-        self.up = nn.Parameter(torch.empty(experts, width, hidden))
-        self.down = nn.Parameter(torch.empty(experts, hidden, width))
+        self.num_experts = num_experts
+        """e: how many this rank holds; `shard` lowers it."""
 
-    def forward(self, x_eRD: Tensor) -> Tensor:
-        """(e, R, D) -> (e, R, D)."""
-        h_eRH = F.gelu(torch.bmm(x_eRD, self.up), approximate="tanh")
-        return torch.bmm(h_eRH, self.down)
+    def compute(self, x_eRD: Tensor) -> Tensor:
+        """(e, R, D) -> (e, R, D), each row by itself; R may be 0. Written against `self.num_experts`, never a global count."""
+        raise NotImplementedError
+
+    def forward(self, rows: Any, pipeline: Pipeline | None = None) -> Any:
+        """One call for all rows, because FSDP gathers and frees the weights around each call."""
+        return self.compute(rows) if pipeline is None else pipeline(self.compute, rows)
+
+    def shard(self, *, index: int, count: int) -> None:
+        """Keep the experts of part `index` of `count`, in place and without values: parameters and buffers are cut on dim 0."""
+        E, e = self.num_experts, self.num_experts // count
+        for module in self.modules():
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
+                    if tensor is None:
+                        continue
+                    if tensor.dim() == 0 or tensor.shape[0] != E:
+                        raise TypeError(
+                            f"{type(self).__name__}.{name} has shape {tuple(tensor.shape)}: what experts hold is stacked on dim 0 ({E} experts);"
+                            " what they share belongs elsewhere"
+                        )
+                    part = tensor.new_empty((e, *tensor.shape[1:]))
+                    tensors[name] = nn.Parameter(part) if isinstance(tensor, nn.Parameter) else part
+        self.num_experts = e
 
 
-class Dispatcher(Protocol):
-    """Brings tokens to their experts and back. Gates and indices stay where they were made."""
+class Dispatcher:
+    """Brings tokens to their experts and back on one device. Gates and indices stay where they were made.
 
-    def dispatch(self, x_ND: Tensor, assignment: Assignment) -> Tensor:
+    Extend it and write `gather` and `sum`; a fused form may replace `dispatch` and `combine`.
+    """
+
+    pipeline: Pipeline | None = None
+
+    def __init__(self, *, cap: float | None = None) -> None:
+        self.cap = cap
+        """See `config.slots.DispatcherConfig.cap`."""
+
+    def gather(self, x_ND: Tensor, index_R: Tensor) -> Tensor:
+        """(N, D), (R,) -> (R, D): the rows of the tokens named."""
+        raise NotImplementedError
+
+    def sum(self, rows_RD: Tensor, index_R: Tensor, *, num_tokens: int) -> Tensor:
+        """(R, D), (R,) -> (N, D): rows summed by token; tokens nobody names get 0."""
+        raise NotImplementedError
+
+    def settle(self, assignment: Assignment) -> Assignment:
+        """Which rows there are: of a varying number, the rows of a static cap or all of them."""
+        if not isinstance(assignment, Selection):
+            return assignment
+        return assignment.rows().table() if self.cap is None else assignment.capped(self.cap)
+
+    def dispatch(self, x_ND: Tensor, assignment: Assignment) -> Any:
         """(N, D) -> (e, R, D): the rows of the experts on this rank."""
-        ...
+        assert isinstance(assignment, Table)
+        E = assignment.index_EGC.shape[0]
+        return self.gather(x_ND, assignment.index_EGC.flatten()).view(E, -1, x_ND.shape[1])
 
-    def combine(self, y_eRD: Tensor, assignment: Assignment, *, num_tokens: int) -> Tensor:
+    def combine(self, y: Any, assignment: Assignment, *, num_tokens: int) -> Tensor:
         """(e, R, D) -> (N, D): sum over experts of gate * row (paper eq. 8); tokens nobody chose get 0."""
-        ...
+        assert isinstance(assignment, Table)
+        return self.weigh(
+            y.flatten(0, 1), assignment.gate_EGC.flatten(), assignment.index_EGC.flatten(), num_tokens=num_tokens
+        )
 
-
-class LocalDispatcher:
-    """All experts on this device."""
-
-    def dispatch(self, x_ND: Tensor, assignment: Assignment) -> Tensor:
-        E = assignment.index_EGC.shape[0]
-        return x_ND.index_select(0, assignment.index_EGC.flatten()).view(E, -1, x_ND.shape[1])
-
-    def combine(self, y_eRD: Tensor, assignment: Assignment, *, num_tokens: int) -> Tensor:
-        weighted = y_eRD.flatten(0, 1) * assignment.gate_EGC.flatten()[:, None].to(y_eRD.dtype)
-        # In place: index_add would copy the zeros first.
-        return y_eRD.new_zeros(num_tokens, y_eRD.shape[-1]).index_add_(0, assignment.index_EGC.flatten(), weighted)
-
-
-class _SegmentSum(torch.autograd.Function):
-    """Rows summed by target in one fixed order: rows (R, D), target (R,) -> (N, D). Its gradient is a plain gather."""
-
-    @staticmethod
-    def forward(ctx, rows_RD: Tensor, target_R: Tensor, num: int) -> Tensor:
-        ctx.save_for_backward(target_R)
-        target, order = target_R.sort(stable=True)
-        # Not bincount, which waits for the device to size its answer.
-        offsets = torch.searchsorted(target, torch.arange(num + 1, device=target.device))
-        return torch.segment_reduce(rows_RD.index_select(0, order), "sum", offsets=offsets, initial=0.0, unsafe=True)
-
-    @staticmethod
-    def backward(ctx, grad_ND: Tensor) -> tuple[Tensor, None, None]:
-        (target_R,) = ctx.saved_tensors
-        return grad_ND.index_select(0, target_R), None, None
-
-
-class _Gather(torch.autograd.Function):
-    """index_select whose gradient is summed in one fixed order."""
-
-    @staticmethod
-    def forward(ctx, x_ND: Tensor, index_R: Tensor) -> Tensor:
-        ctx.save_for_backward(index_R)
-        ctx.num = x_ND.shape[0]
-        return x_ND.index_select(0, index_R)
-
-    @staticmethod
-    def backward(ctx, grad_RD: Tensor) -> tuple[Tensor, None]:
-        (index_R,) = ctx.saved_tensors
-        return _SegmentSum.apply(grad_RD, index_R, ctx.num), None
-
-
-class DeterministicDispatcher:
-    """LocalDispatcher without atomics: bitwise reproducible on CUDA, at the price of one stable sort each way."""
-
-    def dispatch(self, x_ND: Tensor, assignment: Assignment) -> Tensor:
-        E = assignment.index_EGC.shape[0]
-        return _Gather.apply(x_ND, assignment.index_EGC.flatten()).view(E, -1, x_ND.shape[1])
-
-    def combine(self, y_eRD: Tensor, assignment: Assignment, *, num_tokens: int) -> Tensor:
-        weighted = y_eRD.flatten(0, 1) * assignment.gate_EGC.flatten()[:, None].to(y_eRD.dtype)
-        return _SegmentSum.apply(weighted, assignment.index_EGC.flatten(), num_tokens)
+    def weigh(self, y_RD: Tensor, gate_R: Tensor, index_R: Tensor, *, num_tokens: int) -> Tensor:
+        """Sum by token of gate * row."""
+        return self.sum(y_RD * gate_R[:, None].to(y_RD.dtype), index_R, num_tokens=num_tokens)
 
 
 class MoE(nn.Module):
-    """Sparse feed-forward over routing pools of consecutive tokens."""
+    """Sparse feed-forward over routing groups of consecutive tokens."""
 
     def __init__(self, router: Router, experts: Experts, *, dispatcher: Dispatcher) -> None:
         super().__init__()
@@ -112,12 +112,13 @@ class MoE(nn.Module):
         self.experts = experts
         self.dispatcher = dispatcher
 
-    def forward(self, x_BSD: Tensor, *, pool: int) -> tuple[Tensor, Assignment]:
-        """x: (B, S, D), `pool` tokens compete for each expert (B * S must be whole pools). Returns (B, S, D) and who
-        took what."""
+    def forward(self, x_BSD: Tensor, *, group_tokens: int) -> tuple[Tensor, Assignment]:
+        """x: (B, S, D), `group_tokens` tokens compete for each expert (B * S must be whole groups). Returns (B, S, D) and who took what
+        (a Table or Rows)."""
         B, S, D = x_BSD.shape
-        assert (B * S) % pool == 0, f"{B} x {S} tokens are not whole pools of {pool}"
-        assignment = self.router(x_BSD.reshape(-1, pool, D))
-        rows_eRD = self.dispatcher.dispatch(x_BSD.reshape(-1, D), assignment)
-        y_ND = self.dispatcher.combine(self.experts(rows_eRD), assignment, num_tokens=B * S)
+        assert (B * S) % group_tokens == 0, f"{B} x {S} tokens are not whole groups of {group_tokens}"
+        assignment = self.dispatcher.settle(self.router(x_BSD.reshape(-1, group_tokens, D)))
+        assert isinstance(assignment, Table | Rows)
+        rows = self.dispatcher.dispatch(x_BSD.reshape(-1, D), assignment)
+        y_ND = self.dispatcher.combine(self.experts(rows, self.dispatcher.pipeline), assignment, num_tokens=B * S)
         return y_ND.view(B, S, D), assignment

@@ -21,29 +21,24 @@ import torch
 from torch import Tensor
 
 from ecdit_train.errors import RunFolderError
-from ecdit_train.model.router import Assignment, experts_per_token
+from ecdit_train.model.assignment import Assignment, experts_per_token, taken
 
 from .folder import write_atomically
 
 
-def sparse_layers(num: int) -> tuple[int, ...]:
-    """Numbers of the sparse blocks, counted from 1: 2, 4, ... (paper section 3.1)."""
-    return tuple(range(2, 2 * num + 1, 2))
+def routing_scalars(assignments: Sequence[Assignment], *, layers: Sequence[int]) -> dict[str, Tensor]:
+    """`moe/L{n}/...` of every sparse layer and `moe/...` over layers (mean; max of `_max`), device scalars, fp32: what holds for
+    any router, and what each router reports of itself (`Assignment.metrics`).
 
-
-def routing_scalars(assignments: Sequence[Assignment], *, top_k: int | None = None) -> dict[str, Tensor]:
-    """`moe/L{n}/...` of every sparse layer and `moe/...` over layers (mean; max of `_max`), device scalars, fp32.
-
-    `top_k`: choices per token of token choice, for its `overflow_frac`; None: as many choices as slots (f_c = k).
-    `load_cv` compares the tokens that experts serve, after capacity. Both exist for token choice only.
+    `layers`: the numbers of the sparse blocks, counted from 1.
     """
     if not assignments:
         return {}
     scalars: dict[str, Tensor] = {}
     per_layer: dict[str, list[Tensor]] = {}
     counts_LN = torch.stack([experts_per_token(a).flatten() for a in assignments])
-    for number, assignment, counts_N in zip(sparse_layers(len(assignments)), assignments, counts_LN, strict=True):
-        for name, value in _layer_scalars(assignment, counts_N=counts_N, top_k=top_k).items():
+    for number, assignment, counts_N in zip(layers, assignments, counts_LN, strict=True):
+        for name, value in _layer_scalars(assignment, counts_N=counts_N).items():
             scalars[f"moe/L{number}/{name}"] = value
             per_layer.setdefault(name, []).append(value)
     for name, values in per_layer.items():
@@ -53,25 +48,17 @@ def routing_scalars(assignments: Sequence[Assignment], *, top_k: int | None = No
     return scalars
 
 
-def _layer_scalars(assignment: Assignment, *, counts_N: Tensor, top_k: int | None) -> dict[str, Tensor]:
+def _layer_scalars(assignment: Assignment, *, counts_N: Tensor) -> dict[str, Tensor]:
     probability = assignment.probability_GSE.float()
-    gates = assignment.gate_EGC.detach().float()
-    filled = assignment.filled_EGC
+    _, gate, one = taken(assignment)
     counts = counts_N.float()
-    scalars = {
+    return {
         "dropped_frac": (counts_N == 0).float().mean(),
         "experts_per_token_std": counts.std(correction=0),
         "experts_per_token_max": counts.max(),
         "entropy": torch.special.entr(probability).sum(-1).mean() / math.log(max(2, probability.shape[-1])),
-    }
-    if filled is None:
-        return scalars | {"gate_mean": gates.mean()}
-    choices = filled.numel() if top_k is None else counts_N.numel() * top_k
-    load_E = filled.sum((1, 2)).float()
-    return scalars | {
-        "gate_mean": gates.sum() / filled.sum().clamp(min=1),  # gates are 0 in empty slots
-        "overflow_frac": 1 - filled.sum() / choices,
-        "load_cv": load_E.std(correction=0) / load_E.mean().clamp(min=1e-9),
+        "gate_mean": gate.detach().float().sum() / one.sum().clamp(min=1),  # gates are 0 in empty slots
+        **{name: value.detach().float() for name, value in assignment.metrics.items()},
     }
 
 
@@ -90,8 +77,8 @@ def gate_maps(assignments: Sequence[Assignment], *, batch: int, side: int, keep:
     sums = []
     for a in assignments:
         G, S, _ = a.probability_GSE.shape
-        zero = torch.zeros(G * S, device=a.gate_EGC.device)
-        sums.append(zero.index_add(0, a.index_EGC.flatten(), a.gate_EGC.detach().float().flatten()))
+        index, gate, _ = taken(a)
+        sums.append(torch.zeros(G * S, device=gate.device).index_add(0, index, gate.detach().float()))
     return _on_canvas(torch.stack(sums), batch=batch, side=side, keep=keep)
 
 

@@ -23,13 +23,15 @@ Mode = Literal["none", "selective", "full"]
 KEPT = frozenset(
     {
         "aten::topk",
+        "aten::nonzero",
         EXCHANGE,
         "_c10d_functional::all_to_all_single",
         "_c10d_functional::all_reduce",
     }
 )
 """Ops whose results `selective` keeps. An exchange would cost its traffic again (two all-to-alls per sparse layer);
-routing is small and must not be decided twice: a recomputed logit that differs in its last bit may pick another token.
+routing is small and must not be decided twice: a recomputed logit that differs in its last bit may pick another token (topk), or another
+number of them (nonzero).
 `wait_tensor` must not be among them: a wait on a kept result returns at once, while one that compiled code issues for
 its own in-place collective has to happen (without it inductor's blocks gave wrong gradients under tp)."""
 

@@ -21,7 +21,7 @@ __all__ = ["fill", "full_tensor", "full_tensors", "load_full", "parallelize"]
 def parallelize(model: DiT, *, mesh: Mesh, parallel: ParallelConfig, precision: Precision) -> dict[str, ParamPlacement]:
     """Spread a model (normally on the meta device) over the mesh, in place. Collective when world > 1.
 
-    Returns where each parameter of this rank lies in the global tensor, by its unchanged name. Afterwards the caller
+    Returns where each parameter and buffer of this rank lies in the global tensor, by its unchanged name. Afterwards the caller
     gives it storage (`model.to_empty(device=...)`) and values (`fill`, or a checkpoint). Raises ConfigError for sizes
     that do not divide.
 
@@ -29,7 +29,7 @@ def parallelize(model: DiT, *, mesh: Mesh, parallel: ParallelConfig, precision: 
     goes around compiled code, because neither FSDP's hooks inside a block nor our selective modes can be traced into
     it; FSDP, which hooks into what it finds, comes last.
     """
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    shapes = {name: tuple(t.shape) for name, t in (*model.named_parameters(), *model.named_buffers())}
     split = apply_tensor_parallel(model, mesh=mesh)
     split |= apply_expert_parallel(model, mesh=mesh, overlap_chunks=parallel.overlap_chunks)
     if parallel.compile:
@@ -45,5 +45,6 @@ def parallelize(model: DiT, *, mesh: Mesh, parallel: ParallelConfig, precision: 
         if name not in split
     }
     placements = split | whole
-    assert placements.keys() == {name for name, _ in model.named_parameters()}, "a parameter changed its name"
+    named = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    assert placements.keys() == named, "a parameter or buffer changed its name"
     return placements

@@ -89,3 +89,20 @@ def all_to_all_start(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 def all_to_all_wait(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Wait for `all_to_all_start`; on CUDA the stream waits, not the host."""
     return _AllToAllWait.apply(x, group.group_name, group.size())
+
+
+class _AllToAllRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, sent: list[int], received: list[int], group_name: str) -> Tensor:
+        ctx.sent, ctx.received, ctx.group_name = sent, received, group_name
+        return _ops.wait_tensor(_ops.all_to_all_single(x.contiguous(), received, sent, group_name))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        back = _ops.all_to_all_single(grad.contiguous(), ctx.sent, ctx.received, ctx.group_name)
+        return _ops.wait_tensor(back), None, None, None
+
+
+def all_to_all_rows(x: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
+    """All-to-all over dim 0 with as many rows to and from each rank as the lists say (0 is fine)."""
+    return _AllToAllRows.apply(x, sent, received, group.group_name)

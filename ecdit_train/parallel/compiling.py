@@ -13,15 +13,13 @@ import torch
 from ecdit_train.model.dit import DiT
 from ecdit_train.model.moe import MoE
 
-from .expert_parallel import ChunkedExperts
-
 
 def apply_compile(model: DiT) -> None:
-    """Compile in place. Only functions are replaced: names, types and hooks of the modules stay."""
+    """Compile in place. Only functions are replaced: names, types and hooks of the modules stay. Not `Module.compile()`, which would
+    take FSDP's hooks into the graph."""
     for block in model.blocks:
         moe = block.feed_forward
         if isinstance(moe, MoE):
-            name = "products" if isinstance(moe.experts, ChunkedExperts) else "forward"
-            setattr(moe.experts, name, torch.compile(getattr(moe.experts, name)))
+            moe.experts.compute = torch.compile(moe.experts.compute)  # type: ignore[method-assign]
             moe.forward = torch.compiler.disable(moe.forward)  # type: ignore[method-assign]
         block.forward = torch.compile(block.forward)

@@ -4,11 +4,12 @@ Folded over tensor parallelism: the tokens of a tp group are the same on all its
 own 1/tp of every expert's slots and the results are summed over tp. No token is computed twice, no expert is stored
 twice.
 
-Everything is static: the slots are C times the pools, cut evenly (padded with gate 0 where they do not divide), so
-one equal-split exchange each way suffices, with no exchange of counts and nothing read back to the host. Indices and
-gates stay on the rank that made them; only rows travel, in the compute precision.
+Where an expert's number of rows is fixed (a Table), everything is static: the slots are C times the groups, cut evenly (padded
+with gate 0 where they do not divide), so one equal-split exchange each way suffices, with no exchange of counts and nothing read
+back to the host. A varying number takes a second path, with counts first (`uneven.py`). Indices and gates stay on the rank that
+made them; only rows travel, in the compute precision.
 
-Legend: N tokens, D width, E experts (e on this rank), G pools, C capacity, S = G * C slots of an expert, s of them on
+Legend: N tokens, D width, E experts (e on this rank), G groups, C capacity, S = G * C slots of an expert, s of them on
 this rank, R rows that reach an expert here (s times ep ranks).
 """
 
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,13 +27,14 @@ from torch import Tensor, nn
 
 from ecdit_train.config.nearest import nearest_divisor
 from ecdit_train.errors import ConfigError, Problem
+from ecdit_train.model.assignment import Assignment, Rows, Selection, Table
 from ecdit_train.model.dit import DiT
-from ecdit_train.model.moe import Dispatcher, Experts, MoE
-from ecdit_train.model.router import Assignment
+from ecdit_train.model.moe import Dispatcher, MoE
 
 from .collectives import all_to_all_start, all_to_all_wait, copy_to_group, sum_over_group
 from .mesh import Mesh
 from .placement import ParamPlacement
+from .uneven import Route, UnevenExchange
 
 EXCHANGE = "ecdit::expert_exchange"
 """Name of the exchange as a torch op: selective checkpointing keeps its results, torch.compile keeps it in the
@@ -120,27 +122,8 @@ class ExpertExchange:
         return all_to_all_wait(x, self.group) if self.overlap else x
 
 
-class ChunkedExperts(Experts):
-    """Experts over slots that arrive in chunks: while one chunk is worked on, the next arrives and the last one leaves.
-
-    One module call for all chunks, because FSDP gathers and frees the weights around each call.
-    """
-
-    exchange: ExpertExchange
-
-    def forward(self, chunks: Sequence[Tensor]) -> list[Tensor]:  # type: ignore[override]
-        """Takes what `send_out` gave for each chunk; gives what `send_back` gave for each."""
-        # Results leave as soon as they exist, so that they travel under the next chunk's products.
-        return [self.exchange.send_back(self.products(self.exchange.receive_out(chunk))) for chunk in chunks]
-
-    def products(self, x_eRD: Tensor) -> Tensor:
-        """The experts' own arithmetic: the part that torch.compile gets."""
-        return super().forward(x_eRD)
-
-
-class ExpertParallelDispatcher:
-    """Dispatcher over a mesh. `local` does the gathering and summing, so that its kind (deterministic or not) is
-    kept."""
+class ExpertParallelDispatcher(Dispatcher):
+    """A dispatcher over a mesh. `local` does the gathering and summing, so that its kind (deterministic or not) is kept."""
 
     def __init__(
         self,
@@ -152,14 +135,34 @@ class ExpertParallelDispatcher:
         tp_size: int,
         chunks: int,
     ) -> None:
+        super().__init__(cap=local.cap)
         self.local = local
         self.exchange = exchange
         self.tp_group, self.tp_rank, self.tp_size = tp_group, tp_rank, tp_size
         self.chunks = chunks
+        self.uneven = UnevenExchange(group=exchange.group if exchange else None)
+        if exchange is not None and exchange.overlap:
+            self.pipeline = self._one_part_after_another
+
+    def settle(self, assignment: Assignment) -> Assignment:
+        """Of a varying number of rows: a static cap, or this tp rank's share of the list with the counts of all peers."""
+        if not isinstance(assignment, Selection):
+            return assignment
+        if self.cap is not None:
+            return assignment.capped(self.cap)
+        rows = assignment.rows()
+        gate_R = copy_to_group(rows.gate_R, self.tp_group)
+        share = slice(self.tp_rank, None, self.tp_size)  # rows stay sorted by expert, and every expert's are shared
+        mine = replace(rows, expert_R=rows.expert_R[share], index_R=rows.index_R[share], gate_R=gate_R[share])
+        E = assignment.selected_GSE.shape[-1]
+        return SharedRows(mine=mine, route=self.uneven.plan(mine.expert_R, num_experts=E), **vars(rows))
 
     def dispatch(self, x_ND: Tensor, assignment: Assignment) -> Any:
-        """(N, D) -> (e, R, D) for `Experts`, or the chunks in flight for `ChunkedExperts`."""
+        """(N, D) -> (e, R, D) for `Experts`, or the chunks in flight when exchanges overlap."""
         x_ND = copy_to_group(x_ND, self.tp_group)
+        if isinstance(assignment, SharedRows):
+            return self.uneven.send(self.local.gather(x_ND, assignment.mine.index_R), assignment.route)
+        assert isinstance(assignment, Table)
         mine = self._mine(assignment)
         if self.exchange is None:
             return self.local.dispatch(x_ND, mine)
@@ -168,6 +171,12 @@ class ExpertParallelDispatcher:
 
     def combine(self, y: Any, assignment: Assignment, *, num_tokens: int) -> Tensor:
         """What the experts returned -> (N, D)."""
+        if isinstance(assignment, SharedRows):
+            mine = assignment.mine
+            y_RD = self.uneven.send_back(y, assignment.route)
+            part_ND = self.local.weigh(y_RD, mine.gate_R, mine.index_R, num_tokens=num_tokens)
+            return sum_over_group(part_ND, self.tp_group)
+        assert isinstance(assignment, Table)
         if self.exchange is None:
             y_EsD = y
         elif self.exchange.overlap:
@@ -179,8 +188,14 @@ class ExpertParallelDispatcher:
         mine = self._mine(replace(assignment, gate_EGC=copy_to_group(assignment.gate_EGC, self.tp_group)))
         return sum_over_group(self.local.combine(y_EsD, mine, num_tokens=num_tokens), self.tp_group)
 
-    def _mine(self, assignment: Assignment) -> Assignment:
-        """This tp rank's slots as a single pool: tables (E, 1, s)."""
+    def _one_part_after_another(self, compute: Callable[[Tensor], Tensor], parts: Any) -> list[Tensor]:
+        """While one part is worked on, the next arrives and the last one leaves: results leave as soon as they exist, so that they
+        travel under the next part's products."""
+        assert self.exchange is not None
+        return [self.exchange.send_back(compute(self.exchange.receive_out(part))) for part in parts]
+
+    def _mine(self, assignment: Table) -> Table:
+        """This tp rank's slots as a single group: tables (E, 1, s)."""
         index_ES, gate_ES = assignment.index_EGC.flatten(1), assignment.gate_EGC.flatten(1)
         missing = -index_ES.shape[1] % (self.tp_size * self.chunks)
         if missing:
@@ -195,7 +210,7 @@ class ExpertParallelDispatcher:
             filled_EGC=None,
         )
 
-    def _cut(self, mine: Assignment) -> Iterator[Assignment]:
+    def _cut(self, mine: Table) -> Iterator[Table]:
         """This rank's slots, chunk by chunk."""
         size = mine.index_EGC.shape[2] // self.chunks
         for first in range(0, size * self.chunks, size):
@@ -206,16 +221,24 @@ class ExpertParallelDispatcher:
             )
 
 
+@dataclass(frozen=True, kw_only=True)
+class SharedRows(Rows):
+    """All rows of these tokens (for metrics), and which of them this tp rank sends where."""
+
+    mine: Rows
+    route: Route
+
+
 def check(model: DiT, *, ep: int) -> None:
     """Raises ConfigError if ep ranks cannot share the experts evenly."""
     for moe in sparse_layers(model).values():
-        experts = moe.experts.up.shape[0]
+        experts = moe.experts.num_experts
         if experts % ep:
             raise ConfigError(
                 Problem(
                     field="parallel.ep",
                     value=ep,
-                    rule=f"must divide moe.experts = {experts}",
+                    rule=f"must divide moe.num_experts = {experts}",
                     nearest=nearest_divisor(ep, experts),
                 )
             )
@@ -229,7 +252,8 @@ def sparse_layers(model: DiT) -> dict[str, MoE]:
 def apply_expert_parallel(model: DiT, *, mesh: Mesh, overlap_chunks: int) -> dict[str, ParamPlacement]:
     """Give every sparse layer this rank's experts and a dispatcher over the mesh; says where the experts lie.
 
-    Without ep and tp nothing changes; with tp alone each rank keeps all experts and works on its share of the slots.
+    Experts shard themselves, whatever class they are. Without ep and tp nothing changes; with tp alone each rank keeps all experts
+    and works on its share of the slots.
     """
     check(model, ep=mesh.ep_size)
     placements: dict[str, ParamPlacement] = {}
@@ -240,19 +264,13 @@ def apply_expert_parallel(model: DiT, *, mesh: Mesh, overlap_chunks: int) -> dic
         if chunks == 1:
             _vendor()  # collective setup belongs here, not in the middle of the first forward pass
     for path, moe in sparse_layers(model).items():
-        E, D, H = moe.experts.up.shape
-        for name, shape in (("up", (E, D, H)), ("down", (E, H, D))):
+        for name, tensor in (*moe.experts.named_parameters(), *moe.experts.named_buffers()):
             placements[f"{path}.experts.{name}"] = ParamPlacement(
-                global_shape=shape, dim=0, index=mesh.ep_rank, count=mesh.ep_size, kind="expert"
+                global_shape=tuple(tensor.shape), dim=0, index=mesh.ep_rank, count=mesh.ep_size, kind="expert"
             )
         if mesh.ep_size > 1:
-            like = moe.experts.up
-            with like.device:
-                moe.experts = (ChunkedExperts if chunks > 1 else Experts)(D, hidden=H, experts=E // mesh.ep_size)
-            moe.experts.to(like.dtype)
-            if isinstance(moe.experts, ChunkedExperts):
-                assert exchange is not None
-                moe.experts.exchange = exchange
+            moe.experts.shard(index=mesh.ep_rank, count=mesh.ep_size)
+        moe.router.on_ranks(dp_group=mesh.dp_group)
         if mesh.ep_size > 1 or mesh.tp_size > 1:
             moe.dispatcher = ExpertParallelDispatcher(
                 moe.dispatcher,

@@ -154,8 +154,8 @@ def is_peer_lost(error: BaseException) -> bool:
 
 
 def ensure_group(device_type: str) -> None:
-    """A world of one joins a group of one, without network or files. Needed only where FSDP is used for its bf16
-    policy."""
+    """A world of one joins a group of one, without network or files. Needed only where FSDP is used
+    for its bf16 policy."""
     if not dist.is_initialized():
         dist.init_process_group(_backend(device_type), rank=0, world_size=1, store=dist.HashStore())
 

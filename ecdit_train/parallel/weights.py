@@ -9,16 +9,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ecdit_train.model.init import initial_values
+from ecdit_train.model.init import constant_of, initial_values, reset_buffers
 
 from .mesh import Mesh
 from .placement import ParamPlacement, holds_first_copy, local, local_boxes
 
 
 def fill(model: nn.Module, placements: Mapping[str, ParamPlacement], *, seed: int) -> None:
-    """Initialise every shard with the values its box has in the global tensor: the same model on every layout.
+    """Initialise every shard with the values its box has in the global tensor, and every buffer: the same model on every layout.
 
-    No rank makes more than it holds, and nothing is sent.
+    No rank makes more than it holds, and nothing is sent. A module with buffers must define `reset_buffers` (as `model.router.Router`
+    does); one that does not is refused with TypeError, since its buffers would hold whatever memory held.
     """
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -32,8 +33,10 @@ def fill(model: nn.Module, placements: Mapping[str, ParamPlacement], *, seed: in
                         offsets=box.offsets,
                         sizes=box.sizes,
                         device=p.device,
+                        constant=constant_of(model, name),
                     )
                 )
+        reset_buffers(model)
 
 
 def load_full(model: nn.Module, placements: Mapping[str, ParamPlacement], full_state: Mapping[str, Tensor]) -> None:
@@ -42,6 +45,9 @@ def load_full(model: nn.Module, placements: Mapping[str, ParamPlacement], full_s
         for name, p in model.named_parameters():
             for box in local_boxes(p, placements[name]):
                 box.of_local(local(p)).copy_(box.of_global(full_state[name]))
+        for name, buffer in model.named_buffers():
+            for box in local_boxes(buffer, placements[name]):
+                box.of_local(buffer).copy_(box.of_global(full_state[name]))
 
 
 def full_tensors(

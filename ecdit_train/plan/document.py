@@ -1,4 +1,4 @@
-"""A plan as JSON. Keys are stable; numbers are plain, units in the table.
+"""A plan as JSON, and as text for a terminal. Keys of the JSON are stable; numbers are plain, units in the table.
 
 key                          value
 ---------------------------  ---------------------------------------------------------------------------------------
@@ -25,7 +25,7 @@ traffic_per_step.<kind>      bytes of one rank and step: message, intra_node, in
 traffic_per_step.flows       the same by purpose: kind, purpose, axis, ranks, calls, message, intra_node, inter_node
 exchange_bytes               bytes one rank sends in one direction of one sparse layer and microbatch
 step_time                    seconds and its parts, bounds best and worst, mfu, mfu_ceiling, tokens_per_second,
-                             images_per_second_per_gpu (plan/step_time.py)
+                             images_per_second_per_gpu (plan/cost.py)
 checkpoint_bytes             bytes of one committed checkpoint
 suggested_layout             null, or layout, overrides (words for the command line), memory_total, seconds, mfu
 suggested_min_nodes          fewest nodes on which any layout that was searched fits; null if none
@@ -35,103 +35,273 @@ warnings                     sentences
 from __future__ import annotations
 
 import dataclasses
+import io
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from .layout import Layout
-from .memory import Memory
-from .plan import Cost, Plan
-from .suggest import overrides
-from .traffic import Flow, exchange_bytes
+from rich.console import Console, Group
+from rich.padding import Padding
+from rich.table import Table
+
+from .cost import Cost
+from .plan import Plan
+from .search import overrides
+from .traffic import exchange_bytes
 
 KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "broadcast")
+WIDTH = 200
+"""Columns of the text, whatever terminal or pipe it goes to: what is longer is wrapped."""
+BAR = 24
+"""Width of the memory bars, characters."""
+
+LAYOUT = (
+    *("dp_replicate", "dp_shard", "tp", "ep", "edp", "microbatch", "microbatches"),
+    *("activation_checkpointing", "overlap_chunks", "reshard_after_forward"),
+)
 
 
 def to_json(plan: Plan) -> dict[str, Any]:
     """The plan as plain values for `json.dumps`; keys as in the module's table."""
-    cfg, cost, parameters = plan.cfg, plan.cost, plan.parameters
+    cfg, cost, best = plan.cfg, plan.cost, plan.suggested
+    sent = ("message", "intra_node", "inter_node")
     return {
         "experiment": cfg.experiment,
         "cluster": cfg.cluster.name,
         "world": cost.layout.world,
-        "parameters": {
-            "total": parameters.total,
-            "activated": parameters.activated,
-            "network": parameters.network,
-            "encoders": parameters.encoders,
-            "by_part": dict(parameters.by_part),
-        },
+        "parameters": _pick(plan.parameters, "total", "activated", "network", "encoders", "by_part"),
         "table1": dataclasses.asdict(plan.table1) if plan.table1 else None,
         "flops_per_step": cost.flops.model,
-        "flops": {
-            "by_part": dict(cost.flops.by_part),
-            "recompute": cost.flops.recompute,
-            "frozen_encoders": cost.flops.frozen_encoders,
-        },
-        "layout": layout_json(cost.layout),
-        "memory_per_rank": memory_json(cost.memory),
+        "flops": dataclasses.asdict(cost.flops),
+        "layout": _pick(cost.layout, *LAYOUT),
+        "memory_per_rank": {**dataclasses.asdict(cost.memory), "total": cost.memory.total},
         "fits": cost.fits,
         "gpu_memory": cfg.cluster.gpu_memory,
         "min_nodes": plan.min_nodes,
-        "traffic_per_step": traffic_json(cost.traffic),
-        "exchange_bytes": 0.0 if cfg.moe.router == "dense" or cost.layout.ep == 1 else exchange_bytes(cfg, cost.layout),
+        "traffic_per_step": {
+            **{k: {name: sum(getattr(f, name) for f in cost.traffic if f.kind == k) for name in sent} for k in KINDS},
+            "flows": [dataclasses.asdict(flow) for flow in cost.traffic],
+        },
+        "exchange_bytes": exchange_bytes(cfg, cost.layout) if cost.layout.ep > 1 else 0.0,
         "step_time": dataclasses.asdict(cost.step_time),
         "checkpoint_bytes": plan.checkpoint_bytes,
-        "suggested_layout": suggestion_json(plan.suggested) if plan.suggested else None,
+        "suggested_layout": None
+        if best is None
+        else {
+            "layout": _pick(best.layout, *LAYOUT),
+            "overrides": list(overrides(best.layout)),
+            "memory_total": best.memory.total,
+            **_pick(best.step_time, "seconds", "mfu"),
+        },
         "suggested_min_nodes": plan.suggested_min_nodes,
         "warnings": list(plan.warnings),
     }
 
 
-def layout_json(layout: Layout) -> dict[str, Any]:
-    names = (
-        "dp_replicate",
-        "dp_shard",
-        "tp",
-        "ep",
-        "edp",
-        "microbatch",
-        "microbatches",
-        "activation_checkpointing",
-        "overlap_chunks",
-        "reshard_after_forward",
-    )
-    return {name: getattr(layout, name) for name in names}
+def _pick(source: object, *names: str) -> dict[str, Any]:
+    return {name: getattr(source, name) for name in names}
 
 
-def memory_json(memory: Memory) -> dict[str, float]:
-    return {**dataclasses.asdict(memory), "total": memory.total}
+# --- text --------------------------------------------------------------------------------------------------------
 
 
-def traffic_json(flows: tuple[Flow, ...]) -> dict[str, Any]:
-    def total(kind: str) -> dict[str, float]:
-        mine = [f for f in flows if f.kind == kind]
-        return {
-            "message": sum(f.message for f in mine),
-            "intra_node": sum(f.intra for f in mine),
-            "inter_node": sum(f.inter for f in mine),
-        }
-
-    by_purpose = [
+def render(plan: Plan) -> str:
+    """Sections: verdict, parameters, layout, memory, step, traffic, suggestion, warnings."""
+    cfg, at = plan.cfg, plan.cost.layout
+    title = f"{cfg.experiment} on {_count(at.world, 'rank')}, {_count(-(-at.world // at.gpus_per_node), 'node')}"
+    return show(
+        [f"{title} ({cfg.cluster.name})", verdict(plan)],
         {
-            "kind": f.kind,
-            "purpose": f.purpose,
-            "axis": f.axis,
-            "ranks": f.size,
-            "calls": f.calls,
-            "message": f.message,
-            "intra_node": f.intra,
-            "inter_node": f.inter,
-        }
+            "parameters": _parameters(plan),
+            "layout": _layout(plan.cost),
+            "memory per rank": _memory(plan),
+            "step": _step(plan.cost),
+            "traffic per rank and step": _traffic(plan),
+            "faster layout on the same ranks": _suggestion(plan),
+            "warnings": [f"- {line}" for line in plan.warnings],
+        },
+    )
+
+
+Line = str | Table
+
+
+def show(head: Sequence[str], sections: Mapping[str, Sequence[Line]]) -> str:
+    """Lines and tables as plain text: the head, then every section that has a line, under its name and indented."""
+    console = Console(file=io.StringIO(), width=WIDTH, color_system=None, markup=False, emoji=False, highlight=False)
+    with console.capture() as captured:
+        console.print(*head, sep="\n")
+        for name, lines in sections.items():
+            if lines:
+                console.print(f"\n{name}")
+                console.print(Padding(Group(*lines), (0, 0, 0, 2)))
+    return "".join(f"{line.rstrip()}\n" for line in captured.get().splitlines())
+
+
+def verdict(plan: Plan) -> str:
+    """The one line that answers the question."""
+    cost, total, room = plan.cost, plan.cost.memory.total, plan.cfg.cluster.gpu_memory
+    head = f"fits: {'yes' if plan.fits else 'NO'}, {_of(total, room)}"
+    if not plan.fits:
+        least = plan.min_nodes or plan.suggested_min_nodes
+        return head + (
+            f"; smallest that fits: {_count(least, 'node')}" if least else "; no number of nodes up to 512 fits"
+        )
+    step = cost.step_time
+    rate = f"{step.images_per_second_per_gpu:.3g} images/s/GPU"
+    return (
+        f"{head}; {seconds(step.seconds)} a step, {step.mfu:.0%} MFU, {rate}; "
+        f"{plan.cfg.train.steps:,} steps in {duration(step.seconds * plan.cfg.train.steps)}"
+    )
+
+
+def _parameters(plan: Plan) -> list[Line]:
+    p = plan.parameters
+    lines: list[Line] = [
+        f"total {number(p.total)}, active per token {number(p.activated)}, trained {number(p.network)}"
+        + (f", frozen encoders {number(p.encoders)}" if p.encoders else "")
+    ]
+    if t := plan.table1:
+        lines.append(
+            f"paper's Table 1, {t.row}: total {number(t.printed_total)} ({t.total_deviation:+.1%}), "
+            f"active {number(t.printed_activated)} ({t.activated_deviation:+.1%})"
+        )
+        if t.note:
+            lines.append(f"  {t.note}")
+    rows = [(part.replace("_", " "), number(n), f"{n / p.network:.1%}") for part, n in p.by_part.items() if n]
+    return [*lines, table(rows)]
+
+
+def _layout(cost: Cost) -> list[str]:
+    at = cost.layout
+    dense = f"dense view: dp_replicate {at.dp_replicate} x dp_shard {at.dp_shard} x tp {at.tp}"
+    return [
+        f"{dense}; sparse view: edp {at.edp} x ep {at.ep}",
+        f"{at.microbatch} images per rank and microbatch, "
+        f"{_count(at.microbatches, 'microbatch', 'microbatches')} a step; "
+        f"checkpointing {at.activation_checkpointing}, overlap_chunks {at.overlap_chunks}",
+    ]
+
+
+def _memory(plan: Plan) -> list[Line]:
+    memory, room = plan.cost.memory, plan.cfg.cluster.gpu_memory
+    parts = {**dataclasses.asdict(memory), "total": memory.total}
+    apart = parts.pop("never_together")
+    rows = [
+        (name, size(value), f"{value / room:.1%}", "#" * round(BAR * value / max(room, memory.total)))
+        for name, value in parts.items()
+        if value
+    ]
+    if apart:
+        rows.insert(-1, ("gradients and activations do not peak together", size(-apart), f"{-apart / room:.1%}", ""))
+    nodes = f"this layout fits from {_count(plan.min_nodes, 'node')} on" if plan.min_nodes else "this layout never fits"
+    any_layout = f", any layout from {_count(plan.suggested_min_nodes, 'node')} on" if plan.suggested_min_nodes else ""
+    return [table(rows), f"{nodes}{any_layout}; a checkpoint is {size(plan.checkpoint_bytes)}"]
+
+
+def _step(cost: Cost) -> list[Line]:
+    s, f, at = cost.step_time, cost.flops, cost.layout
+    rows = [
+        ("matrix products", s.products, None),
+        ("element-wise", s.elementwise, None),
+        ("optimizer", s.optimizer, None),
+        *([("expert exchange", s.exchange, s.exchange_exposed)] if at.ep > 1 else []),
+        *([("weights and gradients", s.weights, s.weights_exposed)] if at.dp > 1 else []),
+        *([("tensor parallel", s.tensor_parallel, s.tensor_parallel)] if at.tp > 1 else []),
+    ]
+    return [
+        f"{seconds(s.seconds)} (between {seconds(s.best)} with all communication hidden "
+        f"and {seconds(s.worst)} with none)",
+        f"MFU {s.mfu:.1%}, ceiling {s.mfu_ceiling:.1%}; {number(s.tokens_per_second)} tokens/s, "
+        f"{s.images_per_second_per_gpu:.3g} images/s/GPU",
+        f"model FLOPs {_pflop(f.model)}; recomputed {_pflop(f.recompute)}; frozen encoders {_pflop(f.frozen_encoders)}",
+        table([(what, seconds(all_), "" if out is None else f"{seconds(out)} exposed") for what, all_, out in rows]),
+    ]
+
+
+def _traffic(plan: Plan) -> list[Line]:
+    flows = plan.cost.traffic
+    if not flows:
+        return []
+    header = ("collective", "ranks", "calls", "buffer", "in node", "between", "what")
+    rows = [
+        (
+            f.kind.replace("_", "-"),
+            str(f.ranks),
+            str(f.calls),
+            *map(size, (f.message, f.intra_node, f.inter_node)),
+            f.purpose,
+        )
         for f in flows
     ]
-    return {**{kind: total(kind) for kind in KINDS}, "flows": by_purpose}
+    lines: list[Line] = [table(rows, header=header)]
+    if any(f.kind == "all_to_all" for f in flows):
+        lines.append(
+            f"an exchange sends {size(exchange_bytes(plan.cfg, plan.cost.layout))} per rank, direction and layer"
+        )
+    return lines
 
 
-def suggestion_json(cost: Cost) -> dict[str, Any]:
-    return {
-        "layout": layout_json(cost.layout),
-        "overrides": list(overrides(cost.layout)),
-        "memory_total": cost.memory.total,
-        "seconds": cost.step_time.seconds,
-        "mfu": cost.step_time.mfu,
-    }
+def _suggestion(plan: Plan) -> list[str]:
+    best = plan.suggested
+    if best is None:
+        return []
+    gain = f", {plan.cost.step_time.seconds / best.step_time.seconds:.2f} times as fast" if plan.fits else ""
+    return [
+        f"{seconds(best.step_time.seconds)} a step, {best.step_time.mfu:.0%} MFU, "
+        f"{_of(best.memory.total, plan.cfg.cluster.gpu_memory)}{gain}",
+        " ".join(overrides(best.layout)),
+    ]
+
+
+# --- human units -----------------------------------------------------------------------------------------------
+
+
+def table(rows: Iterable[Sequence[str]], *, header: Sequence[str] = ()) -> Table:
+    """Columns as wide as their widest cell; all but the first and the last to the right."""
+    rows = list(rows)
+    grid = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_header=bool(header), header_style=None)
+    last = len(rows[0]) - 1
+    for n, name in enumerate(header or rows[0]):
+        grid.add_column(name, justify="left" if n in (0, last) else "right", no_wrap=True)
+    for row in rows:
+        grid.add_row(*row)
+    return grid
+
+
+def number(value: float) -> str:
+    """1234567 -> 1.23M."""
+    for unit, scale in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if abs(value) >= scale:
+            return f"{value / scale:.2f}{unit}"
+    return f"{value:.0f}"
+
+
+def size(value: float) -> str:
+    """Bytes in decimal units, as GPUs and links are sold."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        if abs(value) >= scale:
+            return f"{value / scale:.1f} {unit}"
+    return f"{value:.0f} B"
+
+
+def seconds(value: float) -> str:
+    return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.0f} ms"
+
+
+def duration(value: float) -> str:
+    for unit, scale in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if value >= 2 * scale:
+            return f"{value / scale:.1f} {unit}"
+    return f"{value:.0f} s"
+
+
+def _of(value: float, room: float) -> str:
+    return f"{value / 1e9:.1f} of {room / 1e9:.0f} GB" if room >= 1e9 else f"{size(value)} of {size(room)}"
+
+
+def _count(value: int | None, name: str, plural: str | None = None) -> str:
+    return f"{value} {name if value == 1 else plural or name + 's'}"
+
+
+def _pflop(value: float) -> str:
+    return f"{value / 1e15:.2f} PFLOP" if value >= 1e13 else f"{value / 1e12:.3g} TFLOP"

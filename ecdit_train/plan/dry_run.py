@@ -1,45 +1,117 @@
-"""Dry run: the real model and the real parallelisation at the full world size, on one CPU process with fake tensors.
+"""Dry run: the real model and the real parallelisation at the full world size, on one CPU process with fake tensors,
+held against the formulas of the plan.
 
 A fake process group answers for all other ranks and fake tensors have shapes but no memory, so 97 billion parameters
 on 512 ranks take a minute and less than a gigabyte. One forward and one backward of rank 0 run with every collective
 issued and logged; live bytes are tracked by category. What it does not see: values, compiled graphs (blocks run in
 eager mode), NCCL and CUDA's allocator.
 
-It owns the process group, so it needs a process of its own: call it from a fresh one, or
-
-    python -m ecdit_train.plan.dry_run --world 512 [--json] experiment=ec_dit_m_64e
+It owns the process group, so it needs a process of its own: `ecdit plan --dry-run`.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
-import logging
 import resource
-import sys
 import time
-import warnings
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from ecdit_train.config.schema import OptimConfig, RunConfig
+from ecdit_train.config.schema import RunConfig
 from ecdit_train.errors import ConfigError, EcditError, Problem
-from ecdit_train.model.dit import DiT
 from ecdit_train.model.embed import Text
 from ecdit_train.parallel.apply import parallelize
 from ecdit_train.parallel.mesh import make_mesh
 
-from . import layout as layout_
-from .collective_log import Collective, CollectiveLog
+from . import memory, slots, traffic
+from .document import seconds, show, size, table
+from .layout import resolve, units
 from .plan import Plan
+
+MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+"""The run's own optimizer over parameters, its state made: training gives `train.optim.make_optimizer`."""
+
+# --- what is sent ------------------------------------------------------------------------------------------------
+
+_RULES = {
+    "c10d::_allgather_base_": ("all_gather", 0, 2),
+    "c10d::_reduce_scatter_base_": ("reduce_scatter", 1, 2),
+    "c10d::allreduce_": ("all_reduce", 0, 1),
+    "c10d::alltoall_base_": ("all_to_all", 1, 2),
+    "_c10d_functional::all_reduce": ("all_reduce", 0, 2),
+    "_c10d_functional::all_reduce_": ("all_reduce", 0, 2),
+    "_c10d_functional::all_to_all_single": ("all_to_all", 0, 3),
+    "ecdit::expert_exchange": ("all_to_all", 0, 1),
+}
+"""Op name -> kind, position of the full buffer (or list of buffers) and position of the group among the arguments."""
+
+_NO_BYTES = {"_c10d_functional::wait_tensor", "c10d::barrier", "c10d::monitored_barrier_"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collective:
+    """Calls of one kind over groups of one size; bytes of the full buffers, summed (as traffic.py counts them)."""
+
+    kind: str
+    ranks: int
+    calls: int
+    bytes: int
+
+
+class CollectiveLog(TorchDispatchMode):
+    """Use as a context; groups of one rank are left out, because they send nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._calls: Counter[tuple[str, int]] = Counter()
+        self._bytes: Counter[tuple[str, int]] = Counter()
+        self.unknown: Counter[str] = Counter()
+        """Collectives that the table does not know; a dry run refuses to compare while there are any."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name
+        if name in _RULES:
+            kind, buffer, group = _RULES[name]
+            ranks = _size(args[group])
+            if ranks > 1:
+                self._calls[kind, ranks] += 1
+                self._bytes[kind, ranks] += _nbytes(args[buffer])
+        elif "c10d" in name and name not in _NO_BYTES:
+            self.unknown[name] += 1
+        return func(*args, **(kwargs or {}))
+
+    def collectives(self) -> tuple[Collective, ...]:
+        """Everything seen, sorted by kind and group size."""
+        return tuple(
+            Collective(kind=kind, ranks=ranks, calls=calls, bytes=self._bytes[kind, ranks])
+            for (kind, ranks), calls in sorted(self._calls.items())
+        )
+
+
+def _size(group: Any) -> int:
+    """Ranks of a group that an op names by a string or carries as an object."""
+    if isinstance(group, str):
+        return dist.distributed_c10d._resolve_process_group(group).size()  # type: ignore[arg-type]
+    return (group if isinstance(group, dist.ProcessGroup) else dist.ProcessGroup.unbox(group)).size()
+
+
+def _nbytes(buffer: Any) -> int:
+    tensors = [buffer] if isinstance(buffer, Tensor) else buffer
+    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
+
+
+# --- one microbatch ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +125,7 @@ class DryRun:
     gradients: int
     """Sharded gradients after backward."""
     optimizer: int
-    """State after one optimizer step."""
+    """Its state."""
     gathered: int
     """Compute copies that are alive between forward and backward."""
     activations_kept: int
@@ -67,7 +139,7 @@ class DryRun:
     """Memory that this process itself needed."""
 
 
-def dry_run(cfg: RunConfig, *, world: int) -> DryRun:
+def dry_run(cfg: RunConfig, *, world: int, make_optimizer: MakeOptimizer) -> DryRun:
     """Run one microbatch of `cfg` on rank 0 of `world` fake ranks. Blocks run in eager mode whatever
     `parallel.compile` says.
 
@@ -79,22 +151,19 @@ def dry_run(cfg: RunConfig, *, world: int) -> DryRun:
         raise ConfigError(Problem(field="world", value=world, rule="a dry run needs at least two ranks", nearest=2))
     if dist.is_initialized():
         raise EcditError("a dry run owns the process group: start it in a process of its own")
-    layout_.resolve(cfg, world=world)
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
+    resolve(cfg, world=world)
     started = time.monotonic()
     dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
     try:
-        return _run(cfg, world=world, started=started)
+        return _run(cfg, world=world, started=started, make_optimizer=make_optimizer)
     finally:
         dist.destroy_process_group()
 
 
-def _run(cfg: RunConfig, *, world: int, started: float) -> DryRun:
+def _run(cfg: RunConfig, *, world: int, started: float, make_optimizer: MakeOptimizer) -> DryRun:
     parallel = dataclasses.replace(cfg.parallel, compile=False)
     mesh = make_mesh(parallel, device_type="cpu", world=world)
-    with torch.device("meta"):
-        model = DiT(cfg.model, cfg.moe, channels=cfg.encoders.image.channels, text_features=cfg.encoders.text.width)
+    model = slots.network(cfg)
     parallelize(model, mesh=mesh, parallel=parallel, precision=cfg.train.precision)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
@@ -109,9 +178,9 @@ def _run(cfg: RunConfig, *, world: int, started: float) -> DryRun:
                 loss = loss + prediction.balance_loss
             loss.backward()
         if log.unknown:
-            raise AssertionError(f"collectives without a rule in collective_log: {dict(log.unknown)}")
+            raise AssertionError(f"collectives without a rule: {dict(log.unknown)}")
         peak, after_backward = _snapshot(tracker, "peak"), _snapshot(tracker, "current")
-        optimizer = _optimizer_bytes(cfg.optim, model)
+        optimizer = _state_bytes(make_optimizer(list(model.parameters())))
     return DryRun(
         world=world,
         collectives=log.collectives(),
@@ -129,32 +198,23 @@ def _run(cfg: RunConfig, *, world: int, started: float) -> DryRun:
 
 def _batch(cfg: RunConfig) -> dict[str, Any]:
     """Arguments of the network for one microbatch; shapes and types as the training step makes them."""
-    images, text, side = cfg.train.microbatch, cfg.encoders.text, cfg.latent_side
+    images, tokens, side = cfg.train.microbatch, slots.text_tokens(cfg), cfg.latent_side
     whole = cfg.tokens_per_image == cfg.patches_per_image
     return {
-        "latents_BCHW": torch.empty(images, cfg.encoders.image.channels, side, side),
+        "latents_BCHW": torch.empty(images, slots.latent_channels(cfg), side, side),
         "t_B": torch.empty(images),
         "text": Text(
-            features_BLX=torch.empty(images, text.max_tokens, text.width),
-            mask_BL=torch.empty(images, text.max_tokens, dtype=torch.bool),
+            features_BLX=torch.empty(images, tokens, slots.text_features(cfg)),
+            mask_BL=torch.empty(images, tokens, dtype=torch.bool),
             drop_B=torch.empty(images, dtype=torch.bool),
         ),
         "keep_BK": None if whole else torch.empty(images, cfg.tokens_per_image, dtype=torch.int64),
     }
 
 
-def _optimizer_bytes(optim: OptimConfig, model: nn.Module) -> int:
-    """One step of the real optimizer; bytes of the state that this rank holds."""
-    params = list(model.parameters())
-    optimizer: torch.optim.Optimizer
-    if optim.kind == "rmsprop":
-        optimizer = torch.optim.RMSprop(params, lr=optim.lr, alpha=optim.decay, momentum=optim.momentum, foreach=True)
-    else:
-        optimizer = torch.optim.AdamW(params, lr=optim.lr, foreach=True)
-    optimizer.step()
-    tensors = [
-        v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor) and v.dim()
-    ]
+def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the optimizer's state that this rank holds; counters (no dimension) are left out."""
+    tensors = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor) and t.dim()]
     local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
     return sum(t.numel() * t.element_size() for t in local)
 
@@ -169,49 +229,97 @@ def _snapshot(tracker: FSDPMemTracker, moment: str) -> dict[str, int]:
     return out
 
 
+# --- against the formulas ----------------------------------------------------------------------------------------
+
+
+TOLERANCE = 0.10
+"""A formula may be this far from the dry run, relative."""
+
+AFTER_BACKWARD = ("broadcast",)
+"""Kinds that only clipping issues (parallel/grads.agree): a dry run ends with backward, so there is nothing to compare."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """One quantity, computed twice; bytes of one rank and one microbatch."""
+
+    name: str
+    formula: float
+    measured: float
+
+    @property
+    def relative(self) -> float:
+        """formula / measured - 1; 0 where both are nothing."""
+        if not self.measured:
+            return 0.0 if not self.formula else float("inf")
+        return self.formula / self.measured - 1
+
+    @property
+    def within(self) -> bool:
+        return abs(self.relative) <= TOLERANCE
+
+
+def compare(plan: Plan, ran: DryRun) -> tuple[Difference, ...]:
+    """Collectives by kind (without AFTER_BACKWARD), then memory by part. The dry run is one microbatch, so the formulas
+    are asked about one as well."""
+    cfg, parameters = plan.cfg, plan.parameters
+    layout = dataclasses.replace(plan.cost.layout, microbatches=1)
+    flows = [flow for flow in traffic.per_step(cfg, parameters, layout) if flow.kind not in AFTER_BACKWARD]
+    kinds = sorted({flow.kind for flow in flows} | {c.kind for c in ran.collectives})
+    rows = [
+        Difference(
+            name=kind,
+            formula=sum(f.message for f in flows if f.kind == kind),
+            measured=sum(c.bytes for c in ran.collectives if c.kind == kind),
+        )
+        for kind in kinds
+    ]
+    m, root = memory.estimate(cfg, parameters, layout), units(cfg, parameters, layout)[0]
+    running = m.parameters + m.gradients + m.gathered + m.communication + m.activations - m.never_together
+    between = root.gathered_bytes if layout.reshard_after_forward else m.gathered
+    pairs = (
+        ("parameters", m.parameters, ran.parameters),
+        ("gradients", m.gradients, ran.gradients),
+        ("optimizer", m.optimizer, ran.optimizer),
+        ("gathered between forward and backward", between, ran.gathered),
+        ("activations kept", memory.activations(cfg, layout).kept, ran.activations_kept),
+        ("peak of forward and backward", running, ran.peak),
+    )
+    return (*rows, *(Difference(name=name, formula=formula, measured=measured) for name, formula, measured in pairs))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Checked:
     """A dry run held against its plan."""
 
     document: dict[str, Any]
-    """Plain values: {"dry_run": ..., "differences": ...}."""
+    """Plain values: {"dry_run": {...}, "differences": [{name, formula, measured, relative, within}]}."""
     text: str
     within: bool
-    """Whether every formula is within `compare.TOLERANCE` of the dry run."""
+    """Whether every formula is within TOLERANCE of the dry run."""
 
 
-def check(plan: Plan) -> Checked:
+def check(plan: Plan, *, make_optimizer: MakeOptimizer) -> Checked:
     """Dry-run what was planned and compare; errors as in `dry_run`."""
-    from . import compare
-
-    ran = dry_run(plan.cfg, world=plan.cost.layout.world)
-    rows = compare.compare(plan, ran)
+    ran = dry_run(plan.cfg, world=plan.cost.layout.world, make_optimizer=make_optimizer)
+    rows = compare(plan, ran)
+    differences = [{**dataclasses.asdict(row), "relative": row.relative, "within": row.within} for row in rows]
     return Checked(
-        document=compare.to_json(ran, rows), text=compare.render(ran, rows), within=all(row.within for row in rows)
+        document={"dry_run": dataclasses.asdict(ran), "differences": differences},
+        text=render(ran, rows),
+        within=all(row.within for row in rows),
     )
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Entry of `python -m ecdit_train.plan.dry_run`: `ecdit plan --dry-run` without the plan; returns the exit code."""
-    from ecdit_train.config.compose import compose
-
-    from .plan import estimate
-
-    parser = argparse.ArgumentParser(prog="python -m ecdit_train.plan.dry_run", description=__doc__.splitlines()[0])
-    parser.add_argument("--world", type=int, help="ranks (default: cluster.nodes * cluster.gpus_per_node)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("overrides", nargs="*", help="key=value words, as for every ecdit command")
-    args = parser.parse_args(argv)
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
-    try:
-        checked = check(estimate(compose(args.overrides), world=args.world))
-    except EcditError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    print(json.dumps(checked.document) if args.json else checked.text)
-    return 0 if checked.within else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def render(ran: DryRun, rows: tuple[Difference, ...]) -> str:
+    """Verdict first, then formula and dry run side by side."""
+    off = [row.name for row in rows if not row.within]
+    verdict = f"formulas off by more than {TOLERANCE:.0%}: {', '.join(off)}" if off else f"all within {TOLERANCE:.0%}"
+    cells = [(r.name, size(r.formula), size(r.measured), f"{r.relative:+.1%}") for r in rows]
+    return show(
+        [
+            f"dry run of rank 0 of {ran.world}, one microbatch: {verdict} "
+            f"({seconds(ran.seconds)}, {size(ran.resident)} of memory)"
+        ],
+        {"formula and dry run": [table(cells, header=("", "formula", "dry run", "off"))]},
+    )

@@ -16,9 +16,7 @@ from dataclasses import dataclass
 from ecdit_train.config.schema import HEAD_DIM, RunConfig
 from ecdit_train.model.embed import TimestepEmbedding
 
-KL_ENCODER_FLOPS_PER_PIXEL = 4.13e6
-"""Forward of the encoder half of the usual four-level KL autoencoder (128-256-512-512 channels, 2 blocks each), per
-pixel."""
+from . import slots
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +25,6 @@ class Flops:
 
     by_part: dict[str, float]
     """Model FLOPs: forward + 2 x backward."""
-    attention_quadratic: float
-    """Share of `by_part` that grows with the square of the sequence (scores and weighted values)."""
     recompute: float
     """Forward again in the backward pass, from activation checkpointing."""
     frozen_encoders: float
@@ -49,17 +45,15 @@ def per_step(cfg: RunConfig, *, checkpointing: str) -> Flops:
     collectives and recomputes everything else of a block, so both modes repeat the blocks' forward."""
     m, images = cfg.model, cfg.train.global_batch
     d, q, kv = m.width, m.heads * HEAD_DIM, m.kv_heads * HEAD_DIM
-    S, L, Y, X = cfg.tokens_per_image, cfg.encoders.text.max_tokens, m.text_width, cfg.encoders.text.width
+    S, L, Y, X = cfg.tokens_per_image, slots.text_tokens(cfg), m.text_width, slots.text_features(cfg)
     T, TL = images * S, images * L
-    sparse = 0 if cfg.moe.router == "dense" else m.layers // 2
-    patch_values = m.patch**2 * cfg.encoders.image.channels
-    ffn = 2.0 * T * 2 * d * m.ffn_ratio * d
+    sparse, patch_values = slots.sparse_blocks(cfg), m.patch**2 * slots.latent_channels(cfg)
     blocks = {
         "self_attention": m.layers * (2.0 * T * (2 * d * q + 2 * d * kv) + 4.0 * T * S * q),
         "cross_attention": m.layers * (2.0 * T * 2 * d * q + 2.0 * TL * 2 * Y * q + 4.0 * T * L * q),
-        "dense_feed_forward": (m.layers - sparse) * ffn,
-        "experts": sparse * cfg.moe.capacity_factor * ffn,
-        "router": sparse * 2.0 * T * d * cfg.moe.experts,
+        "dense_feed_forward": (m.layers - sparse) * 2.0 * T * 2 * d * m.ffn_ratio * d,
+        "experts": sparse * T * slots.experts_per_token(cfg) * slots.expert_flops_per_row(cfg),
+        "router": sparse * T * slots.router_flops_per_token(cfg),
         "modulation": m.layers * 2.0 * images * 3 * d * d,
     }
     outside = {
@@ -73,17 +67,8 @@ def per_step(cfg: RunConfig, *, checkpointing: str) -> Flops:
     }
     by_part = {part: 3.0 * (blocks.get(part, 0.0) + outside.get(part, 0.0)) for part in {**outside, **blocks}}
     recompute = 0.0 if checkpointing == "none" else sum(blocks.values())
-    quadratic = 3.0 * m.layers * 4.0 * T * (S + L) * q
     return Flops(
         by_part=dict(sorted(by_part.items())),
-        attention_quadratic=quadratic,
         recompute=recompute,
-        frozen_encoders=images * _encoders_per_image(cfg),
+        frozen_encoders=images * slots.encoder_flops_per_image(cfg),
     )
-
-
-def _encoders_per_image(cfg: RunConfig) -> float:
-    """A T5 encoder costs 2 FLOPs per parameter and token; the KL encoder is counted per pixel."""
-    text, image = cfg.encoders.text, cfg.encoders.image
-    flops = 2.0 * text.parameters * text.max_tokens if text.kind == "t5" else 0.0
-    return flops + (KL_ENCODER_FLOPS_PER_PIXEL * cfg.data.resolution**2 if image.kind == "kl" else 0.0)

@@ -1,21 +1,23 @@
-"""How a run lies on the machines: degrees, batches per rank, and which links a group of ranks uses.
+"""How a run lies on the machines: degrees, batches per rank, which links a group of ranks uses, and how many elements
+of each sharding unit a rank gathers and holds.
 
-One set of ranks, two views; the right-most axis is the fastest:
-
-    dense view   rank = (replica * dp_shard + shard) * tp + tp_rank
-    sparse view  rank = edp_rank * ep + ep_rank
-
-with dp_replicate * dp_shard * tp == edp * ep == world, and nodes are consecutive runs of `gpus_per_node` ranks.
+Nodes are consecutive runs of `gpus_per_node` ranks; the rank arithmetic is that of parallel/degrees.py. FSDP shards
+unit by unit (parallel/fsdp.py): every block over `dp_shard`, its experts over `edp`, its router apart because it stays
+in fp32, and the rest of the network (root). Tensor parallelism splits attention and feed-forward matrices before that,
+expert parallelism the experts. Key and value heads are repeated where tp exceeds them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from ecdit_train.config.schema import RunConfig
+from ecdit_train.config.schema import HEAD_DIM, RunConfig
 from ecdit_train.config.validate import validate
 from ecdit_train.errors import ConfigError, Problem
-from ecdit_train.parallel.degrees import resolve_degrees
+from ecdit_train.parallel.degrees import Degrees, resolve_degrees
+
+from .parameters import Parameters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,15 +33,10 @@ class Group:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class Layout(Degrees):
     """Degrees resolved for a world, and what of the batch a rank sees at a time."""
 
-    world: int
     gpus_per_node: int
-    dp_replicate: int
-    dp_shard: int
-    tp: int
-    ep: int
     activation_checkpointing: str
     overlap_chunks: int
     reshard_after_forward: bool
@@ -48,24 +45,13 @@ class Layout:
     microbatches: int
     """Forward passes per optimizer step (gradient accumulation)."""
 
-    @property
-    def dp(self) -> int:
-        return self.dp_replicate * self.dp_shard
-
-    @property
-    def edp(self) -> int:
-        return self.world // self.ep
-
     def group(self, axis: str) -> Group:
         """The group of rank 0 along `axis`: tp, dp_shard, dp_replicate, ep, edp or world."""
-        stride, size = {
-            "tp": (1, self.tp),
-            "dp_shard": (self.tp, self.dp_shard),
-            "ep": (1, self.ep),
-            "edp": (self.ep, self.edp),
-            "dp_replicate": (self.tp * self.dp_shard, self.dp_replicate),
-            "world": (1, self.world),
-        }[axis]
+        stride = {"dp_shard": self.tp, "edp": self.ep, "dp_replicate": self.tp * self.dp_shard}.get(axis, 1)
+        return self.group_of(getattr(self, axis), stride=stride)
+
+    def group_of(self, size: int, *, stride: int = 1) -> Group:
+        """`size` ranks from 0, `stride` apart."""
         return Group(size=size, per_node=min(size, max(1, -(-self.gpus_per_node // stride))))
 
 
@@ -78,18 +64,85 @@ def resolve(cfg: RunConfig, *, world: int) -> Layout:
     if world < 1:
         raise ConfigError(Problem(field="world", value=world, rule="must be at least 1", nearest=1))
     validate(cfg, world=world)
-    degrees = resolve_degrees(cfg.parallel, world)
-    p = cfg.parallel
+    degrees, p = resolve_degrees(cfg.parallel, world), cfg.parallel
     return Layout(
-        world=world,
+        **vars(degrees),
         gpus_per_node=cfg.cluster.gpus_per_node,
-        dp_replicate=degrees.dp_replicate,
-        dp_shard=degrees.dp_shard,
-        tp=degrees.tp,
-        ep=degrees.ep,
         activation_checkpointing=p.activation_checkpointing,
         overlap_chunks=p.overlap_chunks,
         reshard_after_forward=p.reshard_after_forward,
         microbatch=cfg.train.microbatch,
         microbatches=cfg.train.global_batch // (degrees.dp * cfg.train.microbatch),
     )
+
+
+def element_bytes(cfg: RunConfig) -> int:
+    """Bytes of one element of the compute type."""
+    return {"fp32": 4, "bf16": 2}[cfg.train.precision]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unit:
+    """One kind of sharding unit; elements, not bytes."""
+
+    name: str
+    count: int
+    """How many such units the network has."""
+    gathered: int
+    """Elements of one unit after its all-gather: the part of this tp or ep rank."""
+    axis: str
+    """The axis it is sharded over: dp_shard or edp."""
+    shards: int
+    bytes_each: int
+    """Bytes per gathered element: the compute type, fp32 for routers."""
+    replicated: int
+    """Of the gathered elements, those that all tp ranks hold alike."""
+    repeated: int
+    """And those of key and value heads that tp / kv_heads ranks hold alike (none while there are enough heads)."""
+
+    @property
+    def gathered_bytes(self) -> int:
+        """One unit after its all-gather."""
+        return self.gathered * self.bytes_each
+
+    @property
+    def held(self) -> float:
+        """Elements of all units of this kind that a rank keeps."""
+        return self.count * self.gathered / self.shards
+
+
+def units(cfg: RunConfig, parameters: Parameters, layout: Layout) -> tuple[Unit, ...]:
+    """Root, dense blocks, sparse blocks, routers, experts; kinds that do not occur are left out."""
+    p, m, tp, c = parameters, cfg.model, layout.tp, element_bytes(cfg)
+    q, kv = m.heads * HEAD_DIM, m.kv_heads * HEAD_DIM
+    kv_here = max(m.kv_heads // tp, 1) * HEAD_DIM
+    split = 4 * m.width * q + 2 * m.text_width * q  # query and out of both attentions, key and value of the text
+    attention = split + 2 * m.width * kv  # nothing of it is replicated
+    attention_saved = split - split // tp + 2 * m.width * (kv - kv_here)
+    feed_forward = 2 * m.width * m.width * m.ffn_ratio
+    repeated = 2 * m.width * kv_here if tp > m.kv_heads else 0
+
+    def unit(name: str, count: int, gathered: int, *, alike: int = 0, twice: int = 0, **other: Any) -> Unit:
+        common: dict[str, Any] = {"axis": "dp_shard", "shards": layout.dp_shard, "bytes_each": c}
+        return Unit(name=name, count=count, gathered=gathered, replicated=alike, repeated=twice, **common | other)
+
+    kinds = (
+        unit("root", 1, p.root, alike=p.root),
+        unit(
+            "dense block",
+            p.dense_blocks,
+            p.dense_per_block - attention_saved - (feed_forward - feed_forward // tp),
+            alike=p.dense_per_block - attention - feed_forward,
+            twice=repeated,
+        ),
+        unit(
+            "sparse block",
+            p.sparse_blocks,
+            p.sparse_per_block - attention_saved,
+            alike=p.sparse_per_block - attention,
+            twice=repeated,
+        ),
+        unit("router", p.sparse_blocks, p.router_per_block, alike=p.router_per_block, bytes_each=4),
+        unit("experts", p.sparse_blocks, p.experts_per_block // layout.ep, axis="edp", shards=layout.edp),
+    )
+    return tuple(kind for kind in kinds if kind.count)

@@ -1,13 +1,12 @@
-"""Parameters by part, counted on the real network built on the meta device (no memory, a second for 97 billion)."""
+"""Parameters by part, counted on the real network on the meta device, and the printed counts of the paper's Table 1."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from ecdit_train.config.schema import RunConfig
-from ecdit_train.model.dit import DiT
+
+from . import slots
 
 PARTS = (
     "embedding",
@@ -41,8 +40,8 @@ class Parameters:
     """Parameters of all experts of one sparse block."""
     dense_blocks: int
     sparse_blocks: int
-    text_encoder: int
-    image_codec: int
+    encoders: int
+    """Frozen text encoder and image codec."""
     active_experts: float
     """Experts' parameters that work on a mean token: f_c / E of them."""
 
@@ -50,11 +49,6 @@ class Parameters:
     def network(self) -> int:
         """The trained network (DiT only)."""
         return sum(self.by_part.values())
-
-    @property
-    def encoders(self) -> int:
-        """Frozen text encoder and image codec."""
-        return self.text_encoder + self.image_codec
 
     @property
     def total(self) -> int:
@@ -69,8 +63,7 @@ class Parameters:
 
 def count(cfg: RunConfig) -> Parameters:
     """Build the network on the meta device and count."""
-    with torch.device("meta"):
-        model = DiT(cfg.model, cfg.moe, channels=cfg.encoders.image.channels, text_features=cfg.encoders.text.width)
+    model = slots.network(cfg)
     by_part = dict.fromkeys(PARTS, 0)
     root = 0
     blocks = [[0, 0, 0] for _ in model.blocks]  # per block: experts, router, everything else
@@ -85,7 +78,6 @@ def count(cfg: RunConfig) -> Parameters:
     sparse = [tuple(block) for block in blocks if block[0]]
     assert max(len(set(dense)), len(set(sparse))) <= 1, "blocks of one kind differ in size"
     experts_each, router_each, sparse_each = sparse[0] if sparse else (0, 0, 0)
-    share = cfg.moe.capacity_factor / cfg.moe.experts
     return Parameters(
         by_part=by_part,
         root=root,
@@ -95,9 +87,8 @@ def count(cfg: RunConfig) -> Parameters:
         experts_per_block=experts_each,
         dense_blocks=len(dense),
         sparse_blocks=len(sparse),
-        text_encoder=cfg.encoders.text.parameters,
-        image_codec=cfg.encoders.image.parameters,
-        active_experts=by_part["experts"] * share,
+        encoders=slots.encoder_parameters(cfg),
+        active_experts=by_part["experts"] * slots.experts_per_token(cfg) / max(slots.num_experts(cfg), 1),
     )
 
 
@@ -123,3 +114,69 @@ def part_of(name: str) -> str:
         if key in name:
             return part
     raise AssertionError(f"parameter {name} belongs to no part")
+
+
+# --- the paper's Table 1 ------------------------------------------------------------------------------------------
+
+SHAPES: dict[tuple[int, int, int, int], str] = {
+    (28, 1152, 18, 6): "XL",
+    (38, 1536, 24, 6): "XXL",
+    (42, 2304, 36, 6): "3XL",
+    (46, 3072, 48, 12): "M",
+    (38, 3072, 48, 12): "M",
+}
+"""(layers, width, heads, kv_heads) -> row. The dense M has 46 layers, M-64E has 38."""
+
+PRINTED: dict[tuple[str, int], tuple[float, float]] = {
+    ("XL", 0): (1.47, 1.47),
+    ("XL", 8): (2.51, 1.62),
+    ("XL", 16): (3.70, 1.62),
+    ("XL", 32): (6.08, 1.62),
+    ("XXL", 0): (2.35, 2.35),
+    ("XXL", 8): (4.87, 2.71),
+    ("XXL", 16): (7.73, 2.71),
+    ("XXL", 32): (13.47, 2.71),
+    ("3XL", 0): (4.50, 4.50),
+    ("3XL", 8): (10.74, 5.18),
+    ("3XL", 16): (17.87, 5.18),
+    ("3XL", 32): (32.15, 5.18),
+    ("M", 0): (8.03, 8.03),
+    ("M", 64): (97.21, 8.27),
+}
+"""(row, experts) -> (total, activated) in billions, as printed; experts = 0 is the dense column."""
+
+NOTE_3XL = (
+    "the printed 5.18B activated for 3XL does not follow from the paper's own rule (dense + one more feed-forward "
+    "in each of 21 sparse layers is 5.39B); every other row does"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table1:
+    """A row of Table 1 next to what the network has; sizes in parameters, deviations relative."""
+
+    row: str
+    printed_total: float
+    total_deviation: float
+    printed_activated: float
+    activated_deviation: float
+    note: str | None
+
+
+def table1(cfg: RunConfig, parameters: Parameters) -> Table1 | None:
+    """The row of Table 1 that this network is, or None. Token-choice baselines have no row, though their sizes are
+    the same."""
+    m, experts = cfg.model, slots.table1_experts(cfg)
+    name = SHAPES.get((m.layers, m.width, m.heads, m.kv_heads))
+    printed = PRINTED.get((name, experts)) if name and experts is not None else None
+    if printed is None or (name == "M" and (m.layers == 46) != (experts == 0)):
+        return None
+    total, activated = printed[0] * 1e9, printed[1] * 1e9
+    return Table1(
+        row=f"{name}-{experts}E" if experts else f"{name} dense",
+        printed_total=total,
+        total_deviation=parameters.total / total - 1,
+        printed_activated=activated,
+        activated_deviation=parameters.activated / activated - 1,
+        note=NOTE_3XL if name == "3XL" and experts else None,
+    )

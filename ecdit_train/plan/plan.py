@@ -1,5 +1,5 @@
-"""The plan of a run: what it would cost, whether it fits, and a better layout if there is one. CPU only, no process
-group."""
+"""The plan of a run: what it would cost, whether it fits, a better layout if there is one, and what wastes the machine.
+CPU only, no process group."""
 
 from __future__ import annotations
 
@@ -7,30 +7,16 @@ from dataclasses import dataclass
 
 from ecdit_train.config.schema import RunConfig
 
-from . import flops as flops_
-from . import layout as layout_
-from . import memory as memory_
 from . import parameters as parameters_
-from . import step_time as step_time_
-from . import table1, traffic
-from .flops import Flops
-from .layout import Layout
-from .memory import EMA, MASTER, OPTIMIZER, Memory
-from .parameters import Parameters
-from .step_time import StepTime
-from .traffic import Flow
+from . import search, slots
+from .cost import Cost, cost
+from .layout import resolve
+from .memory import MASTER
+from .parameters import Parameters, Table1, table1
 
-
-@dataclass(frozen=True, kw_only=True)
-class Cost:
-    """What one layout costs."""
-
-    layout: Layout
-    flops: Flops
-    memory: Memory
-    traffic: tuple[Flow, ...]
-    step_time: StepTime
-    fits: bool
+FEW_ROWS = 512
+"""Rows per expert and GPU below which batched products lose efficiency on an H100 (facts: 360 instead of 559
+TFLOP/s)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,28 +34,12 @@ class Plan:
     """The fastest layout found on the same ranks; None when nothing fits or the configured one is within 2 %."""
     suggested_min_nodes: int | None
     """Fewest nodes on which any layout that was searched fits."""
-    table1: table1.Comparison | None
+    table1: Table1 | None
     warnings: tuple[str, ...]
 
     @property
     def fits(self) -> bool:
         return self.cost.fits
-
-
-def cost(cfg: RunConfig, parameters: Parameters, layout: Layout) -> Cost:
-    """Pure arithmetic; microseconds."""
-    flops = flops_.per_step(cfg, checkpointing=layout.activation_checkpointing)
-    memory = memory_.estimate(cfg, parameters, layout)
-    flows = traffic.per_step(cfg, parameters, layout)
-    step = step_time_.estimate(cfg, layout, flops=flops, memory=memory, flows=flows)
-    return Cost(
-        layout=layout,
-        flops=flops,
-        memory=memory,
-        traffic=flows,
-        step_time=step,
-        fits=memory.total <= cfg.cluster.gpu_memory,
-    )
 
 
 def estimate(cfg: RunConfig, *, world: int | None = None) -> Plan:
@@ -78,23 +48,107 @@ def estimate(cfg: RunConfig, *, world: int | None = None) -> Plan:
     Raises:
         ConfigError: everything that does not divide, each with the nearest valid value.
     """
-    from . import suggest, warn  # both price layouts with `cost`
-
     world = cfg.cluster.nodes * cfg.cluster.gpus_per_node if world is None else world
-    layout = layout_.resolve(cfg, world=world)
+    layout = resolve(cfg, world=world)
     parameters = parameters_.count(cfg)
     here = cost(cfg, parameters, layout)
-    best = suggest.best(cfg, parameters, world=world)
+    best = search.best(cfg, parameters, world=world)
     faster = best is not None and (not here.fits or best.step_time.seconds < 0.98 * here.step_time.seconds)
     suggested = best if faster else None
     return Plan(
         cfg=cfg,
         parameters=parameters,
         cost=here,
-        checkpoint_bytes=parameters.network * (MASTER + OPTIMIZER + (EMA if cfg.optim.ema_decay > 0 else 0)),
-        min_nodes=suggest.min_nodes(cfg, parameters),
+        checkpoint_bytes=parameters.network * (MASTER + slots.optimizer_state_bytes(cfg) + slots.average_bytes(cfg)),
+        min_nodes=search.min_nodes(cfg, parameters),
         suggested=suggested,
-        suggested_min_nodes=suggest.min_nodes_any(cfg, parameters),
-        table1=table1.compare(cfg.model, cfg.moe, total=parameters.total, activated=parameters.activated),
-        warnings=warn.warnings(cfg, here),
+        suggested_min_nodes=search.min_nodes_any(cfg, parameters),
+        table1=table1(cfg, parameters),
+        warnings=warnings(cfg, here),
+    )
+
+
+# --- warnings: choices that run but waste the machine ------------------------------------------------------------
+
+
+def warnings(cfg: RunConfig, cost: Cost) -> tuple[str, ...]:
+    """One sentence each, with the figure and the remedy; most expensive first."""
+    found = (
+        _memory(cfg, cost),
+        *(of(cost) for of in (_encoders, _recompute, _exchange, _weights, _tensor)),
+        _rows(cfg, cost),
+    )
+    return tuple(line for line in found if line)
+
+
+def _memory(cfg: RunConfig, cost: Cost) -> str | None:
+    share = cost.memory.total / cfg.cluster.gpu_memory
+    if share > 1:
+        return (
+            f"does not fit: {share:.2f} times the memory of a {cfg.cluster.gpu}; more nodes, a smaller "
+            "train.microbatch or more parallel.activation_checkpointing"
+        )
+    return f"{share:.0%} of the memory is planned; the estimate is 10 % accurate" if share > 0.92 else None
+
+
+def _encoders(cost: Cost) -> str | None:
+    share = cost.flops.frozen_encoders / cost.flops.total
+    if share < 0.05:
+        return None
+    return (
+        f"frozen encoders do {share:.0%} of all FLOPs in every step; store their outputs in the shards once "
+        "(encoders=shards)"
+    )
+
+
+def _recompute(cost: Cost) -> str | None:
+    if cost.layout.activation_checkpointing == "none":
+        return None
+    share = cost.flops.recompute / cost.flops.total
+    return (
+        f"activation checkpointing repeats {share:.0%} of the FLOPs; try a smaller train.microbatch with "
+        "parallel.activation_checkpointing=none first"
+    )
+
+
+def _exchange(cost: Cost) -> str | None:
+    group, step = cost.layout.group("ep"), cost.step_time
+    if group.nodes == 1 or step.exchange_exposed < 0.1 * step.seconds:
+        return None
+    return (
+        f"the expert exchange leaves the node and waits {step.exchange_exposed / step.seconds:.0%} of the step; "
+        "raise parallel.overlap_chunks or keep parallel.ep inside a node"
+    )
+
+
+def _weights(cost: Cost) -> str | None:
+    step = cost.step_time
+    if step.weights_exposed < 0.05 * step.seconds:
+        return None
+    return (
+        f"weights and gradients travel {step.weights_exposed / step.seconds:.0%} of the step longer than the work that "
+        "hides them; a larger train.microbatch or a larger parallel.ep sends less"
+    )
+
+
+def _tensor(cost: Cost) -> str | None:
+    if cost.layout.tp == 1:
+        return None
+    if cost.layout.group("tp").nodes > 1:
+        return f"parallel.tp = {cost.layout.tp} crosses nodes of {cost.layout.gpus_per_node} GPUs; keep it inside one"
+    share = cost.step_time.tensor_parallel / cost.step_time.seconds
+    return f"tensor parallelism costs {share:.0%} of the step; it is for layers that do not fit, not for speed"
+
+
+def _rows(cfg: RunConfig, cost: Cost) -> str | None:
+    if not slots.sparse_blocks(cfg) or cfg.cluster.gpu == "cpu":
+        return None
+    at = cost.layout
+    tokens = at.microbatch * cfg.tokens_per_image / at.tp
+    rows = tokens * slots.experts_per_token(cfg) * at.ep / slots.num_experts(cfg) / at.overlap_chunks
+    if rows >= FEW_ROWS:
+        return None
+    return (
+        f"an expert multiplies {rows:.0f} rows at a time; below {FEW_ROWS} a GPU's matrix products lose speed "
+        "(larger train.microbatch, larger parallel.ep or fewer overlap_chunks)"
     )

@@ -1,4 +1,4 @@
-"""Optimizers, the learning-rate schedule and the moving average of the weights."""
+"""The learning-rate schedule and the moving average of the weights; update rules are in `optimizers/`."""
 
 from __future__ import annotations
 
@@ -22,46 +22,6 @@ def learning_rate(step: int, config: OptimConfig, *, total_steps: int) -> float:
     if config.schedule == "linear":
         return config.lr * max(0.0, 1.0 - done)
     return config.lr
-
-
-def make_optimizer(params: list[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
-    """RMSProp with momentum (paper) or AdamW; weight decay is decoupled, p <- p (1 - lr wd), and spares vectors (norms, biases).
-
-    State is made now, not at the first step: its memory shows up at the start, and a checkpoint can be loaded into it.
-    """
-    matrices, vectors = [p for p in params if p.dim() > 1], [p for p in params if p.dim() <= 1]
-    groups = [{"params": group, "weight_decay": decay}
-              for group, decay in ((matrices, config.weight_decay), (vectors, 0.0)) if group]  # fmt: skip
-    optimizer: torch.optim.Optimizer
-    if config.kind == "rmsprop":
-        for group in groups:
-            group["weight_decay"] = (
-                0.0  # torch's RMSProp would add it to the gradient and divide it by the gradient's size
-            )
-        optimizer = torch.optim.RMSprop(
-            groups, lr=config.lr, alpha=config.decay, eps=config.eps, momentum=config.momentum, foreach=True
-        )
-        if config.weight_decay > 0 and matrices:
-            optimizer.register_step_pre_hook(_Decay(matrices, config.weight_decay))
-        names = ["square_avg"] + (["momentum_buffer"] if config.momentum > 0 else [])
-    else:
-        betas = (config.beta1, config.beta2)
-        optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, foreach=True)
-        names = ["exp_avg", "exp_avg_sq"]
-    for p in params:
-        optimizer.state[p] = {"step": torch.tensor(0.0), **{name: torch.zeros_like(p) for name in names}}
-    return optimizer
-
-
-class _Decay:
-    """Shrinks matrices by 1 - lr wd before a step, as AdamW does."""
-
-    def __init__(self, matrices: list[nn.Parameter], weight_decay: float) -> None:
-        self._matrices, self._weight_decay = [p.detach() for p in matrices], weight_decay
-
-    @torch.no_grad()
-    def __call__(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        torch._foreach_mul_(self._matrices, 1.0 - optimizer.param_groups[0]["lr"] * self._weight_decay)
 
 
 class Ema:

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from ecdit_train.config.schema import OptimConfig
 
-from .optim import Ema, make_optimizer
+from .optim import Ema
 
 
 @dataclass(kw_only=True)
 class TrainState:
-    """The model, what the optimizer remembers, the moving average and how many updates were made.
+    """The model with its buffers, what the optimizer remembers, the moving average and how many updates were made.
 
     The data position is the loader's own state; random numbers have no state.
     """
@@ -30,7 +30,7 @@ class TrainState:
     def fresh(cls, model: nn.Module, config: OptimConfig) -> TrainState:
         params = dict(model.named_parameters())
         ema = Ema(params, decay=config.ema_decay) if config.ema_decay > 0 else None
-        return cls(model=model, params=params, optimizer=make_optimizer(list(params.values()), config), ema=ema)
+        return cls(model=model, params=params, optimizer=config.optimizer.build(params, lr=config.lr), ema=ema)
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor to save or to load in place, by `part/parameter` name. Shards stay shards."""
@@ -42,7 +42,7 @@ class TrainState:
                     out[f"optim.{key}/{name}"] = value
             if self.ema is not None:
                 out[f"ema/{name}"] = self.ema.shadow[name]
-        return out
+        return out | {f"buffer/{name}": buffer for name, buffer in self.model.named_buffers()}
 
     def restore_step(self, step: int) -> None:
         """Set the count of updates, also where the optimizer keeps it per parameter."""

@@ -5,131 +5,123 @@ Legend: B images of one microbatch, C channels, H W latent height and width, K k
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ecdit_train.diffusion.flow import Flow, interpolate
+from ecdit_train.diffusion.microbatch import Microbatch
 from ecdit_train.errors import NonFiniteError
+from ecdit_train.model.assignment import Assignment
+from ecdit_train.model.dit import DiT
 from ecdit_train.model.embed import Text, patchify, take_tokens
-from ecdit_train.model.router import Assignment
-
-
-@dataclass(frozen=True, kw_only=True)
-class Microbatch:
-    """What the network trains on, on the device."""
-
-    position_B: Tensor
-    """Global positions of the samples in the training stream, int64; they key every random draw."""
-    latents_BCHW: Tensor
-    features_BLX: Tensor
-    mask_BL: Tensor
-
-
-class Spread(Protocol):
-    """What the step asks of the way the model is spread over ranks (`parallel` answers; one process does too)."""
-
-    def accumulate(self, *, last: bool) -> AbstractContextManager[Any]:
-        """Gradients are reduced over ranks only in the last microbatch."""
-        ...
-
-    def clip(self, *, max_norm: float) -> Tensor:
-        """Scale all gradients to a global norm of at most `max_norm`; returns the norm before, equal on all ranks."""
-        ...
-
-    def reduce(self, vector: Tensor, *, op: Literal["mean", "max", "sum"]) -> Tensor:
-        """The vector reduced over data-parallel ranks, the same on every rank."""
-        ...
+from ecdit_train.model.moe import MoE
+from ecdit_train.parallel.context import ParallelContext
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
+    """Numbers of one step over all ranks."""
+
     loss: float
-    balance_loss: float | None
-    """None for a router without one."""
+    auxiliary: Mapping[str, float]
+    """Routers' auxiliary losses by name, weights included."""
     grad_norm: float
+    """Before clipping."""
     assignments: tuple[Assignment, ...]
     """Of the last microbatch on this rank; device tensors."""
 
 
-def forward_backward(
-    model: nn.Module, microbatches: list[Microbatch], *, flow: Flow, pool: int, patch: int, spread: Spread
-) -> tuple[Tensor, Tensor, tuple[Assignment, ...]]:
-    """Accumulate the gradients of the mean loss over all microbatches; nothing here waits for the device.
+@dataclass(kw_only=True)
+class Accumulated:
+    """What the microbatches of a step left on this rank; device tensors."""
 
-    Returns the mean loss and balance loss of this rank (device scalars) and the last microbatch's assignments.
-    """
-    num = len(microbatches)
-    losses, balances, assignments = [], [], ()
+    losses: list[Tensor] = field(default_factory=list)
+    auxiliary: dict[str, list[Tensor]] = field(default_factory=dict)
+    assignments: list[tuple[Assignment, ...]] = field(default_factory=list)
+
+
+def forward_backward(
+    model: DiT, microbatches: list[Microbatch], *, flow: Flow, group_tokens: int, parallel: ParallelContext
+) -> Accumulated:
+    """Accumulate the gradients of the mean loss over all microbatches; nothing here waits for the device."""
+    num, done = len(microbatches), Accumulated()
     for n, micro in enumerate(microbatches):
         _, C, H, W = micro.latents_BCHW.shape
         draws = flow.draw(micro.position_B, shape=(C, H, W))
         x_t = interpolate(micro.latents_BCHW, draws.eps_BCHW, draws.t_B)
         text = Text(features_BLX=micro.features_BLX, mask_BL=micro.mask_BL, drop_B=draws.drop_B)
-        with spread.accumulate(last=n == num - 1):
-            prediction = model(x_t, t_B=draws.t_B, text=text, keep_BK=draws.keep_BK, pool=pool)
-            x_BKP, eps_BKP = (patchify(z, patch=patch) for z in (micro.latents_BCHW, draws.eps_BCHW))
+        with parallel.accumulate(last=n == num - 1):
+            prediction = model(x_t, t_B=draws.t_B, text=text, keep_BK=draws.keep_BK, group_tokens=group_tokens)
+            x_BKP, eps_BKP = (patchify(z, patch=model.patch) for z in (micro.latents_BCHW, draws.eps_BCHW))
             if draws.keep_BK is not None:
                 x_BKP, eps_BKP = take_tokens(x_BKP, draws.keep_BK), take_tokens(eps_BKP, draws.keep_BK)
             loss = flow.loss(prediction.patches_BKP, x_BKP=x_BKP, eps_BKP=eps_BKP, t_B=draws.t_B)
-            balance = prediction.balance_loss if prediction.balance_loss is not None else torch.zeros_like(loss)
-            ((loss + balance) / num).backward()
-        losses.append(loss.detach())
-        balances.append(balance.detach())
-        assignments = prediction.assignments
-    return torch.stack(losses).mean(), torch.stack(balances).mean(), assignments
+            auxiliary = prediction.losses
+            (sum(auxiliary.values(), loss) / num).backward()
+        done.losses.append(loss.detach())
+        for name, value in auxiliary.items():
+            done.auxiliary.setdefault(name, []).append(value.detach())
+        done.assignments.append(prediction.assignments)
+    return done
 
 
 def train_step(
     microbatches: list[Microbatch],
     *,
-    model: nn.Module,
+    parallel: ParallelContext,
     optimizer: torch.optim.Optimizer,
     lr: float,
     max_norm: float,
     flow: Flow,
-    pool: int,
-    patch: int,
-    spread: Spread,
+    group_tokens: int,
     after: Callable[[], None],
 ) -> StepResult:
-    """Gradients, one global norm, one look at the numbers, the update, then `after` (the moving average).
+    """Gradients, one global norm, one look at the numbers, the update of weights and of routers' buffers, then `after` (the moving average).
 
     Raises NonFiniteError before the update when the loss or the norm is not finite, on every rank alike: both numbers
     are already global. Reading them is the step's only wait for the device.
     """
-    loss, balance, assignments = forward_backward(model, microbatches, flow=flow, pool=pool, patch=patch, spread=spread)
-    norm = spread.clip(max_norm=max_norm)
-    means = spread.reduce(torch.stack([loss, balance]), op="mean")
-    loss_now, balance_now, norm_now = torch.cat([means, norm.reshape(1)]).tolist()
+    done = forward_backward(parallel.model, microbatches, flow=flow, group_tokens=group_tokens, parallel=parallel)
+    norm = parallel.clip(max_norm=max_norm)
+    own = [torch.stack(values).mean() for values in (done.losses, *done.auxiliary.values())]
+    means = parallel.reduce(torch.stack(own), op="mean")
+    loss_now, *auxiliary_now, norm_now = torch.cat([means, norm.reshape(1)]).tolist()
     if not all(map(_finite, (loss_now, norm_now))):
         raise NonFiniteError(f"loss {loss_now}, gradient norm {norm_now}: the update was not applied")
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    update_buffers(parallel, done.assignments)
     after()
-    balanced = any(a.balance_loss is not None for a in assignments)
     return StepResult(
-        loss=loss_now, balance_loss=balance_now if balanced else None, grad_norm=norm_now, assignments=assignments
+        loss=loss_now,
+        auxiliary=dict(zip(done.auxiliary, auxiliary_now, strict=True)),
+        grad_norm=norm_now,
+        assignments=done.assignments[-1],
     )
+
+
+@torch.no_grad()
+def update_buffers(parallel: ParallelContext, assignments: list[tuple[Assignment, ...]]) -> None:
+    """Give each router what it observed, averaged over the step's microbatches and all ranks: the same bits everywhere, so that the copies
+    of a buffer never drift apart. Nothing where no router observes anything."""
+    routers = [block.feed_forward.router for block in parallel.model.blocks if isinstance(block.feed_forward, MoE)]
+    means = [
+        {name: torch.stack([m[layer].observed[name] for m in assignments]).mean(0) for name in assignments[0][layer].observed}
+        for layer in range(len(routers))
+    ]
+    tensors = [value.float() for layer in means for value in layer.values()]
+    if not tensors:
+        return
+    agreed = iter(parallel.mean_of_first(torch.cat([t.flatten() for t in tensors])).split([t.numel() for t in tensors]))
+    for router, layer in zip(routers, means, strict=True):
+        if layer:
+            router.update_buffers({name: next(agreed).view_as(value) for name, value in layer.items()})
 
 
 def _finite(x: float) -> bool:
     return abs(x) < float("inf")
-
-
-def split(batch: Microbatch, *, size: int) -> Iterator[Microbatch]:
-    """A rank's share of the global batch, cut into microbatches of `size` consecutive images (whole routing groups)."""
-    for start in range(0, len(batch.position_B), size):
-        part = slice(start, start + size)
-        yield Microbatch(
-            position_B=batch.position_B[part],
-            latents_BCHW=batch.latents_BCHW[part],
-            features_BLX=batch.features_BLX[part],
-            mask_BL=batch.mask_BL[part],
-        )

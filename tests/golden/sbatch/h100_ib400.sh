@@ -29,6 +29,7 @@ endpoint="${hosts[0]}:$((20000 + (SLURM_JOB_ID * 8 + restart) % 10000))"
 export ECDIT_EXIT_FILE="$run/logs/exit-$SLURM_JOB_ID-$restart"
 rm -f "$ECDIT_EXIT_FILE"
 
+# PYTHONSAFEPATH: a launch.py or torch.py in this folder must not be imported in place of ours. PYTHONPATH still counts.
 # Slurm's warning (USR2, 600 s before the limit) reaches every process of the step: torchrun must ignore it, or it dies
 # of it; the ranks install their own handler, save and stop. On SIGTERM torchrun passes it on and kills what is left after
 # --shutdown-timeout (30 s if not said): the ranks get as long as before the limit. The flag came in March 2026 (pytorch pull
@@ -37,7 +38,7 @@ status=0
 srun \
   --cpus-per-task=96 \
   --kill-on-bad-exit=1 \
-  bash -c 'trap "" USR2; exec "$@"' worker \
+  bash -c 'trap "" USR2; export PYTHONSAFEPATH=1; exec "$@"' worker \
   python -m torch.distributed.run \
     --nnodes=1 --nproc-per-node=8 --max-restarts=0 --shutdown-timeout=600 \
     --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID.$restart" --rdzv-endpoint="$endpoint" \

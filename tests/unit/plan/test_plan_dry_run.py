@@ -8,17 +8,22 @@ import sys
 
 import pytest
 
-from ecdit_train.plan import compare
+from ecdit_train.plan.dry_run import Difference
 
 PEAK = "peak of forward and backward"
 
 
+def plan(*words, world):
+    """`ecdit plan --dry-run` in a process of its own."""
+    command = [sys.executable, "-c", "from ecdit_train.cli import main; main()", "plan", "--dry-run"]
+    return subprocess.run([*command, f"--world={world}", *words], capture_output=True, text=True, timeout=600)
+
+
 def dry_run(*words, world, except_for=()):
     """The dry run's JSON; fails the test unless formulas and dry run agreed (exit code 0) on all but `except_for`."""
-    command = [sys.executable, "-m", "ecdit_train.plan.dry_run", "--json", "--world", str(world), *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    done = plan(*words, "--json", world=world)
     assert done.stdout, done.stderr[-3000:]
-    tree = json.loads(done.stdout.splitlines()[-1])
+    tree = json.loads(done.stdout)
     off = [d for d in tree["differences"] if not d["within"]]
     assert [d for d in off if d["name"] not in except_for] == []
     assert done.returncode == int(bool(off))
@@ -53,6 +58,12 @@ def test_eight_ranks(layout):
     assert ("all_reduce" in found) == layout.startswith("tp2")
     ranks = {(c["kind"], c["ranks"]) for c in tree["dry_run"]["collectives"]}
     assert ("all_to_all", 2 if layout.startswith("tp2") else 8) in ranks
+
+
+@pytest.mark.parametrize("optim", [("optim=rmsprop", "optim.momentum=0"), ("optim=adamw",)])
+def test_the_optimizer_is_the_runs_own(optim):
+    found = by_name(dry_run("experiment=shapes_tiny", *optim, world=2))["optimizer"]
+    assert found["formula"] == found["measured"] > 0
 
 
 @pytest.mark.slow
@@ -94,14 +105,13 @@ def test_refuses_one_rank_and_bad_layouts():
         (("parallel.ep=3",), 8, "parallel.ep = 3"),
         (("parallel.ep=1",), 0, "world = 0: must be at least 1; nearest valid: 1"),
     ):
-        command = [sys.executable, "-m", "ecdit_train.plan.dry_run", "--world", str(world)]
-        done = subprocess.run([*command, "experiment=ec_dit_xl_8e", *words], capture_output=True, text=True)
+        done = plan("experiment=ec_dit_xl_8e", *words, world=world)
         assert done.returncode == 77
         assert text in done.stderr
 
 
 def test_difference():
-    assert compare.Difference(name="a", formula=0, measured=0).within
-    assert not compare.Difference(name="a", formula=1, measured=0).within
-    assert compare.Difference(name="a", formula=109, measured=100).within
-    assert not compare.Difference(name="a", formula=111, measured=100).within
+    assert Difference(name="a", formula=0, measured=0).within
+    assert not Difference(name="a", formula=1, measured=0).within
+    assert Difference(name="a", formula=109, measured=100).within
+    assert not Difference(name="a", formula=111, measured=100).within

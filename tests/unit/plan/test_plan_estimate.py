@@ -11,7 +11,7 @@ import pytest
 from ecdit_train import plan
 from ecdit_train.config.validate import validate
 from ecdit_train.errors import ConfigError
-from ecdit_train.plan import document, suggest
+from ecdit_train.plan import document, search
 
 GPU_PRESETS = ("ec_dit_xl_8e", "ec_dit_xxl_32e", "ec_dit_3xl_32e", "ec_dit_m_64e", "dense_m", "gshard_xl_8e")
 
@@ -99,7 +99,7 @@ def test_suggestion_is_valid_faster_and_fits(planned, cfg_of, name):
         return
     assert p.suggested.fits
     assert p.suggested.step_time.seconds < p.cost.step_time.seconds
-    words = suggest.overrides(p.suggested.layout)
+    words = search.overrides(p.suggested.layout)
     cfg = cfg_of(name, *words)
     validate(cfg, world=p.cost.layout.world)
     again = plan.estimate(cfg)

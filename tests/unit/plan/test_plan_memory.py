@@ -7,7 +7,7 @@ import dataclasses
 
 import pytest
 
-from ecdit_train.plan import activations, layout, memory, parameters, shards
+from ecdit_train.plan import layout, memory, parameters, slots
 
 GB = 1e9
 
@@ -35,7 +35,7 @@ def test_state_at_18_bytes_per_parameter(cfg_of, name, world, total, per_gpu):
     cfg = cfg_of(name)
     at, counted, m = of(cfg, world)
     assert 18 * counted.network / GB == pytest.approx(total, rel=0.03)
-    assert 18 * sum(u.held for u in shards.units(cfg, counted, at)) / GB == pytest.approx(per_gpu, rel=0.03)
+    assert 18 * sum(u.held for u in layout.units(cfg, counted, at)) / GB == pytest.approx(per_gpu, rel=0.03)
     if at.microbatches == 1:
         assert m.state == pytest.approx(20 / 18 * 18 * counted.network / world, rel=0.01)
 
@@ -47,21 +47,23 @@ def test_m_64e_activations(cfg_of):
     cfg = cfg_of("ec_dit_m_64e", "train.microbatch=64", "parallel.activation_checkpointing=none")
     at = layout.resolve(cfg, world=64)
     row = 8192 * 3072 * 2
-    ours = activations.estimate(cfg, at).kept
-    lean = ours - 19 * (11 - 4) * 2 * row - 38 * 3 * row - activations.outside_blocks(cfg, images=64)
+    ours = memory.activations(cfg, at).kept
+    lean = ours - 19 * (11 - 4) * 2 * row - 38 * 3 * row - memory.outside_blocks(cfg, images=64)
     assert lean / GB == pytest.approx(43, rel=0.03)
     assert ours / GB == pytest.approx(62, rel=0.05)
-    full = activations.estimate(cfg, dataclasses.replace(at, activation_checkpointing="full"))
-    inputs = full.kept - activations.outside_blocks(cfg, images=64)
+    full = memory.activations(cfg, dataclasses.replace(at, activation_checkpointing="full"))
+    inputs = full.kept - memory.outside_blocks(cfg, images=64)
     assert inputs == 38 * row
     assert (inputs + full.recomputed) / GB == pytest.approx(3.6, rel=0.15)
 
 
 def test_expert_rows_are_eleven_units(cfg_of):
     """Measured: plain autograd keeps 11 units of f_c T d of the expert layer."""
-    _, _, sparse = activations.block_units(cfg_of("ec_dit_xl_8e"), tp=1)
-    router_and_output = 2 + 1
-    assert (sparse - router_and_output) / 2 == 11
+    cfg = cfg_of("ec_dit_xl_8e")
+    assert slots.expert_kept_units_per_row(cfg) == 11
+    _, _, sparse = memory.block_units(cfg, tp=1)
+    output = 1
+    assert (sparse - output) / 2 == 11
 
 
 def test_32_gpus_hold_m_64e_and_24_do_not(cfg_of):
@@ -86,8 +88,8 @@ def test_accumulation_holds_whole_gradients(cfg_of):
     cfg = cfg_of("ec_dit_m_64e", "train.microbatch=32")
     at, counted, two = of(cfg, 64)
     assert at.microbatches == 2
-    assert one.gradients == 4 * sum(u.held for u in shards.units(cfg, counted, at))
-    assert two.gradients == 4 * sum(u.gathered * u.count for u in shards.units(cfg, counted, at)) > 3 * one.gradients
+    assert one.gradients == 4 * sum(u.held for u in layout.units(cfg, counted, at))
+    assert two.gradients == 4 * sum(u.gathered * u.count for u in layout.units(cfg, counted, at)) > 3 * one.gradients
     assert two.never_together == 0 < one.never_together
 
 
@@ -96,7 +98,7 @@ def test_units_add_up_to_the_network(cfg_of):
         cfg = cfg_of(*words)
         at, counted, _ = of(cfg, world)
         whole = sum(
-            u.count * u.gathered * (at.ep if u.name == "experts" else 1) for u in shards.units(cfg, counted, at)
+            u.count * u.gathered * (at.ep if u.name == "experts" else 1) for u in layout.units(cfg, counted, at)
         )
         assert whole == counted.network
 
@@ -105,8 +107,8 @@ def test_tensor_parallel_splits_the_matrices(cfg_of):
     """tp = 2 halves attention and dense feed-forward; modulation, norms and the root stay whole."""
     cfg, split = cfg_of("ec_dit_xl_8e"), cfg_of("ec_dit_xl_8e", "parallel=tp2_ep8")
     at, counted, _ = of(cfg, 8)
-    whole = {u.name: u.gathered for u in shards.units(cfg, counted, at)}
-    half = {u.name: u.gathered for u in shards.units(split, counted, of(split, 8)[0])}
+    whole = {u.name: u.gathered for u in layout.units(cfg, counted, at)}
+    half = {u.name: u.gathered for u in layout.units(split, counted, of(split, 8)[0])}
     per_block = {k: counted.by_part[k] for k in ("self_attention", "cross_attention")}
     attention = (sum(per_block.values()) - 28 * 2 * 1152) // 28
     assert whole["sparse block"] - half["sparse block"] == attention // 2
@@ -118,7 +120,7 @@ def test_tensor_parallel_splits_the_matrices(cfg_of):
 def test_more_ranks_than_kv_heads_repeat_them(cfg_of):
     cfg = cfg_of("ec_dit_m_64e", "model.kv_heads=4", "parallel.tp=8", "parallel.overlap_chunks=1")
     at = layout.resolve(cfg, world=64)
-    block = next(u for u in shards.units(cfg, parameters.count(cfg), at) if u.name == "sparse block")
+    block = next(u for u in layout.units(cfg, parameters.count(cfg), at) if u.name == "sparse block")
     d, own = 3072, 64
     assert (
         block.gathered == (2 * d * d // 8 + 2 * d * own) + (2 * d * d + 2 * 1536 * d) // 8 + 2 * d + 3 * d * d + 3 * d
@@ -131,6 +133,7 @@ def test_parts_follow_their_switches(cfg_of):
     assert of(cfg_of("ec_dit_xl_8e", "encoders=shards"), 8)[2].encoders == 0
     assert base.encoders == 2 * 704_000_000
     assert of(cfg_of("ec_dit_xl_8e", "optim=adamw"), 8)[2].optimizer == base.optimizer
+    assert of(cfg_of("ec_dit_xl_8e", "optim.momentum=0"), 8)[2].optimizer == base.optimizer / 2
     kept = of(cfg_of("ec_dit_xl_8e", "parallel.reshard_after_forward=false"), 8)[2]
     assert kept.gathered > 5 * base.gathered
     assert of(cfg_of("shapes_tiny"), 1)[2].framework == 0

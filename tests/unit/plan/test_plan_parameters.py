@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ecdit_train.plan import parameters, table1
+from ecdit_train.plan import parameters
 
 PRESETS = [f"ec_dit_{size}_{e}e" for size in ("xl", "xxl", "3xl") for e in (8, 16, 32)] + [
     "dense_xl",
@@ -57,7 +57,7 @@ def test_counts_equal_the_closed_form(cfg_of, name):
 def test_every_row_of_table_1_within_one_percent(cfg_of, name):
     cfg = cfg_of(name)
     p = parameters.count(cfg)
-    row = table1.compare(cfg.model, cfg.moe, total=p.total, activated=p.activated)
+    row = parameters.table1(cfg, p)
     assert abs(row.total_deviation) < 0.01
     if row.note is None:
         assert abs(row.activated_deviation) < 0.01
@@ -71,7 +71,7 @@ def test_every_row_of_table_1_within_one_percent(cfg_of, name):
 )
 def test_differences_between_rows_match_the_printed_ones(cfg_of, size, low, high):
     total = {e: parameters.count(cfg_of(f"ec_dit_{size}_{e}e")).total for e in (low, high)}
-    printed = {e: table1.PRINTED[size.upper(), e][0] for e in (low, high)}
+    printed = {e: parameters.PRINTED[size.upper(), e][0] for e in (low, high)}
     assert (total[high] - total[low]) / 1e9 == pytest.approx(printed[high] - printed[low], abs=0.011)
     d, layers = cfg_of(f"ec_dit_{size}_8e").model.width, cfg_of(f"ec_dit_{size}_8e").model.layers
     assert total[high] - total[low] == (high - low) * layers // 2 * (8 * d * d + d)
@@ -80,7 +80,7 @@ def test_differences_between_rows_match_the_printed_ones(cfg_of, size, low, high
 @pytest.mark.parametrize("size", ["xl", "xxl"])
 def test_activated_minus_dense_is_one_more_feed_forward_per_sparse_layer(cfg_of, size):
     sparse, dense = parameters.count(cfg_of(f"ec_dit_{size}_8e")), parameters.count(cfg_of(f"dense_{size}"))
-    printed = table1.PRINTED[size.upper(), 8][1] - table1.PRINTED[size.upper(), 0][0]
+    printed = parameters.PRINTED[size.upper(), 8][1] - parameters.PRINTED[size.upper(), 0][0]
     assert (sparse.activated - dense.total) / 1e9 == pytest.approx(printed, abs=0.011)
 
 
@@ -106,5 +106,5 @@ def test_other_networks_and_routers_have_no_row(cfg_of):
     ):
         cfg = cfg_of(*words)
         p = parameters.count(cfg)
-        row = table1.compare(cfg.model, cfg.moe, total=p.total, activated=p.activated)
+        row = parameters.table1(cfg, p)
         assert row is None, words

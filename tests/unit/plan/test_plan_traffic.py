@@ -12,8 +12,8 @@ import torch
 from ecdit_train.model.dit import DiT
 from ecdit_train.parallel.degrees import Degrees
 from ecdit_train.parallel.tensor_parallel import PLAN
-from ecdit_train.plan import flops, layout, memory, parameters, step_time, traffic
-from ecdit_train.plan.plan import cost
+from ecdit_train.plan import flops, layout, memory, parameters, traffic
+from ecdit_train.plan.cost import cost, step_time
 
 
 def flows_of(cfg, world):
@@ -110,8 +110,8 @@ def test_what_leaves_a_rank(cfg_of):
     assert {f.kind for f in flows} == {"all_gather", "reduce_scatter", "all_reduce", "all_to_all", "broadcast"}
     for f in flows:
         passes = 2 if f.kind == "all_reduce" else 1
-        assert f.intra + f.inter == pytest.approx(passes * f.message * (f.size - 1) / f.size), f
-    assert all(f.inter == 0 for f in flows if f.axis in ("tp", "ep"))
+        assert f.intra_node + f.inter_node == pytest.approx(passes * f.message * (f.ranks - 1) / f.ranks), f
+    assert all(f.inter_node == 0 for f in flows if f.axis in ("tp", "ep"))
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_agreement_counts_what_the_parallel_model_holds_alike(cfg_of, name, word
     """Against the real placements: every parameter that tensor parallelism leaves alone, and repeated kv heads."""
     cfg = cfg_of(name, "train.global_batch=4608", f"parallel.tp={tp}", "parallel.ep=1", "model.layers=2", *words)
     at, flows = flows_of(cfg, 4 * tp)
-    found = {f.size: f for f in flows if f.kind == "broadcast"}
+    found = {f.ranks: f for f in flows if f.kind == "broadcast"}
     with torch.device("meta"):
         model = DiT(cfg.model, cfg.moe, channels=cfg.encoders.image.channels, text_features=cfg.encoders.text.width)
     copies = Counter()
@@ -135,7 +135,7 @@ def test_agreement_counts_what_the_parallel_model_holds_alike(cfg_of, name, word
     expected = {n: 4 * held / at.dp_shard for n, held in copies.items() if n > 1}
     assert {n: f.message for n, f in found.items()} == pytest.approx(expected)
     assert all(f.calls == 1 for f in found.values())
-    assert all(f.inter == 0 for f in found.values() if f.size <= 8)
+    assert all(f.inter_node == 0 for f in found.values() if f.ranks <= 8)
 
 
 def test_expert_gradients_over_replicas(cfg_of):
@@ -144,7 +144,7 @@ def test_expert_gradients_over_replicas(cfg_of):
     for ep, world in ((8, 64), (64, 128)):
         cfg = cfg_of("ec_dit_m_64e", f"parallel.ep={ep}", "train.microbatch=32", "parallel.overlap_chunks=1")
         _, flows = flows_of(cfg, world)
-        times[ep] = sum(f.inter / 5e10 for f in flows if f.purpose == "gradients, experts")
+        times[ep] = sum(f.inter_node / 5e10 for f in flows if f.purpose == "gradients, experts")
     # 4 bytes x 11.5B x 7/8; the facts leave the (n - 1) / n out. EP64: reduce-scatter only, the facts count an
     # all-reduce.
     assert times[8] == pytest.approx(0.9 * 7 / 8, rel=0.05)
@@ -165,7 +165,7 @@ def test_step_time_under_the_facts_assumptions(cfg_of):
     here = flops.per_step(cfg, checkpointing="none")
     scaled = dataclasses.replace(here, by_part={k: v * 19.2e15 / here.model for k, v in here.by_part.items()})
     state = memory.estimate(cfg, parameters.count(cfg), at)
-    s = step_time.estimate(cfg, at, flops=scaled, memory=state, flows=flows)
+    s = step_time(cfg, at, flops=scaled, memory=state, flows=flows)
     assert s.products == pytest.approx(0.466, rel=0.01)
     assert s.elementwise == pytest.approx(0.057, rel=0.02)
     without_optimizer = 19.2e15 / 64 / 9.89e14 / (s.best - s.optimizer)

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
+from ecdit_train.checkpoint.layout import Placed
+from ecdit_train.checkpoint.manager import CheckpointManager, Resumed
+from ecdit_train.config.convert import to_dict
 from ecdit_train.config.schema import RunConfig
 from ecdit_train.diffusion.flow import Flow
-from ecdit_train.errors import NonFiniteError
+from ecdit_train.diffusion.microbatch import Microbatch, split
+from ecdit_train.errors import ConfigError, NonFiniteError, Problem
 from ecdit_train.observe.console import Progress
 from ecdit_train.observe.metrics import MetricWindow
 from ecdit_train.observe.routing import routing_scalars
 from ecdit_train.observe.sinks import Sinks
+from ecdit_train.parallel.context import ParallelContext
 
 from .optim import learning_rate
-from .state import TrainState
-from .step import Microbatch, Spread, StepResult, split, train_step
+from .state import TrainState, parameter_of
+from .step import StepResult, train_step
 from .stop import StopRequest
 
 
 class Batches(Protocol):
-    """The loader as the loop sees it: this rank's share of each global step, on the device."""
+    """The loader as the trainer sees it: this rank's share of each global step, on the device."""
 
     def fetch(self) -> Any:
         """The next batch as the loader has it; what is waited here is the loader's doing."""
@@ -32,37 +38,70 @@ class Batches(Protocol):
         ...
 
     def substituted(self) -> int:
-        """Unreadable samples replaced so far in this life, on this rank."""
+        """Unreadable samples replaced since this process started, on this rank."""
         ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where in the data the run is; the same on every rank."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
     def close(self) -> None: ...
 
 
+class Drawer(Protocol):
+    """Draws the run's fixed prompts with the weights that the model holds now."""
+
+    def __call__(self, step: int) -> Path | None:
+        """The grid's PNG in the run folder; None on ranks that do not write."""
+        ...
+
+
 @dataclass(kw_only=True)
-class Loop:
+class Trainer:
     """Everything a run needs; `build` puts it together."""
 
     config: RunConfig
+    parallel: ParallelContext
     state: TrainState
     flow: Flow
     batches: Batches
-    spread: Spread
-    sinks: Sinks
-    progress: Progress
+    checkpoints: CheckpointManager
     window: MetricWindow
-    save: Callable[[int], None]
-    """Commit a checkpoint of the state after this many updates."""
-    show: Callable[[int], None]
-    """Draw sample grids and routing maps."""
-    any_rank: Callable[[bool], bool]
-    """True on every rank when it is true on one."""
+    progress: Progress
+    sinks: Sinks
+    drawer: Drawer | None
+    """None where nothing can be drawn."""
     stop_after: int | None = None
     """Stop as if a signal had come once this many updates are done (drills, demo)."""
+    saved: int = -1
+    """The newest step that is committed."""
+
+    def resume(self) -> Resumed | None:
+        """Go on from the newest sound checkpoint of the run folder, if it has one; says what was loaded and what was passed over."""
+        resumed = self.checkpoints.resume(self.placed())
+        if resumed is None:
+            return None
+        if resumed.step > self.config.train.steps:
+            rule = f"{self.config.run} is already at step {resumed.step}"
+            raise ConfigError(
+                Problem(field="train.steps", value=self.config.train.steps, rule=rule, nearest=resumed.step)
+            )
+        self.state.restore_step(resumed.step)
+        self.batches.load_state_dict(resumed.objects["loader"])
+        self.window.load_state_dict(resumed.objects.get("window", {}), first=self.parallel.mesh.dp_rank == 0)
+        self.saved = resumed.step
+        return resumed
+
+    def placed(self) -> dict[str, Placed]:
+        """Every tensor of the state with its place in the global tensor."""
+        return placed(self.state.tensors(), self.parallel)
 
     def run(self, stop: StopRequest) -> bool:
         """Train to `train.steps`. Returns True when finished, False when stopped on request with everything saved.
 
-        A request that came before the first step is met after it, so that every life moves the run on.
+        A request that came before the first step is met after it, so that every attempt moves the run on.
         """
         c, state, window = self.config, self.state, self.window
         substituted = 0
@@ -79,13 +118,13 @@ class Loop:
             window.add("optim/grad_norm_max", result.grad_norm)
             window.add("optim/clipped_frac", float(0 < c.optim.clip_norm < result.grad_norm))
             window.add("data/substituted", float(substituted - before))
-            if result.balance_loss is not None:
-                window.add("train/balance_loss", result.balance_loss)
+            for name, value in result.auxiliary.items():
+                window.add(f"train/{name}_loss", value)
             window.step_done()
             if state.step % c.observe.log_every == 0 or last:
                 self._log(result)
 
-            stopping = self.any_rank(stop.name is not None or state.step == self.stop_after)
+            stopping = self.parallel.runtime.any_rank(stop.name is not None or state.step == self.stop_after)
             showing = c.observe.sample_every > 0 and (state.step % c.observe.sample_every == 0 or last)
             saving = stopping or last or state.step % c.checkpoint.every_steps == 0
             if showing or saving:  # a pause waits for the device
@@ -110,14 +149,12 @@ class Loop:
         try:
             return train_step(
                 list(split(batch, size=c.train.microbatch)),
-                model=state.model,
+                parallel=self.parallel,
                 optimizer=state.optimizer,
                 lr=lr,
                 max_norm=c.optim.clip_norm,
                 flow=self.flow,
-                pool=c.pool_tokens,
-                patch=c.model.patch,
-                spread=self.spread,
+                group_tokens=c.group_tokens,
                 after=self._update_average,
             )
         except NonFiniteError as e:
@@ -128,9 +165,9 @@ class Loop:
     def _log(self, result: StepResult) -> None:
         """One record for every log interval; routing as the last step had it."""
         c, step = self.config, self.state.step
-        self.window.add_all(routing_scalars(result.assignments, top_k=c.moe.top_k))
+        self.window.add_all(routing_scalars(result.assignments, layers=c.sparse_layers))
         self.window.add("train/images", float(step * c.train.global_batch))
-        record = self.window.flush(self.spread.reduce)
+        record = self.window.flush(self.parallel.reduce)
         self.sinks.log(step, record)
         self.progress.update(step, record)
         if record["data/substituted"] > 0:
@@ -138,6 +175,33 @@ class Loop:
                 f"step {step}: {record['data/substituted']:.0f} unreadable samples substituted since the last log step, "
                 f"named in {c.run}/quarantine-*.jsonl"
             )
+
+    def save(self, step: int) -> None:
+        """Commit a checkpoint of the state after `step` updates, unless it is the one this run came from."""
+        if step == self.saved:
+            return
+        window = self.window.state_dict(self.parallel.reduce)
+        self.checkpoints.save(
+            step,
+            tensors=self.placed(),
+            objects={
+                "loader": self.batches.state_dict(),
+                # Metrics of two tp ranks may differ in a last bit; a checkpoint holds one truth.
+                "window": self.parallel.runtime.broadcast_object(window),
+                "config": to_dict(self.config),
+            },
+        )
+        self.saved = step
+
+    def show(self, step: int) -> None:
+        """Draw the fixed prompts with the averaged weights."""
+        if self.drawer is None:
+            return
+        with self.state.ema.swapped_in() if self.state.ema is not None else nullcontext():
+            grid = self.drawer(step)
+            self.parallel.reshard()
+        if grid is not None:
+            self.sinks.image(grid, key="samples/grid", step=step, caption=f"step {step}")
 
     def close(self) -> None:
         """Flush what people see and end the loader's threads; also after an error."""
@@ -148,3 +212,8 @@ class Loop:
     def _update_average(self) -> None:
         if self.state.ema is not None:
             self.state.ema.update(self.state.step)
+
+
+def placed(tensors: dict[str, Any], parallel: ParallelContext) -> dict[str, Placed]:
+    """Tensors named `part/parameter` with the place of the parameter they belong to."""
+    return {name: Placed(tensor=t, placement=parallel.placements[parameter_of(name)]) for name, t in tensors.items()}

@@ -6,16 +6,18 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
+from itertools import product
 
 from ecdit_train.config.nearest import divisors
 from ecdit_train.config.schema import RunConfig
 from ecdit_train.config.validate import images_per_group, validate
 from ecdit_train.errors import ConfigError
 
-from . import memory
+from . import memory, slots
+from .cost import Cost, cost
 from .layout import Layout, resolve
+from .memory import GRADIENT, MASTER
 from .parameters import Parameters
-from .plan import Cost, cost
 
 MAX_NODES = 512
 HEADROOM = 0.92
@@ -36,7 +38,7 @@ def best(cfg: RunConfig, parameters: Parameters, *, world: int) -> Cost | None:
 
 def min_nodes(cfg: RunConfig, parameters: Parameters) -> int | None:
     """Fewest nodes on which the layout fits as configured; its dp_shard follows the number of ranks."""
-    flexible = with_values(cfg, dp_shard=-1)
+    flexible = dataclasses.replace(cfg, parallel=dataclasses.replace(cfg.parallel, dp_shard=-1))
     for nodes in range(1, MAX_NODES + 1):
         if cfg.train.global_batch % (nodes * cfg.cluster.gpus_per_node // cfg.parallel.tp or 1):
             continue
@@ -51,9 +53,10 @@ def min_nodes(cfg: RunConfig, parameters: Parameters) -> int | None:
 
 def min_nodes_any(cfg: RunConfig, parameters: Parameters) -> int | None:
     """Fewest nodes on which some layout fits with headroom."""
+    state = float(MASTER + GRADIENT + slots.optimizer_state_bytes(cfg)) * parameters.network
     for nodes in range(1, MAX_NODES + 1):
         world = nodes * cfg.cluster.gpus_per_node
-        if 16.0 * parameters.network / world > cfg.cluster.gpu_memory:
+        if state / world > cfg.cluster.gpu_memory:
             continue
         for layout in candidates(cfg, world=world, modes=("full",)):
             if _has_room(cfg, parameters, layout) and _is_valid(cfg, layout):
@@ -66,52 +69,37 @@ def candidates(
 ) -> Iterator[Layout]:
     """Layouts that divide. Tensor parallelism stays inside a node; replicas are whole nodes."""
     gpus, batch, images = cfg.cluster.gpus_per_node, cfg.train.global_batch, images_per_group(cfg)
-    sparse = cfg.moe.router != "dense"
-    experts = math.gcd(cfg.moe.experts, world) if sparse else 1
+    experts = math.gcd(slots.num_experts(cfg), world) if slots.sparse_blocks(cfg) else 1
     for tp in (n for n in divisors(math.gcd(cfg.model.heads, world)) if n <= gpus):
         dp = world // tp
         if batch % dp or (batch // dp) % images:
             continue
         micros = [n for n in divisors(batch // dp) if n % images == 0 and n <= 512]
-        for ep in divisors(experts):
-            for replicas in (n for n in divisors(dp) if n == 1 or ((world // n) % gpus == 0 and n <= 8)):
-                for micro in micros:
-                    pools = micro * cfg.tokens_per_image // (cfg.pool_tokens if cfg.moe.scope == "group" else 1)
-                    for chunks in (1, 2) if sparse and ep > 1 and pools % 2 == 0 else (1,):
-                        for mode in modes:
-                            yield Layout(
-                                world=world,
-                                gpus_per_node=gpus,
-                                dp_replicate=replicas,
-                                dp_shard=dp // replicas,
-                                tp=tp,
-                                ep=ep,
-                                activation_checkpointing=mode,
-                                overlap_chunks=chunks,
-                                reshard_after_forward=True,
-                                microbatch=micro,
-                                microbatches=batch // (dp * micro),
-                            )
+        replicas = [n for n in divisors(dp) if n == 1 or ((world // n) % gpus == 0 and n <= 8)]
+        for ep, copies, micro, chunks, mode in product(divisors(experts), replicas, micros, (1, 2), modes):
+            if chunks > 1 and ep == 1:
+                continue
+            yield Layout(
+                world=world,
+                gpus_per_node=gpus,
+                dp_replicate=copies,
+                dp_shard=dp // copies,
+                tp=tp,
+                ep=ep,
+                activation_checkpointing=mode,
+                overlap_chunks=chunks,
+                reshard_after_forward=True,
+                microbatch=micro,
+                microbatches=batch // (dp * micro),
+            )
 
 
 def with_layout(cfg: RunConfig, layout: Layout) -> RunConfig:
     """`cfg` with the values of `layout`."""
+    shared = {f.name for f in dataclasses.fields(cfg.parallel)} & {f.name for f in dataclasses.fields(layout)}
+    parallel = dataclasses.replace(cfg.parallel, **{name: getattr(layout, name) for name in shared})
     train = dataclasses.replace(cfg.train, microbatch=layout.microbatch)
-    return with_values(
-        dataclasses.replace(cfg, train=train),
-        dp_replicate=layout.dp_replicate,
-        dp_shard=layout.dp_shard,
-        tp=layout.tp,
-        ep=layout.ep,
-        overlap_chunks=layout.overlap_chunks,
-        activation_checkpointing=layout.activation_checkpointing,
-        reshard_after_forward=layout.reshard_after_forward,
-    )
-
-
-def with_values(cfg: RunConfig, **parallel: object) -> RunConfig:
-    """`cfg` with some values of its section `parallel` replaced."""
-    return dataclasses.replace(cfg, parallel=dataclasses.replace(cfg.parallel, **parallel))  # type: ignore[arg-type]
+    return dataclasses.replace(cfg, parallel=parallel, train=train)
 
 
 def overrides(layout: Layout) -> tuple[str, ...]:

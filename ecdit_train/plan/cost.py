@@ -1,4 +1,6 @@
-"""Seconds of one optimizer step: an estimate between two bounds, from the rates that the cluster file states.
+"""What a layout costs: FLOPs, memory, traffic, and the seconds of one optimizer step.
+
+The seconds are an estimate between two bounds, from the rates that the cluster file states:
 
     matrix products   executed FLOPs / (world * peak * gemm_efficiency)
     element-wise      180 d bytes per token and layer at memory bandwidth for norms, GELU, residuals, gates, gather and
@@ -20,9 +22,13 @@ from dataclasses import dataclass
 
 from ecdit_train.config.schema import RunConfig
 
+from . import flops as flops_
+from . import memory as memory_
+from . import slots, traffic
 from .flops import Flops
 from .layout import Layout
-from .memory import EMA, GRADIENT, MASTER, OPTIMIZER, Memory
+from .memory import GRADIENT, MASTER, Memory
+from .parameters import Parameters
 from .traffic import Flow
 
 ELEMENTWISE_BYTES = 180
@@ -53,7 +59,34 @@ class StepTime:
     images_per_second_per_gpu: float
 
 
-def estimate(cfg: RunConfig, layout: Layout, *, flops: Flops, memory: Memory, flows: Iterable[Flow]) -> StepTime:
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What one layout costs."""
+
+    layout: Layout
+    flops: Flops
+    memory: Memory
+    traffic: tuple[Flow, ...]
+    step_time: StepTime
+    fits: bool
+
+
+def cost(cfg: RunConfig, parameters: Parameters, layout: Layout) -> Cost:
+    """Pure arithmetic; microseconds."""
+    flops = flops_.per_step(cfg, checkpointing=layout.activation_checkpointing)
+    memory = memory_.estimate(cfg, parameters, layout)
+    flows = traffic.per_step(cfg, parameters, layout)
+    return Cost(
+        layout=layout,
+        flops=flops,
+        memory=memory,
+        traffic=flows,
+        step_time=step_time(cfg, layout, flops=flops, memory=memory, flows=flows),
+        fits=memory.total <= cfg.cluster.gpu_memory,
+    )
+
+
+def step_time(cfg: RunConfig, layout: Layout, *, flops: Flops, memory: Memory, flows: Iterable[Flow]) -> StepTime:
     """Step time of `layout`; every argument describes one step."""
     cluster, world, d = cfg.cluster, layout.world, cfg.model.width
     rate = world * cluster.peak_flops * cluster.gemm_efficiency
@@ -62,7 +95,9 @@ def estimate(cfg: RunConfig, layout: Layout, *, flops: Flops, memory: Memory, fl
     repeated = 1.0 if layout.activation_checkpointing == "none" else 4 / 3
     eager = 1.0 if cfg.parallel.compile else EAGER_FACTOR
     elementwise = ELEMENTWISE_BYTES * d * tokens * cfg.model.layers * repeated * eager / cluster.memory_bandwidth
-    optimizer = _optimizer_bytes(memory) / cluster.memory_bandwidth
+    # Gradients are read; weights, optimizer state and average are read and written.
+    moved = GRADIENT + 2 * (MASTER + slots.optimizer_state_bytes(cfg) + slots.average_bytes(cfg))
+    optimizer = memory.parameters / MASTER * moved / cluster.memory_bandwidth
 
     seconds = dict.fromkeys(("ep", "tp", "weights"), 0.0)
     for flow in flows:
@@ -99,10 +134,3 @@ def estimate(cfg: RunConfig, layout: Layout, *, flops: Flops, memory: Memory, fl
         tokens_per_second=images * cfg.tokens_per_image / total,
         images_per_second_per_gpu=images / total / world,
     )
-
-
-def _optimizer_bytes(memory: Memory) -> float:
-    """Gradients are read; weights, optimizer state and average are read and written."""
-    held = memory.parameters / MASTER
-    ema = 2 * EMA if memory.ema else 0
-    return held * (GRADIENT + 2 * MASTER + 2 * OPTIMIZER + ema)

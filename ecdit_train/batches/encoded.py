@@ -1,0 +1,108 @@
+"""The loader's numpy batches as device tensors, through the frozen encoders where the shards hold raw data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from data_pipeline.contract import Batch
+from data_pipeline.errors import BadArray
+from data_pipeline.loader import StreamingLoader
+from ecdit_train.config.schema import EncodersConfig, RunConfig
+from ecdit_train.diffusion.encoders import ImageCodec, TextEncoder
+from ecdit_train.diffusion.microbatch import Microbatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoders:
+    """The frozen networks of a run; None where there is nothing to run."""
+
+    text: TextEncoder | None
+    image: ImageCodec | None
+
+
+def make_encoders(config: RunConfig, device: torch.device) -> Encoders:
+    """In bf16 where the run is and the device is a GPU."""
+    dtype = torch.bfloat16 if config.train.precision == "bf16" and device.type == "cuda" else torch.float32
+    return Encoders(
+        text=config.encoders.text.build(device=device, dtype=dtype),
+        image=config.encoders.image.build(device=device, dtype=dtype),
+    )
+
+
+class EncodedBatches:
+    """What the trainer gets (`train.trainer.Batches`)."""
+
+    def __init__(
+        self,
+        loader: StreamingLoader,
+        *,
+        encoders: Encoders,
+        config: EncodersConfig,
+        latent_side: int,
+        device: torch.device,
+    ) -> None:
+        self._loader, self._encoders, self._config, self._device = loader, encoders, config, device
+        self._latent_side = latent_side
+        self._first: tuple[Batch, Microbatch] | None = None
+
+    def prepare(self) -> None:
+        """Make the first batch now: bad data is refused before a run folder is made for it. The loader's state is asked for only
+        after `fetch`, so it never counts a batch that nobody trained on."""
+        raw = next(self._loader)
+        batch = self._encode(raw)
+        self._first = raw, batch
+        image, text, side = self._config.image, self._config.text, self._latent_side
+        for what, found, wanted in (
+            (
+                "latents of shape (channels, side, side)",
+                tuple(batch.latents_BCHW.shape[1:]),
+                (image.channels, side, side),
+            ),
+            ("text embeddings of width", batch.features_BLX.shape[2], text.width),
+        ):
+            if found != wanted:
+                raise BadArray(f"{self._loader.view.folder}: {what} {found}; the configuration says {wanted}")
+
+    def fetch(self) -> Batch:
+        return next(self._loader) if self._first is None else self._first[0]
+
+    def encode(self, raw: Batch) -> Microbatch:
+        first, self._first = self._first, None
+        return self._encode(raw) if first is None else first[1]
+
+    def substituted(self) -> int:
+        return sum(self._loader.stats().bad.values())
+
+    def _encode(self, batch: Batch) -> Microbatch:
+        if batch.latents is not None:
+            image = self._config.image
+            latents = (torch.from_numpy(batch.latents).to(self._device).float() - image.shift) * image.scale
+        else:
+            assert self._encoders.image is not None
+            assert batch.images is not None
+            latents = self._encoders.image.encode(torch.from_numpy(batch.images).to(self._device))
+        if batch.text is not None:
+            assert batch.text_mask is not None
+            features, mask = torch.from_numpy(batch.text), torch.from_numpy(batch.text_mask)
+        else:
+            assert self._encoders.text is not None
+            assert batch.captions is not None
+            features, mask = self._encoders.text.encode(batch.captions)
+        return Microbatch(
+            position_B=torch.from_numpy(batch.position).to(self._device),
+            latents_BCHW=latents,
+            features_BLX=features.to(self._device),
+            mask_BL=mask.to(self._device),
+        )
+
+    def close(self) -> None:
+        self._loader.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._loader.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._loader.load_state_dict(state)

@@ -1,0 +1,51 @@
+"""The loader of a run: its order, its share of a rank, and the members that the encoders need."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from data_pipeline.assemble import default_fields
+from data_pipeline.errors import DataError
+from data_pipeline.loader import StreamingLoader
+from data_pipeline.manifest import open_view
+from ecdit_train.config.schema import RunConfig
+from ecdit_train.parallel.mesh import Mesh
+
+
+def make_loader(config: RunConfig, mesh: Mesh, *, run: Path) -> StreamingLoader:
+    """This rank's share of every global batch. Raises DataError where the shards lack what the encoders need."""
+    view = open_view(Path(config.data.shards))
+    stored_latents, stored_text = config.encoders.image.stored, config.encoders.text.stored
+    have = default_fields(view, text_len=config.encoders.text.max_tokens if stored_text else 0)
+    fields = replace(
+        have,
+        image=None if stored_latents else have.image,
+        latents=have.latents if stored_latents else None,
+        caption=None if stored_text else have.caption,
+        text=have.text if stored_text else None,
+    )
+    for encoder, found in (
+        (config.encoders.image, fields.latents if stored_latents else fields.image),
+        (config.encoders.text, fields.text if stored_text else fields.caption),
+    ):
+        if found is None:
+            raise DataError(
+                f"{config.data.shards}: {type(encoder).__name__} needs a member "
+                f"that the shards do not have; they hold {', '.join(view.fields)}"
+            )
+    return StreamingLoader(
+        view,
+        global_batch=config.train.global_batch,
+        rank=mesh.dp_rank,
+        world=mesh.dp_size,
+        seed=config.train.seed,
+        fields=fields,
+        resolution=config.data.resolution,
+        threads=config.data.threads,
+        prefetch=config.data.prefetch,
+        on_bad=config.data.on_bad,
+        max_bad=config.data.max_bad,
+        # Tensor-parallel ranks read the same samples; one of them writes down what was bad.
+        quarantine=run / f"quarantine-{mesh.dp_rank:04d}.jsonl" if mesh.tp_rank == 0 else None,
+    )

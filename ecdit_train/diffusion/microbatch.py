@@ -1,0 +1,35 @@
+"""What the network trains on, on the device.
+
+Legend: B images of one microbatch, C channels, H W latent height and width, L text tokens, X width of the frozen text features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Microbatch:
+    """Encoded samples; the order of images is that of the global batch."""
+
+    position_B: Tensor
+    """Global positions of the samples in the training stream, int64; they key every random draw."""
+    latents_BCHW: Tensor
+    features_BLX: Tensor
+    mask_BL: Tensor
+    """True at real tokens."""
+
+
+def split(batch: Microbatch, *, size: int) -> Iterator[Microbatch]:
+    """A rank's share of the global batch, cut into microbatches of `size` consecutive images (whole routing groups)."""
+    for start in range(0, len(batch.position_B), size):
+        part = slice(start, start + size)
+        yield Microbatch(
+            position_B=batch.position_B[part],
+            latents_BCHW=batch.latents_BCHW[part],
+            features_BLX=batch.features_BLX[part],
+            mask_BL=batch.mask_BL[part],
+        )

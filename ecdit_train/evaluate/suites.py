@@ -1,0 +1,46 @@
+"""Prompt suites with what is wanted of each picture and who judges: the coloured-shapes set with its exact grader."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.shapes import ShapesSpec, shape_sample
+from data_pipeline.shapes_grader import grade
+from data_pipeline.shapes_prompts import TASKS, Split, all_prompts
+from ecdit_train.errors import ConfigError, Problem
+
+from .shapes import Grader
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suite:
+    """Prompts with what is wanted of them, and who judges."""
+
+    metadata: list[dict[str, Any]]
+    others: np.ndarray
+    """For each prompt a true picture of some other prompt of its task: uint8 (n, S, S, 3)."""
+    grade: Grader
+
+
+def shapes_suite(*, resolution: int, tasks: Sequence[str] | None, repeat: int, split: Split) -> Suite:
+    """Every prompt of the tasks, `repeat` times, with true pictures of `resolution` pixels for the chance line.
+
+    Raises ConfigError for a split in which the tasks have no prompt.
+    """
+    metadata = [m for m in all_prompts(split=split, tasks=tasks or TASKS) for _ in range(repeat)]
+    if not metadata:
+        raise ConfigError(
+            Problem(
+                field="tasks",
+                value=",".join(tasks or TASKS),
+                nearest="color_attr",
+                rule=f"has no prompt in split {split}; only color_attr is held out",
+            )
+        )
+    specs = {task: ShapesSpec(resolution=resolution, mix={task: 1.0}) for task in TASKS}
+    others = [shape_sample(i, spec=specs[m["tag"]], seed=0).image for i, m in enumerate(metadata)]
+    return Suite(metadata=metadata, others=np.stack(others), grade=lambda image, wanted: grade(image, wanted).correct)

@@ -1,0 +1,1 @@
+"""The arithmetic of experts, one file each with its configuration."""

@@ -1,0 +1,83 @@
+"""Threshold routing: an expert takes every token whose affinity is above one running threshold, as many as there are.
+
+The threshold follows the value that would have given `capacity_factor` experts per token, so the compute is right on average while
+single tokens, images and timesteps may take more or less: the routing that expert races use at inference. It is the plain example of
+a router whose number of rows varies and which keeps a buffer.
+
+Legend: G routing groups, S tokens of a group, D hidden width, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ecdit_train.config.rules import Checker
+from ecdit_train.config.schema import RunConfig
+from ecdit_train.config.slots import RouterConfig
+
+from ..assignment import Selection
+from ..router import AffinityRouter
+
+
+@dataclass(frozen=True, kw_only=True)
+class Threshold(RouterConfig):
+    """Each expert takes the tokens whose affinity exceeds a running threshold."""
+
+    capacity_factor: float
+    """f_c: mean experts per token that the threshold aims at."""
+    momentum: float
+    """Share of the old threshold that an optimizer step keeps."""
+
+    def experts_per_token(self) -> float:
+        return self.capacity_factor
+
+    def capacity(self, *, group_tokens: int, num_experts: int) -> None:
+        return None
+
+    def check(self, run: RunConfig, check: Checker, *, key: str) -> None:
+        E = run.moe.num_experts
+        check.share([f"{key}.momentum"], below_one=True)
+        if check.positive([f"{key}.capacity_factor"]) and check.sane("moe.num_experts"):
+            rule = f"must not exceed moe.num_experts = {E}: an expert cannot take a token twice"
+            check.require(self.capacity_factor <= E, f"{key}.capacity_factor", rule=rule, nearest=float(E))
+
+    def build(self, *, width: int, num_experts: int) -> ThresholdRouter:
+        return ThresholdRouter(width, num_experts=num_experts, config=self)
+
+
+class ThresholdRouter(AffinityRouter):
+    """Gates are the affinities themselves."""
+
+    threshold: Tensor
+    """fp32 scalar."""
+
+    def __init__(self, width: int, *, num_experts: int, config: Threshold) -> None:
+        super().__init__(width, num_experts=num_experts)
+        self.config = config
+        self.register_buffer("threshold", torch.empty(()))
+
+    def reset_buffers(self) -> None:
+        """The affinity of a router that knows nothing."""
+        self.threshold.fill_(1.0 / self.weight.shape[1])
+
+    def forward(self, x_GSD: Tensor) -> Selection:
+        a_GSE = self.affinity(x_GSD)
+        _, S, E = a_GSE.shape
+        wanted = min(max(round(S * self.config.capacity_factor), 1), S * E)
+        last_G = a_GSE.detach().flatten(1).topk(wanted, dim=1).values[:, -1]
+        selected_GSE = a_GSE.detach() > self.threshold
+        return Selection(
+            selected_GSE=selected_GSE,
+            gate_GSE=a_GSE,
+            mean_rows=S * self.config.capacity_factor / E,
+            probability_GSE=a_GSE.detach(),
+            metrics={"threshold": self.threshold.clone(), "experts_per_token": selected_GSE.sum(-1).float().mean()},
+            observed={"threshold": last_G.mean()},
+        )
+
+    def update_buffers(self, observed: Mapping[str, Tensor]) -> None:
+        self.threshold.lerp_(observed["threshold"].to(self.threshold.dtype), 1.0 - self.config.momentum)

@@ -1,0 +1,76 @@
+"""This process among the ranks, with the model spread over them: what a training step and a checkpoint ask of parallelism."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ecdit_train.config.schema import RunConfig
+from ecdit_train.model.dit import DiT
+
+from . import fsdp, grads, weights
+from .apply import parallelize
+from .data_parallel import gather_over_dp, reduce_over_dp
+from .mesh import Mesh, make_mesh
+from .placement import ParamPlacement
+from .runtime import Runtime
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelContext:
+    """One object for one process or many: every method is collective where there are many."""
+
+    runtime: Runtime
+    mesh: Mesh
+    model: DiT
+    placements: Mapping[str, ParamPlacement]
+    """Where each parameter and buffer of this rank lies in the global tensor."""
+
+    def accumulate(self, *, last: bool) -> AbstractContextManager[Any]:
+        """Around one microbatch: gradients are reduced over ranks only in the last one."""
+        return fsdp.accumulate(self.model, last=last)
+
+    def clip(self, *, max_norm: float) -> Tensor:
+        """Scale all gradients to a global norm of at most `max_norm`; returns the norm before, equal on all ranks."""
+        return grads.clip(self.model, self.placements, self.mesh, max_norm=max_norm)
+
+    def reduce(self, vector: Tensor, *, op: Literal["mean", "max", "sum"]) -> Tensor:
+        """The vector reduced over data-parallel ranks, the same on every one of them."""
+        return reduce_over_dp(vector, self.mesh, op=op)
+
+    def mean_of_first(self, vector: Tensor) -> Tensor:
+        """Mean over data-parallel ranks of what the first rank of each tp group says: the same bits on all ranks, also where tp ranks
+        disagree in a last bit."""
+        if self.mesh.world_group is None:
+            return vector
+        out = vector.clone() if self.mesh.tp_rank == 0 else torch.zeros_like(vector)
+        dist.all_reduce(out, group=self.mesh.world_group)
+        return out / self.mesh.dp_size
+
+    def gather(self, share: Tensor) -> Tensor:
+        """Equal shares of all data-parallel ranks, concatenated on dim 0 in rank order."""
+        return gather_over_dp(share, self.mesh)
+
+    def reshard(self) -> None:
+        """Give back what a forward pass without a backward left gathered."""
+        fsdp.reshard(self.model)
+
+
+def spread(config: RunConfig, runtime: Runtime, *, mesh: Mesh | None = None) -> ParallelContext:
+    """The network built on the meta device, spread over the ranks, then filled with its first weights box by box."""
+    if mesh is None:
+        mesh = make_mesh(config.parallel, device_type=runtime.device.type, world=runtime.world)
+    with torch.device("meta"):
+        model = DiT(
+            config.model, config.moe, channels=config.encoders.image.channels, text_features=config.encoders.text.width
+        )
+    placements = parallelize(model, mesh=mesh, parallel=config.parallel, precision=config.train.precision)
+    model.to_empty(device=runtime.device)
+    weights.fill(model, placements, seed=config.train.seed)
+    return ParallelContext(runtime=runtime, mesh=mesh, model=model, placements=placements)

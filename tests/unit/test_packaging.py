@@ -1,0 +1,99 @@
+"""What a wheel holds, and that it needs nothing of the checkout: built from a copy, unpacked, run from another folder.
+
+And that the two descriptions of CI, the Makefile's probe and the package's metadata say the same."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ecdit_train.config.compose import conf_folder
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    """Built as a user would from a checkout with settings of this machine in `conf/local`."""
+    source, out = tmp_path_factory.mktemp("checkout"), tmp_path_factory.mktemp("wheel")
+    for name in ("ecdit_train", "data_pipeline", "launch", "conf"):
+        shutil.copytree(
+            ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", "local")
+        )
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    (source / "conf" / "local").mkdir()
+    (source / "conf" / "local" / "default.yaml").write_text("# @package _global_\ncluster: {account: mine}\n")
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "-w",
+        str(out),
+    ]
+    done = subprocess.run([*pip, str(source)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return zipfile.ZipFile(next(out.glob("*.whl")))
+
+
+def test_presets_are_data_of_the_package_and_nobodys_settings(wheel: zipfile.ZipFile) -> None:
+    inside = {
+        name.removeprefix("ecdit_train/conf/") for name in wheel.namelist() if name.startswith("ecdit_train/conf/")
+    }
+    presets = {
+        str(path.relative_to(conf_folder())) for path in conf_folder().rglob("*.yaml") if path.parent.name != "local"
+    }
+    assert inside == presets | {"__init__.py"}
+    assert "config.yaml" in presets
+
+
+def test_top_level_names(wheel: zipfile.ZipFile) -> None:
+    top = {name.partition("/")[0] for name in wheel.namelist()}
+    assert {name for name in top if not name.endswith(".dist-info")} == {"ecdit_train", "data_pipeline", "launch"}
+
+
+def test_it_composes_and_renders_from_anywhere(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
+    wheel.extractall(tmp_path / "site")
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf" / "config.yaml").write_text("defaults: []\n")
+    command = [sys.executable, "-m", "ecdit_train.cli"]
+    env = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+    for verb in ("config show experiment=ec_dit_xl_8e", "launch experiment=ec_dit_xl_8e data.shards=/d --render-only"):
+        done = subprocess.run([*command, *verb.split()], cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "ec_dit_xl_8e" in done.stdout
+
+
+def test_ci_and_contributors_run_the_same() -> None:
+    script = re.findall(r"^make (\w+)", (ROOT / ".ci" / "run").read_text(), flags=re.MULTILINE)
+    job = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]["check"]
+    assert [step["run"].split()[1] for step in job["steps"] if "run" in step] == script == ["setup", "lint", "test"]
+
+
+def test_pythons_are_the_same_everywhere() -> None:
+    pythons = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]["check"]["strategy"]
+    minors = [int(version.partition(".")[2]) for version in pythons["matrix"]["python"]]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["requires-python"] == f">=3.{minors[0]},<3.{minors[-1] + 1}"
+    probe = next(line for line in (ROOT / "Makefile").read_text().splitlines() if line.startswith("PYTHON ?="))
+    assert re.findall(r"python3\.(\d+)", probe) == [str(minor) for minor in minors]
+    assert f"(3, {minors[0]}) <= sys.version_info < (3, {minors[-1] + 1})" in probe
+
+
+def test_no_extra_that_nothing_imports() -> None:
+    """An extra that nothing imports is a promise that nothing keeps (docs/decisions/0010)."""
+    assert set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]) == {"dev"}
