@@ -9,9 +9,10 @@ import sys
 
 import pytest
 
-from ecdit_train.config.compose import compose, conf_folder, freeze, groups, load, override, to_yaml
-from ecdit_train.config.convert import flatten, from_dict, leaf_types, to_dict, with_values
-from ecdit_train.config.describe import comments, differences, explain, keys
+from ecdit_train.config.compose import compose, conf_folder, groups, override
+from ecdit_train.config.convert import flatten, from_dict, key_types, to_dict, with_values
+from ecdit_train.config.describe import differences, explain, meanings
+from ecdit_train.config.stored import freeze, load, to_yaml
 from ecdit_train.config.validate import validate
 from ecdit_train.errors import ConfigError, RunFolderError
 
