@@ -202,9 +202,8 @@ def plan(args: argparse.Namespace) -> int:
         print(render(result), end="")
     if args.dry_run:
         from ecdit_train.plan import dry_run
-        from ecdit_train.train.optim import make_optimizer
 
-        checked = dry_run.check(result, make_optimizer=lambda params: make_optimizer(params, config.optim))
+        checked = dry_run.check(result)
         document |= checked.document
         code = errors.EXIT_OK if checked.within else 1
         if not args.json:

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from data_pipeline.loader import StreamingLoader
-from ecdit_train.build import build_training
+from ecdit_train.build import build_trainer
 from ecdit_train.config.compose import compose
 from ecdit_train.config.schema import RunConfig
 from ecdit_train.config.validate import validate
 from ecdit_train.parallel.runtime import start
-from ecdit_train.train.loop import Loop
+from ecdit_train.train.trainer import Trainer
 from ecdit_train.train.stop import StopRequest
 
 WORDS = (
@@ -30,7 +30,7 @@ WORDS = (
     "encoders.text.width=32",
     "encoders.text.max_tokens=8",
     "data.resolution=16",
-    "moe.experts=4",
+    "moe.num_experts=4",
     "moe.group_size=16",
     "train.steps=12",
     "train.global_batch=8",
@@ -39,13 +39,14 @@ WORDS = (
     "checkpoint.every_steps=4",
     "observe.log_every=1",
     "observe.sample_every=0",
-    "observe.wandb=disabled",
+    "observe/sinks=none",
     "sample.steps=2",
 )
 ROUTERS = {
-    "expert_choice": ("moe.router=expert_choice",),
-    "token_choice": ("moe.router=token_choice", "moe.balance_weight=0.01"),
-    "dense": ("moe.router=dense",),
+    "expert_choice": ("moe=expert_choice",),
+    "token_choice": ("moe=token_choice",),
+    "threshold": ("moe=threshold",),
+    "dense": ("moe=dense",),
 }
 VOLATILE = ("time", "perf/", "data/stall_frac")
 """Of a record: what measures this life's machine, not the run."""
@@ -78,8 +79,8 @@ class PowerCut(Exception):  # noqa: N818 - it is an event
     """Ends a life without a word: nothing is saved."""
 
 
-def live(config: RunConfig, *, stop_after: int | None = None, before: Callable[[Loop], Any] | None = None) -> Life:
-    """Start or resume a run in this process. `before` may meddle with the loop; PowerCut counts as not finished."""
+def live(config: RunConfig, *, stop_after: int | None = None, before: Callable[[Trainer], Any] | None = None) -> Life:
+    """Start or resume a run in this process. `before` may meddle with the trainer; PowerCut counts as not finished."""
     seen: list[tuple[tuple[int, ...], tuple[str, ...]]] = []
     deliver = StreamingLoader.__next__
 
@@ -92,34 +93,34 @@ def live(config: RunConfig, *, stop_after: int | None = None, before: Callable[[
     here = start("cpu")
     try:
         with StopRequest() as stop:
-            loop = build_training(config, here, stop_after=stop_after)
+            trainer = build_trainer(config, here, stop_after=stop_after)
             if before is not None:
-                before(loop)
+                before(trainer)
             try:
-                finished = loop.run(stop)
+                finished = trainer.run(stop)
             except PowerCut:
                 finished = False
             finally:
-                loop.close()
-        tensors = {name: whole(t).clone() for name, t in loop.state.tensors().items()}
-        return Life(finished=finished, step=loop.state.step, tensors=tensors, seen=seen)
+                trainer.close()
+        tensors = {name: whole(t).clone() for name, t in trainer.state.tensors().items()}
+        return Life(finished=finished, step=trainer.state.step, tensors=tensors, seen=seen)
     finally:
         StreamingLoader.__next__ = deliver  # type: ignore[method-assign]
         here.shutdown()
 
 
-def cut_power(after: int) -> Callable[[Loop], None]:
+def cut_power(after: int) -> Callable[[Trainer], None]:
     """For `live(before=...)`: the life ends in the log call of step `after`, before anything of that step is saved."""
 
-    def meddle(loop: Loop) -> None:
-        log = loop.sinks.log
+    def meddle(trainer: Trainer) -> None:
+        log = trainer.sinks.log
 
         def cut(step: int, record: Any) -> None:
             log(step, record)
             if step == after:
                 raise PowerCut
 
-        loop.sinks.log = cut  # type: ignore[method-assign]
+        trainer.sinks.log = cut  # type: ignore[method-assign]
 
     return meddle
 

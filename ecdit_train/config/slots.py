@@ -99,7 +99,7 @@ class ExpertsConfig(SlotConfig):
 class DispatcherConfig(SlotConfig):
     """How rows are gathered for the experts and their results summed (`model.moe.Dispatcher`)."""
 
-    cap: float | None
+    cap: float | None = None
     """For routers whose number of rows varies. None: counts are exchanged, then just these rows. A number: a static table of `cap`
     times the mean rows per expert and group; rows beyond it are dropped, lowest gates first, and counted."""
 

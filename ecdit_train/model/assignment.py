@@ -60,8 +60,7 @@ class Selection(Assignment):
     def rows(self) -> Rows:
         """The rows that were selected, sorted by expert. Waits for the device, which knows how many there are."""
         E = self.selected_GSE.shape[-1]
-        place_R2 = self.selected_GSE.permute(2, 0, 1).reshape(E, -1).nonzero()
-        expert_R, index_R = place_R2.unbind(1)
+        expert_R, index_R = self.selected_GSE.permute(2, 0, 1).reshape(E, -1).nonzero().t().contiguous()
         gate_R = self.gate_GSE.reshape(-1).index_select(0, index_R * E + expert_R)
         return Rows(**_common(self), expert_R=expert_R, index_R=index_R, gate_R=gate_R)
 

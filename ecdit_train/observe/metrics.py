@@ -41,6 +41,7 @@ METRICS: dict[str, Metric] = {
         "latent units^2", "mean", "Is it learning? Mean squared error of the prediction at kept patches."
     ),
     "train/balance_loss": _metric("1", "mean", "Token choice only: how uneven are the experts, weight included?"),
+    "train/{name}_loss": _metric("1", "mean", "An auxiliary loss of a router (`Assignment.losses`), weight included."),
     "train/images": _metric("images", "last", "How many images has the run seen?"),
     # optim/
     "optim/lr": _metric("1", "last", "Which learning rate is in force?"),
@@ -81,6 +82,16 @@ METRICS: dict[str, Metric] = {
         "share of choices", "mean", "Token choice only: choices of layer n beyond capacity."
     ),
     "moe/L{n}/load_cv": _metric("std / mean", "mean", "Token choice only: unequal load of experts in layer n."),
+    "moe/L{n}/capped_frac": _metric(
+        "share of rows", "mean", "Routers of varying load under a static cap only: rows of layer n beyond it."
+    ),
+    "moe/capped_frac": _metric(
+        "share of rows", "mean", "Routers of varying load under a static cap only: how many rows are dropped?"
+    ),
+    "moe/{name}": _metric("the router's", "mean", "What a router reports of itself (`Assignment.metrics`), over layers."),
+    "moe/{name}_max": _metric("the router's", "max", "The same, where the name ends in _max."),
+    "moe/L{n}/{name}": _metric("the router's", "mean", "What the router of layer n reports of itself."),
+    "moe/L{n}/{name}_max": _metric("the router's", "max", "The same, where the name ends in _max."),
     # perf/: wall time of the window without pauses (checkpoints, samples).
     "perf/images_per_s": _metric("images/s, all ranks", "mean", "How fast is it?"),
     "perf/tokens_per_s": _metric("tokens/s, all ranks", "mean", "How fast is it, whatever resolution and mask ratio?"),
@@ -99,8 +110,14 @@ METRICS: dict[str, Metric] = {
 
 
 def metric_key(name: str) -> str:
-    """The key of METRICS that describes a logged name: `moe/L2/entropy` -> `moe/L{n}/entropy`."""
-    return re.sub(r"/L\d+/", "/L{n}/", name)
+    """The key of METRICS that describes a logged name: `moe/L2/entropy` -> `moe/L{n}/entropy`; what a router of one's own reports falls
+    under the entries with `{name}`."""
+    key = re.sub(r"/L\d+/", "/L{n}/", name)
+    if key in METRICS:
+        return key
+    room, _, rest = key.rpartition("/")
+    own = f"{room}/{{name}}_max" if rest.endswith("_max") else f"{room}/{{name}}_loss" if rest.endswith("_loss") else f"{room}/{{name}}"
+    return own if own in METRICS else key
 
 
 def undocumented(record: Mapping[str, object]) -> set[str]:

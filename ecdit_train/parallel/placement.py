@@ -68,6 +68,8 @@ def local(tensor: Tensor) -> Tensor:
 
 def local_boxes(tensor: Tensor, placement: ParamPlacement) -> list[LocalBox]:
     """Boxes of the global tensor that this rank's shard holds; none if FSDP gave it an empty shard."""
+    if tensor.dim() == 0:
+        return [LocalBox(offsets=(), local_offsets=(), sizes=())]
     part_offsets, part_sizes = [0] * tensor.dim(), list(tensor.shape)
     if isinstance(tensor, DTensor):
         mesh, coordinate = tensor.device_mesh, tensor.device_mesh.get_coordinate()

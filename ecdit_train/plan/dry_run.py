@@ -39,9 +39,6 @@ from .document import seconds, show, size, table
 from .layout import resolve, units
 from .plan import Plan
 
-MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
-"""The run's own optimizer over parameters, its state made: training gives `train.optim.make_optimizer`."""
-
 # --- what is sent ------------------------------------------------------------------------------------------------
 
 _RULES = {
@@ -139,7 +136,7 @@ class DryRun:
     """Memory that this process itself needed."""
 
 
-def dry_run(cfg: RunConfig, *, world: int, make_optimizer: MakeOptimizer) -> DryRun:
+def dry_run(cfg: RunConfig, *, world: int) -> DryRun:
     """Run one microbatch of `cfg` on rank 0 of `world` fake ranks. Blocks run in eager mode whatever
     `parallel.compile` says.
 
@@ -155,12 +152,12 @@ def dry_run(cfg: RunConfig, *, world: int, make_optimizer: MakeOptimizer) -> Dry
     started = time.monotonic()
     dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
     try:
-        return _run(cfg, world=world, started=started, make_optimizer=make_optimizer)
+        return _run(cfg, world=world, started=started)
     finally:
         dist.destroy_process_group()
 
 
-def _run(cfg: RunConfig, *, world: int, started: float, make_optimizer: MakeOptimizer) -> DryRun:
+def _run(cfg: RunConfig, *, world: int, started: float) -> DryRun:
     parallel = dataclasses.replace(cfg.parallel, compile=False)
     mesh = make_mesh(parallel, device_type="cpu", world=world)
     model = slots.network(cfg)
@@ -171,16 +168,13 @@ def _run(cfg: RunConfig, *, world: int, started: float, make_optimizer: MakeOpti
         tracker, log = FSDPMemTracker(model), CollectiveLog()
         tracker.track_inputs((batch["latents_BCHW"], batch["text"].features_BLX))
         with tracker, log:
-            prediction = model(**batch, pool=cfg.pool_tokens)
+            prediction = model(**batch, group_tokens=cfg.group_tokens)
             after_forward = _snapshot(tracker, "current")
-            loss = prediction.patches_BKP.float().square().mean()
-            if prediction.balance_loss is not None:
-                loss = loss + prediction.balance_loss
-            loss.backward()
+            sum(prediction.losses.values(), prediction.patches_BKP.float().square().mean()).backward()
         if log.unknown:
             raise AssertionError(f"collectives without a rule: {dict(log.unknown)}")
         peak, after_backward = _snapshot(tracker, "peak"), _snapshot(tracker, "current")
-        optimizer = _state_bytes(make_optimizer(list(model.parameters())))
+        optimizer = _state_bytes(cfg.optim.optimizer.build(dict(model.named_parameters()), lr=cfg.optim.lr))
     return DryRun(
         world=world,
         collectives=log.collectives(),
@@ -299,9 +293,9 @@ class Checked:
     """Whether every formula is within TOLERANCE of the dry run."""
 
 
-def check(plan: Plan, *, make_optimizer: MakeOptimizer) -> Checked:
+def check(plan: Plan, *) -> Checked:
     """Dry-run what was planned and compare; errors as in `dry_run`."""
-    ran = dry_run(plan.cfg, world=plan.cost.layout.world, make_optimizer=make_optimizer)
+    ran = dry_run(plan.cfg, world=plan.cost.layout.world)
     rows = compare(plan, ran)
     differences = [{**dataclasses.asdict(row), "relative": row.relative, "within": row.within} for row in rows]
     return Checked(

@@ -10,7 +10,7 @@ from itertools import product
 
 from ecdit_train.config.nearest import divisors
 from ecdit_train.config.schema import RunConfig
-from ecdit_train.config.validate import images_per_group, validate
+from ecdit_train.config.validate import validate
 from ecdit_train.errors import ConfigError
 
 from . import memory, slots
@@ -68,7 +68,7 @@ def candidates(
     cfg: RunConfig, *, world: int, modes: tuple[str, ...] = ("none", "selective", "full")
 ) -> Iterator[Layout]:
     """Layouts that divide. Tensor parallelism stays inside a node; replicas are whole nodes."""
-    gpus, batch, images = cfg.cluster.gpus_per_node, cfg.train.global_batch, images_per_group(cfg)
+    gpus, batch, images = cfg.cluster.gpus_per_node, cfg.train.global_batch, cfg.images_per_group
     experts = math.gcd(slots.num_experts(cfg), world) if slots.sparse_blocks(cfg) else 1
     for tp in (n for n in divisors(math.gcd(cfg.model.heads, world)) if n <= gpus):
         dp = world // tp

@@ -11,9 +11,7 @@ import torch
 from ecdit_train.config.schema import RunConfig
 from ecdit_train.model.dit import DiT
 
-KL_ENCODER_FLOPS_PER_PIXEL = 4.13e6
-"""Forward of the encoder half of the usual four-level KL autoencoder (128-256-512-512 channels, 2 blocks each), per
-pixel."""
+COMPUTE_BYTES = {"fp32": 4, "bf16": 2}
 
 
 def network(cfg: RunConfig) -> DiT:
@@ -26,23 +24,28 @@ def network(cfg: RunConfig) -> DiT:
 
 
 def sparse_blocks(cfg: RunConfig) -> int:
-    """Blocks whose feed-forward is a mixture of experts: every second one; 0 for a dense network."""
-    return 0 if cfg.moe.router == "dense" else cfg.model.layers // 2
+    """Blocks whose feed-forward is a mixture of experts; 0 for a dense network."""
+    return len(cfg.sparse_layers)
 
 
 def num_experts(cfg: RunConfig) -> int:
     """Experts of one sparse block; 0 for a dense network."""
-    return cfg.moe.experts if sparse_blocks(cfg) else 0
+    return cfg.moe.num_experts if sparse_blocks(cfg) else 0
 
 
 def table1_experts(cfg: RunConfig) -> int | None:
     """Experts of the paper's Table 1 column: 0 is dense, None a routing that the table does not have."""
-    return num_experts(cfg) if cfg.moe.router in ("dense", "expert_choice") else None
+    return num_experts(cfg) if cfg.moe.router is None or type(cfg.moe.router).__name__ == "ExpertChoice" else None
 
 
 def experts_per_token(cfg: RunConfig) -> float:
-    """f_c: rows that the experts of a sparse block work on per token, on average; 0 for a dense network."""
-    return cfg.moe.capacity_factor if sparse_blocks(cfg) else 0.0
+    """f_c: rows that the experts of a sparse block work on per token, on average; 0 for a dense network. A static cap is what is computed,
+    filled or not."""
+    if cfg.moe.router is None:
+        return 0.0
+    rows = cfg.moe.router.experts_per_token()
+    cap = cfg.moe.dispatcher.cap if cfg.moe.dispatcher and cfg.capacity is None else None
+    return rows if cap is None else min(rows * cap, float(cfg.moe.num_experts))
 
 
 def exchange_rows_per_token(cfg: RunConfig) -> float:
@@ -51,8 +54,9 @@ def exchange_rows_per_token(cfg: RunConfig) -> float:
 
 
 def expert_flops_per_row(cfg: RunConfig) -> float:
-    """Two products, d to r d and back: 4 r d^2."""
-    return 2.0 * 2 * cfg.model.width * cfg.model.ffn_ratio * cfg.model.width
+    """Forward FLOPs of one row, as the experts say."""
+    experts = cfg.moe.experts
+    return experts.flops_per_row(width=cfg.model.width, hidden=_hidden(cfg)) if experts else 0.0
 
 
 def expert_hidden_units_per_row(cfg: RunConfig) -> float:
@@ -61,18 +65,30 @@ def expert_hidden_units_per_row(cfg: RunConfig) -> float:
 
 
 def expert_kept_units_per_row(cfg: RunConfig) -> float:
-    """Vectors of width d that autograd keeps for a row: itself, before and after GELU, its result, the weighted one."""
-    return 1 + 2 * cfg.model.ffn_ratio + 1 + 1
+    """Vectors of width d that autograd keeps for a row: itself, what the experts say, the weighted result."""
+    experts = cfg.moe.experts
+    if experts is None:
+        return 0.0
+    return 1 + experts.kept_values_per_row(width=cfg.model.width, hidden=_hidden(cfg)) / cfg.model.width + 1
 
 
 def router_flops_per_token(cfg: RunConfig) -> float:
-    """One product, d to E."""
-    return 2.0 * cfg.model.width * num_experts(cfg)
+    """As the router says."""
+    router = cfg.moe.router
+    return router.flops_per_token(width=cfg.model.width, num_experts=num_experts(cfg)) if router else 0.0
 
 
 def router_activation_bytes_per_token(cfg: RunConfig) -> float:
-    """Kept by a router: affinities of 8 E, and its input in fp32 where the compute type is another."""
-    return 8 * num_experts(cfg) + (4 * cfg.model.width if cfg.train.precision == "bf16" else 0)
+    """As the router says."""
+    router = cfg.moe.router
+    if router is None:
+        return 0.0
+    size = COMPUTE_BYTES[cfg.train.precision]
+    return router.kept_bytes_per_token(width=cfg.model.width, num_experts=num_experts(cfg), compute_bytes=size)
+
+
+def _hidden(cfg: RunConfig) -> int:
+    return cfg.model.ffn_ratio * cfg.model.width
 
 
 def assignment_bytes_per_token(cfg: RunConfig) -> float:
@@ -83,9 +99,9 @@ def assignment_bytes_per_token(cfg: RunConfig) -> float:
 # --- optimizer and average ---------------------------------------------------------------------------------------
 
 
-def optimizer_state_bytes(cfg: RunConfig) -> int:
-    """fp32 bytes per element held. rmsprop: mean square, and momentum where there is any; adamw: two moments."""
-    return 4 if cfg.optim.kind == "rmsprop" and cfg.optim.momentum == 0 else 8
+def optimizer_state_bytes(cfg: RunConfig) -> float:
+    """Bytes per element held, as the optimizer says."""
+    return cfg.optim.optimizer.state_bytes()
 
 
 def average_bytes(cfg: RunConfig) -> int:
@@ -112,17 +128,14 @@ def text_features(cfg: RunConfig) -> int:
 
 def encoder_parameters(cfg: RunConfig) -> int:
     """Frozen parameters, wherever they run: the paper's totals include them."""
-    return cfg.encoders.text.parameters + cfg.encoders.image.parameters
+    return cfg.encoders.text.num_parameters() + cfg.encoders.image.num_parameters()
 
 
 def running_encoder_parameters(cfg: RunConfig) -> int:
     """Frozen parameters that lie on every rank because the encoder runs inside training."""
-    text, image = cfg.encoders.text, cfg.encoders.image
-    return (text.parameters if text.kind == "t5" else 0) + (image.parameters if image.kind == "kl" else 0)
+    return sum(e.num_parameters() for e in (cfg.encoders.text, cfg.encoders.image) if not e.stored)
 
 
 def encoder_flops_per_image(cfg: RunConfig) -> float:
-    """Forward of encoders that run inside training: 2 FLOPs per parameter and token of T5, the KL encoder per pixel."""
-    text, image = cfg.encoders.text, cfg.encoders.image
-    flops = 2.0 * text.parameters * text.max_tokens if text.kind == "t5" else 0.0
-    return flops + (KL_ENCODER_FLOPS_PER_PIXEL * cfg.data.resolution**2 if image.kind == "kl" else 0.0)
+    """Forward FLOPs of encoders that run inside training, as they say."""
+    return cfg.encoders.text.flops_per_image() + cfg.encoders.image.flops_per_image(resolution=cfg.data.resolution)

@@ -11,8 +11,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ecdit_train.config.schema import ModelConfig, MoEConfig, ParallelConfig
+from ecdit_train.model.assignment import Rows, taken
+from ecdit_train.model.dispatchers.index_add import IndexAdd
 from ecdit_train.model.dit import DiT, Prediction
 from ecdit_train.model.embed import Text
+from ecdit_train.model.experts.gelu import Gelu
+from ecdit_train.model.routers.expert_choice import ExpertChoice
+from ecdit_train.model.routers.threshold import Threshold
+from ecdit_train.model.routers.token_choice import TokenChoice
 from ecdit_train.parallel.apply import full_tensors, load_full, parallelize
 from ecdit_train.parallel.expert_parallel import sparse_layers
 from ecdit_train.parallel.fsdp import accumulate
@@ -21,23 +27,29 @@ from ecdit_train.parallel.mesh import Mesh, make_mesh
 from ecdit_train.parallel.placement import ParamPlacement, local, local_boxes
 
 IMAGES, CHANNELS, SIDE, KEPT, TEXT_TOKENS, TEXT_FEATURES = 16, 4, 8, 8, 5, 24
-POOL = 16
+GROUP = 16
 """Two half-masked images."""
 MAX_NORM = 0.01
 
 MODEL = ModelConfig(
     name="test", layers=4, width=32, heads=4, kv_heads=2, ffn_ratio=2, patch=2, text_width=64, text_refiner_layers=1
 )
+EXPERT_CHOICE = ExpertChoice(capacity_factor=2.0)
+TOKEN_CHOICE_ROUTER = TokenChoice(capacity_factor=2.0, top_k=2, balance_weight=0.01)
 MOE = MoEConfig(
-    router="expert_choice",
-    experts=8,
-    capacity_factor=2.0,
+    router=EXPERT_CHOICE,
+    experts=Gelu(),
+    dispatcher=IndexAdd(cap=None),
+    num_experts=8,
     scope="group",
-    group_size=POOL,
-    top_k=2,
-    balance_weight=0.01,
-    combine="index_add",
+    group_size=GROUP,
 )
+TOKEN_CHOICE = replace(MOE, router=TOKEN_CHOICE_ROUTER)
+DENSE = replace(MOE, router=None, experts=None, dispatcher=None)
+THRESHOLD = replace(MOE, router=Threshold(capacity_factor=2.0, momentum=0.9))
+"""A varying number of rows: counts first, then uneven exchange."""
+CAPPED = replace(THRESHOLD, dispatcher=IndexAdd(cap=0.75))
+"""The same under a static cap that drops some."""
 PARALLEL = ParallelConfig(
     dp_replicate=1,
     dp_shard=-1,
@@ -65,7 +77,7 @@ class Case:
     steps: int = 3
     microbatches: int = 1
     """Per step and data-parallel rank."""
-    pool: int = POOL
+    group_tokens: int = GROUP
     poison: str = ""
 
     def __str__(self) -> str:
@@ -78,8 +90,10 @@ class Case:
             for k, v in vars(p).items()
             if k not in ("tp", "ep", "dp_replicate") and v != getattr(PARALLEL, k)
         ]
-        if self.moe.router != "expert_choice":
-            extra.append(self.moe.router)
+        if self.moe.router != EXPERT_CHOICE:
+            extra.append(type(self.moe.router).__name__)
+        if self.moe.dispatcher != MOE.dispatcher:
+            extra.append(str(self.moe.dispatcher))
         if self.model.kv_heads != MODEL.kv_heads:
             extra.append(f"kv={self.model.kv_heads}")
         return f"rep{p.dp_replicate} tp{p.tp} ep{p.ep} {' '.join(extra)}".strip()
@@ -123,7 +137,7 @@ class Trace:
     grads: list[dict[str, Tensor]] = field(default_factory=list)
     weights: dict[str, Tensor] = field(default_factory=dict)
     chosen: list[list[Tensor]] = field(default_factory=list)
-    """Per step, per sparse layer: (E, pools, C) tokens inside each pool, sorted."""
+    """Per step, per sparse layer: (groups, S, E), how often an expert took each token of a group."""
     copies_agree: bool = True
     """This rank's shards are the bits of the global tensors (which were gathered from one of each set of copies)."""
 
@@ -135,15 +149,17 @@ def make_model(c: Case) -> DiT:
 def full_state(c: Case) -> dict[str, Tensor]:
     """Random weights everywhere: nothing that starts at zero may hide a wrong gradient."""
     with torch.device("meta"):
-        shapes = {name: p.shape for name, p in make_model(c).named_parameters()}
+        model = make_model(c)
     generator = torch.Generator().manual_seed(3)
     state = {}
-    for name, shape in shapes.items():
-        fan_in = shape[1] if len(shape) > 1 else 16
-        value = torch.randn(shape, generator=generator) / fan_in**0.5
+    for name, p in model.named_parameters():
+        fan_in = p.shape[1] if p.dim() > 1 else 16
+        value = torch.randn(p.shape, generator=generator) / fan_in**0.5
         if "norm" in name and name.endswith("weight"):
             value = 1 + 0.1 * value
         state[name] = value.to(getattr(torch, c.dtype))
+    for name, b in model.named_buffers():
+        state[name] = torch.full(b.shape, 0.15, dtype=getattr(torch, c.dtype))
     return state
 
 
@@ -166,22 +182,26 @@ def optimizer(c: Case, parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=1e-3, eps=1e-6)
 
 
-def forward(model: DiT, part: dict[str, Tensor], *, pool: int) -> tuple[Tensor, Prediction]:
+def forward(model: DiT, part: dict[str, Tensor], *, group_tokens: int) -> tuple[Tensor, Prediction]:
     text = Text(features_BLX=part["features"], mask_BL=part["mask"], drop_B=part["drop"])
-    out = model(part["latents"], t_B=part["t"], text=text, keep_BK=part["keep"], pool=pool)
+    out = model(part["latents"], t_B=part["t"], text=text, keep_BK=part["keep"], group_tokens=group_tokens)
     dtype = torch.promote_types(out.patches_BKP.dtype, torch.float32)
     loss = nn.functional.mse_loss(out.patches_BKP.to(dtype), part["target"].to(dtype))
-    return loss if out.balance_loss is None else loss + out.balance_loss, out
+    return sum(out.losses.values(), loss), out
 
 
-def chosen_in_pool(prediction: Prediction, *, pool: int) -> list[Tensor]:
-    sets = []
+def chosen_in_group(prediction: Prediction) -> list[Tensor]:
+    """Per layer (G, S, E): how often each expert took each token."""
+    counts = []
     for a in prediction.assignments:
-        index = a.index_EGC % pool
-        if a.filled_EGC is not None:
-            index = torch.where(a.filled_EGC, index, -1)
-        sets.append(index.sort(dim=-1).values)
-    return sets
+        G, S, E = a.probability_GSE.shape
+        index, _, one = taken(a)
+        if isinstance(a, Rows):
+            expert = a.expert_R
+        else:
+            expert = torch.arange(E)[:, None].expand(E, len(index) // E).flatten()
+        counts.append(torch.zeros(G * S * E, dtype=torch.int64).index_add(0, index * E + expert, one).view(G, S, E))
+    return counts
 
 
 def run_reference(c: Case) -> Trace:
@@ -190,7 +210,7 @@ def run_reference(c: Case) -> Trace:
     model.load_state_dict(full_state(c))
     optim, trace = optimizer(c, model.parameters()), Trace()
     for step in range(c.steps):
-        loss, prediction = forward(model, batch(step), pool=c.pool)
+        loss, prediction = forward(model, batch(step), group_tokens=c.group_tokens)
         loss.backward()
         trace.losses.append(loss.item())
         grads = {n: p.grad.clone() for n, p in model.named_parameters()}
@@ -199,7 +219,7 @@ def run_reference(c: Case) -> Trace:
             p.grad.mul_(min(1.0, MAX_NORM / (norm.item() + 1e-6)))
         trace.norms.append(norm.item())
         trace.grads.append(grads)
-        trace.chosen.append(chosen_in_pool(prediction, pool=c.pool))
+        trace.chosen.append(chosen_in_group(prediction))
         optim.step()
         optim.zero_grad()
     trace.weights = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -226,10 +246,10 @@ def run_parallel(c: Case, mesh: Mesh) -> Trace:
         for m in range(c.microbatches):
             part = {k: v.chunk(c.microbatches)[m] for k, v in mine.items()}
             with accumulate(model, last=m == c.microbatches - 1):
-                loss, prediction = forward(model, part, pool=c.pool)
+                loss, prediction = forward(model, part, group_tokens=c.group_tokens)
                 (loss / c.microbatches).backward()
             losses.append(loss.detach())
-            chosen.append(chosen_in_pool(prediction, pool=c.pool))
+            chosen.append(chosen_in_group(prediction))
         total = torch.stack(losses).mean()
         if mesh.dp_group is not None:
             dist.all_reduce(total, group=mesh.dp_group)
@@ -238,7 +258,7 @@ def run_parallel(c: Case, mesh: Mesh) -> Trace:
         trace.grads.append(full_tensors(grads, placements, mesh))
         trace.copies_agree &= same_bits(grads, trace.grads[-1], placements)
         trace.norms.append(clip(model, placements, mesh, max_norm=MAX_NORM).item())
-        trace.chosen.append([gather_pools(torch.cat(layer, 1), mesh) for layer in zip(*chosen, strict=True)])
+        trace.chosen.append([gather_groups(torch.cat(layer), mesh) for layer in zip(*chosen, strict=True)])
         optim.step()
         optim.zero_grad()
     trace.weights = full_tensors(dict(model.named_parameters()), placements, mesh)
@@ -256,13 +276,13 @@ def same_bits(tensors: dict[str, Tensor], full: dict[str, Tensor], placements: d
         )
 
 
-def gather_pools(index: Tensor, mesh: Mesh) -> Tensor:
-    """(E, own pools, C) -> (E, all pools, C)."""
+def gather_groups(index: Tensor, mesh: Mesh) -> Tensor:
+    """(own groups, S, E) -> (all groups, S, E)."""
     if mesh.dp_group is None:
         return index
     parts = [torch.empty_like(index) for _ in range(mesh.dp_size)]
     dist.all_gather(parts, index.contiguous(), group=mesh.dp_group)
-    return torch.cat(parts, dim=1)
+    return torch.cat(parts)
 
 
 def poison_expert_scale(model: DiT, mesh: Mesh) -> None:

@@ -8,25 +8,24 @@ left of it in production's type. In both, the copies that several ranks hold mus
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
 
 import pytest
-from dist_cases import IMAGES, KEPT, MODEL, MOE, Case, case, check_cases
+from dist_cases import CAPPED, DENSE, IMAGES, KEPT, MODEL, MOE, THRESHOLD, TOKEN_CHOICE, Case, case, check_cases
 from dist_harness import run_distributed
+
+from ecdit_train.model.dispatchers.deterministic import Deterministic
 
 BOUND_FP64 = 1e-10
 BOUND_FP32, BOUND_FP32_GRAD = 1e-5, 5e-5
 """Attention's query and key gradients are differences of nearly equal numbers: one process against itself in another
 summation order shows 1e-5 there."""
 
-TOKEN_CHOICE = replace(MOE, router="token_choice")
-DENSE = replace(MOE, router="dense")
 FEW_KV = replace(MODEL, kv_heads=1)
 MANY_KV = replace(MODEL, kv_heads=4)
 
 
 def whole_microbatch(world: int, *, tp: int = 1) -> int:
-    """Pool of scope `batch`: all tokens of a data-parallel rank."""
+    """Group of scope `batch`: all tokens of a data-parallel rank."""
     return IMAGES * KEPT * tp // world
 
 
@@ -43,11 +42,11 @@ def test_two_ranks() -> None:
         case(), case(rep=2), case(tp=2), case(ep=2), case(tp=2, ep=2),
         case(tp=2, moe=DENSE, optim="adamw"),
         case(ep=2, moe=TOKEN_CHOICE, optim="adamw"),
-        case(ep=2, pool=whole_microbatch(2)),
+        case(ep=2, group_tokens=whole_microbatch(2)),
         case(tp=2, model=FEW_KV),
         case(dtype="float32"), case(tp=2, dtype="float32"), case(ep=2, dtype="float32"), case(tp=2, ep=2, dtype="float32"),
         case(tp=2, moe=DENSE, dtype="float32"), case(ep=2, moe=TOKEN_CHOICE, dtype="float32"),
-        case(ep=2, pool=whole_microbatch(2), dtype="float32"),
+        case(ep=2, group_tokens=whole_microbatch(2), dtype="float32"),
     ])
 
 
@@ -56,7 +55,7 @@ def test_four_ranks() -> None:
     assert_equal(4, [
         case(tp=2, ep=2), case(ep=2), case(ep=4), case(tp=2), case(tp=2, ep=4, moe=TOKEN_CHOICE),
         case(tp=4, ep=2), case(tp=4, ep=4, model=FEW_KV), case(rep=2, ep=2), case(rep=2, tp=2, ep=2),
-        case(tp=2, ep=2, pool=whole_microbatch(4, tp=2)),
+        case(tp=2, ep=2, group_tokens=whole_microbatch(4, tp=2)),
         case(tp=2, ep=2, optim="adamw", dtype="float32"), case(ep=4, dtype="float32"), case(tp=2, dtype="float32"),
         case(ep=2, dtype="float32"), case(rep=2, tp=2, ep=2, dtype="float32"),
         case(tp=2, ep=4, moe=TOKEN_CHOICE, dtype="float32"),
@@ -68,9 +67,24 @@ def test_eight_ranks_all_axes() -> None:
     assert_equal(8, [case(rep=2, tp=2, ep=4), case(tp=2, ep=2), case(tp=2, ep=4, dtype="float32")])
 
 
+def test_a_varying_number_of_rows() -> None:
+    """Rows per expert vary: the uneven exchange, and a static cap that drops some, on every axis alone and together."""
+    for world, layouts in (
+        (2, [{}, {"tp": 2}, {"ep": 2}, {"tp": 2, "ep": 2}, {"ep": 2, "microbatches": 2}, {"rep": 2, "ac": "selective"}]),
+        (4, [{"tp": 2, "ep": 2}, {"ep": 4}, {"tp": 2, "ep": 4, "ac": "selective"}, {"ep": 2, "ac": "full"}]),
+        (8, [{"rep": 2, "tp": 2, "ep": 4}, {"ep": 8}]),
+    ):
+        cases = [case(moe=moe, **layout) for layout in layouts for moe in (THRESHOLD, CAPPED)]
+        if world == 2:
+            cases += [case(moe=CAPPED, ep=2, chunks=2), case(moe=replace(THRESHOLD, dispatcher=Deterministic(cap=None)), tp=2, ep=2)]
+            cases += [case(moe=moe, tp=2, ep=2, dtype="float32") for moe in (THRESHOLD, CAPPED)]
+        assert_equal(world, cases)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("tp", [1, 2, 4])
-@pytest.mark.parametrize("router", ["expert_choice", "token_choice"])
-def test_eight_ranks_grid(router: Literal["expert_choice", "token_choice"], tp: int) -> None:
-    moe, model = (MOE, MODEL) if router == "expert_choice" else (TOKEN_CHOICE, MANY_KV)
+@pytest.mark.parametrize("router", ["expert_choice", "token_choice", "threshold", "capped"])
+def test_eight_ranks_grid(router: str, tp: int) -> None:
+    moe = {"expert_choice": MOE, "token_choice": TOKEN_CHOICE, "threshold": THRESHOLD, "capped": CAPPED}[router]
+    model = MANY_KV if router == "token_choice" else MODEL
     assert_equal(8, [case(tp=tp, ep=ep, rep=rep, moe=moe, model=model) for ep in (1, 2, 4, 8) for rep in (1, 2)])
