@@ -304,7 +304,8 @@ def _note_unfit(word: Word, target: str, ledger: Ledger, *, base: DictConfig, er
         ledger.wrong(word, rule="is not in the defaults list: nothing to take away", value=value or None)
     elif not word.sign and not listed:
         better = None if is_section(target) else f"+{word.text}"
-        rule = "has no place in this composition: it is not in the defaults list"
+        parent, _, _ = target.rpartition("/")
+        rule = "is not in the defaults list" + (f" of {parent}={chosen(base)[parent]}" if parent in chosen(base) else "")
         ledger.wrong(word, rule=rule, value=value, nearest=better, better=better)
     else:
         ledger.wrong(word, rule=_does_not_compose(error).rule, value=value)

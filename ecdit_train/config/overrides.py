@@ -203,7 +203,9 @@ def _check_type(word: Word, key: str, value: Any, vocabulary: Vocabulary, ledger
         better = None
         if key == word.key:
             options = [] if problem.nearest is None or problem.field != key else [str(problem.nearest)]
-            better = _accepted(key, [*options, quoted(word.value_text)], vocabulary)
+            if value is not None:  # `true` or 1.5 may have been meant as text; `null` was not
+                options.append(quoted(word.value_text))
+            better = _accepted(key, options, vocabulary)
         nearest = better.partition("=")[2] if better else None
         ledger.found.append((word.index, Problem(field=problem.field, value=problem.value, rule=problem.rule,
                                                  nearest=nearest)))  # fmt: skip

@@ -81,7 +81,10 @@ def test_every_choice_of_every_group_composes():
     """The n-th choice of all groups together: as few compositions as the largest group has choices."""
     choices = {g: c for g, c in groups().items() if g not in ("local", "experiment")}  # experiments: tests above
     for n in range(max(map(len, choices.values()))):
-        cfg = compose([f"{group}={names[n % len(names)]}" for group, names in choices.items()], local=False)
+        words = [f"{group}={names[n % len(names)]}" for group, names in choices.items()]
+        if "moe=dense" in words:
+            words = [w for w in words if not w.startswith("moe/")]  # a dense network has no router
+        cfg = compose(words, local=False)
         assert cfg.cluster.name == choices["cluster"][n % len(choices["cluster"])]
 
 
@@ -123,7 +126,7 @@ def test_values_of_every_type():
             "train.steps=7",
             "parallel.compile=true",
             "moe.scope=image",
-            "encoders.text.path=null",
+            "train.init_from=null",
             "cluster.account=1234",
             "cluster.time_limit=24:00:00",
             "run=/tmp/a b",
@@ -135,7 +138,7 @@ def test_values_of_every_type():
     assert cfg.optim.lr == 3.0
     assert isinstance(cfg.optim.lr, float)
     assert (cfg.train.steps, cfg.parallel.compile, cfg.moe.scope) == (7, True, "image")
-    assert (cfg.encoders.text.path, cfg.cluster.account, cfg.cluster.time_limit) == (None, "1234", "24:00:00")
+    assert (cfg.train.init_from, cfg.cluster.account, cfg.cluster.time_limit) == (None, "1234", "24:00:00")
     assert (cfg.run, cfg.observe.prompts, cfg.cluster.env) == ("/tmp/a b", ("a b", "c, d"), ("A=1",))
 
 
@@ -163,8 +166,9 @@ def test_interpolation_is_resolved_then_typed():
 
 def test_composes_from_any_folder_without_torch(tmp_path):
     code = (
-        "import sys\nfrom ecdit_train.config import compose, validate, compat, describe\nimport launch.submit\n"
-        "compose.compose(['experiment=ec_dit_xl_8e'])\nassert 'torch' not in sys.modules"
+        "import sys\nfrom ecdit_train.config import compose, validate, compat, describe, slots\nimport launch.submit\n"
+        "with slots.declarations_only(): compose.configure(['experiment=ec_dit_xl_8e'])\n"
+        "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
 
@@ -198,19 +202,19 @@ def test_all_problems_of_a_tree_at_once(base):
     tree["moe"]["num_experts"] = 8.5
     tree["moe"]["scope"] = "grop"
     tree["optim"]["lr"] = True
-    tree["optim"]["eps"] = float("nan")
+    tree["optim"]["optimizer"]["eps"] = float("nan")
     tree["parallel"]["compile"] = "yes"
     tree["observe"]["prompts"] = ["a", 1.5]
     tree["cluster"] = 3
     tree["train"]["steps"] = "???"
     assert messages(from_dict, tree) == [
         "model.widht = 1152: unknown key; nearest valid: model.width",
-        "model.width = None: missing key",
+        "model.width = None: missing key: a whole number",
         "moe.num_experts = 8.5: must be a whole number; nearest valid: 8",
         "moe.scope = 'grop': must be one of group, image, batch; nearest valid: group",
         "train.steps = '???': must be given: a whole number",
         "optim.lr = True: must be a number",
-        "optim.eps = nan: must be a number",
+        "optim.optimizer.eps = nan: must be a number",
         "parallel.compile = 'yes': must be true or false; nearest valid: true",
         "observe.prompts[1] = 1.5: must be text",
         "cluster = 3: must be a section with keys: "
@@ -274,13 +278,13 @@ def test_load_is_strict(base, tmp_path):
 
 
 def test_override_changes_a_stored_configuration():
-    cfg = compose(["experiment=ec_dit_xl_8e", "train.seed=5"], local=False)
-    changed = override(cfg, ["parallel=ep16", "train.steps=10"])
-    assert (changed.config.parallel.ep, changed.config.train.steps, changed.config.train.seed) == (16, 10, 5)
+    cfg = compose(["experiment=ec_dit_xl_16e", "train.seed=5"], local=False)
+    changed = override(cfg, ["parallel=ep8", "train.steps=30000"])
+    assert (changed.config.parallel.ep, changed.config.train.steps, changed.config.train.seed) == (8, 30_000, 5)
     assert {"parallel.ep", "train.steps"} <= changed.explicit
     assert "cannot be changed after the run was made" in messages(override, cfg, ["experiment=dense_xl"])[0]
 
 
 def test_differences_are_short(base):
-    cfg = with_values(base, {"train.steps": 9, "parallel.compile": True, "encoders.text.path": None})
-    assert differences(cfg, base) == ["encoders.text.path: null", "train.steps: 9", "parallel.compile: true"]
+    cfg = with_values(base, {"train.steps": 9, "parallel.compile": True, "cluster.account": "me"})
+    assert differences(cfg, base) == ["train.steps: 9", "parallel.compile: true", "cluster.account: me"]
