@@ -32,9 +32,12 @@ VENDORS: dict[str, tuple[str, ...]] = {
     "transformers": ("ecdit_train/diffusion/encoders.py",),
     "diffusers": ("ecdit_train/diffusion/encoders.py",),
     "safetensors": ("ecdit_train/diffusion/encoders.py",),
-    "wandb": ("ecdit_train/observe/sinks.py",),
+    "wandb": ("ecdit_train/observe/wandb_sink.py",),
     "matplotlib": ("ecdit_train/observe/figures.py",),
-    "rich": ("ecdit_train/observe/console.py",),
+    "jinja2": ("ecdit_train/observe/page.py",),
+    "markupsafe": ("ecdit_train/observe/page.py",),  # jinja2's own escaping
+    # The bar of a run and the tables of a plan: rooms that share nothing.
+    "rich": ("ecdit_train/observe/console.py", "ecdit_train/plan/document.py"),
     "hydra": ("ecdit_train/config/compose.py", "ecdit_train/config/overrides.py"),
     "omegaconf": ("ecdit_train/config/compose.py", "ecdit_train/observe/report.py"),
     "yaml": ("ecdit_train/config/compose.py",),
