@@ -1,103 +1,211 @@
-"""KEY=VALUE words of the verbs that draw, grade and make data: readers of single values, and every mistake at once."""
+"""Words of the verbs that draw, grade and make data: Hydra's grammar, read into one frozen dataclass for each verb.
+
+What is not a word of the verb's own is a word about the configuration (`sample.guidance=3`), and left to `config.compose`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+from hydra.core.override_parser.types import OverrideType
+
+from ecdit_train.config.convert import convert, type_name
+from ecdit_train.config.nearest import closest_key
+from ecdit_train.config.overrides import Ledger, Word, parse, plain, quoted, split
 from ecdit_train.errors import ConfigError, Problem
 
-SAMPLING = frozenset({"sampler", "steps", "guidance", "scope", "group_size", "seed"})
-"""Keys of the configuration's sample section that drawing verbs take; their values are read with the configuration's own rules."""
+if TYPE_CHECKING:
+    Task = str  # `types` puts the six names in its place, so that `--help` need not import them
+
+T = TypeVar("T")
 
 
-def read(
-    words: Sequence[str], *, own: Mapping[str, Callable[[str], Any]], required: Sequence[str], sampling: bool = False
-) -> dict[str, Any]:
-    """KEY=VALUE words of a verb, each value through its reader; every mistake at once."""
-    import difflib
-
-    readers = dict(own) | (dict.fromkeys(SAMPLING, str) if sampling else {})
-    problems: list[Problem] = []
-    out: dict[str, Any] = {}
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not equals or key not in readers:
-            near = difflib.get_close_matches(key, sorted(readers), n=1, cutoff=0.0)
-            problems.append(Problem(field=key, value=value, rule="is not a key of this verb", nearest=f"{near[0]}=..."))
-            continue
-        try:
-            out[key] = readers[key](value)
-        except (ValueError, OSError) as e:
-            problems.append(Problem(field=key, value=value, rule=str(e)))
-            out[key] = None
-    problems += [
-        Problem(field=key, value=None, rule="is required", nearest=f"{key}=...") for key in required if key not in out
-    ]
-    if problems:
-        raise ConfigError(problems)
-    return out
+def word(form: str, *, least: int | None = None, file: bool = False, **default: Any) -> Any:
+    """A field that a word sets. `form` is what `--help` shows behind `=`; `least` its smallest value; `file`: `@FILE` too."""
+    return field(metadata={"form": form, "least": least, "file": file}, **default)
 
 
-def whole(low: int) -> Callable[[str], int]:
-    def reader(text: str) -> int:
-        if not text.isdecimal() or int(text) < low:
-            raise ValueError(f"must be a whole number, {low} or more")
-        return int(text)
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """What `ecdit sample` draws."""
 
-    return reader
-
-
-def one_of(*choices: str) -> Callable[[str], str]:
-    def reader(text: str) -> str:
-        if text not in choices:
-            raise ValueError(f"must be one of {', '.join(choices)}")
-        return text
-
-    return reader
+    run: str = word("FOLDER")
+    prompts: tuple[str, ...] = word("[A,B,...] or prompts=@FILE (one a line)", file=True)
+    out: str | None = word("FILE", default=None)
+    repeat: int = word("N", least=1, default=1)
+    weights: Literal["ema", "raw"] = word("ema|raw", default="ema")
+    step: int | None = word("N", least=0, default=None)
 
 
-def tasks(text: str) -> list[str]:
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """What `ecdit evaluate` grades."""
+
+    run: str = word("FOLDER")
+    tasks: tuple[Task, ...] = word("[A,B,...]", default=())
+    """Empty: all six."""
+    split: Literal["all", "train", "heldout"] = word("all|train|heldout", default="all")
+    repeat: int = word("N", least=1, default=1)
+    weights: Literal["ema", "raw"] = word("ema|raw", default="ema")
+    step: int | None = word("N", least=0, default=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shapes:
+    """What `ecdit data shapes` makes."""
+
+    out: str = word("FOLDER")
+    count: int = word("N", least=1, default=4000)
+    resolution: int = word("PIXELS", least=1, default=32)
+    seed: int = word("N", least=0, default=0)
+    per_shard: int = word("N", least=1, default=500)
+    mix: dict[Task, float] | None = word("{task: weight, ...}", default=None)
+    """None: all six alike."""
+    scale: tuple[float, float] = word("[LOW,HIGH]", default=(0.2, 0.35))
+    format: Literal["png", "jpg"] = word("png|jpg", default="png")
+
+
+def forms(kind: type) -> str:
+    """`run=FOLDER, ...; optional: out=FILE, ...`: the words of a verb, for its help."""
+    every = {f.name: f"{f.name}={f.metadata['form']}" for f in dataclasses.fields(kind)}
+    needed = [every[name] for name in _required(kind)]
+    rest = [text for name, text in every.items() if text not in needed]
+    return ", ".join(needed) + "; optional: " + ", ".join(rest)
+
+
+def types(kind: type) -> dict[str, Any]:
+    """Name -> type of a verb's words."""
     from data_pipeline.shapes_prompts import TASKS
 
-    if not set(text.split(",")) <= set(TASKS):
-        raise ValueError(f"must be some of {', '.join(TASKS)}, joined by commas")
-    return text.split(",")
+    return get_type_hints(kind, localns={"Task": Literal[TASKS]})
 
 
-def prompts(text: str) -> list[str]:
-    """`A|B|...`, or one a line in @FILE."""
-    lines = (
-        Path(text[1:]).read_text(encoding="utf-8").splitlines() if text.startswith("@") else text.strip("[]").split("|")
-    )
-    wanted = [line.strip() for line in lines if line.strip()]
-    if not wanted:
-        raise ValueError("needs at least one prompt, as in 'a photo of a red circle'")
-    return wanted
+def _required(kind: type) -> list[str]:
+    return [f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING]
 
 
-def mix(text: str) -> dict[str, float]:
-    try:
-        return {task: float(weight) for task, weight in (word.split(":") for word in text.split(","))}
-    except ValueError:
-        raise ValueError("must be task:weight,task:weight,...") from None
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A verb's words, read as far as they can be."""
+
+    values: Mapping[str, Any]
+    rest: tuple[str, ...]
+    """Words that are not the verb's own."""
+    problems: tuple[Problem, ...]
+
+    def build(self, kind: type[T], *more: Problem) -> T:
+        """The verb's dataclass. Raises one ConfigError with every problem, these and more."""
+        if self.problems or more:
+            raise ConfigError([*self.problems, *more])
+        return kind(**self.values)
 
 
-def interval(text: str) -> tuple[float, float]:
-    try:
-        low, high = (float(x) for x in text.split(","))
-    except ValueError:
-        raise ValueError("must be two numbers, LOW,HIGH") from None
-    return low, high
+def read(kind: type, words: Sequence[str], *, alone: bool = False) -> Request:
+    """The words of a verb. Whether they are enough and right is in `problems`.
+
+    Args:
+        kind: one of the dataclasses above.
+        words: of the command line.
+        alone: whether the verb has no configuration, so that a word which is not its own is wrong.
+    """
+    known, ledger, values, rest = types(kind), Ledger(words=list(words)), {}, []
+    marks = {f.name: f.metadata for f in dataclasses.fields(kind)}
+    named = set()
+    for w in split(words):
+        if w.key in known:
+            named.add(w.key)
+            values[w.key] = _read_own(w, known[w.key], marks[w.key], ledger)
+        elif alone:
+            near = closest_key(w.key, list(known), cutoff=0.5)
+            ledger.wrong(w, rule="is not a key of this verb", value=w.value_text, nearest=near)
+        else:
+            rest.append(w.text)
+    missing = [
+        Problem(field=name, value=None, rule=f"is required: {name}={marks[name]['form']}")
+        for name in _required(kind)
+        if name not in named
+    ]
+    return Request(values=values, rest=tuple(rest), problems=(*ledger.problems(), *missing))
 
 
-DRAWING: dict[str, Callable[[str], Any]] = {
-    "run": str,
-    "repeat": whole(1),
-    "weights": one_of("ema", "raw"),
-    "step": whole(0),
-    "text_encoder": str,
-    "image_codec": str,
-}
-"""What every drawing verb takes."""
+def _read_own(w: Word, hint: Any, marks: Mapping[str, Any], ledger: Ledger) -> Any:
+    parsed, text = w.parsed, w.value_text
+    if parsed is None or parsed.is_sweep_override():
+        items = [item.strip() for item in text.strip("[]{}").split(",")]
+        options = [quoted(text), "[" + ",".join(map(quoted, items)) + "]", f"{{{text}}}"]
+        if parsed is not None:
+            options = [f"[{text}]", f"{{{text}}}", items[0]]
+        fits = (option for option in options if _fits(f"{w.key}={option}", hint, marks))
+        near = next((f"{w.key}={option}" for option in fits), None) if "=" in w.text else None
+        rule = "takes one value, or a list [a,b]; a comma inside a text stands between quotes"
+        rule = "cannot be read; put quotes around special characters" if parsed is None else rule
+        ledger.wrong(w, rule=rule, value=text or None, nearest=near)
+        return None
+    if parsed.type is not OverrideType.CHANGE:
+        better = f"{w.key}={text}" if text else None
+        ledger.wrong(w, rule="is a word of the verb: it takes no `+` or `~`", value=text or None, nearest=better)
+        return None
+    problems: list[Problem] = []
+    value = _convert(hint, plain(parsed), field=w.key, marks=marks, problems=problems)
+    for problem in problems:
+        near = problem.nearest
+        if near is None and _fits(f"{w.key}={quoted(text)}", hint, marks):
+            near = quoted(text)
+        ledger.found.append((w.index, dataclasses.replace(problem, nearest=near)))
+    return value
+
+
+def _fits(text: str, hint: Any, marks: Mapping[str, Any]) -> bool:
+    parsed, problems = parse(text), list[Problem]()
+    if parsed is None or parsed.is_sweep_override():
+        return False
+    _convert(hint, plain(parsed), field=parsed.key_or_group, marks=marks, problems=problems)
+    return not problems
+
+
+def _convert(hint: Any, value: Any, *, field: str, marks: Mapping[str, Any], problems: list[Problem]) -> Any:
+    """As `config.convert.convert`, and: one value for a list of one, mappings, lists of a fixed length, `@FILE`."""
+    origin, args = get_origin(hint), get_args(hint)
+    mapping = next((a for a in args if get_origin(a) is dict), None)
+    if mapping is not None and value is not None:
+        return _convert_mapping(mapping, value, field=field, problems=problems)
+    if origin is not tuple:
+        got = convert(hint, value, field=field, problems=problems)
+        if isinstance(got, int) and marks["least"] is not None and got < marks["least"]:
+            rule = f"must be at least {marks['least']}"
+            problems.append(Problem(field=field, value=got, rule=rule, nearest=marks["least"]))
+        return got
+    if marks["file"] and isinstance(value, str) and value.startswith("@"):
+        try:
+            value = Path(value[1:]).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            problems.append(Problem(field=field, value=value, rule=f"cannot be read: {error}"))
+            return None
+    if marks["file"]:
+        value = [v for v in (value if isinstance(value, list) else [value]) if not isinstance(v, str) or v.strip()]
+        if not value:
+            problems.append(Problem(field=field, value=value, rule="needs at least one, as in 'a photo of a red circle'"))
+            return None
+    if args[-1] is not Ellipsis and (not isinstance(value, list) or len(value) != len(args)):
+        rule = f"must be a list of {len(args)} numbers: {field}={marks['form']}"
+        problems.append(Problem(field=field, value=value, rule=rule))
+        return None
+    return convert(tuple[args[0], ...], value if isinstance(value, list) else [value], field=field, problems=problems)
+
+
+def _convert_mapping(hint: Any, value: Any, *, field: str, problems: list[Problem]) -> Any:
+    key_hint, value_hint = get_args(hint)
+    if not isinstance(value, Mapping):
+        rule = f"must be {{name: number, ...}}, each name {type_name(key_hint)}"
+        problems.append(Problem(field=field, value=value, rule=rule))
+        return None
+    return {
+        convert(key_hint, key, field=f"{field}.{key}", problems=problems): convert(
+            value_hint, inner, field=f"{field}.{key}", problems=problems
+        )
+        for key, inner in value.items()
+    }

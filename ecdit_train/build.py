@@ -10,7 +10,7 @@ from ecdit_train.batches.encoded import EncodedBatches, Encoders, make_encoders
 from ecdit_train.batches.loader import make_loader
 from ecdit_train.checkpoint import folder, manifest, restore
 from ecdit_train.checkpoint.manager import CheckpointManager
-from ecdit_train.config.compose import freeze
+from ecdit_train.config.stored import freeze
 from ecdit_train.config.convert import to_dict
 from ecdit_train.config.schema import RunConfig
 from ecdit_train.diffusion.flow import Flow

@@ -6,14 +6,17 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 from typing import Any
 
-from ecdit_train import errors
+from ecdit_train import arguments, errors
 from ecdit_train.errors import EcditError, PeerLostError, PeerRefusedError
 from ecdit_train.verbs import (
     checkpoint_list,
     checkpoint_verify,
+    compare,
     config_diff,
+    config_explain,
     config_keys,
     config_show,
     data_index,
@@ -21,14 +24,19 @@ from ecdit_train.verbs import (
     data_verify,
     evaluate,
     launch,
+    multirun,
     plan,
     report,
     resume,
     sample,
+    show,
     train,
 )
 
-OVERRIDES = "Hydra words: experiment=NAME, GROUP=CHOICE, section.key=value (see `ecdit config keys`)"
+OVERRIDES = "Hydra words: experiment=NAME, GROUP=CHOICE, section.key=value, +key=value, ~key (see `ecdit config keys`)"
+
+INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
+"""What Hydra can print about a composition."""
 
 RANKS = ("train", "resume", "sample", "evaluate")
 """Verbs that run on several ranks."""
@@ -44,12 +52,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.overrides += rest  # argparse stops collecting words at the first option
     if args.nproc > 1 and not args.ranks:
         parser.error(f"argument --nproc: only for {', '.join(RANKS)}")
-    if args.nproc > 1 and "RANK" not in os.environ:
+    verb = _instead(args, parser)
+    if args.nproc > 1 and "RANK" not in os.environ and verb is args.verb:
         from launch.local import run_ranks
 
         sys.exit(run_ranks(sys.argv[1:] if argv is None else argv, nproc=args.nproc))  # a rank passes over --nproc
     try:
-        code = args.verb(args)
+        code = verb(args)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of a pipe has seen enough, as in `ecdit plan ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -64,6 +73,19 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         leave_exit_code(code)  # torchrun answers every failure with 1; the job script reads this instead
     sys.exit(code)
+
+
+def _instead(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Any:
+    """The verb, or what an option puts in its place: a sweep (`-m`), or a look at the composition (`--cfg`, `--info`)."""
+    looks = bool(getattr(args, "cfg", None) or getattr(args, "info", None))
+    sweeps = getattr(args, "multirun", False)
+    if looks and sweeps or getattr(args, "cfg", None) and args.info:
+        parser.error("--multirun, --cfg and --info: one of them")
+    if not getattr(args, "cfg", None) and (getattr(args, "resolve", False) or getattr(args, "package", None)):
+        parser.error("--resolve and --package: only with --cfg")
+    if sweeps and "RANK" in os.environ:
+        parser.error("--multirun starts ranks itself (--nproc N): not under torchrun")
+    return multirun if sweeps else show if looks else args.verb
 
 
 def _tell(error: Exception) -> None:
@@ -89,6 +111,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="N",
         help=f"run the verb as N ranks on this machine (only {', '.join(RANKS)}); on a cluster use `ecdit launch` or torchrun",
     )
+    parser.add_argument("--version", action="version", version=f"ecdit {_version()}", help="print the version and exit")
     verbs = parser.add_subparsers(required=True, metavar="VERB", parser_class=argparse.ArgumentParser)
 
     def verb(name: str, function: Any, text: str, *, parent: Any = verbs) -> argparse.ArgumentParser:
@@ -103,9 +126,10 @@ def make_parser() -> argparse.ArgumentParser:
         train,
         "train a run from a configuration; goes on where it stopped if the run folder has checkpoints\n\n"
         "  ecdit train experiment=shapes_tiny run=runs/demo train.steps=200\n"
-        "  ecdit --nproc 8 train experiment=ec_dit_xl_8e parallel.ep=8 data.shards=/data/shards run=/runs/xl8e",
+        "  ecdit --nproc 8 train experiment=ec_dit_xl_8e parallel.ep=8 data.shards=/data/shards run=/runs/xl8e\n"
+        "  ecdit train -m moe=dense,expert_choice train.seed=1,2 experiment=shapes_tiny train.steps=200",
     )
-    p.add_argument("overrides", nargs="*", metavar="WORD", help=OVERRIDES)
+    _composes(p)
     _stop_after(p)
 
     p = verb(
@@ -122,38 +146,35 @@ def make_parser() -> argparse.ArgumentParser:
         help="changes to layout, schedule or logging; what defines the network, "
         "the data order or the random draws is refused",
     )
+    _config_dir(p)
     _stop_after(p)
 
     p = verb(
         "sample",
         sample,
         "draw prompts with a trained run: an image grid with captions\n\n"
-        "  ecdit sample run=runs/demo prompts='a photo of a red circle|a photo of a blue square'\n"
-        "  ecdit sample run=runs/demo prompts=@prompts.txt guidance=3 steps=50 scope=group out=grid.png",
+        "  ecdit sample run=runs/demo prompts='[a photo of a red circle, a photo of a blue square]'\n"
+        "  ecdit sample run=runs/demo prompts=@prompts.txt sample.guidance=3 sample.steps=50 out=grid.png",
     )
-    p.add_argument(
-        "words",
-        nargs="+",
-        metavar="KEY=VALUE",
-        help="run=FOLDER, prompts='A|B|...' or prompts=@FILE; optional: out=FILE, "
-        "repeat=N, weights=ema|raw, step=N, text_encoder=FOLDER, image_codec=FOLDER, "
-        "and any key of the sample section (sampler, steps, guidance, scope, "
-        "group_size, seed)",
-    )
+    p.add_argument("words", nargs="+", metavar="WORD", help=f"{arguments.forms(arguments.Sample)}, and {DRAWING}")
+    _config_dir(p)
 
     p = verb(
         "evaluate",
         evaluate,
-        "grade a run on the coloured-shapes suite with its exact grader\n\n  ecdit evaluate run=runs/demo tasks=colors",
+        "grade a run on the coloured-shapes suite with its exact grader\n\n"
+        "  ecdit evaluate run=runs/demo tasks=colors repeat=4",
     )
-    p.add_argument(
-        "words",
-        nargs="+",
-        metavar="KEY=VALUE",
-        help="run=FOLDER; optional: tasks=A,B (default all six), repeat=N, "
-        "split=all|train|heldout, weights=ema|raw, step=N, text_encoder=FOLDER, image_codec=FOLDER, and any key of the "
-        "sample section",
+    p.add_argument("words", nargs="+", metavar="WORD", help=f"{arguments.forms(arguments.Evaluate)}, and {DRAWING}")
+    _config_dir(p)
+
+    p = verb(
+        "compare",
+        compare,
+        "print the final loss of runs or of a sweep: one line for each combination, its mean and spread over seeds\n\n"
+        "  ecdit compare runs/sweeps/shapes_tiny-20260101-120000",
     )
+    p.add_argument("folders", nargs="+", metavar="FOLDER", help="run folders and sweep folders")
 
     p = verb(
         "report",
@@ -168,7 +189,7 @@ def make_parser() -> argparse.ArgumentParser:
         "what a run would cost: parameters, memory, traffic, step time, the layout that fits; on a CPU, in seconds\n\n"
         "  ecdit plan experiment=ec_dit_m_64e cluster=h100_ib400 cluster.nodes=8",
     )
-    p.add_argument("overrides", nargs="*", metavar="WORD", help=OVERRIDES)
+    _composes(p)
     p.add_argument("--json", action="store_true", help="print one JSON object (docs/reference/plan-json.md)")
     p.add_argument("--world", type=int, help="ranks (default: cluster.nodes * cluster.gpus_per_node)")
     p.add_argument(
@@ -184,7 +205,7 @@ def make_parser() -> argparse.ArgumentParser:
         "render the sbatch script of a run, freeze its configuration and submit it\n\n"
         "  ecdit launch experiment=ec_dit_m_64e cluster=h100_ib400 cluster.nodes=8 run=/scratch/m64e --render-only",
     )
-    p.add_argument("overrides", nargs="*", metavar="WORD", help=OVERRIDES)
+    _composes(p)
     p.add_argument("--render-only", action="store_true", help="print the script; write and submit nothing")
 
     data = parser_group(verbs, "data", "make, index and verify shards")
@@ -198,9 +219,8 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument(
         "words",
         nargs="+",
-        metavar="KEY=VALUE",
-        help="out=FOLDER; optional: count=N, resolution=PIXELS, seed=N, "
-        "per_shard=N, mix=task:weight,..., scale=LOW,HIGH, format=png|jpg",
+        metavar="WORD",
+        help=arguments.forms(arguments.Shapes),
     )
     p = verb(
         "index", data_index, "index plain WebDataset tars: an .idx beside each tar and a manifest.json", parent=data
@@ -213,9 +233,14 @@ def make_parser() -> argparse.ArgumentParser:
 
     config = parser_group(verbs, "config", "show, list and compare configurations")
     p = verb("show", config_show, "print the resolved configuration of some words", parent=config)
-    p.add_argument("overrides", nargs="*", metavar="WORD", help=OVERRIDES)
+    _composes(p)
     p = verb("keys", config_keys, "list every key with its type and how it may change on resume", parent=config)
+    _words(p)
+    p = verb("explain", config_explain, "what a key means, or what choices a group has", parent=config)
+    p.add_argument("key", help="a key or a group")
+    _words(p)
     p = verb("diff", config_diff, "what two run folders' configurations differ in", parent=config)
+    _config_dir(p)
     p.add_argument("old")
     p.add_argument("new")
 
@@ -230,6 +255,40 @@ def make_parser() -> argparse.ArgumentParser:
     )
     p.add_argument("run")
     return parser
+
+
+DRAWING = "keys of the run's sample and encoders sections (sample.guidance=3)"
+
+
+def _composes(p: argparse.ArgumentParser) -> None:
+    """The arguments of a verb that composes a configuration: Hydra's words and Hydra's options."""
+    _words(p)
+    p.add_argument("--multirun", "-m", action="store_true", help="one job for each combination of `key=A,B` words")
+    p.add_argument("--cfg", "-c", choices=("job", "hydra", "all"), help="print the composed YAML instead of running")
+    p.add_argument("--resolve", action="store_true", help="with --cfg: interpolations resolved")
+    p.add_argument("--package", "-p", metavar="SECTION", help="with --cfg: only this section")
+    p.add_argument("--info", "-i", nargs="?", const="all", choices=INFO, help="print how it is composed instead of running")
+
+
+def _words(p: argparse.ArgumentParser) -> None:
+    p.add_argument("overrides", nargs="*", metavar="WORD", help=OVERRIDES)
+    _config_dir(p)
+
+
+def _config_dir(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--config-dir",
+        "-cd",
+        metavar="DIR",
+        help="a folder of your own: GROUP/CHOICE.yaml, experiment/NAME.yaml, and the Python modules that they name",
+    )
+
+
+def _version() -> str:
+    try:
+        return metadata.version("ecdit")
+    except metadata.PackageNotFoundError:  # run from a checkout
+        return "(not installed)"
 
 
 class _Parser(argparse.ArgumentParser):

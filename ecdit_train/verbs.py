@@ -7,36 +7,42 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from ecdit_train import arguments, errors
+from ecdit_train.config.slots import declarations_only
 from ecdit_train.errors import PeerLostError
 
 # --- training -------------------------------------------------------------------------------------------------------
 
 
 def train(args: argparse.Namespace) -> int:
-    from ecdit_train.config import compat, compose, validate
+    from ecdit_train.config import compat, compose, stored
 
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    config = compose.compose(args.overrides)
-    validate.validate(config, world=world)
-    folder = Path(config.run)
-    if (folder / compose.RESOLVED).exists():
-        compat.check_resume(compose.load(folder), config, allow=compose.explicit_keys(args.overrides))
-    return _run(config, stop_after=args.stop_after)
+    with declarations_only():
+        made = compose.configure(args.overrides, world=_world(), config_dir=args.config_dir)
+        folder = Path(made.config.run)
+        if (folder / stored.RESOLVED).exists():
+            old = stored.load(folder, config_dir=args.config_dir)
+            compat.check_resume(old, made.config, allow=made.explicit)
+    return _run(made.config, stop_after=args.stop_after)
 
 
 def resume(args: argparse.Namespace) -> int:
-    from ecdit_train.config import compat, compose, validate
+    from ecdit_train.config import compat, compose
 
-    old = _stored(args.run)
-    changed = compose.override(old, args.overrides)
-    compat.check_resume(old, changed.config, allow=set(changed.explicit))
-    validate.validate(changed.config, world=int(os.environ.get("WORLD_SIZE", "1")))
+    with declarations_only():
+        old = _stored(args.run, args.config_dir)
+        changed = compose.override(old, args.overrides, world=_world())
+        compat.check_resume(old, changed.config, allow=changed.explicit)
     return _run(changed.config, stop_after=args.stop_after)
+
+
+def _world() -> int:
+    """Ranks of this job, as torchrun or `--nproc` tells each of them."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _run(config: Any, *, stop_after: int | None) -> int:
@@ -44,26 +50,29 @@ def _run(config: Any, *, stop_after: int | None) -> int:
     from ecdit_train.train.stop import StopRequest
 
     with StopRequest() as stop:  # before torch, whose import takes seconds
-        from ecdit_train.build import build_training
-        from ecdit_train.config.convert import from_dict, to_dict
+        from ecdit_train.build import build_trainer
 
-        with _ranks() as here:
-            config = from_dict(
-                here.broadcast_object(to_dict(config))
-            )  # one truth for all ranks, whatever their files say
-            loop = build_training(config, here, stop_after=stop_after)
+        with _ranks() as runtime:
+            trainer = build_trainer(_agreed(config, runtime), runtime, stop_after=stop_after)
             try:
-                finished = loop.run(stop)
+                finished = trainer.run(stop)
             finally:
-                loop.close()
+                trainer.close()
     return errors.EXIT_OK if finished else errors.EXIT_REQUEUE
 
 
-def _stored(run: str) -> Any:
-    """The configuration of a run folder, which may have been moved since, or be named from another working directory."""
-    from ecdit_train.config import compose
+def _agreed(config: Any, runtime: Any) -> Any:
+    """The first rank's configuration, whatever the files of the others say, with the real classes of its slots."""
+    from ecdit_train.config.convert import from_dict, to_dict
 
-    return replace(compose.load(run), run=run)
+    return from_dict(runtime.broadcast_object(to_dict(config)))
+
+
+def _stored(run: str, config_dir: str | None = None) -> Any:
+    """The configuration of a run folder, which may have been moved since, or be named from another working directory."""
+    from ecdit_train.config import stored
+
+    return replace(stored.load(run, config_dir=config_dir), run=run)
 
 
 @contextmanager
@@ -73,35 +82,30 @@ def _ranks() -> Iterator[Any]:
 
     from ecdit_train.parallel import runtime
 
-    here = None
+    started = None
     try:
-        here = runtime.start("cuda" if torch.cuda.is_available() else "cpu")
-        yield here
+        started = runtime.start("cuda" if torch.cuda.is_available() else "cpu")
+        yield started
     except RuntimeError as e:
         if not runtime.is_peer_lost(e):
             raise
         raise PeerLostError(f"another rank left in the middle of an exchange: {str(e).splitlines()[0]}") from e
     finally:
-        if here is not None:
-            here.shutdown()
+        if started is not None:
+            started.shutdown()
 
 
 # --- looking --------------------------------------------------------------------------------------------------------
 
 
 def sample(args: argparse.Namespace) -> int:
-    words = arguments.read(
-        args.words,
-        own={**arguments.DRAWING, "prompts": arguments.prompts, "out": Path},
-        required=("run", "prompts"),
-        sampling=True,
-    )
-    prompts = words["prompts"] * words.get("repeat", 1)
-    pictures, step, here = _draw(words, prompts)
-    if here:
+    asked, config = _drawing_request(arguments.Sample, args)
+    prompts = [*asked.prompts] * asked.repeat
+    pictures, step, writes = _draw(asked, config, prompts)
+    if writes:
         from ecdit_train.observe import figures
 
-        out = words.get("out", Path(words["run"]) / "pictures" / f"step_{step:08d}.png")
+        out = Path(asked.out) if asked.out else Path(asked.run) / "pictures" / f"step_{step:08d}.png"
         out.parent.mkdir(parents=True, exist_ok=True)
         figures.sample_grid(pictures.images, pictures.prompts, out)
         print(f"{len(prompts)} pictures from step {step}: {out}")
@@ -109,24 +113,17 @@ def sample(args: argparse.Namespace) -> int:
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    words = arguments.read(
-        args.words,
-        own={**arguments.DRAWING, "tasks": arguments.tasks, "split": arguments.one_of("all", "train", "heldout")},
-        required=("run",),
-        sampling=True,
-    )
-    config = _stored(words["run"])
+    asked, config = _drawing_request(arguments.Evaluate, args)
 
-    from ecdit_train import build
-    from ecdit_train.evaluate import shapes
+    from ecdit_train.evaluate import shapes, suites
 
-    suite = build.shapes_suite(
-        config, tasks=words.get("tasks"), repeat=words.get("repeat", 1), split=words.get("split", "all")
+    suite = suites.shapes_suite(
+        resolution=config.data.resolution, tasks=asked.tasks or None, repeat=asked.repeat, split=asked.split
     )
-    pictures, step, here = _draw(words, [m["prompt"] for m in suite.metadata])
-    if here:
+    pictures, step, writes = _draw(asked, config, [m["prompt"] for m in suite.metadata])
+    if writes:
         result = shapes.score(pictures.images, suite.metadata, grade=suite.grade, others=suite.others)
-        shapes.write(result, Path(words["run"]) / "evaluation" / f"shapes_{step:08d}.json", step=step)
+        shapes.write(result, Path(asked.run) / "evaluation" / f"shapes_{step:08d}.json", step=step)
         print(f"{'task':<16}{'correct':>9}{'chance':>9}   ({result.num_images} pictures, step {step})")
         for task, share in result.by_task.items():
             print(f"{task:<16}{share:>9.1%}{result.chance_by_task[task]:>9.1%}")
@@ -134,24 +131,43 @@ def evaluate(args: argparse.Namespace) -> int:
     return errors.EXIT_OK
 
 
-def _draw(words: dict[str, Any], prompts: list[str]) -> tuple[Any, int, bool]:
-    """Pictures, the step of the weights, and whether this rank is the one that writes."""
-    from ecdit_train.config import compose, validate
+DRAWN_WITH = ("sample", "encoders")
+"""Sections of a run's configuration that drawing may change."""
 
-    changes = [f"sample.{k}={v}" for k, v in words.items() if k in arguments.SAMPLING]
-    if "text_encoder" in words:
-        changes += ["encoders.text.kind=t5", f"encoders.text.path={words['text_encoder']}"]
-    if "image_codec" in words:
-        changes.append(f"encoders.image.path={words['image_codec']}")
-    config = compose.override(_stored(words["run"]), changes).config
-    validate.validate(config)
-    config = replace(config, parallel=_drawing_layout(config.parallel, world=int(os.environ.get("WORLD_SIZE", "1"))))
+
+def _drawing_request(kind: type, args: argparse.Namespace) -> tuple[Any, Any]:
+    """A drawing verb's own words, and the run's configuration with the others applied; every mistake of both at once."""
+    from ecdit_train.config import compose
+
+    request = arguments.read(kind, args.words)
+    run, problems, config = request.values.get("run"), [], None
+    try:
+        if run is None:
+            request.build(kind)  # says so, and what else is wrong
+        own = [field.name for field in fields(kind)]
+        with declarations_only():
+            old = _stored(str(run), args.config_dir)
+            config = compose.override(old, request.rest, sections=DRAWN_WITH, own=own).config
+    except errors.ConfigError as error:
+        if run is None or not error.problems:
+            raise
+        problems = error.problems
+    except errors.RunFolderError:
+        request.build(kind)
+        raise
+    return request.build(kind, *problems), config
+
+
+def _draw(asked: Any, config: Any, prompts: list[str]) -> tuple[Any, int, bool]:
+    """Pictures, the step of the weights, and whether this rank is the one that writes."""
+    config = replace(config, parallel=_drawing_layout(config.parallel, world=_world()))
 
     from ecdit_train import build
 
-    with _ranks() as here:
-        painter, step = build.build_painter(config, here, kind=words.get("weights", "ema"), step=words.get("step"))
-        return painter.draw(prompts, how=config.sample, step=step), step, here.rank == 0
+    with _ranks() as runtime:
+        config = _agreed(config, runtime)
+        pipeline, step = build.build_pipeline(config, runtime, kind=asked.weights, step=asked.step)
+        return pipeline.draw(prompts, how=config.sample, step=step), step, runtime.rank == 0
 
 
 def _drawing_layout(trained: Any, *, world: int) -> Any:
@@ -179,7 +195,7 @@ def plan(args: argparse.Namespace) -> int:
     from ecdit_train.config import compose
     from ecdit_train.plan import estimate, render, to_json
 
-    config = compose.compose(args.overrides)
+    config = compose.configure(args.overrides, config_dir=args.config_dir).config
     result = estimate(config, world=args.world)
     document, code = to_json(result), errors.EXIT_OK
     if not args.json:
@@ -198,16 +214,64 @@ def plan(args: argparse.Namespace) -> int:
 
 
 def launch(args: argparse.Namespace) -> int:
-    from ecdit_train.config import compose, validate
+    from ecdit_train.config import compose
     from launch import submit
 
-    config = compose.compose(args.overrides)
-    validate.validate(config, world=config.cluster.nodes * config.cluster.gpus_per_node)
-    if args.render_only:
-        print(submit.job_script(config), end="")
-        return errors.EXIT_OK
-    script = submit.prepare(config, allow=compose.explicit_keys(args.overrides))
+    with declarations_only():
+        made = compose.configure(args.overrides, world=compose.cluster_world, config_dir=args.config_dir)
+        if args.render_only:
+            print(submit.job_script(made.config), end="")
+            return errors.EXIT_OK
+        script = submit.prepare(made.config, allow=made.explicit)
     print(f"job {submit.submit(script)} submitted: {script}")
+    return errors.EXIT_OK
+
+
+# --- sweeps, and what Hydra prints ----------------------------------------------------------------------------------
+
+
+def multirun(args: argparse.Namespace) -> int:
+    """A composing verb under `-m`."""
+    from ecdit_train import sweep
+
+    if args.verb not in (train, launch) or getattr(args, "render_only", False):
+
+        def once(words: list[str]) -> int:
+            return int(args.verb(argparse.Namespace(**{**vars(args), "overrides": words})))
+
+        return sweep.each(args.overrides, once, config_dir=args.config_dir)
+    folder = ["--config-dir", args.config_dir] if args.config_dir else []
+    stop = ["--stop-after", str(args.stop_after)] if getattr(args, "stop_after", None) else []
+    with declarations_only():
+        return sweep.Sweep(
+            args.overrides,
+            launcher="slurm" if args.verb is launch else "local",
+            config_dir=args.config_dir,
+            before=["--nproc", str(args.nproc)] if args.nproc > 1 else [],
+            options=[*folder, *stop],
+            nproc=args.nproc,
+        ).run()
+
+
+def show(args: argparse.Namespace) -> int:
+    """`--cfg` and `--info` of a composing verb: Hydra's own pages, once the words are right."""
+    from ecdit_train.config import compose
+
+    with declarations_only():
+        compose.compose(args.overrides, config_dir=args.config_dir)
+    app = compose.open_app(args.overrides, config_dir=args.config_dir)
+    words = compose.for_hydra(args.overrides, config_dir=args.config_dir)
+    if args.cfg:
+        app.show(words, cfg=args.cfg, package=args.package, resolve=args.resolve)
+    else:
+        app.info(words, about=args.info)
+    return errors.EXIT_OK
+
+
+def compare(args: argparse.Namespace) -> int:
+    from ecdit_train import comparison
+
+    print(comparison.text(comparison.table(comparison.named(args.folders))))
     return errors.EXIT_OK
 
 
@@ -218,31 +282,18 @@ def data_shapes(args: argparse.Namespace) -> int:
     from data_pipeline.prepare import make_shapes
     from data_pipeline.shapes_prompts import TASKS
 
-    words = arguments.read(
-        args.words,
-        required=("out",),
-        own={
-            "out": Path,
-            "count": arguments.whole(1),
-            "resolution": arguments.whole(1),
-            "seed": arguments.whole(0),
-            "per_shard": arguments.whole(1),
-            "mix": arguments.mix,
-            "scale": arguments.interval,
-            "format": arguments.one_of("png", "jpg"),
-        },
-    )
+    asked = arguments.read(arguments.Shapes, args.words, alone=True).build(arguments.Shapes)
     made = make_shapes(
-        words["out"],
-        count=words.get("count", 4000),
-        resolution=words.get("resolution", 32),
-        seed=words.get("seed", 0),
-        mix=words.get("mix", dict.fromkeys(TASKS, 1.0)),
-        scale=words.get("scale", (0.2, 0.35)),
-        samples_per_shard=words.get("per_shard", 500),
-        image_format=words.get("format", "png"),
+        Path(asked.out),
+        count=asked.count,
+        resolution=asked.resolution,
+        seed=asked.seed,
+        mix=asked.mix or dict.fromkeys(TASKS, 1.0),
+        scale=asked.scale,
+        samples_per_shard=asked.per_shard,
+        image_format=asked.format,
     )
-    print(f"{made.num_samples} samples in {len(made.shards)} shards: {words['out']}")
+    print(f"{made.num_samples} samples in {len(made.shards)} shards: {asked.out}")
     return errors.EXIT_OK
 
 
@@ -263,29 +314,40 @@ def data_verify(args: argparse.Namespace) -> int:
 
 
 def config_show(args: argparse.Namespace) -> int:
-    from ecdit_train.config import compose, validate
+    from ecdit_train.config import compose, stored
 
-    config = compose.compose(args.overrides)
-    validate.validate(config)
-    print(compose.to_yaml(config), end="")
+    with declarations_only():
+        print(stored.to_yaml(compose.configure(args.overrides, config_dir=args.config_dir).config), end="")
     return errors.EXIT_OK
 
 
 def config_keys(args: argparse.Namespace) -> int:
-    from ecdit_train.config import compat, convert
+    from ecdit_train.config import compat, compose, convert
 
-    types = convert.leaf_types()
-    for key, kind in compat.classes().items():
-        print(f"{key:<44}{kind:<10}{convert.type_name(types[key])}")
+    with declarations_only():
+        config = compose.compose(args.overrides, config_dir=args.config_dir)
+        types = convert.key_types(config)
+        for key, kind in compat.classes(config).items():
+            print(f"{key:<44}{kind:<10}{convert.type_name(types[key])}")
+    return errors.EXIT_OK
+
+
+def config_explain(args: argparse.Namespace) -> int:
+    from ecdit_train.config import compose, describe
+
+    with declarations_only():
+        config = compose.compose(args.overrides, config_dir=args.config_dir)
+        print(describe.explain(args.key, config, groups=compose.groups(config_dir=args.config_dir)))
     return errors.EXIT_OK
 
 
 def config_diff(args: argparse.Namespace) -> int:
-    from ecdit_train.config import compat, compose
+    from ecdit_train.config import compat, stored
 
-    changes = compat.diff(compose.load(args.old), compose.load(args.new))
-    for change in changes:
-        print(f"{change.field}: {change.old!r} -> {change.new!r}  ({change.kind})")
+    with declarations_only():
+        old, new = (stored.load(run, config_dir=args.config_dir) for run in (args.old, args.new))
+        for change in compat.diff(old, new):
+            print(f"{change.field}: {change.old!r} -> {change.new!r}  ({change.kind})")
     return errors.EXIT_OK
 
 
@@ -310,8 +372,9 @@ def checkpoint_verify(args: argparse.Namespace) -> int:
 def _checkpoints(run: str) -> Any:
     """The committed checkpoints; a run folder must be there, and hold some: "all sound" must never mean "none looked at"."""
     from ecdit_train.checkpoint import folder
+    from ecdit_train.config import stored
 
-    _stored(run)
+    stored.read_tree(run)
     found = folder.find(Path(run) / "checkpoints")
     if not found:
         raise errors.CheckpointError(f"{run} has no committed checkpoint")

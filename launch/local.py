@@ -13,7 +13,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 from ecdit_train.errors import PeerLostError
 
@@ -29,15 +31,7 @@ def run_ranks(argv: Sequence[str], *, nproc: int) -> int:
     port = free_port()
     threads = str(max(1, (os.cpu_count() or 1) // nproc))
     dies_with_us = _dies_with_parent()
-    children: list[subprocess.Popen] = []
-
-    def forward(number: int, _frame: object) -> None:
-        for child in children:
-            if child.poll() is None:
-                child.send_signal(number)
-
-    old = {s: signal.signal(s, forward) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)}
-    try:
+    with _signals_passed_on() as (children, _):
         for rank in range(nproc):
             place = {
                 "PYTHONSAFEPATH": 1,  # a launch.py or torch.py in the working directory is the user's, not ours
@@ -57,6 +51,43 @@ def run_ranks(argv: Sequence[str], *, nproc: int) -> int:
                 subprocess.Popen([*COMMAND, *argv], env=env, start_new_session=True, preexec_fn=dies_with_us)
             )
         return _wait(children)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """How a command ended."""
+
+    code: int
+    stopped: bool
+    """Whether this process was asked to stop meanwhile, and passed that on."""
+
+
+def run_command(argv: Sequence[str]) -> Ended:
+    """Run `ecdit ARGV` in a process of its own until it ends."""
+    env = os.environ | {"PYTHONSAFEPATH": "1"}
+    with _signals_passed_on() as (children, received):
+        children.append(
+            subprocess.Popen([*COMMAND, *argv], env=env, start_new_session=True, preexec_fn=_dies_with_parent())
+        )
+        code = children[0].wait()
+        return Ended(code=code if code >= 0 else 128 - code, stopped=bool(received))
+
+
+@contextmanager
+def _signals_passed_on() -> Iterator[tuple[list[subprocess.Popen], list[int]]]:
+    """A list for children, which get the signals that this process gets (noted in the second list) and do not outlive it."""
+    children: list[subprocess.Popen] = []
+    received: list[int] = []
+
+    def forward(number: int, _frame: object) -> None:
+        received.append(number)
+        for child in children:
+            if child.poll() is None:
+                child.send_signal(number)
+
+    old = {s: signal.signal(s, forward) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)}
+    try:
+        yield children, received
     finally:
         for child in children:
             if child.poll() is None:

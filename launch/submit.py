@@ -11,8 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from ecdit_train.config.compat import check_resume
-from ecdit_train.config.compose import RESOLVED, freeze, load
 from ecdit_train.config.schema import RunConfig
+from ecdit_train.config.stored import RESOLVED, freeze, load
 from ecdit_train.config.validate import validate
 from ecdit_train.errors import EcditError
 from launch.render import render

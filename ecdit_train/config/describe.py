@@ -1,54 +1,54 @@
-"""What keys there are, what they mean and where two configurations differ."""
+"""What keys there are, what they mean and where two configurations differ. Meanings are the docstrings below the fields."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from ecdit_train.config.compat import classes, diff
-from ecdit_train.config.compose import groups
-from ecdit_train.config.convert import key_types, type_name
+from ecdit_train.config.convert import flatten, key_types, type_name
 from ecdit_train.config.nearest import closest_key
 from ecdit_train.config.schema import RunConfig
-from ecdit_train.config.slots import SlotConfig, field_docs
+from ecdit_train.config.slots import TARGET, field_docs
 from ecdit_train.errors import ConfigError, Problem
 
 
-def comments(cfg: RunConfig) -> dict[str, str]:
-    """Dotted key -> the docstring below its field, for every key of a configuration; a slot's `_target_` is described by its class."""
-    return dict(_comments(cfg, prefix=""))
+def meanings(cfg: RunConfig) -> dict[str, str]:
+    """Dotted key -> what it means, on one line; of a slot's `_target_`, what the class is."""
+    found = {}
+    for key in key_types(cfg):
+        *parents, leaf = key.split(".")
+        owner: Any = cfg
+        for part in parents:
+            owner = owner.get(part) if isinstance(owner, Mapping) else getattr(owner, part)
+        if leaf == TARGET:
+            found[key] = " ".join((type(owner).__doc__ or "").split("\n\n")[0].split())
+        else:
+            found[key] = field_docs(type(owner)).get(leaf, "")
+    return found
 
 
-def _comments(section: Any, *, prefix: str) -> Iterator[tuple[str, str]]:
-    docs = field_docs(type(section))
-    for field in dataclasses.fields(section):
-        value, key = getattr(section, field.name), f"{prefix}{field.name}"
-        inside = value.items() if isinstance(value, Mapping) else [("", value)]
-        for name, item in inside:
-            if dataclasses.is_dataclass(item) and not isinstance(item, type):
-                below = f"{key}.{name}." if name else f"{key}."
-                if isinstance(item, SlotConfig):
-                    yield f"{below}_target_", " ".join((type(item).__doc__ or "").split())
-                yield from _comments(item, prefix=below)
-            else:
-                yield key, docs.get(field.name, "")
+def explain(key: str, cfg: RunConfig, *, groups: Mapping[str, tuple[str, ...]]) -> str:
+    """A key's type, value, what a resume thinks of changing it, and its meaning; or a group's choices and keys.
 
-
-def explain(key: str, cfg: RunConfig) -> str:
-    """A key's meaning, type, and what a resume thinks of changing it; or a group's choices.
+    Args:
+        key: a dotted key, or a group.
+        cfg: which classes fill the slots decides which keys there are.
+        groups: group -> its choices.
 
     Raises:
         ConfigError: no such key or group, with the nearest one.
     """
     types = key_types(cfg)
     if key in types:
-        return f"{key}: {type_name(types[key])} [{classes(cfg)[key]}]\n{comments(cfg)[key]}"
-    if key in groups():
-        lines = [f"{key}: one of {', '.join(groups()[key])}"]
-        lines += [k for k in types if k.startswith(f"{key.replace('/', '.')}.")]
-        return "\n".join(lines)
-    nearest = closest_key(key, [*types, *groups()])
+        value = _text(flatten(cfg)[key])
+        return f"{key} = {value}: {type_name(types[key])} [{classes(cfg)[key]}]\n{meanings(cfg)[key]}"
+    inside = [k for k in types if k.startswith(f"{key.replace('/', '.')}.")]
+    if key in groups:
+        return "\n".join([f"{key}: one of {', '.join(groups[key])}", *inside])
+    if inside:
+        return "\n".join([f"{key}: a section", *inside])
+    nearest = closest_key(key, [*types, *groups])
     raise ConfigError(Problem(field=key, value=None, rule="unknown key", nearest=nearest))
 
 

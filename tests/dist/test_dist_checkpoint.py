@@ -108,7 +108,7 @@ def test_shards_taken_for_whole_tensors_are_caught(tiny_shards, tmp_path):
         config = configure(tmp_path / "whole" / name, tiny_shards, *RUN, *TWO_HEADS)
         whole = build_trainer(config, runtime.start("cpu", env={}), stop_after=None)
         whole.close()
-        targets = whole.spread.placed(whole.state.tensors())
+        targets = whole.placed()
         with pytest.raises(CheckpointError, match="does not fit"):
             restore.load(path, targets=targets)
         part = "experts.up" if name == "dp2_ep2" else "self_attention.query.weight"

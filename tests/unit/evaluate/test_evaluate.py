@@ -11,9 +11,11 @@ import torch
 from tiny_runs import ROUTERS, configure, live
 
 from ecdit_train import build
+from ecdit_train.diffusion.samplers.heun import Heun
 from ecdit_train.errors import CheckpointError, ConfigError
 from ecdit_train.evaluate import shapes
 from ecdit_train.evaluate.pictures import WATCHED_TIMESTEPS, _watched
+from ecdit_train.evaluate.suites import shapes_suite
 from ecdit_train.observe.routing import count_maps
 from ecdit_train.parallel.runtime import start
 
@@ -63,7 +65,7 @@ def test_shapes_and_maps(pipeline, trained, scope):
 def test_a_batch_is_rounded_to_whole_pools(pipeline, trained, images, batch):
     """Down, but to one pool at least: 3 pictures in flight are one pool of 2, then the rest."""
     how = replace(trained.sample, scope="group", group_size=16 * images)
-    rows, hook = [], pipeline.model.register_forward_hook(lambda *a: rows.append(a[2].patches_BKP.shape[0] // 2))
+    rows, hook = [], pipeline.parallel.model.register_forward_hook(lambda *a: rows.append(a[2].patches_BKP.shape[0] // 2))
     try:
         pictures = pipeline.draw([*PROMPTS, *PROMPTS], how=replace(how, guidance=2.0), step=8, batch=batch)
     finally:
@@ -77,9 +79,9 @@ def test_a_batch_is_rounded_to_whole_pools(pipeline, trained, images, batch):
 
 def test_heuns_maps_are_of_the_states_not_of_the_guesses(pipeline, trained):
     """Evaluations with 4 steps: t0, guess of t1, t1, guess of t2, t2, guess of t3, t3."""
-    how = replace(trained.sample, sampler="heun", steps=4, scope="image")
+    how = replace(trained.sample, sampler=Heun(), steps=4, scope="image")
     said = []
-    hook = pipeline.model.register_forward_hook(
+    hook = pipeline.parallel.model.register_forward_hook(
         lambda _model, _args, out: said.append(
             count_maps(out.assignments, batch=out.patches_BKP.shape[0], side=4)[:, : len(PROMPTS)].numpy()
         )
@@ -116,7 +118,7 @@ def test_raw_and_averaged_weights(trained):
     weights = {}
     for kind in ("ema", "raw"):
         pipeline, step = build.build_pipeline(trained, start("cpu"), kind=kind, step=None)
-        weights[kind] = pipeline.model.final.weight.detach().clone()
+        weights[kind] = pipeline.parallel.model.final.weight.detach().clone()
         assert step == 8
     assert not torch.equal(weights["ema"], weights["raw"])
     assert build.build_pipeline(trained, start("cpu"), kind="ema", step=4)[1] == 4
@@ -124,9 +126,8 @@ def test_raw_and_averaged_weights(trained):
         build.build_pipeline(trained, start("cpu"), kind="ema", step=5)
 
 
-def test_a_perfect_pipeline_scores_one_and_a_blind_one_by_chance(trained):
-    suite = build.shapes_suite(replace(trained, data=replace(trained.data, resolution=32)), tasks=["colors"], repeat=1,
-                               split="all")  # fmt: skip
+def test_a_perfect_painter_scores_one_and_a_blind_one_by_chance():
+    suite = shapes_suite(resolution=32, tasks=["colors"], repeat=1, split="all")
     from data_pipeline.shapes import ShapesSpec, shape_sample
 
     spec, true = ShapesSpec(resolution=32, mix={"colors": 1.0}, split="all"), {}
@@ -161,6 +162,6 @@ def test_a_result_is_written_as_json(tmp_path):
     assert read["by_task"] == {"colors": 1.0}
 
 
-def test_no_prompt_left_is_refused(trained):
+def test_no_prompt_left_is_refused():
     with pytest.raises(ConfigError, match="only color_attr is held out"):
-        build.shapes_suite(trained, tasks=["colors"], repeat=1, split="heldout")
+        shapes_suite(resolution=16, tasks=["colors"], repeat=1, split="heldout")

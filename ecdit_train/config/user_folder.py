@@ -1,0 +1,50 @@
+"""A user's own folder (`--config-dir`): YAML of groups and experiments, and the Python modules that they name."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from ecdit_train.errors import ConfigError, Problem, RunFolderError
+
+
+def use_folder(folder: str | Path, *, conf: Path | None = None) -> Path:
+    """Makes the folder's modules importable, behind everything that is installed; returns it absolute.
+
+    Args:
+        folder: holds `GROUP/CHOICE.yaml` and `MODULE.py`.
+        conf: the package's own configurations, to refuse names that would be looked up there first.
+
+    Raises:
+        ConfigError: no such folder, or files that the package's hide.
+    """
+    path = Path(folder).absolute()
+    if not path.is_dir():
+        raise ConfigError(Problem(field="--config-dir", value=str(folder), rule="is not a folder"))
+    if conf is not None and conf.resolve() != path.resolve():
+        ours = (file.relative_to(conf) for file in conf.rglob("*.yaml"))
+        hidden = [str(f) for f in ours if (path / f).is_file() and (path / f).read_bytes() != (conf / f).read_bytes()]
+        if hidden:
+            rule = f"{', '.join(sorted(hidden))} would not be read: ecdit has a file of that name; choose another"
+            raise ConfigError(Problem(field="--config-dir", value=str(folder), rule=rule))
+    if str(path) not in sys.path:
+        sys.path.append(str(path))  # never in front: a user's `torch.py` must not replace torch
+    return path
+
+
+def trust(stored: str, *, run: Path) -> None:
+    """Uses the folder that a run folder names, if the run folder is the user's own: its modules will be executed.
+
+    Raises:
+        RunFolderError: somebody else's run folder; or the folder it names is gone.
+    """
+    mine = all(path.stat().st_uid == os.geteuid() for path in (run, run / "resolved.yaml"))
+    if not mine:
+        raise RunFolderError(
+            f"{run} belongs to another user and wants modules from {stored}: give --config-dir FOLDER if you trust them"
+        )
+    try:
+        use_folder(stored)
+    except ConfigError as error:
+        raise RunFolderError(f"{run} was made with --config-dir {stored}, which is gone: say where it is now") from error
