@@ -12,13 +12,13 @@ from pathlib import Path
 from PIL import Image
 
 from ecdit_train.observe import figures
-from ecdit_train.observe.folder import by_step
+from ecdit_train.observe.folder import ROUTING, by_step
 from ecdit_train.observe.routing import RoutingMaps
 
 
 def main(run: Path, out: Path) -> None:
     """The newest routing maps of the run hold the pictures too."""
-    _, newest = by_step(run / "routing", suffix=".npz")[-1]
+    _, newest = by_step(run / ROUTING, suffix=".npz")[-1]
     maps = RoutingMaps.load(newest)
     with tempfile.TemporaryDirectory() as folder:
         grid = figures.sample_grid(maps.images[:4], maps.prompts[:4], Path(folder) / "grid.png", columns=2, scale=192)

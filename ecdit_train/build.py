@@ -9,7 +9,6 @@ from typing import Literal
 from ecdit_train.batches.encoded import EncodedBatches, Encoders, make_encoders
 from ecdit_train.batches.loader import make_loader
 from ecdit_train.checkpoint import folder, manifest, restore
-from ecdit_train.checkpoint.comm import Comm, GroupComm, SingleProcess
 from ecdit_train.checkpoint.manager import CheckpointManager
 from ecdit_train.config.stored import freeze
 from ecdit_train.config.convert import to_dict
@@ -57,7 +56,7 @@ def build_trainer(config: RunConfig, runtime: Runtime, *, stop_after: int | None
             num_kept=config.tokens_per_image,
         ),
         batches=batches,
-        checkpoints=CheckpointManager(run / "checkpoints", comm=comm(runtime), keep=config.checkpoint.keep),
+        checkpoints=CheckpointManager(run / "checkpoints", comm=runtime, keep=config.checkpoint.keep),
         window=make_window(config, runtime),
         progress=Progress(config.train.steps, stream=sys.stdout if runtime.rank == 0 else None),
         sinks=Sinks(),
@@ -121,10 +120,6 @@ def make_window(config: RunConfig, runtime: Runtime) -> MetricWindow:
     )
 
 
-def comm(runtime: Runtime) -> Comm:
-    return SingleProcess() if runtime.control is None else GroupComm(runtime.control)
-
-
 def load_weights(run: str, parallel: ParallelContext, *, kind: Literal["ema", "raw"], step: int | None) -> int:
     """Put a run's committed weights into the model, averaged (if it keeps an average) or raw, with the buffers: the newest, or `step`.
     Returns its step."""
@@ -139,4 +134,4 @@ def load_weights(run: str, parallel: ParallelContext, *, kind: Literal["ema", "r
     part, other = ("ema", "model/") if kind == "ema" and averaged else ("model", "ema/")
     targets = {f"{part}/{name}": p.detach() for name, p in parallel.model.named_parameters()}
     targets |= {f"buffer/{name}": buffer for name, buffer in parallel.model.named_buffers()}
-    return restore.load(path, targets=placed(targets, parallel), comm=comm(parallel.runtime), skip=("optim.", other)).step
+    return restore.load(path, targets=placed(targets, parallel), comm=parallel.runtime, skip=("optim.", other)).step

@@ -16,14 +16,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ecdit_train import comparison, errors
+from ecdit_train import atomic, comparison, errors
 from ecdit_train.comparison import SWEEP_FILE
 from ecdit_train.config import compose
 from ecdit_train.config.overrides import parse, plain, quoted
 from ecdit_train.config.schema import RunConfig
 from ecdit_train.config.stored import RESOLVED
 from ecdit_train.errors import ConfigError, Problem
-from ecdit_train.observe.folder import write_atomically
 
 DIRECTORY = "hydra.sweep.dir"
 LAUNCHER = "hydra/launcher"
@@ -201,7 +200,7 @@ class Sweep:
             for job in self.jobs
         ]
         content = {"words": self.words, "jobs": jobs, "table": comparison.as_json(comparison.table(self._named()))}
-        write_atomically(self.folder / SWEEP_FILE, (json.dumps(content, indent=1) + "\n").encode())
+        atomic.write(self.folder / SWEEP_FILE, (json.dumps(content, indent=1) + "\n").encode())
 
     def _exit_code(self) -> int:
         codes = [job.exit_code for job in self.jobs if job.exit_code]

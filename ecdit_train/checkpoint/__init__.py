@@ -4,37 +4,24 @@
 `restore` verifies and loads into any other layout, `folder` finds and prunes, `manager` is what the trainer holds.
 """
 
-from ecdit_train.checkpoint.comm import (
-    CheckpointDamagedError,
-    CheckpointExistsError,
-    CheckpointMismatchError,
-    Comm,
-    GroupComm,
-    SingleProcess,
-)
+from ecdit_train.checkpoint.failures import CheckpointDamagedError, CheckpointExistsError, CheckpointMismatchError
 from ecdit_train.checkpoint.folder import Committed, clean, find, newest, prune, set_aside
-from ecdit_train.checkpoint.layout import Box, ParamPlacement, Piece, Placed, TensorSlice, Value
+from ecdit_train.checkpoint.layout import Placed, TensorSlice, Value
 from ecdit_train.checkpoint.manager import CheckpointManager, Rejected, Resumed
 from ecdit_train.checkpoint.restore import Loaded, load, load_full, read_objects, verify
 from ecdit_train.checkpoint.store import SaveReport, save
 
 __all__ = [
-    "Box",
     "CheckpointDamagedError",
     "CheckpointExistsError",
     "CheckpointManager",
     "CheckpointMismatchError",
-    "Comm",
     "Committed",
-    "GroupComm",
     "Loaded",
-    "ParamPlacement",
-    "Piece",
     "Placed",
     "Rejected",
     "Resumed",
     "SaveReport",
-    "SingleProcess",
     "TensorSlice",
     "Value",
     "clean",

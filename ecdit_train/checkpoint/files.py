@@ -1,7 +1,7 @@
 """The few file operations a checkpoint needs, each as strict as the contract: no symlinks, no overwrites, no short I/O.
 
 Order on disk is what makes a commit a commit: file data is fsynced before the folder that names it, and a folder
-before the rename that publishes it. `tests/unit/checkpoint/test_crash.py` kills and un-syncs at every operation.
+before the rename that publishes it. `tests/unit/checkpoint/test_checkpoint_crash.py` kills and un-syncs at every operation.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from ecdit_train.checkpoint.comm import CheckpointDamagedError
+from ecdit_train.checkpoint.failures import CheckpointDamagedError
 
 
 @contextlib.contextmanager

@@ -14,7 +14,6 @@ from __future__ import annotations
 import os
 import re
 import uuid
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,19 +79,17 @@ def clean(folder: Path | str) -> list[str]:
     return removed
 
 
-def prune(folder: Path | str, *, keep: int, protect: Callable[[int], bool] | None = None) -> list[int]:
+def prune(folder: Path | str, *, keep: int) -> list[int]:
     """Delete all but the `keep` newest complete steps; returns the steps deleted. Raises CheckpointError if keep < 1.
 
     Steps with a damaged manifest or files of the wrong size do not count as kept and are not deleted, so the last
-    usable checkpoint is never traded for a broken newer one. `protect(step)` exempts milestones.
+    usable checkpoint is never traded for a broken newer one.
     """
     if keep < 1:
         raise CheckpointError(f"keep = {keep}: at least the newest checkpoint must stay; nearest valid: 1")
     complete = [committed for committed in find(folder) if is_complete(committed.path)]
     removed = []
     for committed in complete[:-keep]:
-        if protect is not None and protect(committed.step):
-            continue
         trash = committed.path.with_name(f"{committed.path.name}.trash-{uuid.uuid4().hex}")
         # Durable before the first file goes: half a checkpoint must never carry a committed name.
         files.rename_new(committed.path, target=trash)

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ecdit_train.checkpoint import folder, restore, store
-from ecdit_train.checkpoint.comm import CheckpointDamagedError, Comm, Json, SingleProcess, together
+from ecdit_train.checkpoint.failures import CheckpointDamagedError, together
 from ecdit_train.checkpoint.layout import Value
 from ecdit_train.checkpoint.plan import SavePlan
 from ecdit_train.errors import CheckpointError
+from ecdit_train.parallel.runtime import Json, Peers, alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,26 +34,21 @@ class Resumed:
 
 
 class CheckpointManager:
-    """The checkpoints of the one run that owns `root`. All ranks make one and call its methods together.
-
-    Keeps the newest `keep` steps and every step divisible by `milestone_every`.
-    """
+    """The checkpoints of the one run that owns `root`; the newest `keep` stay. All ranks call its methods together."""
 
     def __init__(
         self,
         root: Path | str,
         *,
-        comm: Comm | None = None,
+        comm: Peers | None = None,
         keep: int = 3,
-        milestone_every: int | None = None,
         replicas: store.Replicas = "refuse",
     ) -> None:
         if keep < 1:
             raise CheckpointError(f"keep = {keep}: at least the newest checkpoint must stay; nearest valid: 1")
         self.root = Path(root)
-        self.comm = comm or SingleProcess()
+        self.comm = comm or alone()
         self.keep = keep
-        self.milestone_every = milestone_every
         self.replicas = replicas
         self._plan: SavePlan | None = None
 
@@ -106,8 +102,7 @@ class CheckpointManager:
                 folder.set_aside(folder.path_of(self.root, step=step.step))
 
     def _prune(self) -> None:
-        every = self.milestone_every
         try:
-            folder.prune(self.root, keep=self.keep, protect=lambda step: bool(every) and step % (every or 1) == 0)
+            folder.prune(self.root, keep=self.keep)
         except OSError:
             return  # the step is committed; the next save tries again

@@ -24,10 +24,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ecdit_train.checkpoint import files
-from ecdit_train.checkpoint.comm import CheckpointDamagedError, CheckpointMismatchError, Json, encode_json
-from ecdit_train.checkpoint.layout import DTYPES, Box
+from ecdit_train.checkpoint.failures import CheckpointDamagedError, CheckpointMismatchError
+from ecdit_train.checkpoint.layout import DTYPES
 from ecdit_train.checkpoint.plan import TensorInfo, cover_problem
 from ecdit_train.errors import CheckpointError
+from ecdit_train.parallel.placement import Box
+from ecdit_train.parallel.runtime import Json, encode_json
 
 T = TypeVar("T")
 

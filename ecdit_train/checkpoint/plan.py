@@ -13,9 +13,11 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ecdit_train.checkpoint.comm import Comm, Json, encode_json, together
-from ecdit_train.checkpoint.layout import DTYPES, Box, TensorSlice
+from ecdit_train.checkpoint.failures import together
+from ecdit_train.checkpoint.layout import DTYPES, TensorSlice
 from ecdit_train.errors import CheckpointError
+from ecdit_train.parallel.placement import Box
+from ecdit_train.parallel.runtime import Json, Peers, encode_json
 
 ALIGNMENT = 64
 """Every chunk starts at a multiple of this many bytes (cache line; enough for any dtype and for mmap readers)."""
@@ -99,7 +101,7 @@ class SavePlan:
         return chunks
 
 
-def agree_on_plan(slices: Sequence[TensorSlice], *, comm: Comm, last: SavePlan | None = None) -> SavePlan:
+def agree_on_plan(slices: Sequence[TensorSlice], *, comm: Peers, last: SavePlan | None = None) -> SavePlan:
     """The plan of all ranks. `last`, a plan of an earlier save, is reused when no rank's layout has changed.
 
     Raises CheckpointError on every rank, naming the tensor, when boxes overlap or leave a hole.

@@ -19,17 +19,12 @@ from typing import Any
 import torch
 
 from ecdit_train.checkpoint import files, manifest
-from ecdit_train.checkpoint.comm import (
-    CheckpointDamagedError,
-    CheckpointMismatchError,
-    Comm,
-    Json,
-    SingleProcess,
-    together,
-)
-from ecdit_train.checkpoint.layout import DTYPES, Box, Piece, TensorSlice, Value, describe_all
+from ecdit_train.checkpoint.failures import CheckpointDamagedError, CheckpointMismatchError, together
+from ecdit_train.checkpoint.layout import DTYPES, TensorSlice, Value, describe_all
 from ecdit_train.checkpoint.manifest import Chunk, Manifest
 from ecdit_train.errors import CheckpointError
+from ecdit_train.parallel.placement import Box, Piece
+from ecdit_train.parallel.runtime import Json, Peers, alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +48,7 @@ def load(
     path: Path | str,
     *,
     targets: Mapping[str, Value],
-    comm: Comm | None = None,
+    comm: Peers | None = None,
     skip: Sequence[str] = (),
 ) -> Loaded:
     """Copy the checkpoint at `path` into `targets` in place. All ranks of `comm` call it; rank 0's `path` is taken.
@@ -62,7 +57,7 @@ def load(
     (say `("optimizer.",)` to sample). Raises CheckpointMismatchError listing every difference, CheckpointDamagedError
     naming file and tensor; both before the first target is touched, both on every rank.
     """
-    comm = comm or SingleProcess()
+    comm = comm or alone()
     where = Path(together(comm, lambda: str(path))[0])
     slices: list[TensorSlice] = []
     read: list[Manifest] = []

@@ -26,10 +26,12 @@ from typing import Literal
 import torch
 
 from ecdit_train.checkpoint import files, folder, manifest
-from ecdit_train.checkpoint.comm import CheckpointExistsError, Comm, Json, SingleProcess, encode_json, together
-from ecdit_train.checkpoint.layout import Box, TensorSlice, Value, describe_all
+from ecdit_train.checkpoint.failures import CheckpointExistsError, together
+from ecdit_train.checkpoint.layout import TensorSlice, Value, describe_all
 from ecdit_train.checkpoint.plan import Holding, PlannedChunk, SavePlan, agree_on_plan
 from ecdit_train.errors import CheckpointError
+from ecdit_train.parallel.placement import Box
+from ecdit_train.parallel.runtime import Json, Peers, alone, encode_json
 
 Replicas = Literal["refuse", "report", "trust"]
 """What to do about ranks that hold the same box: compare checksums and refuse to commit when they differ (also the
@@ -53,7 +55,7 @@ def save(
     step: int,
     tensors: Mapping[str, Value],
     objects: Mapping[str, Json],
-    comm: Comm | None = None,
+    comm: Peers | None = None,
     replicas: Replicas = "refuse",
     plan: SavePlan | None = None,
 ) -> SaveReport:
@@ -62,7 +64,7 @@ def save(
     Called by all ranks of `comm`. `objects` is JSON and must be equal on all ranks; tuples come back as lists. Tensors
     must not change while this runs. Raises CheckpointExistsError if the step is committed already.
     """
-    comm = comm or SingleProcess()
+    comm = comm or alone()
     slices: list[TensorSlice] = []
 
     def describe() -> Json:

@@ -1,13 +1,15 @@
-"""Line charts as inline SVG: sharp at any size, a few kilobytes each, with a readout under the pointer. No library."""
+"""Curves of the log, and line charts of them as inline SVG: sharp at any size, a few kilobytes each, with a readout
+under the pointer."""
 
 from __future__ import annotations
 
-import html
-import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
+
+from .page import render, short
 
 WIDTH, WIDE, HEIGHT = 640, 1320, 280
 LEFT, RIGHT, TOP, BOTTOM = 62, 26, 12, 34
@@ -26,95 +28,73 @@ class Curve:
     """Drawn thin behind the others and left out of the legend (raw values behind a smoothed curve)."""
 
 
+def smooth(values: Sequence[float], *, weight: float | None = None) -> list[float]:
+    """Exponential moving average without the bias of its start; None: over about a thirtieth of the curve."""
+    if weight is None:
+        weight = min(0.98, max(0.0, 1 - 30 / max(1, len(values))))
+    mean, norm, out = 0.0, 0.0, []
+    for value in values:
+        mean, norm = weight * mean + (1 - weight) * value, weight * norm + (1 - weight)
+        out.append(mean / norm)
+    return out
+
+
+def series(records: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
+    """(steps, values) of the records that have a number under `key`."""
+    points = [(r["step"], r[key]) for r in records if isinstance(r.get(key), (int, float)) and "step" in r]
+    points = [(s, v) for s, v in points if math.isfinite(v)]
+    return [float(s) for s, _ in points], [float(v) for _, v in points]
+
+
 def line_chart(curves: Sequence[Curve], *, title: str, unit: str = "", wide: bool = False) -> str:
     """A `<figure>`; an empty string when no curve has a point. x is the training step; `wide` spans the page."""
-    width = WIDE if wide else WIDTH
     curves = [_thinned(c) for c in curves if len(c.x)]
     if not curves:
         return ""
-    xs = [x for c in curves for x in c.x]
-    ys = [y for c in curves for y in c.y]
+    xs, ys = [x for c in curves for x in c.x], [y for c in curves for y in c.y]
     log = min(ys) > 0 and max(ys) / min(ys) > 20
     x_low, x_high = _padded(min(xs), max(xs), share=0.0)
     y_low, y_high = (math.log10(min(ys)), math.log10(max(ys))) if log else (min(ys), max(ys))
     y_low, y_high = _padded(y_low, y_high, share=0.06)
+    right, bottom = (WIDE if wide else WIDTH) - RIGHT, HEIGHT - BOTTOM
 
     def px(x: float) -> float:
-        return LEFT + (x - x_low) / (x_high - x_low) * (width - LEFT - RIGHT)
+        return round(LEFT + (x - x_low) / (x_high - x_low) * (right - LEFT), 1)
 
     def py(y: float) -> float:
         value = math.log10(y) if log else y
-        return HEIGHT - BOTTOM - (value - y_low) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM)
+        return round(bottom - (value - y_low) / (y_high - y_low) * (bottom - TOP), 1)
 
-    parts = []
-    for tick in _log_ticks(y_low, y_high) if log else _ticks(y_low, y_high):
-        parts.append(
-            f'<line class="grid" x1="{LEFT}" x2="{width - RIGHT}" y1="{py(tick):.1f}" y2="{py(tick):.1f}"/>'
-            f'<text x="{LEFT - 8}" y="{py(tick) + 4:.1f}" text-anchor="end">{number(tick)}</text>'
-        )
-    for tick in _ticks(x_low, x_high, about=10 if wide else 5):
-        parts.append(f'<text x="{px(tick):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{number(tick)}</text>')
-    parts.append(f'<text x="{LEFT - 8}" y="{HEIGHT - BOTTOM + 18}" text-anchor="end">step</text>')
-    parts.append(f'<line class="axis" x1="{LEFT}" x2="{width - RIGHT}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM}"/>')
-    for curve in sorted(curves, key=lambda c: not c.faint):
-        points = " ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in zip(curve.x, curve.y, strict=True))
-        style = "opacity:.4;stroke-width:1" if curve.faint else "stroke-width:2"
-        parts.append(f'<polyline points="{points}" stroke="{curve.color}" style="{style}"/>')
-        if len(curve.x) == 1:
-            parts += [
-                f'<circle cx="{px(x):.1f}" cy="{py(y):.1f}" r="3" fill="{curve.color}"/>'
-                for x, y in zip(curve.x, curve.y, strict=True)
-            ]
-    parts.append(f'<line class="cursor" x1="0" x2="0" y1="{TOP}" y2="{HEIGHT - BOTTOM}" visibility="hidden"/>')
-    shown = [c for c in curves if not c.faint]
-    legend = "".join(f'<span><i style="background:{c.color}"></i>{html.escape(c.label)}<b></b></span>' for c in shown)
-    data = {
-        "width": width,
-        "span": [px(x_low), px(x_high)],
-        "x": [x_low, x_high],
-        "curves": [{"x": list(c.x), "y": [_rounded(y) for y in c.y]} for c in shown],
-    }
-    subtitle = ", ".join([unit] * (unit not in ("", "1")) + ["log scale"] * log)
-    name, small = html.escape(title), html.escape(subtitle)
-    return (
-        f'<figure class="chart{" wide" * wide}"><figcaption><strong>{name}</strong> <small>{small}</small></figcaption>'
-        f'<svg viewBox="0 0 {width} {HEIGHT}" role="img" aria-label="{name}">{"".join(parts)}</svg>'
-        f'<div class="legend"><em></em>{legend}</div>'
-        f'<script type="application/json">{json.dumps(data)}</script></figure>'
+    faint_first = sorted(curves, key=lambda c: not c.faint)
+    return render(
+        "chart.html",
+        title=title,
+        subtitle=", ".join([unit] * (unit not in ("", "1")) + ["log scale"] * log),
+        wide=wide,
+        width=right + RIGHT,
+        height=HEIGHT,
+        left=LEFT,
+        right=right,
+        top=TOP,
+        bottom=bottom,
+        y_ticks=[(py(y), short(y)) for y in (_log_ticks(y_low, y_high) if log else _ticks(y_low, y_high))],
+        x_ticks=[(px(x), short(x)) for x in _ticks(x_low, x_high, about=10 if wide else 5)],
+        drawn=[(c, [(px(x), py(y)) for x, y in zip(c.x, c.y, strict=True)]) for c in faint_first],
+        data={
+            "width": right + RIGHT,
+            "span": [px(x_low), px(x_high)],
+            "x": [x_low, x_high],
+            "curves": [{"x": list(c.x), "y": [float(f"{y:.5g}") for y in c.y]} for c in curves if not c.faint],
+        },
     )
-
-
-def number(value: float) -> str:
-    """Short and readable: 1,200  0.034  2.5e-05."""
-    if value == 0:
-        return "0"
-    size = abs(value)
-    if size < 1e-3 or size >= 1e9:
-        return f"{value:.3g}"
-    if size >= 1e6:
-        return f"{value / 1e6:.4g}M"
-    if size >= 1e4 or value == int(value):
-        return f"{value:,.0f}"
-    return f"{value:.4g}"
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.5g}")
 
 
 def _thinned(curve: Curve) -> Curve:
     n = len(curve.x)
     if n <= MAX_POINTS:
         return curve
-    edges = [n * i // MAX_POINTS for i in range(MAX_POINTS + 1)]
-    buckets = list(pairwise(edges))
-    return Curve(
-        label=curve.label,
-        color=curve.color,
-        faint=curve.faint,
-        x=[curve.x[b - 1] for _, b in buckets],
-        y=[sum(curve.y[a:b]) / (b - a) for a, b in buckets],
-    )
+    buckets = list(pairwise(n * i // MAX_POINTS for i in range(MAX_POINTS + 1)))
+    return replace(curve, x=[curve.x[b - 1] for _, b in buckets], y=[sum(curve.y[a:b]) / (b - a) for a, b in buckets])
 
 
 def _padded(low: float, high: float, *, share: float) -> tuple[float, float]:

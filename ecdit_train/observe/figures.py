@@ -1,18 +1,20 @@
-"""Pictures, drawn without a display: grids of samples, loss curves, where the experts work (the paper's Figure 6)."""
+"""Pictures, drawn without a display: grids of samples, where the experts work (the paper's Figure 6)."""
 
 from __future__ import annotations
 
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .folder import samples_path, write_atomically
+from ecdit_train import atomic
+
+from .folder import samples_path
 from .routing import RoutingMaps
 
 if TYPE_CHECKING:
@@ -20,7 +22,6 @@ if TYPE_CHECKING:
 
 INK = "#1f2937"
 MUTED = "#6b7280"
-ACCENT = "#2563eb"
 HEAT, HEAT_ALPHA = "YlOrRd", 0.78
 """Darker is more compute, as in the paper."""
 
@@ -57,7 +58,7 @@ def sample_grid(images: np.ndarray, captions: Sequence[str], path: Path, *, colu
         y += row_height
     buffer = io.BytesIO()
     canvas.save(buffer, format="PNG", optimize=True)
-    write_atomically(path, buffer.getvalue())
+    atomic.write(path, buffer.getvalue())
     return path
 
 
@@ -85,7 +86,7 @@ def write_samples(
         "seed": seed,
         "scope": scope,
     }
-    write_atomically(path.with_suffix(".json"), json.dumps(about, ensure_ascii=False, indent=1).encode())
+    atomic.write(path.with_suffix(".json"), json.dumps(about, ensure_ascii=False, indent=1).encode())
     return sample_grid(images, prompts, path, columns=columns)
 
 
@@ -112,42 +113,6 @@ def _wrap(text: str, *, font: ImageFont.FreeTypeFont, width: int, max_lines: int
             line = line.removesuffix("…").rstrip()[:-1] + "…"
         lines[n] = line
     return lines
-
-
-# --- curves ----------------------------------------------------------------------------------------------------------
-
-
-def smooth(values: Sequence[float], *, weight: float | None = None) -> list[float]:
-    """Exponential moving average without the bias of its start; None: over about a thirtieth of the curve."""
-    if weight is None:
-        weight = min(0.98, max(0.0, 1 - 30 / max(1, len(values))))
-    mean, norm, out = 0.0, 0.0, []
-    for value in values:
-        mean, norm = weight * mean + (1 - weight) * value, weight * norm + (1 - weight)
-        out.append(mean / norm)
-    return out
-
-
-def series(records: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
-    """(steps, values) of the records that have a number under `key`."""
-    points = [(r["step"], r[key]) for r in records if isinstance(r.get(key), (int, float)) and "step" in r]
-    points = [(s, v) for s, v in points if math.isfinite(v)]
-    return [float(s) for s, _ in points], [float(v) for _, v in points]
-
-
-def loss_curve(records: Sequence[Mapping[str, Any]], path: Path) -> Path:
-    """Training loss, raw and smoothed."""
-    figure = _figure(7.0, 3.6)
-    axes = figure.add_subplot()
-    steps, values = series(records, "train/loss")
-    axes.plot(steps, values, color=ACCENT, alpha=0.25, linewidth=1)
-    axes.plot(steps, smooth(values), color=ACCENT, linewidth=2, label="training (smoothed)")
-    axes.set_xlabel("step")
-    axes.set_ylabel("mean squared error")
-    axes.grid(color="#e5e7eb", linewidth=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    return _save(figure, path)
 
 
 # --- allocation ------------------------------------------------------------------------------------------------------
@@ -272,5 +237,5 @@ def _figure(width: float, height: float) -> Figure:
 def _save(figure: Figure, path: Path) -> Path:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", bbox_inches="tight", pad_inches=0.08)
-    write_atomically(path, buffer.getvalue())
+    atomic.write(path, buffer.getvalue())
     return path

@@ -1,32 +1,42 @@
 """Where things lie in a run folder. The only place that spells these names.
 
 <run>/resolved.yaml                   the frozen configuration
+<run>/job.sh, <run>/logs/             job script of `ecdit launch`, what its jobs say
 <run>/metrics.jsonl                   one JSON object per logged step: the truth, W&B is a copy
+<run>/checkpoints/                    committed steps (ecdit_train.checkpoint)
+<run>/quarantine-0000.jsonl           samples that data-parallel rank 0 could not read
 <run>/samples/step_00000100.png       sample grid, with step_00000100.json beside it
 <run>/routing/step_00000100.npz       RoutingMaps
-<run>/evaluation/*.json               results of `ecdit eval`
+<run>/pictures/step_00000100.png      what `ecdit sample` drew
+<run>/evaluation/*.json               results of `ecdit evaluate`
 <run>/wandb_id, <run>/wandb/          W&B's run id and its files
 <run>/report.html                     written by `ecdit report`
 """
 
 from __future__ import annotations
 
-import os
 import re
-import tempfile
 from pathlib import Path
 
+RESOLVED = "resolved.yaml"
+JOB_SCRIPT = "job.sh"
+LOGS = "logs"
 METRICS_FILE = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
 SAMPLES = "samples"
 ROUTING = "routing"
+PICTURES = "pictures"
 EVALUATION = "evaluation"
-RESOLVED = "resolved.yaml"
-REPORT = "report.html"
 WANDB_ID = "wandb_id"
+REPORT = "report.html"
 
 
 def metrics_path(run_folder: Path) -> Path:
     return run_folder / METRICS_FILE
+
+
+def quarantine_path(run_folder: Path, *, dp_rank: int) -> Path:
+    return run_folder / f"quarantine-{dp_rank:04d}.jsonl"
 
 
 def samples_path(run_folder: Path, *, step: int) -> Path:
@@ -38,27 +48,15 @@ def routing_path(run_folder: Path, *, step: int) -> Path:
     return run_folder / ROUTING / f"step_{step:08d}.npz"
 
 
+def pictures_path(run_folder: Path, *, step: int) -> Path:
+    return run_folder / PICTURES / f"step_{step:08d}.png"
+
+
+def evaluation_path(run_folder: Path, *, suite: str, step: int) -> Path:
+    return run_folder / EVALUATION / f"{suite}_{step:08d}.json"
+
+
 def by_step(folder: Path, *, suffix: str) -> list[tuple[int, Path]]:
     """(step, file) of every `step_<n><suffix>` in a folder, in step order; empty when there is no such folder."""
-    found = []
-    for path in folder.glob(f"step_*{suffix}"):
-        match = re.fullmatch(r"step_(\d+)", path.name.removesuffix(suffix))
-        if match:
-            found.append((int(match.group(1)), path))
-    return sorted(found)
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """A reader sees the old file or the new one, never half of it; survives a crash of the machine."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    found = [(re.fullmatch(r"step_(\d+)", path.name.removesuffix(suffix)), path) for path in folder.glob(f"*{suffix}")]
+    return sorted((int(match[1]), path) for match, path in found if match)

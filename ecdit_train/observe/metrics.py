@@ -88,7 +88,9 @@ METRICS: dict[str, Metric] = {
     "moe/capped_frac": _metric(
         "share of rows", "mean", "Routers of varying load under a static cap only: how many rows are dropped?"
     ),
-    "moe/{name}": _metric("the router's", "mean", "What a router reports of itself (`Assignment.metrics`), over layers."),
+    "moe/{name}": _metric(
+        "the router's", "mean", "What a router reports of itself (`Assignment.metrics`), over layers."
+    ),
     "moe/{name}_max": _metric("the router's", "max", "The same, where the name ends in _max."),
     "moe/L{n}/{name}": _metric("the router's", "mean", "What the router of layer n reports of itself."),
     "moe/L{n}/{name}_max": _metric("the router's", "max", "The same, where the name ends in _max."),
@@ -110,13 +112,14 @@ METRICS: dict[str, Metric] = {
 
 
 def metric_key(name: str) -> str:
-    """The key of METRICS that describes a logged name: `moe/L2/entropy` -> `moe/L{n}/entropy`; what a router of one's own reports falls
-    under the entries with `{name}`."""
+    """The key of METRICS that describes a logged name: `moe/L2/entropy` -> `moe/L{n}/entropy`; what a router of one's own
+    reports falls under the entries with `{name}`."""
     key = re.sub(r"/L\d+/", "/L{n}/", name)
     if key in METRICS:
         return key
     room, _, rest = key.rpartition("/")
-    own = f"{room}/{{name}}_max" if rest.endswith("_max") else f"{room}/{{name}}_loss" if rest.endswith("_loss") else f"{room}/{{name}}"
+    end = next((end for end in ("_max", "_loss") if rest.endswith(end)), "")
+    own = f"{room}/{{name}}{end}"
     return own if own in METRICS else key
 
 
@@ -195,7 +198,7 @@ class MetricWindow:
 
     def state_dict(self, all_reduce: AllReduce | None = None) -> dict[str, list[float]]:
         """What has gathered since the last record, as JSON: a run stopped between two log steps then logs the same
-        means as one that was not. Times are a life's own and stay out. Collective: sums are each rank's own."""
+        means as one that was not. Times belong to the process and stay out. Collective: sums are each rank's own."""
         values = {name: value for name, value in self._values.items() if not isinstance(value, Tensor)}
         assert len(values) == len(self._values), "a device value is one rank's own, a checkpoint is everybody's"
         sums = sorted(name for name in values if METRICS[metric_key(name)].reduction == "sum")

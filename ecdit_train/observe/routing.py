@@ -15,15 +15,15 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ecdit_train import atomic
 from ecdit_train.errors import RunFolderError
 from ecdit_train.model.assignment import Assignment, experts_per_token, taken
-
-from .folder import write_atomically
 
 
 def routing_scalars(assignments: Sequence[Assignment], *, layers: Sequence[int]) -> dict[str, Tensor]:
@@ -72,16 +72,6 @@ def count_maps(assignments: Sequence[Assignment], *, batch: int, side: int, keep
     return _on_canvas(counts_LN, batch=batch, side=side, keep=keep)
 
 
-def gate_maps(assignments: Sequence[Assignment], *, batch: int, side: int, keep: Tensor | None = None) -> Tensor:
-    """Sum of the gates a patch received: (L, B, side, side) fp32. By count alone weak picks look strong."""
-    sums = []
-    for a in assignments:
-        G, S, _ = a.probability_GSE.shape
-        index, gate, _ = taken(a)
-        sums.append(torch.zeros(G * S, device=gate.device).index_add(0, index, gate.detach().float()))
-    return _on_canvas(torch.stack(sums), batch=batch, side=side, keep=keep)
-
-
 def _on_canvas(values_LN: Tensor, *, batch: int, side: int, keep: Tensor | None) -> Tensor:
     values_LBK = values_LN.unflatten(1, (batch, -1))
     if keep is not None:
@@ -91,14 +81,15 @@ def _on_canvas(values_LN: Tensor, *, batch: int, side: int, keep: Tensor | None)
     return values_LBK.unflatten(-1, (side, side))
 
 
+_META = ("prompts", "layers", "scope", "group_size", "experts", "capacity_factor", "step")
+
+
 @dataclass(frozen=True, kw_only=True)
 class RoutingMaps:
     """Compute per patch of a few pictures while they were drawn: the data behind the paper's Figure 6."""
 
     counts: np.ndarray
     """(T, L, B, side, side) uint8: experts per patch."""
-    gates: np.ndarray | None = None
-    """(T, L, B, side, side) float16: sum of gates per patch."""
     timesteps: np.ndarray
     """(T,) float32; 0 is noise, 1 is data."""
     layers: tuple[int, ...]
@@ -122,7 +113,6 @@ class RoutingMaps:
         assert (self.counts.dtype, self.images.dtype) == (np.uint8, np.uint8)
         assert (len(self.timesteps), len(self.layers), len(self.prompts)) == (T, L, B)
         assert (self.images.shape[0], *self.images.shape[3:]) == (B, 3), self.images.shape
-        assert self.gates is None or self.gates.shape == self.counts.shape
 
     def caption(self) -> str:
         """Everything that a heatmap cannot be read without."""
@@ -131,21 +121,11 @@ class RoutingMaps:
 
     def save(self, path: Path) -> None:
         """One .npz without pickle, replaced atomically."""
-        meta = {
-            "prompts": self.prompts,
-            "layers": self.layers,
-            "scope": self.scope,
-            "group_size": self.group_size,
-            "experts": self.experts,
-            "capacity_factor": self.capacity_factor,
-            "step": self.step,
-        }
+        meta = {name: getattr(self, name) for name in _META}
         arrays = {"counts": self.counts, "timesteps": self.timesteps.astype(np.float32), "images": self.images}
-        if self.gates is not None:
-            arrays["gates"] = self.gates.astype(np.float16)
         buffer = io.BytesIO()
         np.savez_compressed(buffer, meta=np.frombuffer(json.dumps(meta).encode(), np.uint8), **arrays)  # type: ignore[arg-type]
-        write_atomically(path, buffer.getvalue())
+        atomic.write(path, buffer.getvalue())
 
     @classmethod
     def load(cls, path: Path) -> RoutingMaps:
@@ -153,18 +133,8 @@ class RoutingMaps:
         try:
             with np.load(path, allow_pickle=False) as file:
                 meta = json.loads(file["meta"].tobytes())
-                return cls(
-                    counts=file["counts"],
-                    timesteps=file["timesteps"],
-                    images=file["images"],
-                    gates=file.get("gates"),
-                    prompts=tuple(meta["prompts"]),
-                    layers=tuple(meta["layers"]),
-                    scope=meta["scope"],
-                    group_size=meta["group_size"],
-                    experts=meta["experts"],
-                    capacity_factor=meta["capacity_factor"],
-                    step=meta["step"],
-                )
+                arrays: dict[str, Any] = {name: file[name] for name in ("counts", "timesteps", "images")}
+                values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in meta.items()}
+                return cls(**arrays, **values)
         except (OSError, ValueError, KeyError, TypeError, EOFError, AssertionError, zipfile.BadZipFile) as error:
             raise RunFolderError(f"{path}: not a file of routing maps ({type(error).__name__}: {error})") from error

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from ecdit_train import atomic
 from ecdit_train.config.slots import SinkConfig
 
 from . import folder
@@ -87,7 +88,7 @@ class JsonlSink:
             return
         data = self.path.read_bytes()
         if data and not data.endswith(b"\n"):
-            folder.write_atomically(self.path, data[: data.rfind(b"\n") + 1])
+            atomic.write(self.path, data[: data.rfind(b"\n") + 1])
 
     def log(self, step: int, record: Record) -> None:
         line = {"step": step, "time": round(time.time(), 3)} | {k: _finite(v) for k, v in record.items()}
@@ -107,7 +108,7 @@ class JsonlSink:
             else:
                 kept.append(json.dumps(record, ensure_ascii=False) + "\n")
         if dropped:
-            folder.write_atomically(self.path, "".join(kept).encode())
+            atomic.write(self.path, "".join(kept).encode())
         self._file = self.path.open("a", encoding="utf-8")
         return dropped
 

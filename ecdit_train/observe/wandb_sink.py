@@ -19,6 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
+from ecdit_train import atomic
 from ecdit_train.config.slots import SinkConfig
 
 from . import folder
@@ -148,7 +149,7 @@ def _stable_id(run_folder: Path) -> str:
     if path.exists() and (known := path.read_text().strip()):
         return known
     fresh = secrets.token_hex(6)
-    folder.write_atomically(path, f"{fresh}\n".encode())
+    atomic.write(path, f"{fresh}\n".encode())
     return fresh
 
 

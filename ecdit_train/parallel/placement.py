@@ -4,17 +4,36 @@ Two cuts are composed. The first is known only here (ParamPlacement: tensor and 
 not see); the second is FSDP2's, read off the DTensor:
 
     global tensor --(ParamPlacement)--> the module's part --(DTensor)--> this rank's shard
+
+A dimension is described by *runs*, stretches that are contiguous both in the global tensor and in the local one. A cut
+selects intervals of runs; a rank's boxes are the product of the runs of all dimensions. Column (dim 0 twice), row
+(dim 1, then dim 0), experts, HSDP replicas, strided shards and repeated kv heads are all this one composition.
+
+FSDP2 follows `torch.chunk`: the pieces are ceil(n / count) long, the last ones shorter or empty.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 Kind = Literal["replicated", "column", "row", "expert"]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """`size` positions of one dimension: global `start ...` are local `local ...`."""
+
+    start: int
+    local: int
+    size: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,29 +55,61 @@ class ParamPlacement:
     first_replica: bool = True
     """True on one rank of each set of replicas."""
 
-    def runs(self) -> tuple[tuple[int, int, int], ...]:
-        """(global offset, local offset, size) along `dim`."""
-        if self.boxes:
-            return self.boxes
-        size = self.global_shape[self.dim] // self.count
-        return ((self.index * size, 0, size),)
+    def runs(self) -> list[Run]:
+        """The module's part along `dim`. Raises ValueError if it cannot be."""
+        length = self.global_shape[self.dim]
+        if not self.boxes:
+            if not 0 <= self.index < self.count:
+                raise ValueError(f"chunk index {self.index} is not in 0..{self.count - 1}")
+            start, stop = chunk_bounds(length, index=self.index, count=self.count)
+            return [Run(start, 0, stop - start)] if stop > start else []
+        cursor = 0
+        for start, local, size in self.boxes:
+            if local != cursor or size <= 0 or start < 0 or start + size > length:
+                raise ValueError(
+                    f"box (global {start}, local {local}, size {size}) must follow local {cursor} and stay in {length}"
+                )
+            cursor += size
+        return [Run(*box) for box in self.boxes]
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class Box:
+    """An axis-aligned part of a global tensor: elements `offset[d] <= index[d] < offset[d] + size[d]`."""
+
+    offset: tuple[int, ...]
+    size: tuple[int, ...]
+
+    @property
+    def volume(self) -> int:
+        """Number of elements (1 for a 0-d tensor)."""
+        return math.prod(self.size)
+
+    def meet(self, other: Box) -> Box | None:
+        """The common part of two boxes of one tensor, or None."""
+        low = tuple(map(max, self.offset, other.offset))
+        high = (min(a + m, b + n) for a, m, b, n in zip(self.offset, self.size, other.offset, other.size, strict=True))
+        size = tuple(h - lo for h, lo in zip(high, low, strict=True))
+        return Box(low, size) if all(n > 0 for n in size) else None
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The view of this box inside the global tensor."""
+        return _narrow(tensor, self.offset, self.size)
+
+    def within(self, view: Tensor, part: Box) -> Tensor:
+        """The view of `part` inside `view`, where `view` holds this box. No copy."""
+        return _narrow(view, [start - base for start, base in zip(part.offset, self.offset, strict=True)], part.size)
+
+    def __str__(self) -> str:
+        return "[" + ", ".join(f"{o}:{o + n}" for o, n in zip(self.offset, self.size, strict=True)) + "]"
 
 
 @dataclass(frozen=True, kw_only=True)
-class LocalBox:
-    """One box of the global tensor, and where it starts in this rank's local tensor."""
+class Piece:
+    """A box of the global tensor and the view of this rank's memory that holds it (shape == box.size)."""
 
-    offsets: tuple[int, ...]
-    local_offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-
-    def of_global(self, tensor: Tensor) -> Tensor:
-        """View of the box inside the global tensor."""
-        return _narrow(tensor, self.offsets, self.sizes)
-
-    def of_local(self, tensor: Tensor) -> Tensor:
-        """View of the box inside this rank's local tensor."""
-        return _narrow(tensor, self.local_offsets, self.sizes)
+    box: Box
+    view: Tensor
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -66,32 +117,66 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def local_boxes(tensor: Tensor, placement: ParamPlacement) -> list[LocalBox]:
-    """Boxes of the global tensor that this rank's shard holds; none if FSDP gave it an empty shard."""
-    if tensor.dim() == 0:
-        return [LocalBox(offsets=(), local_offsets=(), sizes=())]
-    part_offsets, part_sizes = [0] * tensor.dim(), list(tensor.shape)
-    if isinstance(tensor, DTensor):
-        mesh, coordinate = tensor.device_mesh, tensor.device_mesh.get_coordinate()
-        assert coordinate is not None
-        for axis, how in enumerate(tensor.placements):
-            if isinstance(how, Shard):
-                # FSDP2 cuts like torch.chunk: ceil(n / count) each, the last ones shorter or empty.
-                chunk = -(-tensor.shape[how.dim] // mesh.size(axis))
-                start = min(coordinate[axis] * chunk, tensor.shape[how.dim])
-                part_offsets[how.dim] = start
-                part_sizes[how.dim] = min(chunk, tensor.shape[how.dim] - start)
-    if 0 in part_sizes:
+def pieces(tensor: Tensor, placement: ParamPlacement | None = None) -> list[Piece]:
+    """Boxes of the global tensor that this rank's shard holds; none if FSDP gave it an empty shard. Raises ValueError.
+
+    Without a placement the DTensor's own shape is the global one. Views are detached and share memory with `tensor`.
+    """
+    if not isinstance(tensor, DTensor):
+        return pieces_of(tensor, part_shape=tuple(tensor.shape), placement=placement)
+    with torch.no_grad():
+        shard = tensor.to_local()
+    coordinate = tensor.device_mesh.get_coordinate()
+    return pieces_of(
+        shard,
+        part_shape=tuple(tensor.shape),
+        mesh_shape=tuple(tensor.device_mesh.shape),
+        coordinate=None if coordinate is None else tuple(coordinate),
+        placements=tensor.placements,
+        placement=placement,
+    )
+
+
+def pieces_of(
+    local: Tensor,
+    *,
+    part_shape: Sequence[int],
+    mesh_shape: Sequence[int] = (),
+    coordinate: Sequence[int] | None = (),
+    placements: Sequence[Any] = (),
+    placement: ParamPlacement | None = None,
+) -> list[Piece]:
+    """The arithmetic behind `pieces`, on plain data, so that a layout of any size can be checked in one process.
+
+    `part_shape`: shape that the DTensor calls global, i.e. what one tp/ep rank holds. `local`: this rank's shard of
+    it. `coordinate` is None on a rank outside the mesh, which then holds nothing.
+    """
+    runs_of = _runs_of_part(tuple(part_shape), placement=placement)
+    if coordinate is None:
         return []
-    boxes, dim = [], placement.dim
-    low, high = part_offsets[dim], part_offsets[dim] + part_sizes[dim]
-    for global_start, local_start, size in placement.runs():
-        start, stop = max(low, local_start), min(high, local_start + size)
-        if start < stop:
-            offsets, inside, sizes = list(part_offsets), [0] * tensor.dim(), list(part_sizes)
-            offsets[dim], inside[dim], sizes[dim] = global_start + start - local_start, start - low, stop - start
-            boxes.append(LocalBox(offsets=tuple(offsets), local_offsets=tuple(inside), sizes=tuple(sizes)))
-    return boxes
+    for axis, how in enumerate(placements):
+        if isinstance(how, Replicate):
+            continue
+        dim = getattr(how, "dim", None)
+        if dim is None:
+            raise ValueError(f"placement {how} is no part of a tensor (reduce partial sums first)")
+        # _StridedShard is private to torch; its split_factor is all we read, and its order is tested against torch.
+        bounds = _shard_intervals(
+            sum(run.size for run in runs_of[dim]),
+            index=coordinate[axis],
+            count=mesh_shape[axis],
+            split_factor=int(getattr(how, "split_factor", 1)),
+        )
+        runs_of[dim] = _take(runs_of[dim], intervals=bounds)
+    expected = tuple(sum(run.size for run in runs) for runs in runs_of)
+    if tuple(local.shape) != expected:
+        raise ValueError(f"the local part has shape {tuple(local.shape)}, its placement says {expected}")
+    local = local.detach()
+    found = []
+    for runs in itertools.product(*runs_of):
+        box = Box(tuple(run.start for run in runs), tuple(run.size for run in runs))
+        found.append(Piece(box=box, view=_narrow(local, [run.local for run in runs], box.size)))
+    return found
 
 
 def holds_first_copy(tensor: Tensor, placement: ParamPlacement) -> bool:
@@ -105,7 +190,59 @@ def holds_first_copy(tensor: Tensor, placement: ParamPlacement) -> bool:
     return True
 
 
-def _narrow(tensor: Tensor, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
-    for dim, (offset, size) in enumerate(zip(offsets, sizes, strict=True)):
-        tensor = tensor.narrow(dim, offset, size)
+def chunk_bounds(length: int, *, index: int, count: int) -> tuple[int, int]:
+    """[start, stop) of piece `index` when `length` is split like `torch.chunk(count)`; empty pieces at the end."""
+    size = -(-length // count)
+    start = min(index * size, length)
+    return start, min(start + size, length)
+
+
+def _runs_of_part(part_shape: tuple[int, ...], *, placement: ParamPlacement | None) -> list[list[Run]]:
+    """Runs per dimension of the part one tp/ep rank holds, before FSDP cuts it."""
+    runs_of = [[Run(0, 0, length)] if length else [] for length in part_shape]
+    if placement is None:
+        return runs_of
+    shape, dim = placement.global_shape, placement.dim
+    if len(shape) != len(part_shape):
+        raise ValueError(f"part of shape {part_shape} does not have the rank of the global shape {shape}")
+    if shape and not 0 <= dim < len(shape):
+        raise ValueError(f"placement dim {dim} is not a dimension of {shape}")
+    if shape:
+        runs_of[dim] = placement.runs()
+    wanted = tuple(sum(run.size for run in runs_of[d]) if d == dim else shape[d] for d in range(len(shape)))
+    if wanted != part_shape:
+        raise ValueError(f"part of shape {part_shape}, but its placement in {shape} says {wanted}")
+    return runs_of
+
+
+def _shard_intervals(length: int, *, index: int, count: int, split_factor: int) -> list[tuple[int, int]]:
+    """Local intervals a mesh axis keeps. A strided shard keeps its chunk of each of `split_factor` chunks."""
+    intervals = []
+    for part in range(split_factor):
+        base, end = chunk_bounds(length, index=part, count=split_factor)
+        start, stop = chunk_bounds(end - base, index=index, count=count)
+        intervals.append((base + start, base + stop))
+    return intervals
+
+
+def _take(runs: Iterable[Run], *, intervals: Sequence[tuple[int, int]]) -> list[Run]:
+    """Select local [start, stop) intervals of `runs` and renumber the local positions from 0.
+
+    Neighbours are not merged: explicit boxes must be cut at the same places on every rank that repeats them.
+    """
+    taken = []
+    cursor = 0
+    runs = list(runs)
+    for start, stop in intervals:
+        for run in runs:
+            low, high = max(start, run.local), min(stop, run.local + run.size)
+            if low < high:
+                taken.append(Run(run.start + low - run.local, cursor + low - start, high - low))
+        cursor += stop - start
+    return taken
+
+
+def _narrow(tensor: Tensor, offset: Sequence[int], size: Sequence[int]) -> Tensor:
+    for dim, (start, length) in enumerate(zip(offset, size, strict=True)):
+        tensor = tensor.narrow(dim, start, length)
     return tensor

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,49 @@ T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=10)
 """A collective that waits longer has lost a peer."""
+
+
+class Peers(Protocol):
+    """Ranks that agree on something by messages; Runtime is one. All of them make the same calls in the same order."""
+
+    rank: int
+    world: int
+
+    def all_gather_json(self, value: Json) -> list[Json]:
+        """Every rank's value, in rank order, on all ranks."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """How `work` ended on a rank where it failed; `kind` is the name of the error's class."""
+
+    rank: int
+    kind: str
+    exit_code: int
+    words: str
+
+
+def attempt(peers: Peers, work: Callable[[], Json]) -> tuple[list[Json], list[Failure], Exception | None]:
+    """Run `work`, itself without collectives, on every rank: (results of all, failures of all, this rank's own error).
+
+    Nothing is raised here, so every rank comes to the exchange that follows, and hears what its peers met.
+    """
+    value: Json = None
+    error: Exception | None = None
+    try:
+        value = work()
+        encode_json(value)  # a value that cannot be sent is a failure of this rank, not of the exchange
+    except Exception as e:
+        error, value = e, None
+    mine = None if error is None else [type(error).__name__, getattr(error, "exit_code", 1), str(error)[:8000]]
+    said = peers.all_gather_json([value, mine])
+    failed = [
+        Failure(rank=rank, kind=failure[0], exit_code=failure[1], words=failure[2])
+        for rank, (_, failure) in enumerate(said)
+        if failure is not None
+    ]
+    return [value for value, _ in said], failed, error
 
 
 @dataclass(kw_only=True)
@@ -49,8 +92,8 @@ class Runtime:
     def broadcast_object(self, value: Json, *, source: int = 0) -> Json:
         """The source rank's value on all ranks, through JSON even in a world of one, so that both behave alike."""
         if self.control is None:
-            return json.loads(_encode(value))
-        data = torch.frombuffer(bytearray(_encode(value)), dtype=torch.uint8) if self.rank == source else None
+            return json.loads(encode_json(value))
+        data = torch.frombuffer(bytearray(encode_json(value)), dtype=torch.uint8) if self.rank == source else None
         size = torch.tensor([0 if data is None else data.numel()])
         dist.broadcast(size, src=source, group=self.control)
         if data is None:
@@ -61,8 +104,8 @@ class Runtime:
     def all_gather_json(self, value: Json) -> list[Json]:
         """Every rank's value, in rank order, on all ranks."""
         if self.control is None:
-            return [json.loads(_encode(value))]
-        data = torch.frombuffer(bytearray(_encode(value)), dtype=torch.uint8)
+            return [json.loads(encode_json(value))]
+        data = torch.frombuffer(bytearray(encode_json(value)), dtype=torch.uint8)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world)]
         dist.all_gather(sizes, torch.tensor([data.numel()]), group=self.control)
         lengths = [int(size.item()) for size in sizes]
@@ -76,18 +119,14 @@ class Runtime:
         """`work` on every rank, itself without collectives. If it fails on any, every rank raises, so that none waits
         in the next collective for a peer that has left: its own error, or PeerRefusedError where it had none or a
         lower rank said the same."""
-        failure: Exception | None = None
-        try:
-            result = work()
-        except Exception as error:
-            failure = error
-        said = self.all_gather_json(None if failure is None else [getattr(failure, "exit_code", 1), str(failure)])
-        failed = [words for words in said if words is not None]
+        results: list[T] = []
+        _, failed, mine = attempt(self, lambda: results.append(work()))
         if not failed:
-            return result
-        if failure is not None and all(words is None or words[1] != str(failure) for words in said[: self.rank]):
-            raise failure
-        raise PeerRefusedError(failed[0][0]) from failure
+            return results[0]
+        own = next((failure.words for failure in failed if failure.rank == self.rank), None)
+        if mine is not None and all(other.words != own for other in failed if other.rank < self.rank):
+            raise mine
+        raise PeerRefusedError(failed[0].exit_code) from mine
 
     def barrier(self) -> None:
         """Wait for all ranks, on the host."""
@@ -141,6 +180,11 @@ def start(
     return Runtime(rank=rank, world=world, local_rank=local_rank, device=here, control=control)
 
 
+def alone() -> Runtime:
+    """A world of one on the CPU, for what reads and writes files without a run."""
+    return Runtime(rank=0, world=1, local_rank=0, device=torch.device("cpu"), control=None)
+
+
 def is_peer_lost(error: BaseException) -> bool:
     """Whether a collective failed because another rank has left, rather than through a mistake of its own."""
     if isinstance(error, (dist.DistNetworkError, dist.DistBackendError)):
@@ -164,6 +208,7 @@ def _backend(device_type: str) -> str:
     return "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
 
 
-def _encode(value: Json) -> bytes:
-    """JSON without NaN: a peer reads exactly what was said, or nobody does."""
-    return json.dumps(value, allow_nan=False).encode()
+def encode_json(value: Json) -> bytes:
+    """Canonical UTF-8 JSON: sorted keys, no spaces. Raises ValueError (NaN too) or TypeError for anything else: a peer or
+    a file reads exactly what was said, or nobody does."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ecdit_train.model.init import constant_of, initial_values, reset_buffers
 
 from .mesh import Mesh
-from .placement import ParamPlacement, holds_first_copy, local, local_boxes
+from .placement import ParamPlacement, holds_first_copy, local, pieces
 
 
 def fill(model: nn.Module, placements: Mapping[str, ParamPlacement], *, seed: int) -> None:
@@ -24,14 +24,14 @@ def fill(model: nn.Module, placements: Mapping[str, ParamPlacement], *, seed: in
     with torch.no_grad():
         for name, p in model.named_parameters():
             placement = placements[name]
-            for box in local_boxes(p, placement):
-                box.of_local(local(p)).copy_(
+            for piece in pieces(p, placement):
+                piece.view.copy_(
                     initial_values(
                         name,
                         seed=seed,
                         global_shape=placement.global_shape,
-                        offsets=box.offsets,
-                        sizes=box.sizes,
+                        offsets=piece.box.offset,
+                        sizes=piece.box.size,
                         device=p.device,
                         constant=constant_of(model, name),
                     )
@@ -43,11 +43,11 @@ def load_full(model: nn.Module, placements: Mapping[str, ParamPlacement], full_s
     """Copy each shard's box out of a whole state dict that every rank holds (tests, small models)."""
     with torch.no_grad():
         for name, p in model.named_parameters():
-            for box in local_boxes(p, placements[name]):
-                box.of_local(local(p)).copy_(box.of_global(full_state[name]))
+            for piece in pieces(p, placements[name]):
+                piece.view.copy_(piece.box.of(full_state[name]))
         for name, buffer in model.named_buffers():
-            for box in local_boxes(buffer, placements[name]):
-                box.of_local(buffer).copy_(box.of_global(full_state[name]))
+            for piece in pieces(buffer, placements[name]):
+                piece.view.copy_(piece.box.of(full_state[name]))
 
 
 def full_tensors(
@@ -68,8 +68,8 @@ def full_tensors(
         }
         for name, tensor in tensors.items():
             if holds_first_copy(tensor, placements[name]):
-                for box in local_boxes(tensor, placements[name]):
-                    box.of_global(full[name]).copy_(box.of_local(local(tensor)))
+                for piece in pieces(tensor, placements[name]):
+                    piece.box.of(full[name]).copy_(piece.view)
         if mesh.world_group is not None:
             dist.all_reduce(flat, group=mesh.world_group)
         return full

@@ -27,7 +27,7 @@ exchange_bytes               bytes one rank sends in one direction of one sparse
 step_time                    seconds and its parts, bounds best and worst, mfu, mfu_ceiling, tokens_per_second,
                              images_per_second_per_gpu (plan/cost.py)
 checkpoint_bytes             bytes of one committed checkpoint
-suggested_layout             null, or layout, overrides (words for the command line), memory_total, seconds, mfu
+suggested_layout             null, or layout, overrides (for the command line), memory_total, seconds, mfu
 suggested_min_nodes          fewest nodes on which any layout that was searched fits; null if none
 warnings                     sentences
 """

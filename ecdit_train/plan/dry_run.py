@@ -15,13 +15,12 @@ import dataclasses
 import resource
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed.tensor import DTensor
@@ -293,7 +292,7 @@ class Checked:
     """Whether every formula is within TOLERANCE of the dry run."""
 
 
-def check(plan: Plan, *) -> Checked:
+def check(plan: Plan) -> Checked:
     """Dry-run what was planned and compare; errors as in `dry_run`."""
     ran = dry_run(plan.cfg, world=plan.cost.layout.world)
     rows = compare(plan, ran)

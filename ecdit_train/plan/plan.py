@@ -51,20 +51,20 @@ def estimate(cfg: RunConfig, *, world: int | None = None) -> Plan:
     world = cfg.cluster.nodes * cfg.cluster.gpus_per_node if world is None else world
     layout = resolve(cfg, world=world)
     parameters = parameters_.count(cfg)
-    here = cost(cfg, parameters, layout)
+    configured = cost(cfg, parameters, layout)
     best = search.best(cfg, parameters, world=world)
-    faster = best is not None and (not here.fits or best.step_time.seconds < 0.98 * here.step_time.seconds)
+    faster = best is not None and (not configured.fits or best.step_time.seconds < 0.98 * configured.step_time.seconds)
     suggested = best if faster else None
     return Plan(
         cfg=cfg,
         parameters=parameters,
-        cost=here,
+        cost=configured,
         checkpoint_bytes=parameters.network * (MASTER + slots.optimizer_state_bytes(cfg) + slots.average_bytes(cfg)),
         min_nodes=search.min_nodes(cfg, parameters),
         suggested=suggested,
         suggested_min_nodes=search.min_nodes_any(cfg, parameters),
         table1=table1(cfg, parameters),
-        warnings=warnings(cfg, here),
+        warnings=warnings(cfg, configured),
     )
 
 

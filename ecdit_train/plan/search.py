@@ -103,7 +103,7 @@ def with_layout(cfg: RunConfig, layout: Layout) -> RunConfig:
 
 
 def overrides(layout: Layout) -> tuple[str, ...]:
-    """Words for the command line that choose `layout`."""
+    """What chooses `layout` on the command line."""
     return (
         f"parallel.tp={layout.tp}",
         f"parallel.ep={layout.ep}",

@@ -39,8 +39,8 @@ def table1_experts(cfg: RunConfig) -> int | None:
 
 
 def experts_per_token(cfg: RunConfig) -> float:
-    """f_c: rows that the experts of a sparse block work on per token, on average; 0 for a dense network. A static cap is what is computed,
-    filled or not."""
+    """f_c: rows that the experts of a sparse block work on per token, on average; 0 for a dense network. A static cap is
+    what is computed, filled or not."""
     if cfg.moe.router is None:
         return 0.0
     rows = cfg.moe.router.experts_per_token()

@@ -24,7 +24,7 @@ from ecdit_train.parallel.expert_parallel import sparse_layers
 from ecdit_train.parallel.fsdp import accumulate
 from ecdit_train.parallel.grads import clip, expert_gradient_divisor
 from ecdit_train.parallel.mesh import Mesh, make_mesh
-from ecdit_train.parallel.placement import ParamPlacement, local, local_boxes
+from ecdit_train.parallel.placement import ParamPlacement, local, pieces
 
 IMAGES, CHANNELS, SIDE, KEPT, TEXT_TOKENS, TEXT_FEATURES = 16, 4, 8, 8, 5, 24
 GROUP = 16
@@ -270,9 +270,9 @@ def same_bits(tensors: dict[str, Tensor], full: dict[str, Tensor], placements: d
     """What this rank holds is what the gathered tensors say."""
     with torch.no_grad():
         return all(
-            torch.equal(box.of_local(local(t)), box.of_global(full[n]))
+            torch.equal(piece.view, piece.box.of(full[n]))
             for n, t in tensors.items()
-            for box in local_boxes(t, placements[n])
+            for piece in pieces(t, placements[n])
         )
 
 

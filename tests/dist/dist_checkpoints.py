@@ -7,15 +7,15 @@ from typing import Any
 
 from dist_runs import Layout, Life, configure, copy_checkpoints, live
 
-from ecdit_train.build import build_training
+from ecdit_train.build import build_trainer
 from ecdit_train.checkpoint import store
 from ecdit_train.errors import CheckpointError
 from ecdit_train.parallel.placement import local
 
 FIRST, STEPS = 4, 14
 RUN = (
-    "moe.experts=2",
-    "moe.capacity_factor=1.0",
+    "moe.num_experts=2",
+    "moe.router.capacity_factor=1.0",
     "train.microbatch=2",
     f"train.steps={STEPS}",
     "checkpoint.every_steps=1000",
@@ -46,9 +46,9 @@ def naive(here: Any, folder: Path, shards: Path, layouts: dict[str, Layout]) -> 
     and with the parameters' own placements as far as torch knows them."""
     out: dict[str, list[str]] = {}
     for name, layout in layouts.items():
-        loop = build_training(configure(here, folder / name, shards, *RUN, *layout.words), here, stop_after=None)
-        loop.close()
-        tensors, comm = loop.state.tensors(), loop.spread.comm()
+        trainer = build_trainer(configure(here, folder / name, shards, *RUN, *layout.words), here, stop_after=None)
+        trainer.close()
+        tensors, ranks = trainer.state.tensors(), trainer.parallel.runtime
         answers = []
         for how, values in (
             ("refuse", tensors),
@@ -57,7 +57,7 @@ def naive(here: Any, folder: Path, shards: Path, layouts: dict[str, Layout]) -> 
         ):
             try:
                 store.save(
-                    folder / name / f"naive-{len(answers)}", step=1, tensors=values, objects={}, comm=comm, replicas=how
+                    folder / name / f"naive-{len(answers)}", step=1, tensors=values, objects={}, comm=ranks, replicas=how
                 )  # type: ignore[arg-type]
                 answers.append("saved")
             except CheckpointError as e:

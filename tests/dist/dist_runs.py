@@ -17,13 +17,13 @@ from tiny_runs import words
 from torch import Tensor
 
 from data_pipeline.loader import StreamingLoader
-from ecdit_train.build import build_training
+from ecdit_train.build import build_trainer
 from ecdit_train.config.compose import compose
 from ecdit_train.config.schema import RunConfig
 from ecdit_train.config.validate import validate
 from ecdit_train.parallel.placement import local
 from ecdit_train.parallel.weights import full_tensors
-from ecdit_train.train.loop import Loop
+from ecdit_train.train.trainer import Trainer
 from ecdit_train.train.state import parameter_of
 from ecdit_train.train.step import StepResult
 from ecdit_train.train.stop import StopRequest
@@ -61,8 +61,8 @@ def configure(here: Any, run: Path, shards: Path, *extra: str) -> RunConfig:
 
 
 def live(here: Any, run: Path, shards: Path, extra: tuple[str, ...], *, stop_after: int | None = None,
-         before: Callable[[Loop], None] | None = None) -> Life:  # fmt: skip
-    """Start or resume the run on all ranks; `before` may meddle with the loop."""
+         before: Callable[[Trainer], None] | None = None) -> Life:  # fmt: skip
+    """Start or resume the run on all ranks; `before` may meddle with the trainer."""
     seen: list[tuple[list[int], list[str]]] = []
     results: list[StepResult] = []
     deliver = StreamingLoader.__next__
@@ -75,19 +75,19 @@ def live(here: Any, run: Path, shards: Path, extra: tuple[str, ...], *, stop_aft
     StreamingLoader.__next__ = watched  # type: ignore[method-assign]
     try:
         with StopRequest() as stop:
-            loop = build_training(configure(here, run, shards, *extra), here, stop_after=stop_after)
-            loaded = digests(loop)
-            step = loop._step
-            loop._step = lambda batch: (results.append(step(batch)), results[-1])[1]  # type: ignore[method-assign]
+            trainer = build_trainer(configure(here, run, shards, *extra), here, stop_after=stop_after)
+            loaded = digests(trainer)
+            step = trainer._step
+            trainer._step = lambda batch: (results.append(step(batch)), results[-1])[1]  # type: ignore[method-assign]
             if before is not None:
-                before(loop)
+                before(trainer)
             try:
-                finished = loop.run(stop)
+                finished = trainer.run(stop)
             finally:
-                loop.close()
+                trainer.close()
     finally:
         StreamingLoader.__next__ = deliver  # type: ignore[method-assign]
-    mine = {"dp": loop.spread.mesh.dp_rank, "seen": seen, "losses": [r.loss for r in results]}
+    mine = {"dp": trainer.parallel.mesh.dp_rank, "seen": seen, "losses": [r.loss for r in results]}
     ranks = here.all_gather_json(mine)
     assert all(rank["losses"] == ranks[0]["losses"] for rank in ranks), "ranks disagree on the global loss"
     by_dp = {rank["dp"]: rank["seen"] for rank in ranks}
@@ -98,29 +98,29 @@ def live(here: Any, run: Path, shards: Path, extra: tuple[str, ...], *, stop_aft
         for step in zip(*shares, strict=True)
     )
     return Life(
-        finished=finished, step=loop.state.step, order=order, loaded=loaded, tensors=digests(loop),
+        finished=finished, step=trainer.state.step, order=order, loaded=loaded, tensors=digests(trainer),
         losses=tuple(r.loss for r in results), norms=tuple(r.grad_norm for r in results),
     )  # fmt: skip
 
 
-def whole(loop: Loop) -> dict[str, Tensor]:
+def whole(trainer: Trainer) -> dict[str, Tensor]:
     """Weights, optimizer state and average as global tensors, gathered without the checkpoint's own code."""
-    tensors = loop.state.tensors()
-    placements = {name: loop.spread.placements[parameter_of(name)] for name in tensors}
-    return full_tensors(tensors, placements, loop.spread.mesh)
+    tensors = trainer.state.tensors()
+    placements = {name: trainer.parallel.placements[parameter_of(name)] for name in tensors}
+    return full_tensors(tensors, placements, trainer.parallel.mesh)
 
 
-def digests(loop: Loop) -> dict[str, str]:
-    return {name: digest(t) for name, t in whole(loop).items()}
+def digests(trainer: Trainer) -> dict[str, str]:
+    return {name: digest(t) for name, t in whole(trainer).items()}
 
 
 def digest(t: Tensor) -> str:
     return hashlib.sha256(t.contiguous().numpy().tobytes()).hexdigest()
 
 
-def shards_of(loop: Loop) -> dict[str, Tensor]:
+def shards_of(trainer: Trainer) -> dict[str, Tensor]:
     """This rank's part of everything, copied."""
-    return {name: local(t).clone() for name, t in loop.state.tensors().items()}
+    return {name: local(t).clone() for name, t in trainer.state.tensors().items()}
 
 
 def copy_checkpoints(here: Any, source: Path, run: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from dist_runs import Layout, configure
 
-from ecdit_train.build import build_painter
+from ecdit_train.build import build_pipeline
 
 
 def draw(here: Any, run: Path, shards: Path, layouts: dict[str, Layout], asked: list[tuple[str, list[str]]]
@@ -18,10 +18,10 @@ def draw(here: Any, run: Path, shards: Path, layouts: dict[str, Layout], asked: 
     out = {}
     for name, layout in layouts.items():
         config = configure(here, run, shards, *layout.words)
-        painter, _ = build_painter(config, here, kind="raw", step=None)
+        pipeline, _ = build_pipeline(config, here, kind="raw", step=None)
         drawn = []
         for scope, prompts in asked:
-            pictures = painter.draw(
+            pictures = pipeline.draw(
                 prompts, how=replace(config.sample, scope=scope, group_size=32, guidance=2.0), step=0
             )
             assert pictures.prompts == tuple(prompts)

@@ -9,7 +9,7 @@ from typing import Any
 from dist_runs import Layout, Life, live, same, shards_of
 
 from ecdit_train.errors import NonFiniteError
-from ecdit_train.train.loop import Loop
+from ecdit_train.train.trainer import Trainer
 
 
 def curves(
@@ -46,40 +46,40 @@ def poisoned(here: Any, folder: Path, shards: Path, variants: dict[str, tuple[st
     for name, extra in variants.items():
         seen: dict[str, Any] = {}
 
-        def meddle(loop: Loop, seen: dict[str, Any] = seen) -> None:
-            seen["loop"] = loop
-            at_step_3 = lambda: here.rank == here.world - 1 and loop.state.step == 2  # noqa: E731
-            run_step = loop._step
+        def meddle(trainer: Trainer, seen: dict[str, Any] = seen) -> None:
+            seen["trainer"] = trainer
+            at_step_3 = lambda: here.rank == here.world - 1 and trainer.state.step == 2  # noqa: E731
+            run_step = trainer._step
 
             def step(batch: Any) -> Any:
-                seen["before"] = shards_of(loop)
+                seen["before"] = shards_of(trainer)
                 return run_step(batch)
 
-            loop._step = step  # type: ignore[method-assign]
+            trainer._step = step  # type: ignore[method-assign]
             if where == "loss":
-                loss = loop.flow.loss
+                loss = trainer.flow.loss
                 object.__setattr__(
-                    loop.flow, "loss", lambda *a, **k: loss(*a, **k) * (math.nan if at_step_3() else 1.0)
+                    trainer.flow, "loss", lambda *a, **k: loss(*a, **k) * (math.nan if at_step_3() else 1.0)
                 )
             else:
-                clip = loop.spread.clip
+                clip = trainer.parallel.clip
 
                 def spoil(*, max_norm: float) -> Any:
                     if at_step_3():
                         grad = next(
-                            p.grad for n, p in loop.state.params.items() if n == "blocks.0.feed_forward.up.weight"
+                            p.grad for n, p in trainer.state.params.items() if n == "blocks.0.feed_forward.up.weight"
                         )
                         (grad.to_local() if hasattr(grad, "to_local") else grad)[0, 0] = math.inf
                     return clip(max_norm=max_norm)
 
-                object.__setattr__(loop.spread, "clip", spoil)
+                object.__setattr__(trainer.parallel, "clip", spoil)
 
         try:
             live(here, folder / name, shards, extra, before=meddle)
             message, code = "", 0
         except NonFiniteError as e:
             message, code = str(e), e.exit_code
-        mine = {"message": message, "code": code, "step": seen["loop"].state.step,
-                "unchanged": same(seen["before"], shards_of(seen["loop"]))}  # fmt: skip
+        mine = {"message": message, "code": code, "step": seen["trainer"].state.step,
+                "unchanged": same(seen["before"], shards_of(seen["trainer"]))}  # fmt: skip
         out[name] = here.all_gather_json(mine)
     return out

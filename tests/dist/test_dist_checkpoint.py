@@ -10,7 +10,7 @@ from dist_harness import run_distributed
 from dist_runs import TWO_HEADS, Layout, Life, digest
 from tiny_runs import configure
 
-from ecdit_train.build import build_training
+from ecdit_train.build import build_trainer
 from ecdit_train.checkpoint import restore
 from ecdit_train.checkpoint.manifest import read
 from ecdit_train.errors import CheckpointError
@@ -106,9 +106,9 @@ def test_shards_taken_for_whole_tensors_are_caught(tiny_shards, tmp_path):
         assert trusted == "saved"
         path = tmp_path / name / "naive-2" / "step_00000001"
         config = configure(tmp_path / "whole" / name, tiny_shards, *RUN, *TWO_HEADS)
-        whole = build_training(config, runtime.start("cpu", env={}), stop_after=None)
+        whole = build_trainer(config, runtime.start("cpu", env={}), stop_after=None)
         whole.close()
-        targets = whole.spread.placed(whole.state.tensors())
+        targets = whole.placed()
         with pytest.raises(CheckpointError, match="does not fit"):
             restore.load(path, targets=targets)
         part = "experts.up" if name == "dp2_ep2" else "self_attention.query.weight"

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from dist_cases import MODEL, MOE, case, forward, make_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ecdit_train.model.routers.expert_choice import ExpertChoice
 from ecdit_train.parallel.apply import parallelize
 from ecdit_train.parallel.mesh import make_mesh
 
@@ -31,7 +32,7 @@ def fake_step(world: int, rank: int, c: Any) -> tuple[int, float]:
             part = {"latents": torch.randn(2, 4, 8, 8), "t": torch.rand(2), "features": torch.randn(2, 5, 24),
                     "mask": torch.ones(2, 5, dtype=torch.bool), "drop": torch.zeros(2, dtype=torch.bool),
                     "keep": torch.arange(8).expand(2, 8), "target": torch.randn(2, 8, 16)}
-            forward(model, part, pool=16)[0].backward()
+            forward(model, part, group_tokens=16)[0].backward()
         assert all(p.grad is not None for p in model.parameters())
         copies = {n: p.replicas * (1 if p.kind == "expert" else mesh.dp_replicate_size) for n, p in placements.items()}
         even = sum(p.numel() * copies[n] for n, p in whole.named_parameters()) / world
@@ -42,7 +43,7 @@ def fake_step(world: int, rank: int, c: Any) -> tuple[int, float]:
 
 def test_512_ranks() -> None:
     big = replace(MODEL, width=128, heads=8, kv_heads=4, layers=2)
-    moe = replace(MOE, experts=64, capacity_factor=4.0)
+    moe = replace(MOE, num_experts=64, router=ExpertChoice(capacity_factor=4.0))
     c = case(tp=8, ep=64, rep=2, model=big, moe=moe, precision="bf16", ac="selective", chunks=2, dtype="float32")
     mine, even = fake_step(512, 137, c)
     assert 0.9 * even <= mine <= 1.1 * even

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from dist_cases import MOE, Case, case, check_cases
+from dist_cases import MOE, TOKEN_CHOICE, Case, case, check_cases
 from dist_harness import run_distributed
 
+from ecdit_train.model.dispatchers.deterministic import Deterministic
+from ecdit_train.model.routers.expert_choice import ExpertChoice
+
 BOUND = 1e-10
-DETERMINISTIC = replace(MOE, combine="deterministic")
-TOKEN_CHOICE = replace(MOE, router="token_choice")
+DETERMINISTIC = replace(MOE, dispatcher=Deterministic(cap=None))
 
 
 def assert_equal(world: int, cases: list[Case]) -> None:
@@ -33,6 +35,6 @@ def test_options() -> None:
 
 def test_more_ranks_than_rows() -> None:
     """2 experts on 4 ranks of one expert mesh: they are cut along another dim; biases of 16 rows over 4, and so on."""
-    few = replace(MOE, experts=2)
-    assert_equal(4, [case(moe=few), case(ep=2, moe=replace(MOE, experts=4)),
-                     case(tp=2, moe=replace(MOE, experts=6, capacity_factor=1.5))])
+    few = replace(MOE, num_experts=2)
+    assert_equal(4, [case(moe=few), case(ep=2, moe=replace(MOE, num_experts=4)),
+                     case(tp=2, moe=replace(MOE, num_experts=6, router=ExpertChoice(capacity_factor=1.5)))])

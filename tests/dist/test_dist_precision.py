@@ -66,7 +66,7 @@ def watch_types(runtime: Any) -> dict[str, Any]:
         original, expert_parallel._vendor = expert_parallel._vendor, lambda watched=Watched: watched
         try:
             mine = {k: v.chunk(mesh.dp_size)[mesh.dp_rank] for k, v in batch(0).items()}
-            forward(model, mine, pool=c.pool)[0].backward()
+            forward(model, mine, group_tokens=c.group_tokens)[0].backward()
         finally:
             expert_parallel._vendor = original
         seen["exchanges"][mode] = count[0]

@@ -66,7 +66,7 @@ def norm_quirks(runtime: Any) -> dict[str, Any]:
     model.to_empty(device="cpu")
     load_full(model, placements, full_state(c))
     mine = {k: v.chunk(mesh.dp_size)[mesh.dp_rank] for k, v in batch(0).items()}
-    forward(model, mine, pool=c.pool)[0].backward()
+    forward(model, mine, group_tokens=c.group_tokens)[0].backward()
     out: dict[str, Any] = {}
     try:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)

@@ -72,8 +72,8 @@ def test_one_run_on_six_layouts(tiny_shards, tmp_path):
 # Token choice at the demo's rate of 4e-3 amplifies rounding until one token changes its expert (first at step 30, dp2).
 @pytest.mark.slow
 @pytest.mark.parametrize("extra", [
-    ("moe.router=token_choice", "moe.balance_weight=0.01", "optim.lr=1e-3"), ("moe.combine=deterministic",), ("moe.scope=image",),
-    ("optim.kind=rmsprop", "optim.lr=1e-4"), ("parallel.activation_checkpointing=selective",),
+    ("moe=token_choice", "optim.lr=1e-3"), ("moe/dispatcher=deterministic",), ("moe.scope=image",),
+    ("optim/optimizer=rmsprop", "optim.lr=1e-4"), ("parallel.activation_checkpointing=selective",),
     ("model.layers=4", "parallel.reshard_after_forward=false"),
 ], ids=lambda extra: extra[0])  # fmt: skip
 def test_variants_on_six_layouts(extra, tiny_shards, tmp_path):

@@ -11,8 +11,8 @@ import torch
 from tiny_runs import assert_same, configure, live, records, steady
 
 from data_pipeline.prepare import RawMembers, write_shards
-from ecdit_train.build import build_painter
-from ecdit_train.diffusion.encoders import HashTextEncoder
+from ecdit_train.build import build_pipeline
+from ecdit_train.diffusion.encoders.hash_words import HashTextEncoder
 from ecdit_train.errors import CheckpointError, ConfigError
 from ecdit_train.parallel.runtime import start
 
@@ -38,7 +38,7 @@ def stored(tmp_path_factory) -> Path:
     return folder
 
 
-STORED = ("encoders.text.kind=shards", "encoders.image.kind=shards", "encoders.image.channels=4",
+STORED = ("encoders/text=shards", "encoders/image=shards", "encoders.image.channels=4",
           "encoders.image.factor=2", "model.patch=2")  # fmt: skip
 
 
@@ -58,7 +58,7 @@ def test_stored_latents_are_shifted_and_scaled(stored, tmp_path):
     batches = []
     for n, how in enumerate([(), ("encoders.image.scale=0.5", "encoders.image.shift=2.0")]):
         config = configure(tmp_path / str(n), stored, *STORED, *how, "train.steps=4")
-        live(config, before=lambda loop: batches.append(loop.batches._first[1].latents_BCHW.clone()))
+        live(config, before=lambda trainer: batches.append(trainer.batches._first[1].latents_BCHW.clone()))
     torch.testing.assert_close(batches[1], (batches[0] - 2.0) * 0.5)
 
 
@@ -66,7 +66,7 @@ def test_drawing_from_stored_forms_needs_encoders(stored, tmp_path):
     config = configure(tmp_path, stored, *STORED, "train.steps=4")
     live(config)
     with pytest.raises(ConfigError, match="drawing needs a text encoder and a codec"):
-        build_painter(config, start("cpu"), kind="ema", step=None)
+        build_pipeline(config, start("cpu"), kind="ema", step=None)
 
 
 def test_stored_embeddings_equal_the_encoder_that_made_them(tiny_shards, tmp_path):
@@ -85,7 +85,7 @@ def test_stored_embeddings_equal_the_encoder_that_made_them(tiny_shards, tmp_pat
     write_shards(samples, tmp_path / "shards", samples_per_shard=40)
     # Of which the order is a function:
     assert list(open_view(tmp_path / "shards").shard_sizes) == list(view.shard_sizes)
-    ahead = live(configure(tmp_path / "a", tmp_path / "shards", "encoders.text.kind=shards", "train.steps=6"))
+    ahead = live(configure(tmp_path / "a", tmp_path / "shards", "encoders/text=shards", "train.steps=6"))
     onway = live(configure(tmp_path / "b", tiny_shards, "train.steps=6"))
     assert ahead.seen == onway.seen
     assert_same(ahead.tensors, onway.tensors)
@@ -110,8 +110,8 @@ def encoders(tmp_path_factory) -> Path:
 
 def test_real_encoders_from_local_folders(encoders, tiny_shards, tmp_path):
     """Raw pictures and captions through T5 and AutoencoderKL, stopped, resumed, drawn."""
-    how = ("encoders.text.kind=t5", f"encoders.text.path={encoders}/t5", "encoders.text.max_tokens=24",
-           "encoders.image.kind=kl", f"encoders.image.path={encoders}/vae", "encoders.image.channels=4",
+    how = ("encoders/text=t5", f"encoders.text.path={encoders}/t5", "encoders.text.max_tokens=24",
+           "encoders/image=kl", f"encoders.image.path={encoders}/vae", "encoders.image.channels=4",
            "encoders.image.factor=2", "model.patch=2", "train.steps=6")  # fmt: skip
     whole = live(configure(tmp_path / "whole", tiny_shards, *how))
     parts = configure(tmp_path / "parts", tiny_shards, *how, "observe.sample_every=3")
@@ -119,8 +119,8 @@ def test_real_encoders_from_local_folders(encoders, tiny_shards, tmp_path):
     assert_same(live(parts).tensors, whole.tensors)
     assert len(list((tmp_path / "parts" / "samples").glob("*.png"))) == 2
     here = start("cpu")
-    painter, step = build_painter(parts, here, kind="raw", step=None)
-    pictures = painter.draw(["a red circle", "a blue square", "a green cross"], how=parts.sample, step=step)
+    pipeline, step = build_pipeline(parts, here, kind="raw", step=None)
+    pictures = pipeline.draw(["a red circle", "a blue square", "a green cross"], how=parts.sample, step=step)
     assert pictures.images.shape == (3, 16, 16, 3)
     assert step == 6
 
@@ -145,8 +145,8 @@ def test_the_unmasked_stage_starts_from_a_masked_runs_average(decay, tiny_shards
                        f"train.init_from={tmp_path / 'masked'}")  # fmt: skip
     begun = {}
 
-    def look(loop):
-        begun.update({name: t.clone() for name, t in loop.state.tensors().items()})
+    def look(trainer):
+        begun.update({name: t.clone() for name, t in trainer.state.tensors().items()})
 
     live(config, stop_after=2, before=look)
     source = "ema" if decay else "model"

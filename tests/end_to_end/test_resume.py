@@ -20,8 +20,8 @@ from ecdit_train.errors import ConfigError
 STEPS = 12
 RUNS = {
     **ROUTERS,
-    "deterministic": ("moe.combine=deterministic",),
-    "rmsprop": ("optim.kind=rmsprop", "optim.lr=1e-4", "optim.decay=0.9", "optim.momentum=0.9"),
+    "deterministic": ("moe/dispatcher=deterministic",),
+    "rmsprop": ("optim/optimizer=rmsprop", "optim.lr=1e-4", "optim.optimizer.decay=0.9", "optim.optimizer.momentum=0.9"),
     "bf16": ("train.precision=bf16",),
 }
 
@@ -95,9 +95,9 @@ def test_signal_in_a_step(number, undisturbed, tiny_shards, tmp_path, capsys):
     """The step under way is finished, saved, and the way on is said."""
     config = configure(tmp_path, tiny_shards)
 
-    def meddle(loop):
-        step = loop._step
-        loop._step = lambda batch: (loop.state.step == 5 and os.kill(os.getpid(), number), step(batch))[1]
+    def meddle(trainer):
+        step = trainer._step
+        trainer._step = lambda batch: (trainer.state.step == 5 and os.kill(os.getpid(), number), step(batch))[1]
 
     first = live(config, before=meddle)
     assert first.step == 6
@@ -185,7 +185,7 @@ def test_a_damaged_checkpoint_is_passed_over(undisturbed, tiny_shards, tmp_path,
 @pytest.mark.slow
 def test_wandb_id_is_stable(tiny_shards, tmp_path):
     """Offline: every life leaves a W&B folder of the same run id."""
-    config = configure(tmp_path, tiny_shards, "observe.wandb=offline")
+    config = configure(tmp_path, tiny_shards, "observe/sinks=wandb")
     live(config, stop_after=5)
     name = (tmp_path / "wandb_id").read_text()
     live(config)

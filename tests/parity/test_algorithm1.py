@@ -9,17 +9,20 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from moe_configs import moe_config
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ecdit_train.config.schema import ModelConfig, MoEConfig
+from ecdit_train.config.schema import ModelConfig
+from ecdit_train.model.assignment import experts_per_token
 from ecdit_train.model.dit import make_moe
 from ecdit_train.model.moe import MoE
-from ecdit_train.model.router import experts_per_token
+from ecdit_train.model.router import whole_capacity
+from ecdit_train.model.routers.expert_choice import ExpertChoice
 
 IMAGES, TOKENS, WIDTH = 8, 16, 12
-POOLS = {"image": TOKENS, "group": 4 * TOKENS, "batch": IMAGES * TOKENS}
+GROUPS = {"image": TOKENS, "group": 4 * TOKENS, "batch": IMAGES * TOKENS}
 
 
 def layer(
@@ -36,16 +39,7 @@ def layer(
         text_width=64,
         text_refiner_layers=0,
     )
-    moe = MoEConfig(
-        router="expert_choice",
-        experts=experts,
-        capacity_factor=capacity_factor,
-        scope="group",
-        group_size=1,
-        top_k=2,
-        balance_weight=0.0,
-        combine=combine,
-    )
+    moe = moe_config(num_experts=experts, capacity_factor=capacity_factor, combine=combine)
     made = make_moe(model, moe).double()
     generator = torch.Generator().manual_seed(experts)
     with torch.no_grad():
@@ -74,14 +68,14 @@ def algorithm1(x_p: Tensor, w_r: Tensor, experts: list[tuple[Tensor, Tensor]], c
 
 @pytest.mark.parametrize("combine", ["index_add", "deterministic"])
 @pytest.mark.parametrize("capacity_factor", [1.0, 2.0, 3.0])
-@pytest.mark.parametrize("scope", POOLS)
+@pytest.mark.parametrize("scope", GROUPS)
 @pytest.mark.parametrize("experts", [4, 8, 16])
 def test_layer_is_algorithm_1_in_values_and_all_gradients(experts, scope, capacity_factor, combine):
-    pool = POOLS[scope]
+    pool = GROUPS[scope]
     ours = layer(experts=experts, capacity_factor=capacity_factor, combine=combine)
     weight = tokens(seed=1)
     x = tokens().requires_grad_()
-    y, _ = ours(x, pool=pool)
+    y, _ = ours(x, group_tokens=pool)
     (y * weight).sum().backward()
 
     x_ref = tokens().requires_grad_()
@@ -106,19 +100,19 @@ def test_layer_is_algorithm_1_in_values_and_all_gradients(experts, scope, capaci
 @pytest.mark.parametrize("combine", ["index_add", "deterministic"])
 @pytest.mark.parametrize("scope", ["image", "group"])
 def test_tokens_outside_the_pool_have_no_influence_and_tokens_inside_have(scope, combine):
-    pool = POOLS[scope]
+    pool = GROUPS[scope]
     ours = layer(experts=8, capacity_factor=2.0, combine=combine)
     before = tokens()
     after = before.clone()
     after.view(-1, pool, WIDTH)[1] += tokens(seed=2).view(-1, pool, WIDTH)[1]
-    a, b = (ours(x, pool=pool)[0].view(-1, pool, WIDTH) for x in (before, after))
+    a, b = (ours(x, group_tokens=pool)[0].view(-1, pool, WIDTH) for x in (before, after))
     assert torch.equal(a[0], b[0])
     assert torch.equal(a[2:], b[2:])
     assert not torch.equal(a[1], b[1])
 
     nudged = before.clone().view(-1, WIDTH)
     nudged[0] = 3.0 * tokens(seed=3).view(-1, WIDTH)[0]
-    moved = (ours(nudged.view_as(before), pool=pool)[0].view(-1, WIDTH) - a.view(-1, WIDTH)).abs().amax(1) > 0
+    moved = (ours(nudged.view_as(before), group_tokens=pool)[0].view(-1, WIDTH) - a.view(-1, WIDTH)).abs().amax(1) > 0
     assert moved[1:pool].any(), "another token of the pool gained or lost an expert"
     assert not moved[pool:].any()
 
@@ -127,19 +121,19 @@ def test_whole_batch_is_one_pool():
     ours = layer(experts=8, capacity_factor=2.0)
     before, after = tokens(), tokens()
     after[-1] = 4.0 * tokens(seed=5)[-1]
-    a, b = (ours(x, pool=POOLS["batch"])[0] for x in (before, after))
+    a, b = (ours(x, group_tokens=GROUPS["batch"])[0] for x in (before, after))
     assert not torch.equal(a[0], b[0])
 
 
-@pytest.mark.parametrize("scope", POOLS)
+@pytest.mark.parametrize("scope", GROUPS)
 @pytest.mark.parametrize("experts", [4, 16])
 def test_every_expert_takes_exactly_its_best_tokens_of_every_pool(experts, scope):
-    pool = POOLS[scope]
-    _, a = layer(experts=experts, capacity_factor=2.0)(tokens(), pool=pool)
+    pool = GROUPS[scope]
+    _, a = layer(experts=experts, capacity_factor=2.0)(tokens(), group_tokens=pool)
     num_pools, capacity = IMAGES * TOKENS // pool, 2 * pool // experts
     assert a.index_EGC.shape == a.gate_EGC.shape == (experts, num_pools, capacity)
     assert a.filled_EGC is None
-    assert a.num_dropped is None
+    assert a.filled_EGC is None
     for e in range(experts):
         for g in range(num_pools):
             chosen = a.index_EGC[e, g].tolist()
@@ -155,7 +149,7 @@ def test_every_expert_takes_exactly_its_best_tokens_of_every_pool(experts, scope
 
 def test_tokens_nobody_chose_get_zero():
     ours = layer(experts=8, capacity_factor=1.0)
-    y, a = ours(tokens(), pool=POOLS["group"])
+    y, a = ours(tokens(), group_tokens=GROUPS["group"])
     left = experts_per_token(a).flatten() == 0
     assert left.any()
     assert (y.view(-1, WIDTH)[left] == 0).all()
@@ -163,7 +157,7 @@ def test_tokens_nobody_chose_get_zero():
 
 def test_capacity_never_exceeds_the_pool():
     ours = layer(experts=4, capacity_factor=4.0)
-    _, a = ours(tokens(), pool=POOLS["image"])
+    _, a = ours(tokens(), group_tokens=GROUPS["image"])
     assert (experts_per_token(a) == 4).all()
 
 
@@ -171,7 +165,8 @@ def test_capacity_never_exceeds_the_pool():
     ("pool", "factor", "experts", "capacity"), [(100, 1.1, 10, 11), (100, 1.1, 5, 22), (64, 0.25, 4, 4)]
 )
 def test_capacity_is_whole_up_to_rounding(pool, factor, experts, capacity):
-    assert layer(experts=experts, capacity_factor=factor).router.capacity(pool) == capacity
+    exact = ExpertChoice(capacity_factor=factor).capacity(group_tokens=pool, num_experts=experts)
+    assert whole_capacity(exact, tokens=pool) == capacity
 
 
 class Allocations(TorchDispatchMode):
@@ -198,7 +193,7 @@ def test_no_one_hot_and_one_gradient_per_stacked_weight(combine):
     ours = layer(experts=WIDE["experts"], capacity_factor=2.0, combine=combine, width=WIDE["width"])
     x = tokens(images=2, per_image=WIDE["pool"], width=WIDE["width"]).requires_grad_()
     with Allocations() as allocations:
-        ours(x, pool=WIDE["pool"])[0].sum().backward()
+        ours(x, group_tokens=WIDE["pool"])[0].sum().backward()
     one_hot = WIDE["experts"] * WIDE["capacity"] * WIDE["pool"]
     assert max(allocations.sizes) < one_hot // 4
     assert allocations.sizes.count(ours.experts.up.numel()) == 2, "one gradient for each of the two stacked weights"
@@ -220,20 +215,20 @@ def test_the_allocation_check_has_teeth():
 def test_bf16_tokens_are_routed_in_fp32():
     ours = layer(experts=8, capacity_factor=2.0).to(torch.bfloat16)
     x = tokens().to(torch.bfloat16)
-    y, a = ours(x, pool=POOLS["group"])
+    y, a = ours(x, group_tokens=GROUPS["group"])
     assert y.dtype == torch.bfloat16
     assert a.gate_EGC.dtype == a.probability_GSE.dtype == torch.float32
-    expected = (x.float().view(-1, POOLS["group"], WIDTH) @ ours.router.weight.float()).softmax(-1)
+    expected = (x.float().view(-1, GROUPS["group"], WIDTH) @ ours.router.weight.float()).softmax(-1)
     assert torch.equal(a.probability_GSE, expected)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(ours(x, pool=POOLS["group"])[1].probability_GSE, expected)
+        assert torch.equal(ours(x, group_tokens=GROUPS["group"])[1].probability_GSE, expected)
 
 
 def test_deterministic_combine_sums_in_expert_order():
     """Adding the experts of a token one by one, in their order, gives the same bits."""
     ours = layer(experts=8, capacity_factor=3.0, combine="deterministic").float()
     x = tokens().float()
-    y, a = ours(x, pool=POOLS["group"])
+    y, a = ours(x, group_tokens=GROUPS["group"])
     rows = ours.experts(x.view(-1, WIDTH)[a.index_EGC.flatten()].view(8, -1, WIDTH)).view(-1, WIDTH)
     expected = torch.zeros(IMAGES * TOKENS, WIDTH)
     for slot, token in enumerate(a.index_EGC.flatten().tolist()):

@@ -6,19 +6,20 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from moe_configs import moe_config
 from torch import Tensor
 
-from ecdit_train.model.moe import Experts, LocalDispatcher, MoE
-from ecdit_train.model.router import TokenChoiceRouter, experts_per_token
+from ecdit_train.model.assignment import experts_per_token
+from ecdit_train.model.moe import MoE
 
 POOLS, TOKENS, WIDTH = 3, 24, 10
 
 
 def layer(*, experts: int, top_k: int, capacity_factor: float) -> MoE:
-    router = TokenChoiceRouter(
-        WIDTH, experts=experts, capacity_factor=capacity_factor, top_k=top_k, balance_weight=0.01
-    )
-    made = MoE(router, Experts(WIDTH, hidden=16, experts=experts), dispatcher=LocalDispatcher()).double()
+    config = moe_config("token_choice", num_experts=experts, capacity_factor=capacity_factor, top_k=top_k)
+    router = config.router.build(width=WIDTH, num_experts=experts)
+    made = MoE(router, config.experts.build(width=WIDTH, hidden=16, num_experts=experts), dispatcher=config.dispatcher.build())
+    made = made.double()
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for p in made.parameters():
@@ -60,18 +61,18 @@ def test_values_gradients_drops_and_balance(experts, top_k, capacity_factor):
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(POOLS, TOKENS, WIDTH, generator=generator, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(x.shape, generator=generator, dtype=torch.float64)
-    y, a = ours(x, pool=TOKENS)
-    ((y * weight).sum() + 100 * a.balance_loss).backward()
+    y, a = ours(x, group_tokens=TOKENS)
+    ((y * weight).sum() + 100 * a.losses["balance"]).backward()
 
     leaves = [z.detach().clone().requires_grad_() for z in (x, ours.router.weight, ours.experts.up, ours.experts.down)]
     y_ref, balance, dropped = reference(*leaves, top_k=top_k, capacity=int(TOKENS * capacity_factor / experts))
     ((y_ref * weight).sum() + 100 * 0.01 * balance).backward()
 
     torch.testing.assert_close(y, y_ref, rtol=1e-10, atol=1e-11)
-    torch.testing.assert_close(a.balance_loss, 0.01 * balance)
+    torch.testing.assert_close(a.losses["balance"], 0.01 * balance)
     for mine, leaf in zip((x, ours.router.weight, ours.experts.up, ours.experts.down), leaves, strict=True):
         torch.testing.assert_close(mine.grad, leaf.grad, rtol=1e-9, atol=1e-10)
-    assert int(a.num_dropped) == dropped
+    assert POOLS * TOKENS * top_k - int(a.filled_EGC.sum()) == dropped
     assert int(experts_per_token(a).sum()) == POOLS * TOKENS * top_k - dropped
     if capacity_factor < top_k:
         assert dropped > 0
@@ -82,7 +83,7 @@ def test_values_gradients_drops_and_balance(experts, top_k, capacity_factor):
 def test_empty_slots_stay_in_their_pool_and_have_no_weight():
     ours = layer(experts=8, top_k=1, capacity_factor=2.0)
     x = torch.randn(POOLS, TOKENS, WIDTH, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    _, a = ours(x, pool=TOKENS)
+    _, a = ours(x, group_tokens=TOKENS)
     assert not a.filled_EGC.all()
     assert (a.gate_EGC[~a.filled_EGC] == 0).all()
     assert (a.gate_EGC[a.filled_EGC] > 0).all()
@@ -94,7 +95,7 @@ def test_other_pools_have_no_influence():
     x = torch.randn(POOLS, TOKENS, WIDTH, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     other = x.clone()
     other[1] += 1.0
-    a, b = ours(x, pool=TOKENS)[0], ours(other, pool=TOKENS)[0]
+    a, b = ours(x, group_tokens=TOKENS)[0], ours(other, group_tokens=TOKENS)[0]
     assert torch.equal(a[[0, 2]], b[[0, 2]])
     assert not torch.equal(a[1], b[1])
 
@@ -107,8 +108,8 @@ def test_all_tokens_to_one_expert():
         ours.router.weight[0, 2] = 5.0
     x = torch.randn(1, TOKENS, WIDTH, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     x[:, :, 0] = x[:, :, 0].abs() + 0.5
-    _, a = ours(x, pool=TOKENS)
+    _, a = ours(x, group_tokens=TOKENS)
     capacity = TOKENS // 4
     assert a.index_EGC[2, 0].tolist() == list(range(capacity))
     assert a.filled_EGC.sum(-1).flatten().tolist() == [0, 0, capacity, 0]
-    assert int(a.num_dropped) == TOKENS - capacity
+    assert TOKENS - int(a.filled_EGC.sum()) == TOKENS - capacity

@@ -442,7 +442,7 @@ def test_a_dry_run_says_whether_the_plan_holds(within, monkeypatch, capsys):
     from ecdit_train.plan import dry_run
 
     checked = dry_run.Checked(document={"differences": []}, text="off\n", within=within)
-    monkeypatch.setattr(dry_run, "check", lambda plan, make_optimizer: checked)
+    monkeypatch.setattr(dry_run, "check", lambda plan: checked)
     for more in ((), ("--json",)):
         assert ecdit("plan", "experiment=shapes_tiny", "--world=2", "--dry-run", *more) == int(not within)
         assert ("differences" if more else "off") in capsys.readouterr().out

@@ -14,8 +14,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from ecdit_train import checkpoint
-from ecdit_train.checkpoint import GroupComm, ParamPlacement, Placed
+from ecdit_train.checkpoint import Placed
 from ecdit_train.errors import CheckpointError
+from ecdit_train.parallel import runtime
+from ecdit_train.parallel.placement import ParamPlacement
 
 WIDTH, HIDDEN, EXPERTS = 6, 10, 4
 
@@ -80,8 +82,8 @@ def build(world: int, rank: int, *, replicate: int, tp: int, ep: int, fill: bool
 def main(folder: str, rank: int, world: int) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=datetime.timedelta(seconds=60))
-    comm = GroupComm(dist.new_group(backend="gloo"))
+    place = {"RANK": str(rank), "WORLD_SIZE": str(world)}
+    comm = runtime.start("cpu", env=place, store=store, timeout=datetime.timedelta(seconds=60))
     grids = [(1, 1, 1), (1, 1, 2), (1, 2, 1), (1, 2, 2), (2, 1, 2)] + ([(2, 2, 4), (1, 2, 4)] if world == 4 else [])
     for source, (replicate, tp, ep) in enumerate(grids):
         values = build(world, rank, replicate=replicate, tp=tp, ep=ep, fill=True)
@@ -103,8 +105,8 @@ def main(folder: str, rank: int, world: int) -> None:
     naive = {name: v.tensor if isinstance(v, Placed) else v for name, v in naive.items()}
     with pytest.raises(CheckpointError, match="col"):
         checkpoint.save(folder, step=99, tensors=naive, objects={}, comm=comm)
-    dist.barrier()
-    dist.destroy_process_group()
+    comm.barrier()
+    comm.shutdown()
     print("worker done")
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch.distributed.tensor import Replicate, Shard
 
-from ecdit_train.checkpoint import ParamPlacement, TensorSlice
-from ecdit_train.checkpoint.layout import chunk_bounds, describe_sharded, placed_runs
+from ecdit_train.checkpoint import TensorSlice
+from ecdit_train.parallel.placement import ParamPlacement, chunk_bounds, pieces_of
 
 
 class ThreadComm:
@@ -21,15 +21,12 @@ class ThreadComm:
     def __init__(self, rank: int, world: int, board: list[str], meet: threading.Barrier) -> None:
         self.rank, self.world, self._board, self._meet = rank, world, board, meet
 
-    def all_gather(self, value: Any) -> list[Any]:
+    def all_gather_json(self, value: Any) -> list[Any]:
         self._board[self.rank] = json.dumps(value)
         self._meet.wait(20)
         values = [json.loads(text) for text in self._board]
         self._meet.wait(20)
         return values
-
-    def barrier(self) -> None:
-        self._meet.wait(20)
 
 
 def run_world(world: int, work: Callable[[ThreadComm], Any]) -> list[Any]:
@@ -136,16 +133,22 @@ def placement_of(name: str, shape: tuple[int, ...], *, mesh: Mesh, rank: int) ->
     return None
 
 
+def sliced(name: str, local: torch.Tensor, *, placement: ParamPlacement | None = None, **layout: Any) -> TensorSlice:
+    """What a rank of a mesh that need not exist says of its shard (`layout`: as for `pieces_of`)."""
+    layout.setdefault("part_shape", tuple(local.shape))
+    shape = tuple(layout["part_shape"]) if placement is None else placement.global_shape
+    pieces = tuple(pieces_of(local, placement=placement, **layout))
+    return TensorSlice(name=name, global_shape=shape, dtype=local.dtype, pieces=pieces)
+
+
 def shard(name: str, full: torch.Tensor, *, mesh: Mesh, rank: int, placed: bool = True) -> TensorSlice:
     """What `rank` would hold: the tp/ep part of `full`, cut by FSDP2 along dim 0. `placed=False` forgets the part."""
     if name == "step":
-        return describe_sharded(name, local=full.clone(), part_shape=())
+        return sliced(name, full.clone())
     placement = placement_of(name, tuple(full.shape), mesh=mesh, rank=rank)
     part = full
     if placement is not None:
-        part = torch.cat(
-            [full.narrow(placement.dim, run.start, run.size) for run in placed_runs(placement)], placement.dim
-        )
+        part = torch.cat([full.narrow(placement.dim, run.start, run.size) for run in placement.runs()], placement.dim)
     if name.startswith("experts"):
         mesh_shape: tuple[int, ...] = (mesh.world // mesh.ep,)
         coordinate: tuple[int, ...] = (rank // mesh.ep,)
@@ -155,9 +158,9 @@ def shard(name: str, full: torch.Tensor, *, mesh: Mesh, rank: int, placed: bool 
         coordinate = (rank // mesh.tp // mesh.dp_shard, rank // mesh.tp % mesh.dp_shard)
         placements = (Replicate(), Shard(0))
     start, stop = chunk_bounds(part.shape[0], index=coordinate[-1], count=mesh_shape[-1])
-    return describe_sharded(
+    return sliced(
         name,
-        local=part[start:stop].clone(),
+        part[start:stop].clone(),
         part_shape=tuple(part.shape),
         mesh_shape=mesh_shape,
         coordinate=coordinate,

@@ -17,7 +17,8 @@ import torch
 from checkpoint_worlds import run_world
 
 from ecdit_train import checkpoint
-from ecdit_train.checkpoint import CheckpointManager, ParamPlacement, Placed
+from ecdit_train.checkpoint import CheckpointManager, Placed
+from ecdit_train.parallel.placement import ParamPlacement
 
 
 class Stopped(BaseException):

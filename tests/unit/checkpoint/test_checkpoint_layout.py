@@ -6,16 +6,17 @@ import itertools
 
 import pytest
 import torch
-from checkpoint_worlds import MESHES, reference, shards
+from checkpoint_worlds import MESHES, reference, shards, sliced
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import Partial, _StridedShard
 
-from ecdit_train.checkpoint import Box, ParamPlacement, Placed
+from ecdit_train.checkpoint import Placed
 from ecdit_train.checkpoint import plan as plan_module
-from ecdit_train.checkpoint.layout import describe, describe_all, describe_sharded
+from ecdit_train.checkpoint.layout import describe, describe_all
 from ecdit_train.checkpoint.plan import cover_problem, make_plan, split_box, to_table
 from ecdit_train.errors import CheckpointError
+from ecdit_train.parallel.placement import Box, ParamPlacement, pieces_of
 
 
 def rebuilt(slices, full):
@@ -50,9 +51,7 @@ def test_agrees_with_torch_on_every_placement(length, count, inner):
                     local = pieces[coordinate[axis]]
             shape, offset = _compute_local_shape_and_global_offset(full.shape, mesh, list(coordinate), placements)
             assert tuple(local.shape) == shape
-            s = describe_sharded(
-                "w", local=local, part_shape=full.shape, mesh_shape=mesh, coordinate=coordinate, placements=placements
-            )
+            s = sliced("w", local, part_shape=full.shape, mesh_shape=mesh, coordinate=coordinate, placements=placements)
             if s.pieces:
                 assert min(piece.box.offset for piece in s.pieces) == offset
             slices.append(s)
@@ -73,15 +72,13 @@ def test_every_layout_covers_every_tensor_once(mesh):
 
 
 def test_replicas_share_the_writing():
-    slices = [describe_sharded(f"w{i}", local=torch.zeros(16), part_shape=(16,)) for i in range(8)]
+    slices = [sliced(f"w{i}", torch.zeros(16)) for i in range(8)]
     plan = make_plan([to_table(slices)] * 4)
     assert [len(plan.chunks_of(rank)) for rank in range(4)] == [2, 2, 2, 2]
 
 
 def test_a_rank_outside_the_mesh_holds_nothing():
-    s = describe_sharded(
-        "w", local=torch.zeros(0), part_shape=(4,), mesh_shape=(2,), coordinate=None, placements=(Shard(0),)
-    )
+    s = sliced("w", torch.zeros(0), part_shape=(4,), mesh_shape=(2,), coordinate=None, placements=(Shard(0),))
     assert s.pieces == ()
     assert s.global_shape == (4,)
 
@@ -117,10 +114,8 @@ def test_every_problem_is_listed():
 
 
 def test_partial_sums_are_refused():
-    with pytest.raises(CheckpointError, match="partial"):
-        describe_sharded(
-            "w", local=torch.zeros(4), part_shape=(4,), mesh_shape=(2,), coordinate=(0,), placements=(Partial(),)
-        )
+    with pytest.raises(ValueError, match="partial"):
+        pieces_of(torch.zeros(4), part_shape=(4,), mesh_shape=(2,), coordinate=(0,), placements=(Partial(),))
 
 
 @pytest.mark.parametrize(

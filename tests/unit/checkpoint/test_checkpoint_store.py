@@ -15,13 +15,13 @@ from ecdit_train.checkpoint import (
     CheckpointExistsError,
     CheckpointManager,
     CheckpointMismatchError,
-    ParamPlacement,
     Placed,
     files,
 )
 from ecdit_train.checkpoint import plan as plan_module
 from ecdit_train.checkpoint.layout import DTYPES
 from ecdit_train.errors import CheckpointError
+from ecdit_train.parallel.placement import ParamPlacement
 
 
 def zeros_like(tensors):
@@ -257,14 +257,14 @@ def test_layouts_are_exchanged_once(tmp_path):
     assert [c.step for c in checkpoint.find(tmp_path)] == [2, 3]
 
 
-def test_prune_keeps_the_newest_and_milestones_and_never_trades_good_for_broken(tmp_path):
+def test_prune_keeps_the_newest_and_never_trades_good_for_broken(tmp_path):
     for step in (5, 10, 15, 20, 100000000):
         checkpoint.save(tmp_path, step=step, tensors={"w": torch.zeros(2)}, objects={})
     with pytest.raises(CheckpointError, match="nearest valid: 1"):
         checkpoint.prune(tmp_path, keep=0)
-    assert checkpoint.prune(tmp_path, keep=3, protect=lambda step: step == 5) == [10]
+    assert checkpoint.prune(tmp_path, keep=3) == [5, 10]
     (tmp_path / "step_100000000" / "rank_00000.bin").write_bytes(b"x")
-    assert checkpoint.prune(tmp_path, keep=1) == [5, 15]
+    assert checkpoint.prune(tmp_path, keep=1) == [15]
     assert [c.step for c in checkpoint.find(tmp_path)] == [20, 100000000]
     assert checkpoint.prune(tmp_path, keep=1) == []
     assert checkpoint.newest(tmp_path).name == "step_100000000"

@@ -9,12 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from ecdit_train.config.schema import ImageCodecConfig, TextEncoderConfig
-from ecdit_train.diffusion.encoders import HashTextEncoder, IdentityCodec, make_image_codec, make_text_encoder
+from ecdit_train.diffusion.encoders.hash_words import HashTextEncoder, HashWords
+from ecdit_train.diffusion.encoders.identity import Identity, IdentityCodec
+from ecdit_train.diffusion.encoders.kl import KL as KLConfig
+from ecdit_train.diffusion.encoders.stored import StoredLatents, StoredText
+from ecdit_train.diffusion.encoders.t5 import T5
 from ecdit_train.errors import EncoderError
 
-TEXT = TextEncoderConfig(kind="hash", path=None, width=64, max_tokens=12, parameters=0)
-IMAGE = ImageCodecConfig(kind="identity", path=None, channels=3, factor=1, scale=1.0, shift=0.0, parameters=0)
+TEXT = T5(path="", width=64, max_tokens=12, parameters=0)
+IMAGE = Identity(scale=1.0, shift=0.0)
+STORED = StoredLatents(path=None, channels=8, factor=4, scale=1.0, shift=0.0)
 HERE = {"device": "cpu", "dtype": torch.float32}
 
 
@@ -57,10 +61,10 @@ def test_identity_codec_gives_every_byte_back(scale, shift):
 
 
 def test_kinds():
-    assert isinstance(make_text_encoder(TEXT, **HERE), HashTextEncoder)
-    assert make_text_encoder(replace(TEXT, kind="shards"), **HERE) is None
-    assert isinstance(make_image_codec(IMAGE, **HERE), IdentityCodec)
-    assert make_image_codec(replace(IMAGE, kind="shards"), **HERE) is None
+    assert isinstance(HashWords(width=64, max_tokens=12).build(**HERE), HashTextEncoder)
+    assert StoredText(width=64, max_tokens=12).build(**HERE) is None
+    assert isinstance(IMAGE.build(**HERE), IdentityCodec)
+    assert STORED.build(**HERE) is None
 
 
 # --- T5 ------------------------------------------------------------------------------------------------------------
@@ -80,7 +84,7 @@ def t5_folder(tmp_path_factory) -> Path:
 
 
 def t5(folder: Path, **changes: object):
-    return make_text_encoder(replace(TEXT, kind="t5", path=str(folder), **changes), **HERE)
+    return replace(TEXT, path=str(folder), **changes).build(**HERE)
 
 
 def copy_of(folder: Path, target: Path) -> Path:
@@ -108,8 +112,8 @@ def test_t5_from_a_folder(t5_folder):
 
 
 def test_t5_in_bf16(t5_folder):
-    config = replace(TEXT, kind="t5", path=str(t5_folder))
-    features, _ = make_text_encoder(config, device="cpu", dtype=torch.bfloat16).encode(["red"])
+    config = replace(TEXT, path=str(t5_folder))
+    features, _ = config.build(device="cpu", dtype=torch.bfloat16).encode(["red"])
     assert features.dtype == torch.bfloat16
 
 
@@ -118,7 +122,7 @@ def test_missing_folder(tmp_path):
         with pytest.raises(
             EncoderError, match=r"encoders\.text\.path: .* is not a local folder; download the model there first"
         ):
-            make_text_encoder(replace(TEXT, kind="t5", path=path), **HERE)
+            replace(TEXT, path=path).build(**HERE)
 
 
 def test_folder_without_safetensors_weights(t5_folder, tmp_path):
@@ -169,7 +173,7 @@ def test_weights_of_another_model_are_not_replaced_by_random_ones(t5_folder, tmp
 
 # --- AutoencoderKL -------------------------------------------------------------------------------------------------
 
-KL = replace(IMAGE, kind="kl", channels=8, factor=4, scale=0.7, shift=0.1)
+KL = KLConfig(path="", channels=8, factor=4, scale=0.7, shift=0.1, parameters=0)
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +199,7 @@ def kl_folder(tmp_path_factory) -> Path:
 def test_kl_from_a_folder(kl_folder):
     from diffusers import AutoencoderKL
 
-    codec = make_image_codec(replace(KL, path=str(kl_folder)), **HERE)
+    codec = replace(KL, path=str(kl_folder)).build(**HERE)
     pixels = torch.randint(0, 256, (2, 16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     latents = codec.encode(pixels)
     assert latents.shape == (2, 8, 4, 4)
@@ -214,7 +218,7 @@ def test_kl_from_a_folder(kl_folder):
 
 
 def test_kl_decodes_latents_that_shards_carry(kl_folder):
-    assert make_image_codec(replace(KL, kind="shards", path=str(kl_folder)), **HERE).channels == 8
+    assert replace(STORED, path=str(kl_folder)).build(**HERE).channels == 8
 
 
 @pytest.mark.parametrize(
@@ -226,7 +230,7 @@ def test_kl_decodes_latents_that_shards_carry(kl_folder):
 )
 def test_kl_of_another_shape(kl_folder, changes, message):
     with pytest.raises(EncoderError, match=message):
-        make_image_codec(replace(KL, path=str(kl_folder), **changes), **HERE)
+        replace(KL, path=str(kl_folder), **changes).build(**HERE)
 
 
 def test_kl_without_usable_weights(kl_folder, tmp_path):
@@ -238,17 +242,17 @@ def test_kl_without_usable_weights(kl_folder, tmp_path):
     removed = next(name for name in tensors if name.startswith("decoder.") and name.endswith("weight"))
     save_file({k: v for k, v in tensors.items() if k != removed}, weights, metadata={"format": "pt"})
     with pytest.raises(EncoderError, match=r"lacks 1 of its tensors"):
-        make_image_codec(replace(KL, path=str(folder)), **HERE)
+        replace(KL, path=str(folder)).build(**HERE)
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(EncoderError, match="does not hold an AutoencoderKL"):
-        make_image_codec(replace(KL, path=str(folder)), **HERE)
+        replace(KL, path=str(folder)).build(**HERE)
     weights.unlink()
     with pytest.raises(EncoderError, match="no safetensors weights"):
-        make_image_codec(replace(KL, path=str(folder)), **HERE)
+        replace(KL, path=str(folder)).build(**HERE)
     with pytest.raises(EncoderError, match=r"encoders\.image\.path: .* is not a local folder"):
-        make_image_codec(replace(KL, path=None), **HERE)
+        replace(KL, path="").build(**HERE)
 
 
 def test_a_t5_folder_is_not_a_codec(t5_folder):
     with pytest.raises(EncoderError, match="does not hold an AutoencoderKL"):
-        make_image_codec(replace(KL, path=str(t5_folder)), **HERE)
+        replace(KL, path=str(t5_folder)).build(**HERE)

@@ -11,12 +11,19 @@ import torch
 
 from ecdit_train.config.schema import DiffusionConfig
 from ecdit_train.diffusion.flow import TRAIN_FLOOR, Flow, as_velocity, interpolate
-from ecdit_train.diffusion.sampler import integrate
+from ecdit_train.diffusion.samplers.euler import Euler
+from ecdit_train.diffusion.samplers.heun import Heun
 from ecdit_train.model.embed import patchify
 
 CONFIG = DiffusionConfig(prediction="velocity", timestep_mean=-0.3, timestep_std=1.2, mask_ratio=0.5, caption_drop=0.1)
 FLOW = Flow(config=CONFIG, seed=5, num_patches=16, num_kept=8)
 SHAPE = (3, 8, 8)
+
+
+def integrate(velocity, x, *, steps, method):
+    sampler = {"euler": Euler(), "heun": Heun()}[method]
+    return sampler.integrate(velocity, x, times=sampler.times(steps))
+
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -6,12 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from moe_configs import moe_config
 from torch import Tensor
 
 from ecdit_train import keyed
-from ecdit_train.config.schema import ModelConfig, MoEConfig, SampleConfig
-from ecdit_train.diffusion.encoders import HashTextEncoder
+from ecdit_train.config.schema import ModelConfig, SampleConfig
+from ecdit_train.diffusion.encoders.hash_words import HashTextEncoder
 from ecdit_train.diffusion.sampler import prompt_positions, sample
+from ecdit_train.diffusion.samplers.euler import Euler
+from ecdit_train.diffusion.samplers.heun import Heun
 from ecdit_train.evaluate.pictures import sample_latents
 from ecdit_train.keyed import Purpose
 from ecdit_train.model.dit import DiT
@@ -19,7 +22,7 @@ from ecdit_train.model.init import initialise
 
 SHAPE = (3, 8, 8)
 PATCHES = 16
-CONFIG = SampleConfig(sampler="euler", steps=4, guidance=2.5, scope="image", group_size=512, seed=11)
+CONFIG = SampleConfig(sampler=Euler(), steps=4, guidance=2.5, scope="image", group_size=512, seed=11)
 ENCODER = HashTextEncoder(width=32, max_tokens=6)
 
 
@@ -36,16 +39,7 @@ def make(*, router: str = "expert_choice") -> DiT:
         text_width=64,
         text_refiner_layers=1,
     )
-    moe = MoEConfig(
-        router=router,
-        experts=4,
-        capacity_factor=1.0,
-        scope="image",
-        group_size=PATCHES,
-        top_k=2,
-        balance_weight=0.01,
-        combine="index_add",
-    )
+    moe = moe_config(router, scope="image", group_size=PATCHES)
     dit = DiT(model, moe, channels=SHAPE[0], text_features=ENCODER.width)
     initialise(dit, seed=0)
     generator = torch.Generator().manual_seed(1)
@@ -56,7 +50,7 @@ def make(*, router: str = "expert_choice") -> DiT:
     return dit
 
 
-def draw(model: DiT, prompts: list[str], *, images_per_pool: int = 1, watch=None, **changes: object) -> Tensor:
+def draw(model: DiT, prompts: list[str], *, images_per_group: int = 1, watch=None, **changes: object) -> Tensor:
     return sample_latents(
         model,
         text=ENCODER.encode(prompts),
@@ -64,7 +58,7 @@ def draw(model: DiT, prompts: list[str], *, images_per_pool: int = 1, watch=None
         shape=SHAPE,
         config=replace(CONFIG, **changes),
         prediction="velocity",
-        pool=images_per_pool * PATCHES,
+        group_tokens=images_per_group * PATCHES,
         watch=watch,
     )
 
@@ -81,10 +75,10 @@ def test_same_prompt_same_picture_whatever_else_is_in_the_batch():
 
 def test_in_a_pool_of_two_images_a_picture_depends_on_its_neighbour():
     model = make()
-    one, other = (draw(model, ["a red circle", p], images_per_pool=2) for p in ("two blue squares", "a green cross"))
+    one, other = (draw(model, ["a red circle", p], images_per_group=2) for p in ("two blue squares", "a green cross"))
     assert (one[0] - other[0]).abs().max() > 1e-3
     dense = make(router="dense")
-    one, other = (draw(dense, ["a red circle", p], images_per_pool=2) for p in ("two blue squares", "a green cross"))
+    one, other = (draw(dense, ["a red circle", p], images_per_group=2) for p in ("two blue squares", "a green cross"))
     torch.testing.assert_close(one[0], other[0], rtol=1e-5, atol=1e-5)
 
 
@@ -115,7 +109,7 @@ def test_guidance_is_unconditional_plus_scale_times_difference(guidance, velocit
 
 def test_heun_asks_twice_but_in_the_last_step():
     network = Constant()
-    follow(network, sampler="heun", guidance=1.0)
+    follow(network, sampler=Heun(), guidance=1.0)
     assert [t for _, t in network.calls] == [0.0, 0.25, 0.25, 0.5, 0.5, 0.75, 0.75]
 
 
@@ -126,7 +120,7 @@ def test_the_watcher_sees_captioned_and_null_pictures_as_pools_of_their_own():
     assert {shape for _, shape in seen} == {(4, 4, 4)}, "four experts, two pictures with and without caption, C = 4"
 
 
-@pytest.mark.parametrize("sampler", ["euler", "heun"])
+@pytest.mark.parametrize("sampler", [Euler(), Heun()], ids=str)
 def test_a_perfect_data_prediction_draws_the_data(sampler):
     data = torch.linspace(-1, 1, 3 * 8 * 8).view(1, *SHAPE)
     drawn = follow(lambda x, t, drop: data.expand_as(x), prediction="data", sampler=sampler)

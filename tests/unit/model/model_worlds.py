@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from moe_configs import moe_config
 from torch import Tensor
 
-from ecdit_train.config.schema import ModelConfig, MoEConfig
+from ecdit_train.config.schema import ModelConfig
 from ecdit_train.model.dit import DiT
 from ecdit_train.model.embed import Text
 from ecdit_train.model.init import initialise
@@ -28,24 +29,10 @@ def model_config(**changes: object) -> ModelConfig:
     return ModelConfig(**(values | changes))
 
 
-def moe_config(**changes: object) -> MoEConfig:
-    values = {
-        "router": "expert_choice",
-        "experts": 4,
-        "capacity_factor": 1.0,
-        "scope": "group",
-        "group_size": 32,
-        "top_k": 2,
-        "balance_weight": 0.01,
-        "combine": "index_add",
-    }
-    return MoEConfig(**(values | changes))
-
-
 def fresh(*, router: str = "expert_choice", **changes: object) -> DiT:
     """As initialised: AdaLN-Zero."""
     dit = DiT(
-        model_config(**changes), moe_config(router=router), channels=CHANNELS, text_features=TEXT_FEATURES
+        model_config(**changes), moe_config(router), channels=CHANNELS, text_features=TEXT_FEATURES
     ).double()
     initialise(dit, seed=0)
     return dit

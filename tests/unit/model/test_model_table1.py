@@ -57,13 +57,13 @@ def activated(experiment: str) -> int:
     """Parameters with f_c experts per sparse layer instead of E."""
     cfg, dit = config(experiment), built(experiment)
     experts = sum(size(block.feed_forward.experts) for block in dit.blocks if isinstance(block.feed_forward, MoE))
-    return round(size(dit) - experts * (1 - cfg.moe.capacity_factor / cfg.moe.experts))
+    return round(size(dit) - experts * (1 - cfg.moe.router.experts_per_token() / cfg.moe.num_experts))
 
 
 @pytest.mark.parametrize("experiment", [name for name in ROWS if name.startswith("ec")])
 def test_exact_differences_of_a_sparse_model(experiment):
     cfg, dit = config(experiment), built(experiment)
-    d, E = cfg.model.width, cfg.moe.experts
+    d, E = cfg.model.width, cfg.moe.num_experts
     dense = on_meta(dataclasses.replace(cfg, moe=config("dense_xl").moe))
     sparse = [n for n, block in enumerate(dit.blocks, start=1) if isinstance(block.feed_forward, MoE)]
     assert sparse == list(range(2, cfg.model.layers + 1, 2)), "every second layer, the second first"

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from moe_configs import moe_config
 from PIL import Image, ImageDraw
 
-from ecdit_train.model.router import Assignment, ExpertChoiceRouter, TokenChoiceRouter
+from ecdit_train.model.assignment import Assignment
 from ecdit_train.observe import folder
 from ecdit_train.observe.figures import write_samples
 from ecdit_train.observe.report import write_report
-from ecdit_train.observe.routing import RoutingMaps, count_maps, gate_maps, routing_scalars
+from ecdit_train.observe.routing import RoutingMaps, count_maps, routing_scalars
 from ecdit_train.observe.sinks import JsonlSink
 
 PROMPTS = (
@@ -75,13 +76,8 @@ def assignments(
     found = []
     for layer in range(layers):
         rng = torch.Generator().manual_seed(layer)
-        router: ExpertChoiceRouter | TokenChoiceRouter
-        if token_choice:
-            router = TokenChoiceRouter(
-                x_BSD.shape[-1], experts=experts, capacity_factor=capacity_factor, top_k=2, balance_weight=0.01
-            )
-        else:
-            router = ExpertChoiceRouter(x_BSD.shape[-1], experts=experts, capacity_factor=capacity_factor)
+        made = moe_config("token_choice" if token_choice else "expert_choice", capacity_factor=capacity_factor)
+        router = made.router.build(width=x_BSD.shape[-1], num_experts=experts)
         with torch.no_grad():
             router.weight.copy_(torch.randn(router.weight.shape, generator=rng) * (0.1 + 0.5 * t))
             noise = torch.randn(x_BSD.shape, generator=rng)
@@ -94,10 +90,8 @@ def routing_maps(step: int) -> RoutingMaps:
     timesteps = [0.1, 0.3, 0.5, 0.7, 0.9]
     called = [assignments(images, t=t) for t in timesteps]
     counts = torch.stack([count_maps(a, batch=4, side=SIDE) for a in called])
-    gates = torch.stack([gate_maps(a, batch=4, side=SIDE) for a in called])
     return RoutingMaps(
         counts=counts.to(torch.uint8).numpy(),
-        gates=gates.half().numpy(),
         timesteps=np.array(timesteps, np.float32),
         layers=(2, 4, 6),
         prompts=PROMPTS[:4],
@@ -131,7 +125,7 @@ def build(run: Path, *, steps: int = 1500, every: int = 10, grids: int = 6) -> P
             "data/substituted": 0.0,
         }
         if step % (every * 5) == 0:
-            record |= {k: float(v) for k, v in routing_scalars(assignments(images, t=0.2 + 0.7 * done)).items()}
+            record |= {k: float(v) for k, v in routing_scalars(assignments(images, t=0.2 + 0.7 * done), layers=(2, 4, 6)).items()}
         log.log(step, record)
     log.close()
     for n in range(1, grids + 1):

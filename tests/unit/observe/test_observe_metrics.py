@@ -103,11 +103,17 @@ def test_an_undescribed_name_cannot_be_logged() -> None:
 
 def test_the_table_describes_what_observe_logs_and_nothing_else_of_it() -> None:
     images = torch.stack([torch.from_numpy(picture(n, noise=0.1)) for n in range(2)]).numpy()
-    routing = routing_scalars(assignments(images, t=0.5)) | routing_scalars(
-        assignments(images, t=0.5, token_choice=True)
+    layers = (2, 4, 6)
+    routing = routing_scalars(assignments(images, t=0.5), layers=layers) | routing_scalars(
+        assignments(images, t=0.5, token_choice=True), layers=layers
     )
     assert undocumented(routing) == set()
-    assert {metric_key(k) for k in routing} == {k for k in METRICS if k.startswith("moe/")}
+    of_others = {k for k in METRICS if "{name}" in k or k.endswith("capped_frac")}  # a router of one's own, a static cap
+    assert {metric_key(k) for k in routing} == {k for k in METRICS if k.startswith("moe/")} - of_others
+    assert metric_key("moe/L4/mine_max") == "moe/L{n}/{name}_max"
+    assert metric_key("moe/mine") == "moe/{name}"
+    assert metric_key("train/mine_loss") == "train/{name}_loss"
+    assert undocumented({"train/mine": 1.0}) == {"train/mine"}
     w = window(flops_per_step=1.0, peak_flops=1.0)
     w.step_done()
     measured = w.flush()

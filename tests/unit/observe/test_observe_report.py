@@ -15,10 +15,10 @@ from PIL import Image
 
 from ecdit_train.errors import RunFolderError
 from ecdit_train.observe import figures, folder
-from ecdit_train.observe.charts import Curve, line_chart, number
-from ecdit_train.observe.figures import allocation_heatmap, allocation_layers, loss_curve, sample_grid, smooth
+from ecdit_train.observe.charts import Curve, line_chart, smooth
+from ecdit_train.observe.figures import allocation_heatmap, allocation_layers, sample_grid
+from ecdit_train.observe.page import short
 from ecdit_train.observe.report import MAX_GRIDS, write_report
-from ecdit_train.observe.sinks import read_jsonl
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -50,10 +50,9 @@ def test_sample_grid_leaves_large_pictures_alone(tmp_path: Path) -> None:
     assert pixels(sample_grid(large, ["x"], tmp_path / "a.png")).shape[1] < 256 + 60
 
 
-def test_figures_show_something(tmp_path: Path, run: Path) -> None:
+def test_figures_show_something(tmp_path: Path) -> None:
     maps = routing_maps(100)
     for path in (
-        loss_curve(read_jsonl(folder.metrics_path(run)), tmp_path / "loss.png"),
         allocation_heatmap(maps, tmp_path / "steps.png"),
         allocation_layers(maps, tmp_path / "layers.png", timestep=0, images=(0, 2)),
     ):
@@ -119,7 +118,7 @@ def test_chart_edge_cases() -> None:
 
 
 def test_numbers_read_well() -> None:
-    assert [number(v) for v in (0, 1500, 0.03823, 2.5e-5, 96000.0, 12_345_678, 811.62)] == [
+    assert [short(v) for v in (0, 1500, 0.03823, 2.5e-5, 96000.0, 12_345_678, 811.62)] == [
         "0",
         "1,500",
         "0.03823",
@@ -203,10 +202,30 @@ def test_report_survives_damage_and_hides_secrets(tmp_path: Path) -> None:
     (tmp_path / "routing/step_00000001.npz").write_bytes(b"PK rubbish")
     (tmp_path / "evaluation").mkdir()
     (tmp_path / "evaluation/a.json").write_text("{broken")
+    (tmp_path / "evaluation/b.json").write_text('{"<i>k": "<i>v", "s": {"<i>t": {"<i>c": "<i>w"}}}')
+    (tmp_path / "evaluation/<i>.json").write_text("{}")
+    sample_grid(np.zeros((1, 8, 8, 3), np.uint8), [""], folder.samples_path(tmp_path, step=1))
+    folder.samples_path(tmp_path, step=1).with_suffix(".json").write_text('{"prompts": ["\\"><i>"], "sampler": "<i>"}')
     page = write_report(tmp_path).read_text()
     parse(page)
     assert "<b>x</b>" not in page
+    assert "<i>" not in page  # names, values, prompts
+    assert page.count("&lt;i&gt;") == 8
     assert "abcdef" not in page
+
+
+def test_what_a_router_of_ones_own_reports_is_drawn(tmp_path: Path) -> None:
+    log = [{"step": n, "time": n, "moe/L2/kept": n / 9, "moe/L4/kept": 0.5, "train/toy_loss": 1 / n} for n in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    (tmp_path / "resolved.yaml").write_text(
+        "moe: {router: {_target_: toy.routers.Toy, share: 0.25, cap: null}, experts: {_target_: e.Gelu}, num_experts: 4}\n"
+    )
+    page = write_report(tmp_path).read_text()
+    parse(page)
+    assert '<svg viewBox="0 0 640 280" role="img" aria-label="kept">' in page
+    assert 'aria-label="Auxiliary losses"' in page
+    assert page.count("</i>layer 2<b>") == 1
+    assert "router Toy (share 0.25), num_experts 4, experts Gelu" in page
 
 
 def test_a_long_run_keeps_first_and_last_grid(tmp_path: Path) -> None:

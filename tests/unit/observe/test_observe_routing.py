@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,25 +12,25 @@ import torch
 from observe_demo_run import assignments, picture, routing_maps
 
 from ecdit_train.errors import RunFolderError
-from ecdit_train.model.router import Assignment
-from ecdit_train.observe.routing import RoutingMaps, count_maps, gate_maps, routing_scalars, sparse_layers
+from ecdit_train.model.assignment import Rows, Table
+from ecdit_train.model.routers.token_choice import TokenChoice
+from ecdit_train.observe.routing import RoutingMaps, count_maps, routing_scalars
 
 
-def by_hand(*, filled: bool = False) -> Assignment:
+def by_hand(*, filled: bool = False) -> Table:
     """E = 2, G = 1, C = 2, S = 4: expert 0 takes tokens 0 and 1, expert 1 takes 0 and 2; nobody takes 3."""
     p = torch.tensor([[0.5, 0.5], [1.0, 0.0], [0.0, 1.0], [0.5, 0.5]])
-    return Assignment(
+    return Table(
         index_EGC=torch.tensor([[[0, 1]], [[0, 2]]]),
         gate_EGC=torch.tensor([[[0.5, 1.0]], [[0.5, 0.0]]]),
         filled_EGC=torch.tensor([[[True, True]], [[True, False]]]) if filled else None,
         probability_GSE=p[None],
-        balance_loss=None,
     )
 
 
 def test_expert_choice_by_hand() -> None:
     """Counts are 2, 1, 1, 0: mean 1, variance (1 + 0 + 0 + 1) / 4."""
-    s = {k: float(v) for k, v in routing_scalars([by_hand()]).items()}
+    s = {k: float(v) for k, v in routing_scalars([by_hand()], layers=(2,)).items()}
     assert s["moe/L2/dropped_frac"] == 0.25
     assert s["moe/L2/experts_per_token_std"] == pytest.approx(math.sqrt(0.5))
     assert s["moe/L2/experts_per_token_max"] == 2
@@ -39,27 +40,49 @@ def test_expert_choice_by_hand() -> None:
     assert "moe/L2/overflow_frac" not in s
 
 
-def test_token_choice_by_hand() -> None:
-    """Loads 2 and 1: mean 1.5, standard deviation 0.5; three of four choices of top-1 routing are served."""
-    s = {k: float(v) for k, v in routing_scalars([by_hand(filled=True)], top_k=1).items()}
-    assert s["moe/L2/load_cv"] == pytest.approx(1 / 3)
-    assert s["moe/L2/overflow_frac"] == 0.25
+def test_empty_slots_do_not_count() -> None:
+    s = {k: float(v) for k, v in routing_scalars([by_hand(filled=True)], layers=(2,)).items()}
     assert s["moe/L2/gate_mean"] == pytest.approx(2 / 3)
     assert s["moe/L2/dropped_frac"] == 0.5
-    assert float(routing_scalars([by_hand(filled=True)], top_k=2)["moe/overflow_frac"]) == 1 - 3 / 8
+
+
+def test_a_list_of_rows_says_the_same_as_the_table() -> None:
+    table = by_hand()
+    rows = Rows(
+        expert_R=torch.tensor([0, 0, 1, 1]),
+        index_R=table.index_EGC.flatten(),
+        gate_R=table.gate_EGC.flatten(),
+        probability_GSE=table.probability_GSE,
+    )
+    assert routing_scalars([rows], layers=(2,)) == routing_scalars([table], layers=(2,))
+
+
+def test_what_a_router_reports_is_logged_by_layer_and_over_layers() -> None:
+    one, two = (replace(by_hand(), metrics={"mine": torch.tensor(v), "mine_max": torch.tensor(v)}) for v in (1.0, 3.0))
+    s = {k: float(v) for k, v in routing_scalars([one, two], layers=(2, 4)).items()}
+    assert (s["moe/L2/mine"], s["moe/L4/mine"], s["moe/mine"], s["moe/mine_max"]) == (1.0, 3.0, 2.0, 3.0)
+
+
+def test_token_choice_reports_loads_and_overflow() -> None:
+    """All tokens prefer expert 0 of two, which serves half of them: loads 2 and 0, two of four choices are dropped."""
+    router = TokenChoice(capacity_factor=1.0, top_k=1, balance_weight=0.0).build(width=2, num_experts=2)
+    with torch.no_grad():
+        router.weight.copy_(torch.tensor([[5.0, 0.0], [0.0, 0.0]]))
+    s = {k: float(v) for k, v in routing_scalars([router(torch.ones(1, 4, 2))], layers=(2,)).items()}
+    assert s["moe/L2/overflow_frac"] == 0.5
+    assert s["moe/L2/load_cv"] == pytest.approx(1.0)
 
 
 def test_over_layers() -> None:
     """A second layer in which the dropped token is taken: nothing is dropped everywhere."""
     other = by_hand()
     other.index_EGC[1, 0, 0] = 3  # counts 1, 1, 1, 1
-    s = routing_scalars([by_hand(), other])
-    assert sparse_layers(2) == (2, 4)
+    s = routing_scalars([by_hand(), other], layers=(2, 4))
     assert float(s["moe/dropped_frac"]) == 0.125
     assert float(s["moe/dropped_everywhere_frac"]) == 0.0
     assert float(s["moe/experts_per_token_max"]) == 2
-    assert float(routing_scalars([by_hand()])["moe/dropped_everywhere_frac"]) == 0.25
-    assert routing_scalars([]) == {}
+    assert float(routing_scalars([by_hand()], layers=(2,))["moe/dropped_everywhere_frac"]) == 0.25
+    assert routing_scalars([], layers=()) == {}
 
 
 def test_maps_add_up_to_all_slots() -> None:
@@ -70,9 +93,6 @@ def test_maps_add_up_to_all_slots() -> None:
     E, G, C = called[0].index_EGC.shape
     assert counts.sum((1, 2, 3)).tolist() == [E * C * G] * 3
     assert counts.flatten(2).sum(-1).eq(E * C).all()  # pools of one image
-    gates = gate_maps(called, batch=4, side=8)
-    assert gates.sum((1, 2, 3)).tolist() == pytest.approx([float(a.gate_EGC.sum()) for a in called], rel=1e-5)
-    assert ((gates > 0) == (counts > 0)).all()
     # In token choice, slots that stay empty are nobody's.
     called = assignments(images, t=0.8, token_choice=True, capacity_factor=1.0)
     assert count_maps(called, batch=4, side=8).sum((1, 2, 3)).tolist() == [int((a.gate_EGC > 0).sum()) for a in called]
@@ -88,7 +108,7 @@ def test_maps_survive_a_file_without_pickle(tmp_path: Path) -> None:
     maps = routing_maps(300)
     maps.save(tmp_path / "routing/step_00000300.npz")
     back = RoutingMaps.load(tmp_path / "routing/step_00000300.npz")
-    for name in ("counts", "gates", "timesteps", "images"):
+    for name in ("counts", "timesteps", "images"):
         np.testing.assert_array_equal(getattr(back, name), getattr(maps, name))
     for name in ("layers", "prompts", "scope", "group_size", "experts", "capacity_factor", "step"):
         assert getattr(back, name) == getattr(maps, name)

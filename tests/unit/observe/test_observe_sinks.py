@@ -15,7 +15,9 @@ import pytest
 from observe_wandb_file import history, records, run_files
 
 from ecdit_train.observe.figures import sample_grid
-from ecdit_train.observe.sinks import REDACTED, JsonlSink, Sinks, WandbSink, open_sinks, read_jsonl, redact
+from ecdit_train.observe.redact import REDACTED, redact
+from ecdit_train.observe.sinks import JsonlSink, SinkContext, Sinks, open_sinks, read_jsonl
+from ecdit_train.observe.wandb_sink import WandbSink
 
 
 @pytest.fixture(autouse=True)
@@ -72,9 +74,7 @@ def test_damage_in_the_middle_is_reported(tmp_path: Path, caplog: pytest.LogCapt
 
 def test_only_rank_0_writes(tmp_path: Path) -> None:
     def opened(rank: int) -> Sinks:
-        return open_sinks(
-            tmp_path, rank=rank, wandb_mode="disabled", wandb_project="p", config={}, name="n", resume_step=0
-        )
+        return open_sinks(SinkContext(folder=tmp_path, config={}, name="n", resume_step=0), {}, rank=rank)
 
     other = opened(1)
     other.log(1, {"train/loss": 1.0})
@@ -121,13 +121,13 @@ def test_offline_files_hold_every_step_of_two_lives_under_one_id(
         assert any(m.glob_name == "*" and m.step_metric == "train/step" for m in metrics)
 
 
-def test_disabled_does_nothing_and_imports_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_sinks_nothing_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)  # importing it would raise
     threads = threading.active_count()
-    sink = WandbSink(tmp_path, project="p", mode="disabled", config={}, name="n")
-    sink.log(1, {"train/loss": 1.0})
-    sink.close()
-    assert not list(tmp_path.iterdir())
+    sinks = open_sinks(SinkContext(folder=tmp_path, config={}, name="n", resume_step=0), {}, rank=0)
+    sinks.log(1, {"train/loss": 1.0})
+    sinks.close()
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
     assert threading.active_count() == threads
 
 

@@ -6,30 +6,22 @@ from dataclasses import replace
 
 import pytest
 import torch
+from moe_configs import moe_config
 from torch import Tensor
 
-from ecdit_train.config.schema import ModelConfig, MoEConfig
+from ecdit_train.config.schema import ModelConfig
 from ecdit_train.errors import ConfigError
+from ecdit_train.model.assignment import Table
+from ecdit_train.model.dispatchers.index_add import IndexAddDispatcher
 from ecdit_train.model.dit import DiT
-from ecdit_train.model.moe import LocalDispatcher
-from ecdit_train.model.router import Assignment
 from ecdit_train.parallel import expert_parallel, tensor_parallel
 from ecdit_train.parallel.expert_parallel import ExpertParallelDispatcher
-from ecdit_train.parallel.placement import ParamPlacement, local_boxes
+from ecdit_train.parallel.placement import Box, ParamPlacement, pieces
 
 MODEL = ModelConfig(
     name="test", layers=2, width=32, heads=4, kv_heads=2, ffn_ratio=2, patch=2, text_width=64, text_refiner_layers=1
 )
-MOE = MoEConfig(
-    router="expert_choice",
-    experts=6,
-    capacity_factor=1.5,
-    scope="group",
-    group_size=16,
-    top_k=2,
-    balance_weight=0.0,
-    combine="index_add",
-)
+MOE = moe_config(num_experts=6, capacity_factor=1.5, group_size=16)
 
 
 def make(model: ModelConfig = MODEL) -> DiT:
@@ -76,35 +68,38 @@ def test_tensor_parallel_sizes(model: ModelConfig, tp: int, rules: int) -> None:
 
 def test_expert_parallel_sizes() -> None:
     expert_parallel.check(make(), ep=3)
-    with pytest.raises(ConfigError, match=r"must divide moe.experts = 6; nearest valid: 3"):
+    with pytest.raises(ConfigError, match=r"must divide moe.num_experts = 6; nearest valid: 3"):
         expert_parallel.check(make(), ep=4)
 
 
 def test_boxes() -> None:
-    row = local_boxes(torch.empty(4, 3), ParamPlacement(global_shape=(4, 6), dim=1, index=1, count=2))
-    assert [(b.offsets, b.local_offsets, b.sizes) for b in row] == [((0, 3), (0, 0), (4, 3))]
-    two = local_boxes(torch.empty(4, 3), ParamPlacement(global_shape=(8, 3), dim=0, boxes=((6, 0, 2), (0, 2, 2))))
-    assert [(b.offsets, b.local_offsets, b.sizes) for b in two] == [((6, 0), (0, 0), (2, 3)), ((0, 0), (2, 0), (2, 3))]
-    assert local_boxes(torch.empty(0, 3), ParamPlacement(global_shape=(8, 3))) == []
+    """(box of the global tensor, number of the first local element) of every piece."""
+
+    def found(local: Tensor, placement: ParamPlacement) -> list[tuple[Box, int]]:
+        return [(piece.box, int(piece.view.flatten()[0])) for piece in pieces(local, placement)]
+
+    x = torch.arange(12).view(4, 3)
+    assert found(x, ParamPlacement(global_shape=(4, 6), dim=1, index=1, count=2)) == [(Box((0, 3), (4, 3)), 0)]
+    two = ParamPlacement(global_shape=(8, 3), dim=0, boxes=((6, 0, 2), (0, 2, 2)))
+    assert found(x, two) == [(Box((6, 0), (2, 3)), 0), (Box((0, 0), (2, 3)), 6)]
+    assert found(torch.empty(0, 3), ParamPlacement(global_shape=(0, 3))) == []
 
 
 @pytest.mark.parametrize(("tp", "pools", "capacity"), [(1, 2, 3), (2, 1, 4), (2, 3, 3), (4, 2, 3)])
 def test_tp_ranks_share_the_slots(tp: int, pools: int, capacity: int) -> None:
     """Without groups, the parts of all tp ranks add up to the local dispatcher's result, also where they are padded."""
     E, N, D = 3, 24, 5
-    assignment = Assignment(
+    assignment = Table(
         index_EGC=torch.randint(N, (E, pools, capacity)),
         gate_EGC=torch.rand(E, pools, capacity),
-        filled_EGC=None,
         probability_GSE=torch.empty(0),
-        balance_loss=None,
     )
     x = torch.randn(N, D)
-    whole = LocalDispatcher().combine(LocalDispatcher().dispatch(x, assignment), assignment, num_tokens=N)
+    whole = IndexAddDispatcher().combine(IndexAddDispatcher().dispatch(x, assignment), assignment, num_tokens=N)
     total: Tensor = torch.zeros(N, D)
     for rank in range(tp):
         part = ExpertParallelDispatcher(
-            LocalDispatcher(), exchange=None, tp_group=None, tp_rank=rank, tp_size=tp, chunks=1
+            IndexAddDispatcher(), exchange=None, tp_group=None, tp_rank=rank, tp_size=tp, chunks=1
         )
         rows = part.dispatch(x, assignment)
         assert rows.shape == (E, -(-pools * capacity // tp), D)

@@ -21,10 +21,10 @@ PRESETS = [f"ec_dit_{size}_{e}e" for size in ("xl", "xxl", "3xl") for e in (8, 1
 
 def closed_form(cfg):
     """Every part by hand, from the shapes in the paper and the choices in docs/explanation/model.md."""
-    m, moe, d, Y = cfg.model, cfg.moe, cfg.model.width, cfg.model.text_width
+    m, E, d, Y = cfg.model, cfg.moe.num_experts, cfg.model.width, cfg.model.text_width
     q, kv = 64 * m.heads, 64 * m.kv_heads
     values = m.patch**2 * cfg.encoders.image.channels
-    sparse = 0 if moe.router == "dense" else m.layers // 2
+    sparse = 0 if cfg.moe.router is None else m.layers // 2
     ffn = 2 * m.ffn_ratio * d * d
     refiner = 4 * Y * Y + 8 * Y * Y + 4 * Y
     return {
@@ -33,8 +33,8 @@ def closed_form(cfg):
         "self_attention": m.layers * (2 * d * q + 2 * d * kv),
         "cross_attention": m.layers * (2 * d * q + 2 * Y * q + 2 * d),
         "dense_feed_forward": (m.layers - sparse) * ffn,
-        "experts": sparse * moe.experts * ffn,
-        "router": sparse * d * moe.experts,
+        "experts": sparse * E * ffn,
+        "router": sparse * d * E,
         "modulation": m.layers * (3 * d * d + 3 * d) + 6 * d * d + 6 * d + 2 * d * d + 2 * d,
         "final": d * values + values,
     }
@@ -101,7 +101,7 @@ def test_other_networks_and_routers_have_no_row(cfg_of):
     for words in (
         ("shapes_tiny",),
         ("gshard_xl_8e",),
-        ("ec_dit_xl_8e", "moe.experts=4"),
+        ("ec_dit_xl_8e", "moe.num_experts=4"),
         ("dense_m", "model.layers=38"),
     ):
         cfg = cfg_of(*words)

@@ -11,16 +11,19 @@ from tiny_runs import ROUTERS, configure, live
 from torch import nn
 
 from ecdit_train.diffusion.flow import Flow
+from ecdit_train.diffusion.microbatch import Microbatch, split
 from ecdit_train.errors import NonFiniteError
 from ecdit_train.model.dit import DiT
-from ecdit_train.model.init import initial_values
+from ecdit_train.model.init import initialise
+from ecdit_train.train.optimizers.adamw import AdamW
+from ecdit_train.train.optimizers.rmsprop import RMSProp
 from ecdit_train.train.state import TrainState, parameter_of
-from ecdit_train.train.step import Microbatch, forward_backward, split, train_step
+from ecdit_train.train.step import forward_backward, train_step
 
 
 @dataclass
 class Alone:
-    """A Spread of one process, in plain torch."""
+    """A ParallelContext of one process, in plain torch."""
 
     model: nn.Module
 
@@ -33,13 +36,14 @@ class Alone:
     def reduce(self, vector, *, op):
         return vector
 
+    def mean_of_first(self, vector):
+        return vector
+
 
 def make(router: str, *extra: str):
     config = configure("unused", "unused", "model.text_refiner_layers=0", *ROUTERS[router], *extra)
     model = DiT(config.model, config.moe, channels=3, text_features=32)
-    for name, p in model.named_parameters():
-        shape = tuple(p.shape)
-        p.data = initial_values(name, seed=0, global_shape=shape, offsets=(0,) * len(shape), sizes=shape, device="cpu")
+    initialise(model, seed=0)
     flow = Flow(config=config.diffusion, seed=0, num_patches=config.patches_per_image, num_kept=config.tokens_per_image)
     return config, model, flow
 
@@ -55,8 +59,8 @@ def batch(n: int = 8, *, dtype: torch.dtype = torch.float32) -> Microbatch:
 
 
 def take(config, model, flow, micros, state, *, lr=0.01):
-    return train_step(micros, model=model, optimizer=state.optimizer, lr=lr, max_norm=config.optim.clip_norm, flow=flow,
-                      pool=config.pool_tokens, patch=config.model.patch, spread=Alone(model),
+    return train_step(micros, parallel=Alone(model), optimizer=state.optimizer, lr=lr, max_norm=config.optim.clip_norm,
+                      flow=flow, group_tokens=config.group_tokens,
                       after=lambda: state.ema and state.ema.update(state.step))  # fmt: skip
 
 
@@ -79,9 +83,8 @@ def test_microbatches_add_up_to_one_big_batch(router, size):
     grads, losses = [], []
     for micros in ([data], list(split(data, size=size))):
         model.zero_grad(set_to_none=True)
-        loss, balance, _ = forward_backward(model, micros, flow=flow, pool=config.pool_tokens, patch=4,
-                                            spread=Alone(model))  # fmt: skip
-        losses.append((float(loss), float(balance)))
+        done = forward_backward(model, micros, flow=flow, group_tokens=config.group_tokens, parallel=Alone(model))
+        losses.append([float(torch.stack(v).mean()) for v in (done.losses, *done.auxiliary.values())])
         grads.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
     assert losses[0] == pytest.approx(losses[1], rel=2e-6)  # the loss itself is fp32
     assert grads[0].keys() == grads[1].keys()
@@ -97,7 +100,7 @@ def test_every_parameter_gets_a_gradient(router):
     state = TrainState.fresh(model, config.optim)
     for _ in range(4):
         take(config, model, flow, [batch()], state)
-    forward_backward(model, [batch()], flow=flow, pool=config.pool_tokens, patch=4, spread=Alone(model))
+    forward_backward(model, [batch()], flow=flow, group_tokens=config.group_tokens, parallel=Alone(model))
     silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert not silent
 
@@ -133,14 +136,14 @@ def test_clipping_limits_the_norm_and_reports_the_one_before():
             return norm
 
     state = TrainState.fresh(model, config.optim)
-    result = train_step([batch()], model=model, optimizer=state.optimizer, lr=0.0, max_norm=0.01, flow=flow, pool=32,
-                        patch=4, spread=Watching(model), after=lambda: None)  # fmt: skip
+    result = train_step([batch()], parallel=Watching(model), optimizer=state.optimizer, lr=0.0, max_norm=0.01, flow=flow,
+                        group_tokens=32, after=lambda: None)  # fmt: skip
     assert result.grad_norm > 0.01
     assert seen[0] == pytest.approx(0.01, rel=1e-3)
 
 
 def test_the_rate_is_the_one_that_is_asked_for():
-    config, model, flow = make("dense", "optim.weight_decay=0")
+    config, model, flow = make("dense", "optim.optimizer.weight_decay=0")
     state = TrainState.fresh(model, config.optim)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     take(config, model, flow, [batch()], state, lr=0.0)
@@ -150,17 +153,23 @@ def test_the_rate_is_the_one_that_is_asked_for():
 
 
 @pytest.mark.parametrize("router", ROUTERS)
-def test_balance_loss_is_token_choice_only(router):
+def test_auxiliary_losses_go_by_name(router):
     config, model, flow = make(router)
     result = take(config, model, flow, [batch()], TrainState.fresh(model, config.optim))
-    assert (result.balance_loss is not None) == (router == "token_choice")
+    assert list(result.auxiliary) == (["balance"] if router == "token_choice" else [])
+
+
+OPTIMIZERS = {
+    "rmsprop": RMSProp(momentum=0.9, decay=0.99, eps=1e-8, weight_decay=0.0),
+    "adamw": AdamW(beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.0),
+}
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.99])
 @pytest.mark.parametrize(("kind", "slots"), [("rmsprop", 2), ("adamw", 2)])
 def test_state_names_every_tensor(kind, slots, decay):
     config, model, _ = make("dense")
-    state = TrainState.fresh(model, replace(config.optim, kind=kind, ema_decay=decay))
+    state = TrainState.fresh(model, replace(config.optim, optimizer=OPTIMIZERS[kind], ema_decay=decay))
     tensors, params = state.tensors(), dict(model.named_parameters())
     assert len(tensors) == len(params) * (1 + slots + (decay > 0))
     assert {parameter_of(name) for name in tensors} == set(params)
@@ -173,18 +182,18 @@ def test_clipping_of_the_real_spread_agrees_with_torch(precision, tiny_shards, t
     """Through the composition root, on one process: the norm that is logged is torch's own."""
     norms = []
 
-    def meddle(loop):
-        clip = type(loop.spread).clip
+    def meddle(trainer):
+        clip = type(trainer.parallel).clip
 
         def watched(self, *, max_norm):
-            grads = [p.grad for p in loop.state.params.values()]
+            grads = [p.grad for p in trainer.state.params.values()]
             grads = [g.to_local() if hasattr(g, "to_local") else g for g in grads]
             expected = float(torch.stack([g.float().norm() for g in grads]).norm())
             norms.append((expected, float(clip(self, max_norm=max_norm))))
             return torch.tensor(norms[-1][1])
 
-        spread = type("Watched", (type(loop.spread),), {"clip": watched})
-        object.__setattr__(loop.spread, "__class__", spread)
+        watching = type("Watched", (type(trainer.parallel),), {"clip": watched})
+        object.__setattr__(trainer.parallel, "__class__", watching)
 
     live(configure(tmp_path, tiny_shards, f"train.precision={precision}", "train.steps=4"), before=meddle)
     assert len(norms) == 4
