@@ -11,7 +11,7 @@ import pytest
 
 from ecdit_train.config.compose import compose, conf_folder, groups, override
 from ecdit_train.config.convert import flatten, from_dict, key_types, to_dict, with_values
-from ecdit_train.config.describe import comments, differences, explain
+from ecdit_train.config.describe import differences, explain, meanings
 from ecdit_train.config.stored import freeze, load, to_yaml
 from ecdit_train.config.validate import validate
 from ecdit_train.errors import ConfigError, RunFolderError
@@ -99,7 +99,7 @@ def test_demo_fills_one_group_with_eight_images(preset):
 @pytest.mark.parametrize("moe", [c for c in groups()["moe"]])
 def test_every_key_has_a_meaning(moe):
     cfg = compose([f"moe={moe}"], local=False)
-    assert [key for key in key_types(cfg) if not comments(cfg)[key]] == []
+    assert [key for key in key_types(cfg) if not meanings(cfg)[key]] == []
 
 
 def test_every_file_says_what_it_is():
