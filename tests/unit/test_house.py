@@ -69,6 +69,15 @@ def test_orphans_are_found_and_wrapped(tmp_path: Path) -> None:
     assert house.fix(tmp_path) == []
 
 
+def test_long_lines_are_wrapped_but_left_to_ruff_to_report(tmp_path: Path) -> None:
+    long = '"""' + "A sentence of six words stands. " * 6 + 'The end."""\n'
+    assert problems(tmp_path, "a.py", long) == []
+    assert house.fix(tmp_path) == [Path("a.py")]
+    new = (tmp_path / "a.py").read_text()
+    assert max(map(len, new.splitlines())) <= house.WIDTH
+    assert new.split() == long.split()
+
+
 def test_what_is_not_prose_stays(tmp_path: Path) -> None:
     assert problems(tmp_path, "a.py", SOUND) == []
     assert house.fix(tmp_path) == []

@@ -16,8 +16,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ecdit_train.config.compose import conf_folder
-
 ROOT = Path(__file__).parents[2]
 
 
@@ -50,15 +48,17 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     return zipfile.ZipFile(next(out.glob("*.whl")))
 
 
-def test_presets_are_data_of_the_package_and_nobodys_settings(wheel: zipfile.ZipFile) -> None:
-    inside = {
-        name.removeprefix("ecdit_train/conf/") for name in wheel.namelist() if name.startswith("ecdit_train/conf/")
+def test_every_file_of_a_package_is_in_it_and_nobodys_settings(wheel: zipfile.ZipFile) -> None:
+    """Presets, templates, styles: `conf` through its link, `conf/local` never."""
+    ours = {
+        str(Path(folder, name).relative_to(ROOT))
+        for package in ("ecdit_train", "data_pipeline", "launch")
+        for folder, _, names in os.walk(ROOT / package, followlinks=True)
+        for name in names
+        if not {"__pycache__", "local"} & set(Path(folder).parts[len(ROOT.parts) :])
     }
-    presets = {
-        str(path.relative_to(conf_folder())) for path in conf_folder().rglob("*.yaml") if path.parent.name != "local"
-    }
-    assert inside == presets | {"__init__.py"}
-    assert "config.yaml" in presets
+    assert {name for name in wheel.namelist() if ".dist-info/" not in name} == ours
+    assert {"ecdit_train/conf/config.yaml", "launch/job.sh.template"} <= ours
 
 
 def test_top_level_names(wheel: zipfile.ZipFile) -> None:

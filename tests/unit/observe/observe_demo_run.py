@@ -125,7 +125,10 @@ def build(run: Path, *, steps: int = 1500, every: int = 10, grids: int = 6) -> P
             "data/substituted": 0.0,
         }
         if step % (every * 5) == 0:
-            record |= {k: float(v) for k, v in routing_scalars(assignments(images, t=0.2 + 0.7 * done), layers=(2, 4, 6)).items()}
+            record |= {
+                k: float(v)
+                for k, v in routing_scalars(assignments(images, t=0.2 + 0.7 * done), layers=(2, 4, 6)).items()
+            }
         log.log(step, record)
     log.close()
     for n in range(1, grids + 1):

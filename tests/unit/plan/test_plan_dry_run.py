@@ -60,7 +60,9 @@ def test_eight_ranks(layout):
     assert ("all_to_all", 2 if layout.startswith("tp2") else 8) in ranks
 
 
-@pytest.mark.parametrize("optim", [("optim/optimizer=rmsprop", "optim.optimizer.momentum=0"), ("optim/optimizer=adamw",)])
+@pytest.mark.parametrize(
+    "optim", [("optim/optimizer=rmsprop", "optim.optimizer.momentum=0"), ("optim/optimizer=adamw",)]
+)
 def test_the_optimizer_is_the_runs_own(optim):
     found = by_name(dry_run("experiment=shapes_tiny", *optim, world=2))["optimizer"]
     assert found["formula"] == found["measured"] > 0

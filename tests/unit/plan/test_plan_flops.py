@@ -82,7 +82,9 @@ def test_counted_by_torch(cfg_of):
     )
     keep = torch.zeros(B, cfg.tokens_per_image, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
-        out = model(torch.empty(B, 3, side, side), t_B=torch.empty(B), text=text, keep_BK=keep, group_tokens=cfg.group_tokens)
+        out = model(
+            torch.empty(B, 3, side, side), t_B=torch.empty(B), text=text, keep_BK=keep, group_tokens=cfg.group_tokens
+        )
         out.patches_BKP.sum().backward()
     ours = flops.per_step(cfg, checkpointing="none").model
     # Inputs need no gradient, and recomputed attention scores are torch's business: a few percent.
