@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from ecdit_train import atomic
 from ecdit_train.config.compat import check_resume
 from ecdit_train.config.schema import RunConfig
 from ecdit_train.config.stored import RESOLVED, freeze, load
@@ -67,10 +68,7 @@ def prepare(cfg: RunConfig, *, allow: Collection[str] = ()) -> Path:
 def write_script(script: str, *, run: Path) -> Path:
     """Writes `<run>/job.sh` by one rename, executable."""
     path = run / JOB_SCRIPT
-    temporary = run / f".{JOB_SCRIPT}.{os.getpid()}"
-    temporary.write_text(script, encoding="utf-8")
-    temporary.chmod(0o755)
-    temporary.replace(path)
+    atomic.write(path, script.encode(), mode=0o755)
     return path
 
 

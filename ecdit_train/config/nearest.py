@@ -17,7 +17,7 @@ ALIASES = {
     "depth": "model.layers",
     "num_layers": "model.layers",
     "num_heads": "model.heads",
-    "num_experts": "moe.experts",
+    "experts": "moe.num_experts",
     "gradient_clip": "optim.clip_norm",
     "grad_clip": "optim.clip_norm",
     "image_size": "data.resolution",
@@ -39,8 +39,8 @@ def closest(word: str, choices: Iterable[object], *, cutoff: float = 0.5) -> str
     return best[1] if best is not None and best[0] >= cutoff else None
 
 
-def closest_key(key: str, keys: Sequence[str], *, cutoff: float = 0.6) -> str | None:
-    """The most similar dotted key: by the whole path, or by its last part when that alone is the better hint."""
+def closest_key(key: str, keys: Sequence[str], *, cutoff: float = 0.65) -> str | None:
+    """The most similar dotted key: by its last part and its section, or by its last part alone where that is exact."""
     head, _, last = key.rpartition(".")
     if (alias := ALIASES.get(last.lower())) in keys:
         return alias
@@ -50,7 +50,7 @@ def closest_key(key: str, keys: Sequence[str], *, cutoff: float = 0.6) -> str | 
         tail = similarity(last, candidate_last)
         section = similarity(head, candidate_head) if head else 0.5  # no section typed: none is wrong
         exact = 0.85 + 0.1 * section if last == candidate_last else 0.0  # the right name in the wrong section
-        return max(similarity(key, candidate), 0.7 * tail + 0.3 * section, exact)
+        return max(0.7 * tail + 0.3 * section, exact)
 
     scored = [(score(candidate), candidate) for candidate in keys]
     best = max(scored, key=lambda pair: pair[0], default=None)

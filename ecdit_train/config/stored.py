@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ import yaml  # type: ignore[import-untyped]
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ecdit_train import atomic
 from ecdit_train.config.convert import from_dict, to_dict
 from ecdit_train.config.schema import RunConfig
 from ecdit_train.config.user_folder import trust, use_folder
@@ -26,20 +25,8 @@ def to_yaml(cfg: RunConfig) -> str:
 
 def freeze(cfg: RunConfig, folder: str | Path) -> Path:
     """Writes `folder/resolved.yaml` by one rename, so that no reader ever sees half of it."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / RESOLVED
-    handle, temporary = tempfile.mkstemp(prefix=f".{RESOLVED}.", dir=folder)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(to_yaml(cfg))
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    path = Path(folder) / RESOLVED
+    atomic.write(path, to_yaml(cfg).encode())
     return path
 
 
