@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data_pipeline.shapes import ShapesSpec, shape_sample
-from data_pipeline.shapes_grader import grade, single_object
-from data_pipeline.shapes_prompts import all_prompts
+from data_pipeline.shapes.draw import ShapesSpec, shape_sample
+from data_pipeline.shapes.grader import grade, single_object
+from data_pipeline.shapes.prompts import all_prompts
 from ecdit_train.config.compose import compose
 from ecdit_train.diffusion.encoders import make_image_codec, make_text_encoder
 from ecdit_train.diffusion.flow import Flow
