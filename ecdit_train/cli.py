@@ -30,6 +30,7 @@ from ecdit_train.verbs import (
     resume,
     sample,
     show,
+    slots,
     train,
 )
 
@@ -207,6 +208,14 @@ def make_parser() -> argparse.ArgumentParser:
     )
     _composes(p)
     p.add_argument("--render-only", action="store_true", help="print the script; write and submit nothing")
+
+    p = verb(
+        "slots",
+        slots,
+        "what can fill each slot: routers, experts, encoders, samplers, optimizers ... with each one's keys\n\n"
+        "  ecdit slots --config-dir mylab",
+    )
+    _config_dir(p)
 
     data = parser_group(verbs, "data", "make, index and verify shards")
     p = verb(

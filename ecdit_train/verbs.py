@@ -313,6 +313,14 @@ def data_verify(args: argparse.Namespace) -> int:
     return errors.EXIT_OK
 
 
+def slots(args: argparse.Namespace) -> int:
+    from ecdit_train.config import installed
+
+    with declarations_only():
+        print(installed.text(installed.installed(config_dir=args.config_dir)), end="")
+    return errors.EXIT_OK
+
+
 def config_show(args: argparse.Namespace) -> int:
     from ecdit_train.config import compose, stored
 

@@ -80,6 +80,12 @@ class HydraApp:
         result = self.loader.repository.load_config(config_path=path)
         return result is not None and (bool(result.defaults_list) or "_target_" in result.config)
 
+    def file(self, path: str) -> DictConfig:
+        """What the file `group/choice` itself says, its defaults list left out."""
+        result = self.loader.repository.load_config(config_path=path)
+        assert result is not None, f"{path} was listed"
+        return result.config
+
     def compose(self, words: Sequence[str]) -> DictConfig:
         """The composed tree with its `hydra` node. Raises what Hydra and OmegaConf raise."""
         return self.loader.load_configuration(PRIMARY, list(words), RunMode.RUN, from_shell=False)

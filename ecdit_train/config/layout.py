@@ -24,7 +24,9 @@ def check_layout(cfg: RunConfig, check: Checker, *, world: int | None) -> None:
 
 def _slots(cfg: RunConfig, check: Checker) -> int:
     """Slots of an expert in a group; 0 without experts, or when their rows vary (every number divides 0)."""
-    return round(cfg.capacity) if cfg.capacity is not None and _capacity_is_sane(cfg, check) else 0
+    if not _capacity_is_sane(cfg, check):
+        return 0
+    return 0 if cfg.capacity is None else round(cfg.capacity)
 
 
 def _fitting_tp(cfg: RunConfig, check: Checker) -> list[int]:
@@ -95,7 +97,8 @@ def _expert(cfg: RunConfig, check: Checker) -> None:
         )
     if not check.sane("parallel.overlap_chunks"):
         return
-    if cfg.capacity is None and moe.dispatcher is not None and moe.dispatcher.cap is None:
+    varies = check.sane("moe.num_experts") and cfg.capacity is None
+    if varies and moe.dispatcher is not None and moe.dispatcher.cap is None:
         rule = "must be 1 while the number of rows varies (moe.dispatcher.cap = null)"
         check.require(parallel.overlap_chunks == 1, "parallel.overlap_chunks", rule=rule, nearest=1)
     elif _capacity_is_sane(cfg, check):

@@ -320,9 +320,10 @@ class RunConfig:
     @property
     def images_per_group(self) -> int:
         """Images that a microbatch must be a multiple of: those of a whole routing group, or 1."""
-        if self.moe.router is None or self.moe.scope != "group" or self.moe.group_size % self.tokens_per_image:
+        tokens = self.tokens_per_image
+        if self.moe.router is None or self.moe.scope != "group" or not tokens or self.moe.group_size % tokens:
             return 1
-        return self.moe.group_size // self.tokens_per_image
+        return max(self.moe.group_size // tokens, 1)
 
     @property
     def capacity(self) -> float | None:

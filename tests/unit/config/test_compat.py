@@ -6,24 +6,29 @@ import pytest
 
 from ecdit_train.config import compose
 from ecdit_train.config.compat import Change, check_resume, classes, diff, kind
-from ecdit_train.config.convert import leaf_types, with_values
+from ecdit_train.config.convert import key_types, with_values
 from ecdit_train.errors import RunFolderError
 
 
-def test_every_key_has_a_class():
-    assert set(classes()) == set(leaf_types())
+def test_every_key_has_a_class(base):
+    assert set(classes(base)) == set(key_types(base))
 
 
 @pytest.mark.parametrize(
     ("key", "kind"),
     [
         ("model.layers", "identity"),
-        ("moe.experts", "identity"),
-        ("moe.combine", "free"),
+        ("moe.num_experts", "identity"),
+        ("moe.router._target_", "identity"),
+        ("moe.router.capacity_factor", "identity"),
+        ("moe.dispatcher._target_", "free"),
         ("diffusion.mask_ratio", "identity"),
         ("encoders.text.width", "identity"),
         ("encoders.text.path", "free"),
         ("encoders.image.parameters", "free"),
+        ("encoders.text._target_", "identity"),
+        ("observe.sinks.wandb.mode", "free"),
+        ("config_dir", "free"),
         ("encoders.image.scale", "identity"),
         ("data.resolution", "identity"),
         ("data.shards", "free"),
@@ -31,7 +36,8 @@ def test_every_key_has_a_class():
         ("train.global_batch", "identity"),
         ("train.microbatch", "free"),
         ("train.steps", "schedule"),
-        ("optim.kind", "identity"),
+        ("optim.optimizer._target_", "identity"),
+        ("optim.optimizer.decay", "schedule"),
         ("optim.lr", "schedule"),
         ("optim.warmup_steps", "schedule"),
         ("parallel.tp", "free"),
@@ -40,8 +46,8 @@ def test_every_key_has_a_class():
         ("run", "free"),
     ],
 )
-def test_class(key, kind):
-    assert classes()[key] == kind
+def test_class(base, key, kind):
+    assert classes(base)[key] == kind
 
 
 def test_equal_configurations_differ_in_nothing(base):
@@ -75,7 +81,7 @@ def test_schedule_changes_must_be_asked_for(base):
 
 
 def test_identity_changes_are_all_listed_and_never_allowed(base):
-    new = with_values(base, {"model.layers": 30, "train.seed": 1, "moe.combine": "deterministic"})
+    new = with_values(base, {"model.layers": 30, "train.seed": 1, "moe.dispatcher.cap": 2.0})
     with pytest.raises(RunFolderError) as caught:
         check_resume(base, new, {"model.layers", "train.seed"})
     assert str(caught.value).splitlines() == [
@@ -85,9 +91,9 @@ def test_identity_changes_are_all_listed_and_never_allowed(base):
     ]
 
 
-@pytest.mark.parametrize(("router", "kind"), [("expert_choice", "identity"), ("dense", "free")])
-def test_microbatch_is_identity_where_it_is_the_pool(base, router, kind):
-    old = with_values(base, {"moe.scope": "batch", "moe.router": router})
+@pytest.mark.parametrize(("dense", "kind"), [({}, "identity"), ({"moe.router": None}, "free")])
+def test_microbatch_is_identity_where_it_is_the_group(base, dense, kind):
+    old = with_values(base, {"moe.scope": "batch", **dense})
     (change,) = diff(old, with_values(old, {"train.microbatch": 8}))
     assert change.kind == kind
 
@@ -99,7 +105,7 @@ def test_explicit_keys_are_those_that_words_name():
     assert "train.seed" not in keys
 
 
-@pytest.mark.parametrize("key", ["optim.ema_decay", "optim.momentum"])
+@pytest.mark.parametrize("key", ["optim.ema_decay", "optim.optimizer.momentum"])
 def test_state_that_appears_or_vanishes_is_identity(key):
     old = compose.compose(["experiment=dense_xl"])
     assert kind(key, old=old, new=with_values(old, {key: 0.0})) == "identity"
