@@ -16,14 +16,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ecdit_train import comparison, errors
+from ecdit_train import atomic, comparison, errors
 from ecdit_train.comparison import SWEEP_FILE
 from ecdit_train.config import compose
 from ecdit_train.config.overrides import parse, plain, quoted
 from ecdit_train.config.schema import RunConfig
 from ecdit_train.config.stored import RESOLVED
 from ecdit_train.errors import ConfigError, Problem
-from ecdit_train.observe.folder import write_atomically
 
 DIRECTORY = "hydra.sweep.dir"
 LAUNCHER = "hydra/launcher"
@@ -78,8 +77,9 @@ class Sweep:
         checked = check_each(
             words, compose.expand(words, config_dir=config_dir), world=self.world, config_dir=config_dir
         )
-        jobs = [bare(job) for job in compose.expand(
-            compose.for_hydra(words, config_dir=config_dir), config_dir=config_dir)]
+        jobs = [
+            bare(job) for job in compose.expand(compose.for_hydra(words, config_dir=config_dir), config_dir=config_dir)
+        ]
         self.fixed = set.intersection(*map(set, jobs))
         self.folder = Path(last_value(words, DIRECTORY) or default_folder([c.config for c in checked]))
         self._earlier = comparison.read_sweep(self.folder)["jobs"] if (self.folder / SWEEP_FILE).exists() else []
@@ -122,7 +122,9 @@ class Sweep:
             job.exit_code = 0
         else:
             print(f"{number}: {job.run}", flush=True)
-            ended = run_command([*self.before, "train", *self.options, *job.words, *self._searchpath(), f"run={quoted(str(job.run))}"])
+            ended = run_command(
+                [*self.before, "train", *self.options, *job.words, *self._searchpath(), f"run={quoted(str(job.run))}"]
+            )
             job.exit_code, self.stopped = ended.code, ended.stopped
             if ended.code:
                 print(f"{number}: ended with exit code {ended.code}", file=sys.stderr, flush=True)
@@ -182,7 +184,9 @@ class Sweep:
         lines += [f"exit code {j.exit_code}: {' '.join(j.label)}, {j.run}" for j in failed]
         unfinished = [j for j in self.jobs if j.exit_code in (None, errors.EXIT_REQUEUE)]
         if failed or unfinished:
-            lines.append(f"{len(failed)} failed, {len(unfinished)} not finished; the same command goes on if it also says")
+            lines.append(
+                f"{len(failed)} failed, {len(unfinished)} not finished; the same command goes on if it also says"
+            )
             lines.append(f"  {DIRECTORY}={_word_value(str(self.folder))}")
         return "\n".join(lines)
 
@@ -201,7 +205,7 @@ class Sweep:
             for job in self.jobs
         ]
         content = {"words": self.words, "jobs": jobs, "table": comparison.as_json(comparison.table(self._named()))}
-        write_atomically(self.folder / SWEEP_FILE, (json.dumps(content, indent=1) + "\n").encode())
+        atomic.write(self.folder / SWEEP_FILE, (json.dumps(content, indent=1) + "\n").encode())
 
     def _exit_code(self) -> int:
         codes = [job.exit_code for job in self.jobs if job.exit_code]
