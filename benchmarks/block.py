@@ -2,7 +2,7 @@
 
     python -m benchmarks.block [--rounds 7]
 
-16 images of 128 tokens, width 384, 128 text tokens of width 1536, E = 16, pools of 1024 tokens, forward and backward.
+16 images of 128 tokens, width 384, 128 text tokens of width 1536, E = 16, routing groups of 1024 tokens, forward and backward.
 The dense block's feed-forward works on twice the rows, as f_c = 2 does.
 """
 
@@ -14,18 +14,18 @@ import sys
 import torch
 from torch import Tensor, nn
 
+from ecdit_train.model.assignment import Assignment
 from ecdit_train.model.attention import Attention
 from ecdit_train.model.block import Block
 from ecdit_train.model.embed import Conditioning
 from ecdit_train.model.feed_forward import FeedForward
 from ecdit_train.model.moe import MoE
-from ecdit_train.model.router import Assignment
 
 from .layers import Algorithm1, expert_choice, fill
 from .moe_layer import DTYPES
 from .timing import Bar, Work, interleave, report, settle
 
-IMAGES, TOKENS, WIDTH, TEXT_TOKENS, TEXT_WIDTH, EXPERTS, POOL = 16, 128, 384, 128, 1536, 16, 1024
+IMAGES, TOKENS, WIDTH, TEXT_TOKENS, TEXT_WIDTH, EXPERTS, GROUP = 16, 128, 384, 128, 1536, 16, 1024
 HEAD_DIM, KV_HEADS = 64, 2
 
 
@@ -42,10 +42,10 @@ class Literal(MoE):
 
     def __init__(self) -> None:
         nn.Module.__init__(self)
-        self.layer = Algorithm1(WIDTH, hidden=4 * WIDTH, experts=EXPERTS, capacity=POOL * 2 // EXPERTS)
+        self.layer = Algorithm1(WIDTH, hidden=4 * WIDTH, experts=EXPERTS, capacity=GROUP * 2 // EXPERTS)
 
-    def forward(self, x_BSD: Tensor, *, pool: int) -> tuple[Tensor, Assignment]:
-        return self.layer(x_BSD.reshape(-1, pool, WIDTH)).view_as(x_BSD), None  # type: ignore[return-value]
+    def forward(self, x_BSD: Tensor, *, group_tokens: int) -> tuple[Tensor, Assignment]:
+        return self.layer(x_BSD.reshape(-1, group_tokens, WIDTH)).view_as(x_BSD), None  # type: ignore[return-value]
 
 
 def make(feed_forward: FeedForward | MoE, dtype: torch.dtype) -> Block:
@@ -76,7 +76,7 @@ def work(block: Block, dtype: torch.dtype) -> Work:
         for z in (x, text, vector, shared):
             z.grad = None
         c = Conditioning(text_BLY=text, text_mask_BL=mask, vector_BD=vector, shared_B6D=shared)
-        block(x, c, pool=POOL)[0].backward(grad)
+        block(x, c, group_tokens=GROUP)[0].backward(grad)
 
     return run
 
@@ -121,7 +121,7 @@ def main(arguments: list[str] | None = None) -> int:
         "width": WIDTH,
         "text": [TEXT_TOKENS, TEXT_WIDTH],
         "experts": EXPERTS,
-        "pool": POOL,
+        "group_tokens": GROUP,
         "rounds": rounds,
         "pass": "forward + backward",
     }

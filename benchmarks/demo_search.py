@@ -20,33 +20,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data_pipeline.shapes import ShapesSpec, shape_sample
-from data_pipeline.shapes_grader import grade, single_object
-from data_pipeline.shapes_prompts import all_prompts
+from data_pipeline.shapes.draw import ShapesSpec, shape_sample
+from data_pipeline.shapes.grader import grade, single_object
+from data_pipeline.shapes.prompts import all_prompts
 from ecdit_train.config.compose import compose
-from ecdit_train.diffusion.encoders import make_image_codec, make_text_encoder
 from ecdit_train.diffusion.flow import Flow
-from ecdit_train.evaluate.pictures import Painter
-from ecdit_train.model.dit import DiT
-from ecdit_train.model.init import initialise
+from ecdit_train.diffusion.microbatch import Microbatch, split
+from ecdit_train.evaluate.pictures import SamplePipeline
 from ecdit_train.observe.figures import sample_grid
+from ecdit_train.parallel import runtime
+from ecdit_train.parallel.context import spread
 from ecdit_train.train.optim import learning_rate
 from ecdit_train.train.state import TrainState
-from ecdit_train.train.step import Microbatch, split, train_step
-
-
-class OneProcess:
-    def __init__(self, model: torch.nn.Module) -> None:
-        self.model = model
-
-    def accumulate(self, *, last: bool) -> nullcontext:
-        return nullcontext()
-
-    def clip(self, *, max_norm: float) -> torch.Tensor:
-        return torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm if max_norm > 0 else float("inf"))
-
-    def reduce(self, vector: torch.Tensor, *, op: str) -> torch.Tensor:
-        return vector
+from ecdit_train.train.step import train_step
 
 
 def main(words: list[str]) -> None:
@@ -59,21 +45,17 @@ def main(words: list[str]) -> None:
     c = compose(["experiment=shapes_tiny", *overrides])
     spec = ShapesSpec(resolution=c.data.resolution, mix=mix, scale=(scale[0], scale[1]))
     drawn = [shape_sample(i, spec=spec, seed=0) for i in range(int(own.get("count", 8000)))]
-    codec = make_image_codec(c.encoders.image, device="cpu", dtype=torch.float32)
-    text = make_text_encoder(c.encoders.text, device="cpu", dtype=torch.float32)
-    assert codec is not None
-    assert text is not None
+    codec = c.encoders.image.build(device="cpu", dtype=torch.float32)
+    text = c.encoders.text.build(device="cpu", dtype=torch.float32)
     latents = codec.encode(torch.from_numpy(np.stack([s.image for s in drawn])))
     features, mask = text.encode([s.caption for s in drawn])
 
-    model = DiT(c.model, c.moe, channels=codec.channels, text_features=text.width)
-    initialise(model, seed=c.train.seed)
-    state = TrainState.fresh(model, c.optim)
+    parallel = spread(c, runtime.alone())
+    state = TrainState.fresh(parallel.model, c.optim)
     flow = Flow(config=c.diffusion, seed=c.train.seed, num_patches=c.patches_per_image, num_kept=c.tokens_per_image)
-    spread = OneProcess(model)
-    painter = Painter(model=model, text=text, codec=codec, config=c, device=torch.device("cpu"))
+    pipeline = SamplePipeline(parallel=parallel, text=text, codec=codec, config=c)
     wanted = [m for m in all_prompts(split="all") if m["tag"] == "colors"] * 2
-    print(json.dumps({"parameters": sum(p.numel() for p in model.parameters()), "words": words}), flush=True)
+    print(json.dumps({"parameters": sum(p.numel() for p in state.params.values()), "words": words}), flush=True)
 
     rng = np.random.default_rng(0)
     losses: list[float] = []
@@ -94,14 +76,12 @@ def main(words: list[str]) -> None:
             )
             result = train_step(
                 list(split(batch, size=c.train.microbatch)),
-                model=model,
+                parallel=parallel,
                 optimizer=state.optimizer,
                 lr=learning_rate(step, c.optim, total_steps=c.train.steps),
                 max_norm=c.optim.clip_norm,
                 flow=flow,
-                pool=c.pool_tokens,
-                patch=c.model.patch,
-                spread=spread,
+                group_tokens=c.group_tokens,
                 after=lambda: state.ema.update(state.step) if state.ema is not None else None,
             )
             state.step += 1
@@ -110,7 +90,7 @@ def main(words: list[str]) -> None:
         for guidance in (c.sample.guidance,) if quarter < 4 else (1.0, 2.0, 3.0, 5.0):
             how = replace(c.sample, guidance=guidance)
             with state.ema.swapped_in() if state.ema is not None else nullcontext():
-                pictures = painter.draw([m["prompt"] for m in wanted], how=how, step=state.step)
+                pictures = pipeline.draw([m["prompt"] for m in wanted], how=how, step=state.step)
             if "grid" in own and guidance == 2.0:
                 sample_grid(pictures.images[:32], pictures.prompts[:32], Path(own["grid"]), columns=8)
             print(

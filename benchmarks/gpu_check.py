@@ -25,19 +25,17 @@ from torch import Tensor, nn
 
 from ecdit_train.config.compose import compose
 from ecdit_train.diffusion.flow import Flow
-from ecdit_train.model.dit import DiT
-from ecdit_train.parallel import grads, runtime, weights
-from ecdit_train.parallel.apply import parallelize
-from ecdit_train.parallel.fsdp import accumulate
-from ecdit_train.parallel.mesh import make_mesh
+from ecdit_train.diffusion.microbatch import Microbatch
+from ecdit_train.parallel import runtime
+from ecdit_train.parallel.context import spread
 from ecdit_train.train.state import TrainState
-from ecdit_train.train.step import Microbatch, forward_backward
+from ecdit_train.train.step import forward_backward, update_buffers
 
 from .layers import Algorithm1, copy_weights, expert_choice, fill
 from .timing import Bar, report
 
 SHAPES = {"XL": (1152, 8), "XXL": (1536, 16), "3XL": (2304, 32), "M": (3072, 64)}
-"""Width and experts of the layers timed; 8192 tokens, pools of 1024, f_c = 2, as on one of 64 GPUs."""
+"""Width and experts of the layers timed; 8192 tokens, routing groups of 1024, f_c = 2, as on one of 64 GPUs."""
 
 
 def parity(device: str) -> float:
@@ -52,7 +50,7 @@ def parity(device: str) -> float:
         copy_weights(ours, literal)
         x = torch.randn(4, 256, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(device)
         a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
-        y, z = ours(a, pool=256)[0], literal(b)
+        y, z = ours(a, group_tokens=256)[0], literal(b)
         y.square().sum().backward()
         z.square().sum().backward()
         up = torch.stack([e.up.weight.grad.T for e in literal.experts])
@@ -74,9 +72,9 @@ def bf16_distance(device: str) -> float:
     fill_on(layer, seed=0)
     layer.to(torch.bfloat16)
     x = torch.randn(4, 256, 256, generator=torch.Generator().manual_seed(1)).to(device, torch.bfloat16)
-    low, chosen = layer(x, pool=256)
+    low, chosen = layer(x, group_tokens=256)
     layer.float()
-    high, same = layer(x.float(), pool=256)
+    high, same = layer(x.float(), group_tokens=256)
     shared = [
         set(p.tolist()) == set(q.tolist())
         for p, q in zip(chosen.index_EGC.flatten(0, 1), same.index_EGC.flatten(0, 1), strict=True)
@@ -90,46 +88,30 @@ def one_graph(device: str, *, backend: str) -> float:
     layer = expert_choice(128, hidden=512, experts=8, capacity_factor=2).to(device)
     fill_on(layer, seed=0)
     x = torch.randn(4, 256, 128, generator=torch.Generator().manual_seed(1)).to(device)
-    compiled = torch.compile(lambda z: layer(z, pool=256)[0], fullgraph=True, backend=backend)
-    return distance(compiled(x), layer(x, pool=256)[0])
+    compiled = torch.compile(lambda z: layer(z, group_tokens=256)[0], fullgraph=True, backend=backend)
+    return distance(compiled(x), layer(x, group_tokens=256)[0])
 
 
 def step_without_sync(device: str, *, precision: str) -> float:
     """A step of the demo's network (to the moving average) under `set_sync_debug_mode("error")`; returns the norm."""
     c = compose(["experiment=shapes_tiny", f"train.precision={precision}"])
-    runtime.ensure_group(device)
-    mesh = make_mesh(c.parallel, device_type=device, world=1)
-    with torch.device("meta"):
-        model = DiT(c.model, c.moe, channels=3, text_features=c.encoders.text.width)
-    placements = parallelize(model, mesh=mesh, parallel=c.parallel, precision=c.train.precision)
-    model.to_empty(device=device)
-    weights.fill(model, placements, seed=0)
-    B = c.train.microbatch
+    parallel = spread(c, runtime.start(device, env={}))
+    B, channels = c.train.microbatch, c.encoders.image.channels
     micro = Microbatch(
         position_B=torch.arange(B, device=device),
-        latents_BCHW=torch.randn(B, 3, c.latent_side, c.latent_side, device=device),
+        latents_BCHW=torch.randn(B, channels, c.latent_side, c.latent_side, device=device),
         features_BLX=torch.randn(B, c.encoders.text.max_tokens, c.encoders.text.width, device=device),
         mask_BL=torch.ones(B, c.encoders.text.max_tokens, dtype=torch.bool, device=device),
     )
     flow = Flow(config=c.diffusion, seed=0, num_patches=c.patches_per_image, num_kept=c.tokens_per_image)
-
-    class Alone:
-        def accumulate(self, *, last: bool) -> contextlib.AbstractContextManager:
-            return accumulate(model, last=last)
-
-        def clip(self, *, max_norm: float) -> Tensor:
-            return grads.clip(model, placements, mesh, max_norm=max_norm)
-
-        def reduce(self, vector: Tensor, *, op: str) -> Tensor:
-            return vector
-
-    alone, state = Alone(), TrainState.fresh(model, c.optim)
+    state = TrainState.fresh(parallel.model, c.optim)
 
     def step() -> Tensor:
-        forward_backward(model, [micro], flow=flow, pool=c.pool_tokens, patch=c.model.patch, spread=alone)
-        norm = alone.clip(max_norm=1.0)
+        done = forward_backward(parallel.model, [micro], flow=flow, group_tokens=c.group_tokens, parallel=parallel)
+        norm = parallel.clip(max_norm=1.0)
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
+        update_buffers(parallel, done.assignments)
         if state.ema is not None:
             state.ema.update(0)
         return norm
@@ -165,21 +147,27 @@ def seconds(work: Callable[[], None], *, device: str, repeat: int) -> float:
     return sorted(times)[len(times) // 2]
 
 
-def throughput(device: str, *, width: int, experts: int, tokens: int, pool: int, repeat: int = 10) -> dict[str, float]:
+def throughput(
+    device: str, *, width: int, experts: int, tokens: int, group_tokens: int, repeat: int = 10
+) -> dict[str, float]:
     """Forward and backward of the layer in bf16 against its batched products alone and against Algorithm 1, interleaved."""
     hidden, rows = 4 * width, 2 * tokens
     layer = expert_choice(width, hidden=hidden, experts=experts, capacity_factor=2).to(device, torch.bfloat16)
-    literal = Algorithm1(width, hidden=hidden, experts=experts, capacity=pool * 2 // experts).to(device, torch.bfloat16)
+    literal = Algorithm1(width, hidden=hidden, experts=experts, capacity=group_tokens * 2 // experts).to(
+        device, torch.bfloat16
+    )
     for module in (layer, literal):
         fill_on(module, seed=0)
-    x = torch.randn(tokens // pool, pool, width, device=device, dtype=torch.bfloat16, requires_grad=True)
+    x = torch.randn(
+        tokens // group_tokens, group_tokens, width, device=device, dtype=torch.bfloat16, requires_grad=True
+    )
     dispatched = torch.randn(experts, rows // experts, width, device=device, dtype=torch.bfloat16, requires_grad=True)
 
     def products() -> Tensor:
         return torch.bmm(F.gelu(torch.bmm(dispatched, layer.experts.up), approximate="tanh"), layer.experts.down)
 
     works = {
-        "layer": lambda: layer(x, pool=pool)[0].sum().backward(),
+        "layer": lambda: layer(x, group_tokens=group_tokens)[0].sum().backward(),
         "bmm": lambda: products().sum().backward(),
         "algorithm1": lambda: literal(x).sum().backward(),
     }
@@ -233,9 +221,12 @@ def main(arguments: list[str] | None = None) -> int:
         Bar(name="fullgraph against eager", value=results["fullgraph"], limit=1e-4, at_least=False),
     ]
     shapes = (
-        {name: throughput(device, width=w, experts=e, tokens=8192, pool=1024) for name, (w, e) in SHAPES.items()}
+        {
+            name: throughput(device, width=w, experts=e, tokens=8192, group_tokens=1024)
+            for name, (w, e) in SHAPES.items()
+        }
         if cuda
-        else {"small": throughput(device, width=64, experts=8, tokens=512, pool=256, repeat=3)}
+        else {"small": throughput(device, width=64, experts=8, tokens=512, group_tokens=256, repeat=3)}
     )
     for name, row in shapes.items():
         print(name, {k: round(v, 3) for k, v in row.items()})
@@ -250,7 +241,7 @@ def main(arguments: list[str] | None = None) -> int:
         return int(not all(bar.passed for bar in bars))
     return report(
         "gpu_check",
-        settings={"device": torch.cuda.get_device_name(), "tokens": 8192, "pool": 1024, "capacity_factor": 2},
+        settings={"device": torch.cuda.get_device_name(), "tokens": 8192, "group_tokens": 1024, "capacity_factor": 2},
         ratios={**results, **shapes},
         bars=bars,
     )

@@ -1,6 +1,6 @@
 """What the sparse layer is held against: the paper's Algorithm 1 taken literally, the bare products, and a dense layer.
 
-Legend: G pools, S tokens of a pool, D hidden width, E experts, C capacity.
+Legend: G routing groups, S tokens of a group, D hidden width, E experts, C capacity.
 """
 
 from __future__ import annotations
@@ -9,9 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ecdit_train.model.dispatchers.deterministic import DeterministicDispatcher
+from ecdit_train.model.dispatchers.index_add import IndexAddDispatcher
+from ecdit_train.model.experts.gelu import GeluExperts
 from ecdit_train.model.feed_forward import FeedForward
-from ecdit_train.model.moe import DeterministicDispatcher, Experts, LocalDispatcher, MoE
-from ecdit_train.model.router import ExpertChoiceRouter
+from ecdit_train.model.moe import MoE
+from ecdit_train.model.routers.expert_choice import ExpertChoice, ExpertChoiceRouter
 
 
 class Algorithm1(nn.Module):
@@ -40,9 +43,10 @@ def fill(module: nn.Module, *, seed: int) -> None:
 
 
 def expert_choice(width: int, *, hidden: int, experts: int, capacity_factor: float, deterministic: bool = False) -> MoE:
-    router = ExpertChoiceRouter(width, experts=experts, capacity_factor=capacity_factor)
-    dispatcher = DeterministicDispatcher() if deterministic else LocalDispatcher()
-    return MoE(router, Experts(width, hidden=hidden, experts=experts), dispatcher=dispatcher)
+    config = ExpertChoice(capacity_factor=capacity_factor)
+    router = ExpertChoiceRouter(width, num_experts=experts, config=config)
+    dispatcher = DeterministicDispatcher() if deterministic else IndexAddDispatcher()
+    return MoE(router, GeluExperts(width, hidden=hidden, num_experts=experts), dispatcher=dispatcher)
 
 
 def copy_weights(source: MoE, target: Algorithm1) -> None:
@@ -53,23 +57,23 @@ def copy_weights(source: MoE, target: Algorithm1) -> None:
             expert.down.weight.copy_(down.T)
 
 
-def check(*, experts: int, capacity_factor: int, pool: int, deterministic: bool) -> None:
+def check(*, experts: int, capacity_factor: int, group_tokens: int, deterministic: bool) -> None:
     """The layer is Algorithm 1 in fp64: values, and gradients of the tokens, the router and every expert. Experts,
-    capacity and pool are the benchmark's, the widths are small."""
+    capacity and group are the benchmark's, the widths are small."""
     width, hidden = 32, 48
     source = expert_choice(
         width, hidden=hidden, experts=experts, capacity_factor=capacity_factor, deterministic=deterministic
     ).to(torch.float64)
-    reference = Algorithm1(width, hidden=hidden, experts=experts, capacity=pool * capacity_factor // experts).to(
-        torch.float64
-    )
+    reference = Algorithm1(
+        width, hidden=hidden, experts=experts, capacity=group_tokens * capacity_factor // experts
+    ).to(torch.float64)
     fill(source, seed=0)
     copy_weights(source, reference)
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(2, pool, width, generator=generator, dtype=torch.float64)
+    x = torch.randn(2, group_tokens, width, generator=generator, dtype=torch.float64)
     weight = torch.randn(x.shape, generator=generator, dtype=torch.float64)
     a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
-    ours, theirs = source(a, pool=pool)[0], reference(b)
+    ours, theirs = source(a, group_tokens=group_tokens)[0], reference(b)
     (ours * weight).sum().backward()
     (theirs * weight).sum().backward()
 

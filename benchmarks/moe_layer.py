@@ -1,9 +1,8 @@
-"""The expert-choice layer against the bare batched product, Algorithm 1 taken literally and a dense layer of equal
-FLOPs.
+"""The expert-choice layer against the bare batched product, Algorithm 1 taken literally and a dense layer of equal FLOPs.
 
     python -m benchmarks.moe_layer [--rounds 5]
 
-T = 2048 tokens of width 384, f_c = 2, pools of 1024 tokens, forward and backward, E = 8 .. 64, fp32 and bf16. Every
+T = 2048 tokens of width 384, f_c = 2, routing groups of 1024 tokens, forward and backward, E = 8 .. 64, fp32 and bf16. Every
 variant is first checked against Algorithm 1 in fp64. The bars hold on one CPU thread; no GPU number is claimed.
 """
 
@@ -15,24 +14,25 @@ import sys
 import torch
 from torch import Tensor, nn
 
+from ecdit_train.model.dispatchers.deterministic import DeterministicDispatcher
 from ecdit_train.model.feed_forward import FeedForward
-from ecdit_train.model.moe import DeterministicDispatcher, MoE
+from ecdit_train.model.moe import MoE
 
 from .layers import Algorithm1, check, expert_choice, fill
 from .timing import Bar, Times, Work, interleave, report, settle
 
-TOKENS, WIDTH, HIDDEN, CAPACITY_FACTOR, POOL = 2048, 384, 1536, 2, 1024
+TOKENS, WIDTH, HIDDEN, CAPACITY_FACTOR, GROUP = 2048, 384, 1536, 2, 1024
 EXPERTS = (8, 16, 32, 64)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def work(module: nn.Module, x: Tensor, *, pool: int | None = None) -> Work:
+def work(module: nn.Module, x: Tensor, *, group_tokens: int | None = None) -> Work:
     """One forward and backward; gradients of the input and of every parameter are made anew and given back."""
     x = x.requires_grad_()
     grad = torch.ones_like(x)
 
     def run() -> None:
-        y = module(x) if pool is None else module(x, pool=pool)[0]
+        y = module(x) if group_tokens is None else module(x, group_tokens=group_tokens)[0]
         y.backward(grad)
         module.zero_grad(set_to_none=True)
         x.grad = None
@@ -42,7 +42,7 @@ def work(module: nn.Module, x: Tensor, *, pool: int | None = None) -> Work:
 
 def case(experts: int, dtype: torch.dtype) -> dict[str, Work]:
     """Variants at one E and type; those with stacked weights share them."""
-    capacity = POOL * CAPACITY_FACTOR // experts
+    capacity = GROUP * CAPACITY_FACTOR // experts
     literal = Algorithm1(WIDTH, hidden=HIDDEN, experts=experts, capacity=capacity)
     layer = expert_choice(WIDTH, hidden=HIDDEN, experts=experts, capacity_factor=CAPACITY_FACTOR)
     dense = FeedForward(WIDTH, hidden=HIDDEN)
@@ -53,11 +53,11 @@ def case(experts: int, dtype: torch.dtype) -> dict[str, Work]:
     rows = CAPACITY_FACTOR * TOKENS
     x = torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(9)).to(dtype)
     many = torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(9)).to(dtype)
-    pools = x.view(-1, POOL, WIDTH)
+    groups = x.view(-1, GROUP, WIDTH)
     return {
-        "layer": work(layer, pools.clone(), pool=POOL),
-        "deterministic": work(deterministic, pools.clone(), pool=POOL),
-        "algorithm1": work(literal, pools.clone()),
+        "layer": work(layer, groups.clone(), group_tokens=GROUP),
+        "deterministic": work(deterministic, groups.clone(), group_tokens=GROUP),
+        "algorithm1": work(literal, groups.clone()),
         "bmm": work(bare, many.view(experts, -1, WIDTH).clone()),
         "dense": work(dense, many.clone()),
     }
@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
     settle()
     for experts in EXPERTS:
         for deterministic in (False, True):
-            check(experts=experts, capacity_factor=CAPACITY_FACTOR, pool=POOL, deterministic=deterministic)
+            check(experts=experts, capacity_factor=CAPACITY_FACTOR, group_tokens=GROUP, deterministic=deterministic)
     print("the layer equals Algorithm 1 in fp64 with both dispatchers: values and all gradients")
     cases = {f"E={e} {name}": case(e, dtype) for e in EXPERTS for name, dtype in DTYPES.items()}
     ratios = {name: summarise(times) for name, times in interleave(cases, rounds=rounds).items()}
@@ -109,7 +109,7 @@ def main(arguments: list[str] | None = None) -> int:
         "width": WIDTH,
         "hidden": HIDDEN,
         "capacity_factor": CAPACITY_FACTOR,
-        "pool": POOL,
+        "group_tokens": GROUP,
         "rounds": rounds,
         "pass": "forward + backward",
     }

@@ -22,15 +22,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ecdit_train.build import Ranks, spread_model
 from ecdit_train.config.compose import compose
 from ecdit_train.config.schema import RunConfig
 from ecdit_train.diffusion.flow import Flow
+from ecdit_train.diffusion.microbatch import Microbatch, split
 from ecdit_train.parallel import runtime
-from ecdit_train.parallel.mesh import make_mesh
+from ecdit_train.parallel.context import ParallelContext, spread
 from ecdit_train.plan import estimate, to_json
-from ecdit_train.train.optim import make_optimizer
-from ecdit_train.train.step import Microbatch, split, train_step
+from ecdit_train.train.step import train_step
 
 from .timing import Bar, report, settle
 
@@ -48,12 +47,12 @@ STEPS = 3
 class Trained:
     """A model, its optimizer and this rank's share of a fixed batch; `turn` trains a few steps."""
 
-    def __init__(self, config: RunConfig, ranks: Ranks) -> None:
-        self.config, self.ranks = config, ranks
-        self.optimizer = make_optimizer(list(ranks.model.parameters()), config.optim)
+    def __init__(self, config: RunConfig, parallel: ParallelContext) -> None:
+        self.config, self.parallel = config, parallel
+        self.optimizer = config.optim.optimizer.build(dict(parallel.model.named_parameters()), lr=1e-4)
         B, text, side = config.train.global_batch, config.encoders.text, config.latent_side
-        g = torch.Generator().manual_seed(0)
-        mine = slice(ranks.mesh.dp_rank * B // ranks.mesh.dp_size, (ranks.mesh.dp_rank + 1) * B // ranks.mesh.dp_size)
+        g, mesh = torch.Generator().manual_seed(0), parallel.mesh
+        mine = slice(mesh.dp_rank * B // mesh.dp_size, (mesh.dp_rank + 1) * B // mesh.dp_size)
         self.batch = Microbatch(
             position_B=torch.arange(B)[mine],
             latents_BCHW=torch.randn(B, 3, side, side, generator=g)[mine],
@@ -68,13 +67,9 @@ class Trained:
         c = self.config
         for _ in range(steps):
             train_step(
-                list(split(self.batch, size=c.train.microbatch)), model=self.ranks.model, optimizer=self.optimizer, lr=1e-4,
-                max_norm=1.0, flow=self.flow, pool=c.pool_tokens, patch=c.model.patch, spread=self.ranks, after=lambda: None,
+                list(split(self.batch, size=c.train.microbatch)), parallel=self.parallel, optimizer=self.optimizer,
+                lr=1e-4, max_norm=1.0, flow=self.flow, group_tokens=c.group_tokens, after=lambda: None,
             )  # fmt: skip
-
-
-def spread(config: RunConfig, here: runtime.Runtime) -> Ranks:
-    return spread_model(config, here, mesh=make_mesh(config.parallel, device_type="cpu", world=here.world))
 
 
 class ExchangedBytes:

@@ -1,5 +1,4 @@
-"""All benchmarks, one after the other: `python -m benchmarks.run` (about four minutes). Exit code 1 when a bar is
-missed."""
+"""All benchmarks, one after the other: `python -m benchmarks.run` (about four minutes). Exit code 1 if a bar is missed."""
 
 from __future__ import annotations
 

@@ -62,8 +62,7 @@ class Times:
 
 
 def interleave(cases: dict[str, dict[str, Work]], *, rounds: int, seed: int = 0) -> dict[str, Times]:
-    """Times every variant of every case once per round: cases in shuffled order, variants shuffled within their
-    case."""
+    """Times every variant of every case once per round: cases in shuffled order, variants shuffled within each."""
     shuffle = random.Random(seed).shuffle
     times: dict[str, Times] = {case: Times(seconds={v: [] for v in variants}) for case, variants in cases.items()}
     for number in range(-1, rounds):  # round -1 warms up

@@ -4,8 +4,7 @@ The unit of work is one output shard: `x.tar.part-*` -> rename to `x.tar` -> `x.
 done record names the same parameters and whose files have the recorded sizes is skipped; anything else is written
 again from the start. The manifest comes last. Bytes are deterministic: ustar, members in one order (payload first),
 no times, no owners. The standard library's `tarfile` writes them: webdataset's writer sorts members by suffix, which
-puts json before the pixels, and importing it imports torch. `webdataset` reads the result like any other
-(tested).
+puts json before the pixels, and importing it imports torch. `webdataset` reads the result like any other (tested).
 """
 
 from __future__ import annotations
@@ -25,10 +24,9 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from data_pipeline.commit import commit, temporary_sibling, write_committed
-from data_pipeline.errors import BadMember, BadSplit, DataError, WrongView
+from data_pipeline.errors import BadMember, BadSplit, WrongView
 from data_pipeline.index import build_index, index_bytes, index_path, write_index
 from data_pipeline.manifest import MANIFEST, Shard, View, describe, read_manifest, write_manifest
-from data_pipeline.shapes import ShapesSpec, shape_sample
 from data_pipeline.tar import split_name
 
 ImageFormat = Literal["png", "jpg", "npy"]
@@ -93,28 +91,6 @@ def write_shards(
     return write_manifest(folder, shards=shards, meta=meta)
 
 
-def make_shapes(
-    folder: Path | str, *, count: int, resolution: int = 32, seed: int = 0, mix: Mapping[str, float] | None = None,
-    scale: tuple[float, float] = (0.2, 0.35), split: Literal["train", "heldout", "all"] = "train",
-    samples_per_shard: int = 1000, image_format: ImageFormat = "png", workers: int = 1,
-) -> View:  # fmt: skip
-    """Write the procedural shapes set: image, caption (txt) and GenEval metadata (json, with `caption`) per sample.
-
-    Raises:
-        DataError: parameters outside the rules of `ShapesSpec`; see also `write_shards`.
-    """
-    settings: dict[str, Any] = {"resolution": resolution, "scale": tuple(scale), "split": split}
-    spec = ShapesSpec(**settings) if mix is None else ShapesSpec(mix=dict(mix), **settings)
-    if image_format not in ("png", "jpg", "npy"):
-        raise DataError(f"image_format = {image_format!r}: must be png, jpg or npy")
-    samples = _ShapesSamples(spec=spec, seed=seed, count=count, image_format=image_format)
-    params = {"made_by": "make_shapes", "version": 1, "seed": seed, "image_format": image_format, **asdict(spec)}
-    params["scale"] = list(spec.scale)
-    return write_shards(
-        samples, folder, samples_per_shard=samples_per_shard, name="shapes", params=params, workers=workers
-    )
-
-
 def encode_image(image: np.ndarray, *, image_format: ImageFormat) -> bytes:
     """uint8 (H, W, 3) RGB to file bytes; png and npy are exact."""
     if image_format == "npy":
@@ -130,28 +106,6 @@ def encode_image(image: np.ndarray, *, image_format: ImageFormat) -> bytes:
     done, png = cv2.imencode(".png", image[:, :, ::-1])
     assert done
     return png.tobytes()
-
-
-@dataclass(frozen=True, kw_only=True)
-class _ShapesSamples:
-    """Samples that are drawn when asked for."""
-
-    spec: ShapesSpec
-    seed: int
-    count: int
-    image_format: ImageFormat
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int, /) -> RawMembers:
-        sample = shape_sample(index, spec=self.spec, seed=self.seed)
-        members = {
-            self.image_format: encode_image(sample.image, image_format=self.image_format),
-            "txt": sample.caption.encode(),
-            "json": json.dumps({**sample.metadata, "caption": sample.caption}, sort_keys=True).encode(),
-        }
-        return RawMembers(key=f"{index:08d}", members=members)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -79,7 +79,7 @@ def forms(kind: type) -> str:
 
 def types(kind: type) -> dict[str, Any]:
     """Name -> type of a verb's words."""
-    from data_pipeline.shapes_prompts import TASKS
+    from data_pipeline.shapes.prompts import TASKS
 
     return get_type_hints(kind, localns={"Task": Literal[TASKS]})
 

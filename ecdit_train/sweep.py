@@ -77,8 +77,9 @@ class Sweep:
         checked = check_each(
             words, compose.expand(words, config_dir=config_dir), world=self.world, config_dir=config_dir
         )
-        jobs = [bare(job) for job in compose.expand(
-            compose.for_hydra(words, config_dir=config_dir), config_dir=config_dir)]
+        jobs = [
+            bare(job) for job in compose.expand(compose.for_hydra(words, config_dir=config_dir), config_dir=config_dir)
+        ]
         self.fixed = set.intersection(*map(set, jobs))
         self.folder = Path(last_value(words, DIRECTORY) or default_folder([c.config for c in checked]))
         self._earlier = comparison.read_sweep(self.folder)["jobs"] if (self.folder / SWEEP_FILE).exists() else []
@@ -121,7 +122,9 @@ class Sweep:
             job.exit_code = 0
         else:
             print(f"{number}: {job.run}", flush=True)
-            ended = run_command([*self.before, "train", *self.options, *job.words, *self._searchpath(), f"run={quoted(str(job.run))}"])
+            ended = run_command(
+                [*self.before, "train", *self.options, *job.words, *self._searchpath(), f"run={quoted(str(job.run))}"]
+            )
             job.exit_code, self.stopped = ended.code, ended.stopped
             if ended.code:
                 print(f"{number}: ended with exit code {ended.code}", file=sys.stderr, flush=True)
@@ -181,7 +184,9 @@ class Sweep:
         lines += [f"exit code {j.exit_code}: {' '.join(j.label)}, {j.run}" for j in failed]
         unfinished = [j for j in self.jobs if j.exit_code in (None, errors.EXIT_REQUEUE)]
         if failed or unfinished:
-            lines.append(f"{len(failed)} failed, {len(unfinished)} not finished; the same command goes on if it also says")
+            lines.append(
+                f"{len(failed)} failed, {len(unfinished)} not finished; the same command goes on if it also says"
+            )
             lines.append(f"  {DIRECTORY}={_word_value(str(self.folder))}")
         return "\n".join(lines)
 

@@ -279,8 +279,8 @@ def compare(args: argparse.Namespace) -> int:
 
 
 def data_shapes(args: argparse.Namespace) -> int:
-    from data_pipeline.prepare import make_shapes
-    from data_pipeline.shapes_prompts import TASKS
+    from data_pipeline.shapes.make import make_shapes
+    from data_pipeline.shapes.prompts import TASKS
 
     asked = arguments.read(arguments.Shapes, args.words, alone=True).build(arguments.Shapes)
     made = make_shapes(

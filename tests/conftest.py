@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.prepare import make_shapes
+from data_pipeline.shapes.make import make_shapes
 
 # Tensors here are tiny: threads only wait for each other, and sums would depend on how many there are.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

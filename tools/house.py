@@ -45,7 +45,7 @@ VENDORS: dict[str, tuple[str, ...]] = {
     "hydra": ("ecdit_train/config/compose.py", "ecdit_train/config/overrides.py"),
     "omegaconf": ("ecdit_train/config/compose.py", "ecdit_train/observe/report.py"),
     "yaml": ("ecdit_train/config/compose.py", "ecdit_train/config/validate.py"),
-    "scipy": ("data_pipeline/shapes_grader.py",),
+    "scipy": ("data_pipeline/shapes/grader.py",),
     # A codec is two halves: what is read in training, and what is written when shards are made.
     "simplejpeg": ("data_pipeline/decode.py", "data_pipeline/prepare.py"),
     "cv2": ("data_pipeline/decode.py", "data_pipeline/prepare.py"),

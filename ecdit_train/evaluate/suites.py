@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.shapes import ShapesSpec, shape_sample
-from data_pipeline.shapes_grader import grade
-from data_pipeline.shapes_prompts import TASKS, Split, all_prompts
+from data_pipeline.shapes.draw import ShapesSpec, shape_sample
+from data_pipeline.shapes.grader import grade
+from data_pipeline.shapes.prompts import TASKS, Split, all_prompts
 from ecdit_train.errors import ConfigError, Problem
 
 from .shapes import Grader

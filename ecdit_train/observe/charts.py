@@ -1,5 +1,5 @@
-"""Curves of the log, and line charts of them as inline SVG: sharp at any size, a few kilobytes each, with a readout
-under the pointer."""
+"""Curves of the log, and line charts of them as inline SVG: sharp at any size, a few kilobytes each, with a
+readout under the pointer."""
 
 from __future__ import annotations
 

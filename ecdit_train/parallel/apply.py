@@ -39,8 +39,14 @@ def parallelize(model: DiT, *, mesh: Mesh, parallel: ParallelConfig, precision: 
         ensure_group(mesh.device_type)
         mesh.build()
         apply_fsdp(model, mesh=mesh, precision=precision, reshard_after_forward=parallel.reshard_after_forward)
+    parameters = {name for name, _ in model.named_parameters()}
     whole = {
-        name: ParamPlacement(global_shape=shape, replicas=mesh.tp_size, first_replica=mesh.tp_rank == 0)
+        name: ParamPlacement(
+            global_shape=shape,
+            # FSDP shards parameters; buffers are whole on every rank.
+            replicas=mesh.tp_size if name in parameters else mesh.world,
+            first_replica=(mesh.tp_rank if name in parameters else mesh.rank) == 0,
+        )
         for name, shape in shapes.items()
         if name not in split
     }

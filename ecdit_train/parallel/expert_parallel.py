@@ -264,9 +264,12 @@ def apply_expert_parallel(model: DiT, *, mesh: Mesh, overlap_chunks: int) -> dic
         if chunks == 1:
             _vendor()  # collective setup belongs here, not in the middle of the first forward pass
     for path, moe in sparse_layers(model).items():
-        for name, tensor in (*moe.experts.named_parameters(), *moe.experts.named_buffers()):
+        here = {"dim": 0, "index": mesh.ep_rank, "count": mesh.ep_size, "kind": "expert"}
+        for name, tensor in moe.experts.named_parameters():
+            placements[f"{path}.experts.{name}"] = ParamPlacement(global_shape=tuple(tensor.shape), **here)
+        for name, tensor in moe.experts.named_buffers():  # whole on each of the ranks that hold these experts
             placements[f"{path}.experts.{name}"] = ParamPlacement(
-                global_shape=tuple(tensor.shape), dim=0, index=mesh.ep_rank, count=mesh.ep_size, kind="expert"
+                global_shape=tuple(tensor.shape), replicas=mesh.edp_size, first_replica=mesh.edp_rank == 0, **here
             )
         if mesh.ep_size > 1:
             moe.experts.shard(index=mesh.ep_rank, count=mesh.ep_size)

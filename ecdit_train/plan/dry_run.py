@@ -136,8 +136,8 @@ class DryRun:
 
 
 def dry_run(cfg: RunConfig, *, world: int) -> DryRun:
-    """Run one microbatch of `cfg` on rank 0 of `world` fake ranks. Blocks run in eager mode whatever
-    `parallel.compile` says.
+    """Run one microbatch of `cfg` on rank 0 of `world` fake ranks. Blocks run in eager
+    mode whatever `parallel.compile` says.
 
     Raises:
         ConfigError: the layout does not fit `world`, or `world` is 1 (nothing is parallel then).

@@ -1,8 +1,8 @@
 """Floating point operations of one optimizer step, by part. A product of (m, k) and (k, n) counts 2 m k n.
 
-Model FLOPs are forward + 2 x backward of everything trained; MFU counts nothing else. Recomputation and the frozen
-encoders come on top and are kept apart. With T image tokens and L text tokens, forward, per layer of width d (h, k
-heads of 64):
+Model FLOPs are forward + 2 x backward of everything trained; MFU counts nothing else. Recomputation and the
+frozen encoders come on top and are kept apart. With T image tokens and L text tokens, forward, per layer of width
+d (h, k heads of 64):
 
     self-attention    2 T (2 d 64h + 2 d 64k) + 4 T S 64h         S: tokens of an image after masking
     cross-attention   2 T 2 d 64h + 2 L 2 Y 64h + 4 T l 64h       Y: text width, l: text tokens of an image

@@ -172,8 +172,8 @@ def activations(cfg: RunConfig, layout: Layout) -> Activations:
 
 
 def block_units(cfg: RunConfig, *, tp: int) -> tuple[float, float, float]:
-    """Kept rows of width d per token: every block, dense feed-forward, sparse feed-forward without its router (see the
-    module's table)."""
+    """Kept rows of width d per token: every block, dense feed-forward, sparse feed-forward without its router
+    (see the module's table)."""
     m = cfg.model
     kv = 2 * max(m.kv_heads / tp, 1.0) / m.heads
     text = 2 * slots.text_tokens(cfg) / cfg.tokens_per_image

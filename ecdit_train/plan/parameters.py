@@ -56,8 +56,8 @@ class Parameters:
 
     @property
     def activated(self) -> int:
-        """Total minus the experts beyond f_c: every sparse layer counts capacity_factor feed-forwards (paper, Table
-        1)."""
+        """Total minus the experts beyond f_c: every sparse layer counts capacity_factor
+        feed-forwards (paper, Table 1)."""
         return round(self.total - self.by_part["experts"] + self.active_experts)
 
 
@@ -164,8 +164,8 @@ class Table1:
 
 
 def table1(cfg: RunConfig, parameters: Parameters) -> Table1 | None:
-    """The row of Table 1 that this network is, or None. Token-choice baselines have no row, though their sizes are
-    the same."""
+    """The row of Table 1 that this network is, or None. Token-choice baselines have no row, though their
+    sizes are the same."""
     m, experts = cfg.model, slots.table1_experts(cfg)
     name = SHAPES.get((m.layers, m.width, m.heads, m.kv_heads))
     printed = PRINTED.get((name, experts)) if name and experts is not None else None

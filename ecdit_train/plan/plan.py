@@ -15,8 +15,8 @@ from .memory import MASTER
 from .parameters import Parameters, Table1, table1
 
 FEW_ROWS = 512
-"""Rows per expert and GPU below which batched products lose efficiency on an H100 (facts: 360 instead of 559
-TFLOP/s)."""
+"""Rows per expert and GPU below which batched products lose efficiency on an H100 (facts: 360
+instead of 559 TFLOP/s)."""
 
 
 @dataclass(frozen=True, kw_only=True)

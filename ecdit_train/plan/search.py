@@ -1,5 +1,5 @@
-"""Search for a layout: every (tp, ep, replicas, checkpointing, microbatch, chunks) that divides, priced by the same
-formulas."""
+"""Search for a layout: every (tp, ep, replicas, checkpointing, microbatch, chunks) that divides, priced
+by the same formulas."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ HEADROOM = 0.92
 
 
 def best(cfg: RunConfig, parameters: Parameters, *, world: int) -> Cost | None:
-    """The fastest layout that fits with headroom on `world` ranks; of equally fast ones the simplest. None if none
-    fits."""
+    """The fastest layout that fits with headroom on `world` ranks; of equally fast ones the simplest.
+    None if none fits."""
     priced = (
         cost(cfg, parameters, layout) for layout in candidates(cfg, world=world) if _has_room(cfg, parameters, layout)
     )

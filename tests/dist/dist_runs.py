@@ -55,7 +55,10 @@ class Life:
 
 
 def configure(here: Any, run: Path, shards: Path, *extra: str) -> RunConfig:
-    config = compose(words(run, shards, *TWO_HEADS, *extra), local=False)
+    """`--config-dir=DIR` may be among the words."""
+    folder = next((w.partition("=")[2] for w in extra if w.startswith("--config-dir=")), None)
+    given = [w for w in extra if not w.startswith("--")]
+    config = compose(words(run, shards, *TWO_HEADS, *given), local=False, config_dir=folder)
     validate(config, world=here.world)
     return config
 

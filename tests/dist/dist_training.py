@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from dist_runs import Layout, Life, live, same, shards_of
+from dist_runs import Layout, Life, copy_checkpoints, live, same, shards_of
 
 from ecdit_train.errors import NonFiniteError
 from ecdit_train.train.trainer import Trainer
@@ -37,6 +37,17 @@ def interrupted(here: Any, folder: Path, shards: Path, variants: dict[str, tuple
         whole = live(here, folder / name / "whole", shards, extra)
         parts = [live(here, folder / name / "parts", shards, extra, stop_after=stop) for stop in (1, 5, None)]
         out[name] = [whole, *parts]
+    return out
+
+
+def resumed_elsewhere(here: Any, run: Path, shards: Path, layouts: dict[str, Layout], extra: tuple[str, ...]
+                      ) -> dict[str, dict[str, str]]:  # fmt: skip
+    """Digests of the whole tensors that each layout loads from the run's newest checkpoint."""
+    out = {}
+    for name, layout in layouts.items():
+        copy = run.parent / f"{run.name}-on-{name}-of-{here.world}"
+        copy_checkpoints(here, run, copy)
+        out[name] = live(here, copy, shards, (*extra, *layout.words)).loaded
     return out
 
 

@@ -277,7 +277,7 @@ def test_bad_shards_on_resume_change_nothing(fault, trained, tiny_shards, tmp_pa
 
 def test_other_shards_than_the_run_began_with(trained, tiny_shards, tmp_path, capsys):
     """A copy of the same data elsewhere is fine, another data set is not."""
-    from data_pipeline.prepare import make_shapes
+    from data_pipeline.shapes.make import make_shapes
 
     run = Path(shutil.copytree(trained, tmp_path / "run"))
     make_shapes(tmp_path / "other", count=200, resolution=16, seed=4, samples_per_shard=40)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.manifest import View, open_view
-from data_pipeline.prepare import make_shapes
+from data_pipeline.shapes.make import make_shapes
 
 
 @pytest.fixture(scope="session")

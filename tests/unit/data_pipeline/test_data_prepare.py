@@ -12,8 +12,9 @@ from data_pipeline.decode import decode_image
 from data_pipeline.errors import BadMember, BadSplit, DataError, Where, WrongView
 from data_pipeline.loader import StreamingLoader
 from data_pipeline.manifest import index_folder, open_view, verify
-from data_pipeline.prepare import RawMembers, encode_image, make_shapes, write_shards
-from data_pipeline.shapes import ShapesSpec, shape_sample
+from data_pipeline.prepare import RawMembers, encode_image, write_shards
+from data_pipeline.shapes.draw import ShapesSpec, shape_sample
+from data_pipeline.shapes.make import make_shapes
 
 SMALL = {"count": 25, "resolution": 16, "seed": 1, "samples_per_shard": 10}
 
@@ -50,7 +51,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(
 
     folder = tmp_path / "killed"
     with monkeypatch.context() as patch:
-        patch.setattr("data_pipeline.prepare.shape_sample", killed)
+        patch.setattr("data_pipeline.shapes.make.shape_sample", killed)
         with pytest.raises(KeyboardInterrupt):
             make_shapes(folder, **SMALL)  # type: ignore[arg-type]
     assert "shapes-000000.tar" in content(folder)
@@ -149,7 +150,7 @@ def test_refusals(tmp_path: Path) -> None:
 def test_the_room_stands_alone() -> None:
     """No torch, no trainer; image libraries come with the first image."""
     code = (
-        "import sys, data_pipeline.loader, data_pipeline.prepare, data_pipeline.shapes_grader\n"
+        "import sys, data_pipeline.loader, data_pipeline.prepare, data_pipeline.shapes.grader\n"
         "bad = {'torch', 'ecdit_train', 'launch', 'cv2', 'PIL', 'simplejpeg', 'webdataset'} & set(sys.modules)\n"
         "sys.exit(', '.join(bad) or 0)"
     )

@@ -65,7 +65,9 @@ def test_shapes_and_maps(pipeline, trained, scope):
 def test_a_batch_is_rounded_to_whole_pools(pipeline, trained, images, batch):
     """Down, but to one pool at least: 3 pictures in flight are one pool of 2, then the rest."""
     how = replace(trained.sample, scope="group", group_size=16 * images)
-    rows, hook = [], pipeline.parallel.model.register_forward_hook(lambda *a: rows.append(a[2].patches_BKP.shape[0] // 2))
+    rows: list[int] = []
+    seen = lambda *a: rows.append(a[2].patches_BKP.shape[0] // 2)  # noqa: E731
+    hook = pipeline.parallel.model.register_forward_hook(seen)
     try:
         pictures = pipeline.draw([*PROMPTS, *PROMPTS], how=replace(how, guidance=2.0), step=8, batch=batch)
     finally:
@@ -128,7 +130,7 @@ def test_raw_and_averaged_weights(trained):
 
 def test_a_perfect_painter_scores_one_and_a_blind_one_by_chance():
     suite = shapes_suite(resolution=32, tasks=["colors"], repeat=1, split="all")
-    from data_pipeline.shapes import ShapesSpec, shape_sample
+    from data_pipeline.shapes.draw import ShapesSpec, shape_sample
 
     spec, true = ShapesSpec(resolution=32, mix={"colors": 1.0}, split="all"), {}
     for i in range(3000):

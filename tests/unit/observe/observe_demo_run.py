@@ -1,6 +1,6 @@
 """A run folder as a short training run leaves it, made up in a second: for tests, and for looking at the report.
 
-python tests/unit/observe/observe_demo_run.py /tmp/observe_demo
+PYTHONPATH=tests python tests/unit/observe/observe_demo_run.py /tmp/observe_demo
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""Memory: an independent estimate under its own assumptions, and the rules of the
-parts."""
+"""Memory: an independent estimate under its own assumptions, and the rules of the parts."""
 
 from __future__ import annotations
 
@@ -29,9 +28,9 @@ def of(cfg, world):
     ],
 )
 def test_state_at_18_bytes_per_parameter(cfg_of, name, world, total, per_gpu):
-    """18 = bf16 parameter 2, fp32 master 4, mean square 4, momentum 4, fp32 gradient 4. Ours has no resident bf16
-    copy and an average of 4: 20 bytes, all sharded. The table's XL row counts a slightly larger network than Table
-    1's 1.80B."""
+    """18 = bf16 parameter 2, fp32 master 4, mean square 4, momentum 4, fp32 gradient 4. Ours has no resident
+    bf16 copy and an average of 4: 20 bytes, all sharded. The table's XL row counts a slightly larger network
+    than Table 1's 1.80B."""
     cfg = cfg_of(name)
     at, counted, m = of(cfg, world)
     assert 18 * counted.network / GB == pytest.approx(total, rel=0.03)

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
-from data_pipeline.shapes import BACKGROUND, MIN_SIZE, Box, coverage, relations
-from data_pipeline.shapes_prompts import COLORS, SHAPES
+from data_pipeline.shapes.draw import BACKGROUND, MIN_SIZE, Box, coverage, relations
+from data_pipeline.shapes.prompts import COLORS, SHAPES
 
 FOREGROUND_DISTANCE = 55.0
 PALETTE_DISTANCE = 70.0
@@ -75,7 +75,7 @@ def grade(image: np.ndarray, metadata: Mapping[str, Any], *, strict: bool = Fals
 
     Args:
         image: uint8 (H, W, 3).
-        metadata: GenEval's schema, see `shapes_prompts`.
+        metadata: GenEval's schema, see `prompts`.
     """
     objects = detect(image)
     reasons: list[str] = []

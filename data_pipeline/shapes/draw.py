@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.errors import DataError
-from data_pipeline.shapes_prompts import COLORS, TASKS, Prompt, Split, draw_prompt
+from data_pipeline.shapes.prompts import COLORS, TASKS, Prompt, Split, draw_prompt
 
 BACKGROUND = (88, 88, 88)
 MIN_RESOLUTION = 16
