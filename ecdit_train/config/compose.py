@@ -70,7 +70,7 @@ def open_app(words: Sequence[str] = (), *, config_dir: str | Path | None = None)
 
 def groups(*, config_dir: str | Path | None = None) -> Mapping[str, tuple[str, ...]]:
     """Hydra group -> its choices, sorted; `/` between the levels of nested groups."""
-    return open_app(config_dir=config_dir).groups()
+    return open_app(config_dir=config_dir).groups
 
 
 # --- from words --------------------------------------------------------------------------------------------------------
@@ -123,7 +123,7 @@ def _configure(
     overrides: Sequence[str], *, config_dir: str | Path | None, local: bool = True, rules: Rules | None = None
 ) -> Overridden:
     app = open_app(overrides, config_dir=config_dir)
-    off = [] if local or "local" not in app.groups() else ["~local"]
+    off = [] if local or "local" not in app.groups else ["~local"]
     return _Reader(app=app, start=partial(_compose_choices, app, off), config_dir=config_dir, rules=rules).read(overrides)
 
 
@@ -194,7 +194,7 @@ class _Reader:
             raise ConfigError(sorted(error.problems, key=lambda p: place.get(p.field, len(words)))) from error
 
     def _read(self, words: Sequence[str], *, rounds: int) -> Overridden:
-        ledger, groups, found = Ledger(words=list(words)), self.app.groups(), split(words)
+        ledger, groups, found = Ledger(words=list(words)), self.app.groups, split(words)
         own = choosing.read_hydra([w for w in found if choosing.is_hydra_word(w)], ledger, app=self.app)
         rest = [w for w in found if not choosing.is_hydra_word(w)]
         choosers = [w for w in rest if choosing.is_group_word(w, groups)]
@@ -247,16 +247,20 @@ class _Reader:
             return "--config-dir DIR says it"
         parts = key.split(".")
         for group in ("/".join(parts[:n]) for n in range(len(parts) - 1, 0, -1)):
+            found = False
             for choice in groups.get(group, ()):
                 if not self.app.has_keys_of_its_own(f"{group}/{choice}"):
                     continue
                 words = [text for target, (_, text) in choices.items() if target != group]
                 try:
                     tree = plain_tree(self.app.compose([*words, f"{group}={choice}"]))
-                    if key in key_types(tree):
-                        return f"{group}={choice} has it"
-                except (*BROKEN, ConfigError):
-                    continue
+                except BROKEN:
+                    continue  # a nested group that has no place here: one level up then
+                found = True
+                if key in key_types(tree):
+                    return f"{group}={choice} has it"
+            if found:
+                break
         return None
 
 
@@ -355,7 +359,7 @@ def expand(overrides: Sequence[str], *, config_dir: str | Path | None = None) ->
 
 def for_hydra(overrides: Sequence[str], *, config_dir: str | Path | None = None) -> list[str]:
     """Checked words as Hydra itself is to get them; it refuses `group=null` and keys that a slot leaves to its default."""
-    known = open_app(overrides, config_dir=config_dir).groups()
+    known = open_app(overrides, config_dir=config_dir).groups
     words = []
     for word in split(overrides):
         assert word.parsed is not None

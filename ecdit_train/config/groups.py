@@ -81,7 +81,7 @@ def _read_choice(word: Word, ledger: Ledger, *, choices: Sequence[str], sections
         if optional:
             return word.text if parsed.is_delete() else f"~{group}"  # Hydra's way to say null
         rule = f"is a section that every run needs; choose one of {', '.join(choices)}"
-        ledger.wrong(word, rule=rule, value=word.value_text or None)
+        ledger.wrong(word, rule=rule, value=plain(parsed))
         return None
     if parsed is not None and parsed.type is OverrideType.FORCE_ADD:
         better = f"{group}={word.value_text}"

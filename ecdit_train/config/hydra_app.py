@@ -10,11 +10,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from hydra import version
 from hydra._internal.config_loader_impl import ConfigLoaderImpl, get_overrides_dirname
+from hydra._internal.config_repository import IConfigRepository
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
@@ -51,7 +53,8 @@ class HydraApp:
         self._searchpath = [searchpath] if searchpath else []
         self._hydra = Hydra(task_name="ecdit", config_loader=self.loader)
 
-    def groups(self) -> dict[str, tuple[str, ...]]:
+    @cached_property
+    def groups(self) -> Mapping[str, tuple[str, ...]]:
         """Group, `/` between levels -> its choices, sorted."""
         found: dict[str, tuple[str, ...]] = {}
 
@@ -69,7 +72,12 @@ class HydraApp:
         return dict(sorted(found.items()))
 
     def _options(self, group: str, kind: ObjectType) -> list[str]:
-        return self.loader.get_group_options(group, kind, overrides=self._searchpath)
+        return self._repository.get_group_options(group, kind)
+
+    @cached_property
+    def _repository(self) -> IConfigRepository:
+        """What `ConfigLoader.get_group_options` makes anew for every question."""
+        return self.loader._parse_overrides_and_create_caching_repo(None, self._searchpath)[1]
 
     def choices(self, group: str) -> tuple[str, ...]:
         """Choices of one group, of Hydra's own too (`hydra/launcher`)."""
@@ -77,12 +85,12 @@ class HydraApp:
 
     def has_keys_of_its_own(self, path: str) -> bool:
         """Whether the file `group/choice` names a class, or takes in files that may: its keys are then its own."""
-        result = self.loader.repository.load_config(config_path=path)
+        result = self._repository.load_config(config_path=path)
         return result is not None and (bool(result.defaults_list) or "_target_" in result.config)
 
     def file(self, path: str) -> DictConfig:
         """What the file `group/choice` itself says, its defaults list left out."""
-        result = self.loader.repository.load_config(config_path=path)
+        result = self._repository.load_config(config_path=path)
         assert result is not None, f"{path} was listed"
         return result.config
 

@@ -48,7 +48,8 @@ def closest_key(key: str, keys: Sequence[str], *, cutoff: float = 0.65) -> str |
     def score(candidate: str) -> float:
         candidate_head, _, candidate_last = candidate.rpartition(".")
         tail = similarity(last, candidate_last)
-        section = similarity(head, candidate_head) if head else 0.5  # no section typed: none is wrong
+        # Where no section was typed, none is wrong, and a key or group that needs none is the likelier.
+        section = similarity(head, candidate_head) if head else 0.5 if candidate_head else 1.0
         exact = 0.85 + 0.1 * section if last == candidate_last else 0.0  # the right name in the wrong section
         return max(0.7 * tail + 0.3 * section, exact)
 
