@@ -205,8 +205,7 @@ def _choices(group: str, *, sentence: bool = True) -> str:
     from ecdit_train.config.compose import conf_folder, groups
 
     rows = [[f"`{group}={name}`", _headline(conf_folder() / group / f"{name}.yaml")] for name in groups()[group]]
-    lead = f"Choices of the whole group `{group}`:\n\n" if sentence else ""
-    return lead + table(["choice", "what it is"], rows)
+    return (f"Choices of the whole group `{group}`:\n\n" if sentence else "") + table(["choice", "what it is"], rows)
 
 
 def _headline(file: Path) -> str:
