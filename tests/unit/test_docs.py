@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from ecdit_train import arguments, cli
+from ecdit_train import arguments, cli, verbs
 from ecdit_train.config import compat, compose, validate
 from ecdit_train.errors import EcditError
 
@@ -164,22 +164,13 @@ def test_there_are_commands_to_check():
     assert verbs >= {"train", "resume", "sample", "evaluate", "report", "plan", "launch", "data", "checkpoint"}
 
 
-class _WordsRead(Exception):  # noqa: N818
-    """A verb has read its own words; what follows would cost time."""
-
-
 @pytest.fixture
 def words_only(monkeypatch, tmp_path):
-    """Verbs with KEY=VALUE words read and check them, and go no further."""
-    read = arguments.read
-
-    def stop(*args, **kwargs):
-        read(*args, **kwargs)
-        raise _WordsRead
-
-    monkeypatch.setattr(arguments, "read", stop)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts.txt").write_text("a photo of a red circle\n")
+
+
+REQUESTS = {"sample": arguments.Sample, "evaluate": arguments.Evaluate, "data_shapes": arguments.Shapes}
 
 
 def check_command(line: str) -> None:
@@ -189,23 +180,21 @@ def check_command(line: str) -> None:
         with pytest.raises(SystemExit, match="0"):
             cli.make_parser().parse_args(words)
         return
-    args = cli.make_parser().parse_args(words)
+    args, rest = cli.make_parser().parse_known_args(words)
     name = args.verb.__name__
-    if name in ("sample", "evaluate", "data_shapes"):
-        with pytest.raises(_WordsRead):
-            args.verb(args)
-        sampling = [f"sample.{word}" for word in args.words if word.partition("=")[0] in arguments.SAMPLING]
-        if name != "data_shapes":
-            validate.validate(compose.override(shapes(), sampling).config)
+    if name in REQUESTS:
+        request = arguments.read(REQUESTS[name], args.words, alone=name == "data_shapes")
+        request.build(REQUESTS[name])
+        compose.override(shapes(), request.rest, sections=verbs.DRAWN_WITH)
     elif name == "resume":
-        changed = compose.override(shapes(), args.overrides)
+        changed = compose.override(shapes(), args.overrides, world=args.nproc)
         compat.check_resume(shapes(), changed.config, allow=changed.explicit)
-        validate.validate(changed.config, world=args.nproc)
     elif hasattr(args, "overrides"):
-        config = compose.compose(args.overrides, local=False)
-        gpus = config.cluster.nodes * config.cluster.gpus_per_node
-        world = {"train": args.nproc, "launch": gpus, "plan": getattr(args, "world", None) or gpus}.get(name)
-        validate.validate(config, world=world)
+        world = {"train": args.nproc, "launch": compose.cluster_world}.get(name)
+        if name == "plan":
+            world = args.world or compose.cluster_world
+        for job in compose.expand([*args.overrides, *rest]) if getattr(args, "multirun", False) else [[*args.overrides, *rest]]:
+            compose.configure(job, world=world)
 
 
 @functools.cache
@@ -223,9 +212,9 @@ WRONG = (
     "ecdit train experiment=shapes_tiny train.step=3",
     "ecdit train experiment=no_such",
     "ecdit --nproc 3 train experiment=shapes_tiny",
-    "ecdit resume runs/demo moe.experts=16",
+    "ecdit resume runs/demo moe.num_experts=16",
     "ecdit sample run=runs/demo prompt=x",
-    "ecdit sample run=runs/demo prompts=x steps=many",
+    "ecdit sample run=runs/demo prompts=x sample.steps=many",
     "ecdit launch experiment=ec_dit_xl_8e cluster.nodes=3",
     "ecdit fly",
 )
@@ -271,11 +260,7 @@ def test_example_files_compose(tmp_path, monkeypatch):
     (tmp_path / "conf" / "local" / "default.yaml").write_text(local)
     (tmp_path / "conf" / "experiment" / "wide_shapes.yaml").write_text(experiment)
     monkeypatch.setattr(compose, "conf_folder", lambda: tmp_path / "conf")
-    compose.groups.cache_clear()
-    try:
-        config = compose.compose(["experiment=wide_shapes"])
-    finally:
-        compose.groups.cache_clear()
+    config = compose.compose(["experiment=wide_shapes"])
     validate.validate(config)
     assert (config.experiment, config.model.name, config.model.layers) == ("wide_shapes", "small", 8)
     assert (config.cluster.account, config.data.shards) == ("my_project", "data/images")
