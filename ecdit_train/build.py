@@ -10,9 +10,9 @@ from ecdit_train.batches.encoded import EncodedBatches, Encoders, make_encoders
 from ecdit_train.batches.loader import make_loader
 from ecdit_train.checkpoint import folder, manifest, restore
 from ecdit_train.checkpoint.manager import CheckpointManager
-from ecdit_train.config.stored import freeze
 from ecdit_train.config.convert import to_dict
 from ecdit_train.config.schema import RunConfig
+from ecdit_train.config.stored import freeze
 from ecdit_train.diffusion.flow import Flow
 from ecdit_train.errors import CheckpointError, ConfigError, Problem
 from ecdit_train.evaluate.pictures import PromptGrid, SamplePipeline

@@ -80,7 +80,7 @@ def _instead(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Any:
     """The verb, or what an option puts in its place: a sweep (`-m`), or a look at the composition (`--cfg`, `--info`)."""
     looks = bool(getattr(args, "cfg", None) or getattr(args, "info", None))
     sweeps = getattr(args, "multirun", False)
-    if looks and sweeps or getattr(args, "cfg", None) and args.info:
+    if (looks and sweeps) or (getattr(args, "cfg", None) and args.info):
         parser.error("--multirun, --cfg and --info: one of them")
     if not getattr(args, "cfg", None) and (getattr(args, "resolve", False) or getattr(args, "package", None)):
         parser.error("--resolve and --package: only with --cfg")

@@ -11,6 +11,7 @@ from string import Template
 
 from ecdit_train.config.cluster_rules import is_secret_name
 from ecdit_train.config.schema import ClusterConfig, RunConfig
+from ecdit_train.config.validate import slots_of
 from ecdit_train.errors import EXIT_REQUEUE, ConfigError, Problem
 
 
@@ -105,8 +106,8 @@ def _srun_options(cfg: RunConfig) -> list[str]:
     cluster = cfg.cluster
     options = [f"--cpus-per-task={_cpus(cluster)}", "--kill-on-bad-exit=1"]
     if cluster.container:
-        paths = [cfg.data.shards, cfg.encoders.text.path, cfg.encoders.image.path]
-        inside = [p for p in paths if p is not None and p.startswith("/")]
+        paths = [cfg.data.shards, cfg.config_dir, *(p for slot in slots_of(cfg).values() for p in slot.paths())]
+        inside = dict.fromkeys(p for p in paths if p is not None and p.startswith("/"))
         mounts = ",".join(['"$PWD:$PWD"', '"$run:$run"', *(shlex.quote(f"{p}:{p}") for p in inside)])
         options += [
             f"--container-image={shlex.quote(cluster.container)}",

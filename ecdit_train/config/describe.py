@@ -42,7 +42,7 @@ def explain(key: str, cfg: RunConfig, *, groups: Mapping[str, tuple[str, ...]]) 
     types = key_types(cfg)
     if key in types:
         value = _text(flatten(cfg)[key])
-        return f"{key} = {value}: {type_name(types[key])} [{classes(cfg)[key]}]\n{comments(cfg)[key]}"
+        return f"{key} = {value}: {type_name(types[key])} [{classes(cfg)[key]}]\n{meanings(cfg)[key]}"
     inside = [k for k in types if k.startswith(f"{key.replace('/', '.')}.")]
     if key in groups:
         return "\n".join([f"{key}: one of {', '.join(groups[key])}", *inside])

@@ -68,7 +68,7 @@ def _keys(cls: type[SlotConfig], tree: Mapping[str, Any]) -> tuple[Key, ...]:
     docs = field_docs(cls)
     return tuple(
         Key(name=name, type=type_name(hint), value=tree.get(name), meaning=docs.get(name, ""))
-        for name, hint in hints(cls).items()
+        for name, hint in hints(cls).items()  # type: ignore[arg-type]
     )
 
 

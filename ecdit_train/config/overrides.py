@@ -272,7 +272,7 @@ def _completed(word: str, vocabulary: Vocabulary) -> str | None:
         if word in choices and word not in vocabulary.groups:
             return f"{group}={word}"
     near = word if word in vocabulary.keys() else closest_key(word, vocabulary.keys())
-    if near in vocabulary.groups and vocabulary.groups[near]:
+    if vocabulary.groups.get(near):
         return f"{near}={vocabulary.groups[near][0]}"
     there = _lookup(vocabulary.tree, near or "")
     return f"{near}={_text(there)}" if near in vocabulary.types and there is not None else None

@@ -28,12 +28,18 @@ class Checker:
 
     def at_least(self, least: int, fields: Iterable[str]) -> bool:
         """Each field is at least `least`, which is also its nearest valid value. Returns whether all are."""
-        rule = f"must be at least {least}"
-        return all([self.require(self.values[f] >= least, f, rule=rule, nearest=least) for f in fields])
+        fine = True
+        for field in fields:
+            rule = f"must be at least {least}"
+            fine &= self.require(self.values[field] >= least, field, rule=rule, nearest=least)
+        return fine
 
     def positive(self, fields: Iterable[str]) -> bool:
         """Each (real) field is above 0. Returns whether all are."""
-        return all([self.require(self.values[f] > 0, f, rule="must be greater than 0") for f in fields])
+        fine = True
+        for field in fields:
+            fine &= self.require(self.values[field] > 0, field, rule="must be greater than 0")
+        return fine
 
     def share(self, fields: Iterable[str], *, below_one: bool = False) -> bool:
         """Each field is in [0, 1], or in [0, 1) when 1 makes no sense. Returns whether all are."""

@@ -3,10 +3,10 @@
 A slot is filled by naming a class: the YAML of its Hydra group says `_target_: package.module.Class`, and the class is a
 frozen dataclass with the implementation's keys, which lives in one file with what it configures. The rest of the system asks
 that object, never its name: it checks itself (`check`), says what it costs (for `ecdit plan`) and builds what runs.
-docs/decisions/0010 says why `_target_`, and what it means for a run folder from elsewhere.
+docs/decisions/0012 says why `_target_`, and what it means for a run folder from elsewhere.
 
-The classes below are what a slot's configuration must offer. Attributes that are only annotated here are fields or constants
-of the class that fills the slot. A method that raises NotImplementedError must be written; the others have a default.
+The classes below are what a slot's configuration must offer. A method that raises NotImplementedError must be written; the
+others have a default.
 """
 
 from __future__ import annotations
@@ -50,6 +50,10 @@ class SlotConfig:
 
     def check(self, run: RunConfig, check: Checker, *, key: str) -> None:
         """Appends what is wrong with this object in its run; `key` is the dotted key of the slot, as in `moe.router`."""
+
+    def paths(self) -> tuple[str, ...]:
+        """Files and folders that it reads: a job's container must see them."""
+        return ()
 
 
 class RouterConfig(SlotConfig):
@@ -111,10 +115,16 @@ class DispatcherConfig(SlotConfig):
 class TextEncoderConfig(SlotConfig):
     """Frozen text encoder: captions to features."""
 
-    width: int
-    """Channels of a feature."""
-    max_tokens: int
-    """Tokens per caption; longer captions are cut."""
+    if TYPE_CHECKING:  # fields or constants of the class that fills the slot
+
+        @property
+        def width(self) -> int:
+            """Channels of a feature."""
+
+        @property
+        def max_tokens(self) -> int:
+            """Tokens per caption; longer captions are cut."""
+
     stored: ClassVar[bool] = False
     """Whether the shards hold the features, so that nothing runs in training."""
 
@@ -134,10 +144,23 @@ class TextEncoderConfig(SlotConfig):
 class ImageCodecConfig(SlotConfig):
     """Frozen image codec: pixels to latents and back."""
 
-    channels: int
-    """Channels of the latent."""
-    factor: int
-    """Pixels per latent, each way."""
+    if TYPE_CHECKING:  # fields or constants of the class that fills the slot
+
+        @property
+        def channels(self) -> int:
+            """Channels of the latent."""
+
+        @property
+        def factor(self) -> int:
+            """Pixels per latent, each way."""
+
+        @property
+        def scale(self) -> float:
+            """latent = (encoded - shift) * scale."""
+
+        @property
+        def shift(self) -> float: ...
+
     stored: ClassVar[bool] = False
     """Whether the shards hold the latents."""
 

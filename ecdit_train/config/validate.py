@@ -118,8 +118,9 @@ def _ranges(check: Checker) -> None:
     check.positive(["diffusion.timestep_std", "optim.lr"])
     check.share(["diffusion.caption_drop", "data.max_bad"])
     check.share(["diffusion.mask_ratio", "optim.ema_decay"], below_one=True)
-    sizes = {"encoders.text": ("width", "max_tokens"), "encoders.image": ("channels", "factor")}
-    check.at_least(1, [f"{key}.{name}" for key, names in sizes.items() for name in names if f"{key}.{name}" in check.values])
+    text, image = ("width", "max_tokens"), ("channels", "factor")
+    of_encoders = [*(f"encoders.text.{name}" for name in text), *(f"encoders.image.{name}" for name in image)]
+    check.at_least(1, [key for key in of_encoders if key in check.values])  # a class may hold them as constants
 
 
 # --- the network and what it sees ------------------------------------------------------------------------------
@@ -274,9 +275,9 @@ def _sampling_group(cfg: RunConfig, check: Checker) -> None:
     step = fitting[0] if fitting else patches  # multiples of this hold whole images and give a whole capacity
     nearest_size = nearest_multiple(sample.group_size, step)
     rule = f"must hold whole images of {patches} patches"
-    if check.require(sample.group_size % patches == 0, "sample.group_size", rule=rule, nearest=nearest_size):
-        if not fits(sample.group_size):
-            check.require(False, "sample.group_size", rule=formula(sample.group_size), nearest=nearest_size)
+    whole = check.require(sample.group_size % patches == 0, "sample.group_size", rule=rule, nearest=nearest_size)
+    if whole and not fits(sample.group_size):
+        check.require(False, "sample.group_size", rule=formula(sample.group_size), nearest=nearest_size)
 
 
 # --- batch and schedule ----------------------------------------------------------------------------------------

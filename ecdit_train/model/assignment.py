@@ -97,7 +97,9 @@ class Rows(Assignment):
         E = self.probability_GSE.shape[-1]
         first_E = torch.searchsorted(self.expert_R, torch.arange(E + 1, device=self.expert_R.device))
         width = max(int((first_E[1:] - first_E[:-1]).max()), 1)
-        slot_R = self.expert_R * width + torch.arange(len(self.expert_R), device=first_E.device) - first_E[self.expert_R]
+        slot_R = (
+            self.expert_R * width + torch.arange(len(self.expert_R), device=first_E.device) - first_E[self.expert_R]
+        )
         index = self.index_R.new_zeros(E * width).scatter(0, slot_R, self.index_R)
         gate = self.gate_R.new_zeros(E * width).scatter(0, slot_R, self.gate_R)
         filled = torch.zeros(E * width, dtype=torch.bool, device=first_E.device).scatter(0, slot_R, True)

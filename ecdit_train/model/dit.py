@@ -90,13 +90,14 @@ class DiT(nn.Module):
 
 def make_block(model: ModelConfig, moe: MoEConfig, *, number: int) -> Block:
     D = model.width
+    sparse = moe.router is not None and number in sparse_layers(model.layers)
     return Block(
         D,
         self_attention=Attention(D, context_width=D, heads=model.heads, kv_heads=model.kv_heads, head_dim=HEAD_DIM),
         cross_attention=Attention(
             D, context_width=model.text_width, heads=model.heads, kv_heads=model.heads, head_dim=HEAD_DIM
         ),
-        feed_forward=make_moe(model, moe) if moe.router is not None and number in sparse_layers(model.layers) else FeedForward(D, hidden=model.ffn_ratio * D),
+        feed_forward=make_moe(model, moe) if sparse else FeedForward(D, hidden=model.ffn_ratio * D),
     )
 
 

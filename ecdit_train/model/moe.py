@@ -44,18 +44,18 @@ class Experts(nn.Module):
     def shard(self, *, index: int, count: int) -> None:
         """Keep the experts of part `index` of `count`, in place and without values: parameters and buffers are cut on dim 0."""
         E, e = self.num_experts, self.num_experts // count
-        for module in self.modules():
-            for tensors in (module._parameters, module._buffers):
-                for name, tensor in tensors.items():
-                    if tensor is None:
-                        continue
-                    if tensor.dim() == 0 or tensor.shape[0] != E:
-                        raise TypeError(
-                            f"{type(self).__name__}.{name} has shape {tuple(tensor.shape)}: what experts hold is stacked on dim 0 ({E} experts);"
-                            " what they share belongs elsewhere"
-                        )
-                    part = tensor.new_empty((e, *tensor.shape[1:]))
-                    tensors[name] = nn.Parameter(part) if isinstance(tensor, nn.Parameter) else part
+        stores: list[dict[str, Any]] = [s for m in self.modules() for s in (m._parameters, m._buffers)]
+        for tensors in stores:
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                if tensor.dim() == 0 or tensor.shape[0] != E:
+                    raise TypeError(
+                        f"{type(self).__name__}.{name} has shape {tuple(tensor.shape)}: what experts hold is stacked on dim 0 "
+                        f"({E} experts); what they share belongs elsewhere"
+                    )
+                part = tensor.new_empty((e, *tensor.shape[1:]))
+                tensors[name] = nn.Parameter(part) if isinstance(tensor, nn.Parameter) else part
         self.num_experts = e
 
 

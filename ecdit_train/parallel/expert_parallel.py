@@ -172,9 +172,9 @@ class ExpertParallelDispatcher(Dispatcher):
     def combine(self, y: Any, assignment: Assignment, *, num_tokens: int) -> Tensor:
         """What the experts returned -> (N, D)."""
         if isinstance(assignment, SharedRows):
-            mine = assignment.mine
+            rows = assignment.mine
             y_RD = self.uneven.send_back(y, assignment.route)
-            part_ND = self.local.weigh(y_RD, mine.gate_R, mine.index_R, num_tokens=num_tokens)
+            part_ND = self.local.weigh(y_RD, rows.gate_R, rows.index_R, num_tokens=num_tokens)
             return sum_over_group(part_ND, self.tp_group)
         assert isinstance(assignment, Table)
         if self.exchange is None:
@@ -264,12 +264,16 @@ def apply_expert_parallel(model: DiT, *, mesh: Mesh, overlap_chunks: int) -> dic
         if chunks == 1:
             _vendor()  # collective setup belongs here, not in the middle of the first forward pass
     for path, moe in sparse_layers(model).items():
-        here = {"dim": 0, "index": mesh.ep_rank, "count": mesh.ep_size, "kind": "expert"}
-        for name, tensor in moe.experts.named_parameters():
-            placements[f"{path}.experts.{name}"] = ParamPlacement(global_shape=tuple(tensor.shape), **here)
-        for name, tensor in moe.experts.named_buffers():  # whole on each of the ranks that hold these experts
+        for name, tensor in moe.experts.state_dict(keep_vars=True).items():
+            is_buffer = not isinstance(tensor, nn.Parameter)  # whole on each of the ranks that hold these experts
             placements[f"{path}.experts.{name}"] = ParamPlacement(
-                global_shape=tuple(tensor.shape), replicas=mesh.edp_size, first_replica=mesh.edp_rank == 0, **here
+                global_shape=tuple(tensor.shape),
+                dim=0,
+                index=mesh.ep_rank,
+                count=mesh.ep_size,
+                kind="expert",
+                replicas=mesh.edp_size if is_buffer else 1,
+                first_replica=mesh.edp_rank == 0 or not is_buffer,
             )
         if mesh.ep_size > 1:
             moe.experts.shard(index=mesh.ep_rank, count=mesh.ep_size)

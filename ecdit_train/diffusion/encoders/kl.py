@@ -39,6 +39,9 @@ class KL(ImageCodecConfig):
     parameters: int
     """Frozen parameters, for the plan's totals (the paper counts 34M)."""
 
+    def paths(self) -> tuple[str, ...]:
+        return (self.path,)
+
     def num_parameters(self) -> int:
         return self.parameters
 

@@ -44,6 +44,9 @@ class StoredLatents(ImageCodecConfig):
     shift: float
     """Mean of the stored latents."""
 
+    def paths(self) -> tuple[str, ...]:
+        return (self.path,) if self.path else ()
+
     def check(self, run: RunConfig, check: Checker, *, key: str) -> None:
         check.positive([f"{key}.scale"])
 

@@ -33,6 +33,9 @@ class T5(TextEncoderConfig):
     parameters: int
     """Frozen parameters, for the plan's totals (the paper counts 670M)."""
 
+    def paths(self) -> tuple[str, ...]:
+        return (self.path,)
+
     def num_parameters(self) -> int:
         return self.parameters
 

@@ -11,7 +11,7 @@ import torch
 
 from ecdit_train.diffusion.encoders.hash_words import HashTextEncoder, HashWords
 from ecdit_train.diffusion.encoders.identity import Identity, IdentityCodec
-from ecdit_train.diffusion.encoders.kl import KL as KLConfig
+from ecdit_train.diffusion.encoders import kl
 from ecdit_train.diffusion.encoders.stored import StoredLatents, StoredText
 from ecdit_train.diffusion.encoders.t5 import T5
 from ecdit_train.errors import EncoderError
@@ -173,7 +173,7 @@ def test_weights_of_another_model_are_not_replaced_by_random_ones(t5_folder, tmp
 
 # --- AutoencoderKL -------------------------------------------------------------------------------------------------
 
-KL = KLConfig(path="", channels=8, factor=4, scale=0.7, shift=0.1, parameters=0)
+KL = kl.KL(path="", channels=8, factor=4, scale=0.7, shift=0.1, parameters=0)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,104 @@
+"""Run folders of older versions, read as this version would have written them.
+
+`resolved.yaml` says its format since format 2; format 1 (ecdit 0.1, before slots) says nothing. Checkpoints did not change: names,
+shapes and files of a format-1 run load as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ecdit_train.config.slots import TARGET
+from ecdit_train.errors import RunFolderError
+
+FORMAT = 2
+"""What this version writes."""
+
+KEY = "format"
+
+_ROUTERS = {
+    "expert_choice": ("ecdit_train.model.routers.expert_choice.ExpertChoice", ("capacity_factor",)),
+    "token_choice": (
+        "ecdit_train.model.routers.token_choice.TokenChoice",
+        ("capacity_factor", "top_k", "balance_weight"),
+    ),
+}
+_DISPATCHERS = {
+    "index_add": "ecdit_train.model.dispatchers.index_add.IndexAdd",
+    "deterministic": "ecdit_train.model.dispatchers.deterministic.Deterministic",
+}
+_TEXT = {
+    "t5": ("ecdit_train.diffusion.encoders.t5.T5", ("path", "width", "max_tokens", "parameters")),
+    "hash": ("ecdit_train.diffusion.encoders.hash_words.HashWords", ("width", "max_tokens")),
+    "shards": ("ecdit_train.diffusion.encoders.stored.StoredText", ("width", "max_tokens")),
+}
+_LATENT = ("path", "channels", "factor", "scale", "shift")
+_IMAGE = {
+    "kl": ("ecdit_train.diffusion.encoders.kl.KL", (*_LATENT, "parameters")),
+    "identity": ("ecdit_train.diffusion.encoders.identity.Identity", ("scale", "shift")),
+    "shards": ("ecdit_train.diffusion.encoders.stored.StoredLatents", _LATENT),
+}
+_OPTIMIZERS = {
+    "rmsprop": ("ecdit_train.train.optimizers.rmsprop.RMSProp", ("momentum", "decay", "eps", "weight_decay")),
+    "adamw": ("ecdit_train.train.optimizers.adamw.AdamW", ("beta1", "beta2", "eps", "weight_decay")),
+}
+_SAMPLERS = {
+    "euler": ("ecdit_train.diffusion.samplers.euler.Euler", ()),
+    "heun": ("ecdit_train.diffusion.samplers.heun.Heun", ()),
+}
+
+
+def upgrade(tree: Mapping[str, Any], *, where: str) -> dict[str, Any]:
+    """The tree in this version's form, without its format number.
+
+    Raises:
+        RunFolderError: a newer version wrote it, or it is not what its version wrote.
+    """
+    tree = dict(tree)
+    number = tree.pop(KEY, 1)
+    if number == FORMAT:
+        return tree
+    if number != 1:
+        raise RunFolderError(f"{where} has format {number!r}; this ecdit reads formats 1 and {FORMAT}: use the one that wrote it")
+    try:
+        return _from_1(tree)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise RunFolderError(
+            f"{where} has no format number, so ecdit 0.1 should have written it (format 1), but it does not read as such: {error!r}"
+        ) from error
+
+
+def _from_1(old: dict[str, Any]) -> dict[str, Any]:
+    moe, optim, observe = old["moe"], old["optim"], old["observe"]
+    dense = moe["router"] == "dense"
+    sinks = {}
+    if observe["wandb"] != "disabled":
+        target = "ecdit_train.observe.wandb_sink.Wandb"
+        sinks["wandb"] = {TARGET: target, "mode": observe["wandb"], "project": observe["wandb_project"]}
+    return old | {
+        "config_dir": None,
+        "moe": {
+            "router": None if dense else _object(_ROUTERS, moe, by="router"),
+            "experts": None if dense else {TARGET: "ecdit_train.model.experts.gelu.Gelu"},
+            "dispatcher": None if dense else {TARGET: _DISPATCHERS[moe["combine"]], "cap": None},
+            "num_experts": moe["experts"],
+            "scope": moe["scope"],
+            "group_size": moe["group_size"],
+        },
+        "sample": old["sample"] | {"sampler": _object(_SAMPLERS, old["sample"], by="sampler")},
+        "encoders": {
+            "text": _object(_TEXT, old["encoders"]["text"], by="kind"),
+            "image": _object(_IMAGE, old["encoders"]["image"], by="kind"),
+        },
+        "optim": {
+            "optimizer": _object(_OPTIMIZERS, optim, by="kind"),
+            **{key: optim[key] for key in ("lr", "warmup_steps", "schedule", "clip_norm", "ema_decay")},
+        },
+        "observe": {key: observe[key] for key in ("log_every", "sample_every", "prompts")} | {"sinks": sinks},
+    }
+
+
+def _object(table: Mapping[str, tuple[str, tuple[str, ...]]], section: Mapping[str, Any], *, by: str) -> dict[str, Any]:
+    target, keys = table[section[by]]
+    return {TARGET: target, **{key: section[key] for key in keys}}
