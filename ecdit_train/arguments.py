@@ -142,7 +142,8 @@ def _read_own(w: Word, hint: Any, marks: Mapping[str, Any], ledger: Ledger) -> A
         fits = (option for option in options if _fits(f"{w.key}={option}", hint, marks))
         near = next((f"{w.key}={option}" for option in fits), None) if "=" in w.text else None
         rule = "takes one value, or a list [a,b]; a comma inside a text stands between quotes"
-        rule = "cannot be read; put quotes around special characters" if parsed is None else rule
+        if parsed is None:
+            rule = "cannot be read; put quotes around special characters" if "=" in w.text else "is not key=value"
         ledger.wrong(w, rule=rule, value=text or None, nearest=near)
         return None
     if parsed.type is not OverrideType.CHANGE:
@@ -153,7 +154,7 @@ def _read_own(w: Word, hint: Any, marks: Mapping[str, Any], ledger: Ledger) -> A
     value = _convert(hint, plain(parsed), field=w.key, marks=marks, problems=problems)
     for problem in problems:
         near = problem.nearest
-        if near is None and _fits(f"{w.key}={quoted(text)}", hint, marks):
+        if near is None and text[:1] not in ("'", '"') and _fits(f"{w.key}={quoted(text)}", hint, marks):
             near = quoted(text)
         ledger.found.append((w.index, dataclasses.replace(problem, nearest=near)))
     return value

@@ -28,8 +28,8 @@ from ecdit_train.train.trainer import Trainer, placed
 
 
 def build_trainer(config: RunConfig, runtime: Runtime, *, stop_after: int | None = None) -> Trainer:
-    """Everything a run needs, with the newest sound checkpoint loaded if the folder has one. Until all of it stands, nothing is written
-    into a new run folder: what cannot start leaves no trace."""
+    """Everything a run needs, with the newest sound checkpoint loaded if the folder has one. Until all of it stands,
+    nothing is written into a new run folder: what cannot start leaves no trace."""
     run = Path(config.run)
     # What a user can get wrong comes first, the model after.
     mesh = make_mesh(config.parallel, device_type=runtime.device.type, world=runtime.world)
@@ -121,8 +121,8 @@ def make_window(config: RunConfig, runtime: Runtime) -> MetricWindow:
 
 
 def load_weights(run: str, parallel: ParallelContext, *, kind: Literal["ema", "raw"], step: int | None) -> int:
-    """Put a run's committed weights into the model, averaged (if it keeps an average) or raw, with the buffers: the newest, or `step`.
-    Returns its step."""
+    """Put a run's committed weights into the model, averaged (if it keeps an average) or raw, with the buffers: the
+    newest, or `step`. Returns its step."""
     root = Path(run) / "checkpoints"
     path = folder.path_of(root, step=step) if step is not None else folder.newest(root)
     if path is None or not path.exists():

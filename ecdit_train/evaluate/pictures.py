@@ -78,8 +78,8 @@ class Pictures:
 class SamplePipeline:
     """Draws prompts with the weights that the model holds now.
 
-    On several ranks every rank must call it with the same prompts: each data-parallel rank draws its share, and the shares are put
-    together.
+    On several ranks every rank must call it with the same prompts: each data-parallel rank draws its share, and the
+    shares are put together.
     """
 
     parallel: ParallelContext

@@ -113,8 +113,8 @@ class MoE(nn.Module):
         self.dispatcher = dispatcher
 
     def forward(self, x_BSD: Tensor, *, group_tokens: int) -> tuple[Tensor, Assignment]:
-        """x: (B, S, D), `group_tokens` tokens compete for each expert (B * S must be whole groups). Returns (B, S, D) and who took what
-        (a Table or Rows)."""
+        """x: (B, S, D), `group_tokens` tokens compete for each expert (B * S must be whole groups). Returns (B, S, D)
+        and who took what (a Table or Rows)."""
         B, S, D = x_BSD.shape
         assert (B * S) % group_tokens == 0, f"{B} x {S} tokens are not whole groups of {group_tokens}"
         assignment = self.dispatcher.settle(self.router(x_BSD.reshape(-1, group_tokens, D)))

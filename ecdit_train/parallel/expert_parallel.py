@@ -1,8 +1,7 @@
 """Expert parallelism, applied from outside with DeepSpeed's all-to-all. The only importer of deepspeed.
 
-Folded over tensor parallelism: the tokens of a tp group are the same on all its ranks, so each rank dispatches its
-own 1/tp of every expert's slots and the results are summed over tp. No token is computed twice, no expert is stored
-twice.
+Folded over tensor parallelism: the tokens of a tp group are the same on all its ranks, so each rank dispatches its own
+1/tp of every expert's slots and the results are summed over tp. No token is computed twice, no expert is stored twice.
 
 Where an expert's number of rows is fixed (a Table), everything is static: the slots are C times the groups, cut evenly (padded
 with gate 0 where they do not divide), so one equal-split exchange each way suffices, with no exchange of counts and nothing read
@@ -37,8 +36,8 @@ from .placement import ParamPlacement
 from .uneven import Route, UnevenExchange
 
 EXCHANGE = "ecdit::expert_exchange"
-"""Name of the exchange as a torch op: selective checkpointing keeps its results, torch.compile keeps it in the
-graph."""
+"""Name of the exchange as a torch op: selective checkpointing keeps its results, torch.compile keeps
+it in the graph."""
 
 
 @functools.cache
@@ -87,8 +86,8 @@ _exchange.register_autograd(_exchange_backward, setup_context=_keep_group)
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertExchange:
-    """Rows between their home rank (all E experts, own slots) and the experts' rank (own e experts, all ranks'
-    slots)."""
+    """Rows between their home rank (all E experts, own slots) and the experts' rank (own e
+    experts, all ranks' slots)."""
 
     group: dist.ProcessGroup
     overlap: bool

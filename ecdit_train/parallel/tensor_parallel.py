@@ -1,8 +1,8 @@
 """Tensor parallelism, applied from outside with Megatron-core's column and row layers. The only importer of megatron.
 
 Megatron lends `ColumnParallelLinear` and `RowParallelLinear` with an explicit group; none of its global state is
-initialised. It is imported inside functions because importing it costs seconds, and runs without tensor parallelism
-never need it.
+initialised. It is imported inside functions because importing it costs seconds, and runs without tensor
+parallelism never need it.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ PLAN: tuple[tuple[str, Split], ...] = (
 )
 """Module path -> how its matrix is split; `feed_forward` of a sparse block has no up or down itself and is not met.
 
-Everything else is replicated: AdaLN projections, timestep and pooled text see one vector per image, the text refiner
-runs once and not per block, the patch embedding and the output layer are small, the router must see all tokens.
-Splitting them would save only memory, which FSDP saves already. Experts are spread by expert parallelism, folded over
-this axis."""
+Everything else is replicated: AdaLN projections, timestep and pooled text see one vector per image, the text
+refiner runs once and not per block, the patch embedding and the output layer are small, the router must see all
+tokens. Splitting them would save only memory, which FSDP saves already. Experts are spread by expert parallelism,
+folded over this axis."""
 
 
 def split_of(path: str) -> Split | None:
@@ -105,8 +105,8 @@ def apply_tensor_parallel(model: DiT, *, mesh: Mesh) -> dict[str, ParamPlacement
 def _enter(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, group: dist.ProcessGroup | None
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Copy each floating input of a region to the group once: one all-reduce in backward per input, not per
-    projection."""
+    """Copy each floating input of a region to the group once: one all-reduce in backward per
+    input, not per projection."""
     copies: list[tuple[Tensor, Tensor]] = []
 
     def copy(value: Any) -> Any:
@@ -156,8 +156,8 @@ def _kv(linear: nn.Linear, attention: Attention, *, mesh: Mesh) -> tuple[nn.Modu
 
 @functools.cache
 def _layers() -> Any:
-    """Megatron's layers, with a forward that returns the tensor alone, so that they take an nn.Linear's place by
-    name."""
+    """Megatron's layers, with a forward that returns the tensor alone, so that they take an
+    nn.Linear's place by name."""
     with warnings.catch_warnings():
         # Four lines on every rank about optimizers of Megatron's that are not used here.
         warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")

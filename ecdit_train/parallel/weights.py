@@ -18,8 +18,9 @@ from .placement import ParamPlacement, holds_first_copy, local, pieces
 def fill(model: nn.Module, placements: Mapping[str, ParamPlacement], *, seed: int) -> None:
     """Initialise every shard with the values its box has in the global tensor, and every buffer: the same model on every layout.
 
-    No rank makes more than it holds, and nothing is sent. A module with buffers must define `reset_buffers` (as `model.router.Router`
-    does); one that does not is refused with TypeError, since its buffers would hold whatever memory held.
+    No rank makes more than it holds, and nothing is sent. A module with buffers must define `reset_buffers`
+    (as `model.router.Router` does); one that does not is refused with TypeError, since its buffers would
+    hold whatever memory held.
     """
     with torch.no_grad():
         for name, p in model.named_parameters():

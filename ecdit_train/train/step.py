@@ -79,7 +79,8 @@ def train_step(
     group_tokens: int,
     after: Callable[[], None],
 ) -> StepResult:
-    """Gradients, one global norm, one look at the numbers, the update of weights and of routers' buffers, then `after` (the moving average).
+    """Gradients, one global norm, one look at the numbers, the update of weights and of routers' buffers, then
+    `after` (the moving average).
 
     Raises NonFiniteError before the update when the loss or the norm is not finite, on every rank alike: both numbers
     are already global. Reading them is the step's only wait for the device.
@@ -107,8 +108,8 @@ def train_step(
 
 @torch.no_grad()
 def update_buffers(parallel: ParallelContext, assignments: list[tuple[Assignment, ...]]) -> None:
-    """Give each router what it observed, averaged over the step's microbatches and all ranks: the same bits everywhere, so that the copies
-    of a buffer never drift apart. Nothing where no router observes anything."""
+    """Give each router what it observed, averaged over the step's microbatches and all ranks: the same bits everywhere,
+    so that the copies of a buffer never drift apart. Nothing where no router observes anything."""
     routers = [block.feed_forward.router for block in parallel.model.blocks if isinstance(block.feed_forward, MoE)]
     means = [
         {name: torch.stack([m[layer].observed[name] for m in assignments]).mean(0) for name in assignments[0][layer].observed}

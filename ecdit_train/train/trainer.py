@@ -79,7 +79,8 @@ class Trainer:
     """The newest step that is committed."""
 
     def resume(self) -> Resumed | None:
-        """Go on from the newest sound checkpoint of the run folder, if it has one; says what was loaded and what was passed over."""
+        """Go on from the newest sound checkpoint of the run folder, if it has one; says what was loaded and
+        what was passed over."""
         resumed = self.checkpoints.resume(self.placed())
         if resumed is None:
             return None

@@ -1,5 +1,5 @@
-"""Token choice equals GShard's top-k written as plain loops: gates, queue order, drops, balance loss, every
-gradient."""
+"""Token choice equals GShard's top-k written as plain loops: gates, queue order, drops,
+balance loss, every gradient."""
 
 from __future__ import annotations
 

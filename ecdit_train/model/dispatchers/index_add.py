@@ -21,8 +21,9 @@ class IndexAdd(DispatcherConfig):
     """index_select and index_add."""
 
     cap: float | None
-    """For routers whose number of rows varies. null: counts are exchanged, then just these rows. A number: a static table of cap times
-    the mean rows per expert and group; rows beyond it are dropped, lowest gates first, and counted."""
+    """For routers whose number of rows varies. null: counts are exchanged, then just these rows. A number:
+    a static table of cap times the mean rows per expert and group; rows beyond it are dropped, lowest
+    gates first, and counted."""
 
     def check(self, run: RunConfig, check: Checker, *, key: str) -> None:
         if self.cap is not None:
