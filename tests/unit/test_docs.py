@@ -193,7 +193,9 @@ def check_command(line: str) -> None:
         world = {"train": args.nproc, "launch": compose.cluster_world}.get(name)
         if name == "plan":
             world = args.world or compose.cluster_world
-        for job in compose.expand([*args.overrides, *rest]) if getattr(args, "multirun", False) else [[*args.overrides, *rest]]:
+        for job in (
+            compose.expand([*args.overrides, *rest]) if getattr(args, "multirun", False) else [[*args.overrides, *rest]]
+        ):
             compose.configure(job, world=world)
 
 
