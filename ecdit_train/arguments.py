@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from hydra.core.override_parser.types import OverrideType
-
 from ecdit_train.config.convert import convert, type_name
 from ecdit_train.config.nearest import closest_key
 from ecdit_train.config.overrides import Ledger, Word, parse, plain, quoted, split
@@ -63,7 +61,7 @@ class Shapes:
     resolution: int = word("PIXELS", least=1, default=32)
     seed: int = word("N", least=0, default=0)
     per_shard: int = word("N", least=1, default=500)
-    mix: dict[Task, float] | None = word("{task: weight, ...}", default=None)
+    mix: dict[Task, float] | None = word("{task: weight, ...}", default=None)  # noqa: RUF009 - it is `field`
     """None: all six alike."""
     scale: tuple[float, float] = word("[LOW,HIGH]", default=(0.2, 0.35))
     format: Literal["png", "jpg"] = word("png|jpg", default="png")
@@ -146,17 +144,17 @@ def _read_own(w: Word, hint: Any, marks: Mapping[str, Any], ledger: Ledger) -> A
             rule = "cannot be read; put quotes around special characters" if "=" in w.text else "is not key=value"
         ledger.wrong(w, rule=rule, value=text or None, nearest=near)
         return None
-    if parsed.type is not OverrideType.CHANGE:
-        better = f"{w.key}={text}" if text else None
-        ledger.wrong(w, rule="is a word of the verb: it takes no `+` or `~`", value=text or None, nearest=better)
+    if w.sign:
+        bare = f"{w.key}={text}" if text else None
+        ledger.wrong(w, rule="is a word of the verb: it takes no `+` or `~`", value=text or None, nearest=bare)
         return None
     problems: list[Problem] = []
     value = _convert(hint, plain(parsed), field=w.key, marks=marks, problems=problems)
     for problem in problems:
-        near = problem.nearest
-        if near is None and text[:1] not in ("'", '"') and _fits(f"{w.key}={quoted(text)}", hint, marks):
-            near = quoted(text)
-        ledger.found.append((w.index, dataclasses.replace(problem, nearest=near)))
+        better = problem.nearest
+        if better is None and text[:1] not in ("'", '"') and _fits(f"{w.key}={quoted(text)}", hint, marks):
+            better = quoted(text)
+        ledger.found.append((w.index, dataclasses.replace(problem, nearest=better)))
     return value
 
 
@@ -189,13 +187,16 @@ def _convert(hint: Any, value: Any, *, field: str, marks: Mapping[str, Any], pro
     if marks["file"]:
         value = [v for v in (value if isinstance(value, list) else [value]) if not isinstance(v, str) or v.strip()]
         if not value:
-            problems.append(Problem(field=field, value=value, rule="needs at least one, as in 'a photo of a red circle'"))
+            problems.append(
+                Problem(field=field, value=value, rule="needs at least one, as in 'a photo of a red circle'")
+            )
             return None
     if args[-1] is not Ellipsis and (not isinstance(value, list) or len(value) != len(args)):
         rule = f"must be a list of {len(args)} numbers: {field}={marks['form']}"
         problems.append(Problem(field=field, value=value, rule=rule))
         return None
-    return convert(tuple[args[0], ...], value if isinstance(value, list) else [value], field=field, problems=problems)
+    several: Any = tuple.__class_getitem__((args[0], ...))
+    return convert(several, value if isinstance(value, list) else [value], field=field, problems=problems)
 
 
 def _convert_mapping(hint: Any, value: Any, *, field: str, problems: list[Problem]) -> Any:

@@ -272,11 +272,13 @@ DRAWING = "keys of the run's sample and encoders sections (sample.guidance=3)"
 def _composes(p: argparse.ArgumentParser) -> None:
     """The arguments of a verb that composes a configuration: Hydra's words and Hydra's options."""
     _words(p)
-    p.add_argument("--multirun", "-m", action="store_true", help="one job for each combination of `key=A,B` words")
-    p.add_argument("--cfg", "-c", choices=("job", "hydra", "all"), help="print the composed YAML instead of running")
+    p.add_argument("-m", "--multirun", action="store_true", help="one job for each combination of `key=A,B` words")
+    p.add_argument("-c", "--cfg", choices=("job", "hydra", "all"), help="print the composed YAML instead of running")
     p.add_argument("--resolve", action="store_true", help="with --cfg: interpolations resolved")
-    p.add_argument("--package", "-p", metavar="SECTION", help="with --cfg: only this section")
-    p.add_argument("--info", "-i", nargs="?", const="all", choices=INFO, help="print how it is composed instead of running")
+    p.add_argument("-p", "--package", metavar="SECTION", help="with --cfg: only this section")
+    p.add_argument(
+        "-i", "--info", nargs="?", const="all", choices=INFO, help="print how it is composed instead of running"
+    )
 
 
 def _words(p: argparse.ArgumentParser) -> None:
@@ -286,8 +288,8 @@ def _words(p: argparse.ArgumentParser) -> None:
 
 def _config_dir(p: argparse.ArgumentParser) -> None:
     p.add_argument(
-        "--config-dir",
         "-cd",
+        "--config-dir",
         metavar="DIR",
         help="a folder of your own: GROUP/CHOICE.yaml, experiment/NAME.yaml, and the Python modules that they name",
     )

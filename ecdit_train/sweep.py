@@ -166,7 +166,8 @@ class Sweep:
         for job in self.jobs:
             other = seen.setdefault(str(job.run.absolute()), job)
             if other is not job:
-                rule = f"is the run folder of two jobs ({' '.join(other.label)}; {' '.join(job.label)}): leave run out, or let it differ"
+                two = f"{' '.join(other.label)}; {' '.join(job.label)}"
+                rule = f"is the run folder of two jobs ({two}): leave run out, or let it differ"
                 near = f"{DIRECTORY}={_word_value(str(job.run))}"
                 raise ConfigError(Problem(field="run", value=str(job.run), rule=rule, nearest=near))
 

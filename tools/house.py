@@ -42,9 +42,12 @@ VENDORS: dict[str, tuple[str, ...]] = {
     # A live bar, and tables as text.
     "rich": ("ecdit_train/observe/console.py", "ecdit_train/plan/document.py"),
     "pydantic": ("ecdit_train/config/convert.py",),
-    "hydra": ("ecdit_train/config/compose.py", "ecdit_train/config/overrides.py"),
-    "omegaconf": ("ecdit_train/config/compose.py", "ecdit_train/observe/report.py"),
-    "yaml": ("ecdit_train/config/compose.py", "ecdit_train/config/validate.py"),
+    "hydra": ("ecdit_train/config/hydra_app.py", "ecdit_train/config/overrides.py", "hydra_plugins/ecdit_launchers.py"),
+    "omegaconf": (
+        *("ecdit_train/config/hydra_app.py", "ecdit_train/config/stored.py"),
+        *("ecdit_train/config/installed.py", "ecdit_train/observe/report.py"),
+    ),
+    "yaml": ("ecdit_train/config/hydra_app.py", "ecdit_train/config/stored.py", "ecdit_train/config/validate.py"),
     "scipy": ("data_pipeline/shapes/grader.py",),
     # A codec is two halves: what is read in training, and what is written when shards are made.
     "simplejpeg": ("data_pipeline/decode.py", "data_pipeline/prepare.py"),

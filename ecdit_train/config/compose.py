@@ -12,14 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
 from ecdit_train.config import groups as choosing
 from ecdit_train.config.convert import from_dict, hints, key_types, to_dict
-from ecdit_train.config.hydra_app import HydraApp, apply, chosen, plain_tree
+from ecdit_train.config.hydra_app import BROKEN, DictConfig, HydraApp, apply, chosen, from_tree, plain_tree
 from ecdit_train.config.overrides import Ledger, Vocabulary, Word, plain, read_values, split
 from ecdit_train.config.schema import RunConfig
 from ecdit_train.config.user_folder import use_folder
@@ -27,8 +22,6 @@ from ecdit_train.config.validate import validate
 from ecdit_train.errors import ConfigError, Problem
 
 Rules = Callable[[RunConfig], object]
-BROKEN = (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, ValueError, TypeError)
-"""What Hydra raises about YAML that does not compose."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +86,10 @@ def compose(overrides: Sequence[str], *, local: bool = True, config_dir: str | P
 
 
 def configure(
-    overrides: Sequence[str], *, world: int | Callable[[RunConfig], int] | None = None, config_dir: str | Path | None = None
+    overrides: Sequence[str],
+    *,
+    world: int | Callable[[RunConfig], int] | None = None,
+    config_dir: str | Path | None = None,
 ) -> Overridden:
     """`compose` and `validate` in one: every wrong word and every broken rule at once.
 
@@ -124,7 +120,9 @@ def _configure(
 ) -> Overridden:
     app = open_app(overrides, config_dir=config_dir)
     off = [] if local or "local" not in app.groups else ["~local"]
-    return _Reader(app=app, start=partial(_compose_choices, app, off), config_dir=config_dir, rules=rules).read(overrides)
+    return _Reader(app=app, start=partial(_compose_choices, app, off), config_dir=config_dir, rules=rules).read(
+        overrides
+    )
 
 
 def override(
@@ -236,7 +234,7 @@ class _Reader:
             raise ConfigError(_does_not_compose(error)) from error
         if self.config_dir is not None:
             tree["config_dir"] = str(Path(self.config_dir).absolute())
-        config = from_dict(tree)
+        config: RunConfig = from_dict(tree)
         if self.rules is not None:
             self.rules(config)
         return config
@@ -277,7 +275,9 @@ def _does_not_compose(error: Exception) -> Problem:
 # --- where values are applied to ---------------------------------------------------------------------------------------
 
 
-def _compose_choices(app: HydraApp, off: Sequence[str], choices: Choices, own: Sequence[str], ledger: Ledger) -> DictConfig:
+def _compose_choices(
+    app: HydraApp, off: Sequence[str], choices: Choices, own: Sequence[str], ledger: Ledger
+) -> DictConfig:
     """The composed tree; a choice that Hydra refuses is noted and left out."""
     words = [*own, *off, *(text for target, (_, text) in choices.items() if not off or target != "local")]
     try:
@@ -307,10 +307,12 @@ def _note_unfit(word: Word, target: str, ledger: Ledger, *, base: DictConfig, er
     elif word.sign == "~" and not listed:
         ledger.wrong(word, rule="is not in the defaults list: nothing to take away", value=value or None)
     elif not word.sign and not listed:
-        better = None if is_section(target) else f"+{word.text}"
+        added = None if is_section(target) else f"+{word.text}"
         parent, _, _ = target.rpartition("/")
-        rule = "is not in the defaults list" + (f" of {parent}={chosen(base)[parent]}" if parent in chosen(base) else "")
-        ledger.wrong(word, rule=rule, value=value, nearest=better, better=better)
+        rule = "is not in the defaults list" + (
+            f" of {parent}={chosen(base)[parent]}" if parent in chosen(base) else ""
+        )
+        ledger.wrong(word, rule=rule, value=value, nearest=added, better=added)
     else:
         ledger.wrong(word, rule=_does_not_compose(error).rule, value=value)
 
@@ -336,7 +338,7 @@ def _replace_sections(
                 source, place = source.get(part, {}), place.setdefault(part, {})
             if leaf in source:
                 place[leaf] = source[leaf]
-    return OmegaConf.create(tree)
+    return from_tree(tree)
 
 
 # --- several jobs, and what Hydra prints -------------------------------------------------------------------------------
@@ -352,7 +354,7 @@ def expand(overrides: Sequence[str], *, config_dir: str | Path | None = None) ->
     unread = [w.text for w in found if w.parsed is None]
     try:
         jobs = open_app(overrides, config_dir=config_dir).expand([w.text for w in found if w.parsed is not None])
-    except HydraException as error:
+    except BROKEN as error:
         raise ConfigError(_does_not_compose(error)) from error
     return [[*job, *unread] for job in jobs]
 

@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra.core.override_parser.types import OverrideType
-
 from ecdit_train.config.hydra_app import HydraApp
 from ecdit_train.config.nearest import closest, closest_key
 from ecdit_train.config.overrides import Ledger, Word, plain
@@ -83,7 +81,7 @@ def _read_choice(word: Word, ledger: Ledger, *, choices: Sequence[str], sections
         rule = f"is a section that every run needs; choose one of {', '.join(choices)}"
         ledger.wrong(word, rule=rule, value=plain(parsed))
         return None
-    if parsed is not None and parsed.type is OverrideType.FORCE_ADD:
+    if word.forces:
         better = f"{group}={word.value_text}"
         ledger.wrong(word, rule="groups take no `++`", value=word.value_text, nearest=better, better=better)
         return None
@@ -141,7 +139,7 @@ def _searchpath(word: Word, value: Any, ledger: Ledger) -> None:
 
 def _unused(word: Word, value: Any, ledger: Ledger) -> None:
     if other := INSTEAD.get(word.key):
-        better = f"{other}={word.value_text}"
+        better: str | None = f"{other}={word.value_text}"
         ledger.wrong(word, rule=f"has no use here: {other} says it", value=value, nearest=better, better=better)
         return
     near = closest_key(word.key, HYDRA_KEYS[:2], cutoff=0.75)

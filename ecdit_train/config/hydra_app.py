@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import yaml  # type: ignore[import-untyped]
 from hydra import version
 from hydra._internal.config_loader_impl import ConfigLoaderImpl, get_overrides_dirname
 from hydra._internal.config_repository import IConfigRepository
@@ -25,11 +26,16 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
 PRIMARY = "config"
 """The root of every composition: `conf/config.yaml`."""
+
+BROKEN = (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, ValueError, TypeError)
+"""What Hydra raises about words and YAML that do not compose."""
 
 DEEPEST_GROUP = 3
 """Levels of folders in which groups are looked for; a user's folder may hold much else."""
@@ -92,11 +98,13 @@ class HydraApp:
         """What the file `group/choice` itself says, its defaults list left out."""
         result = self._repository.load_config(config_path=path)
         assert result is not None, f"{path} was listed"
-        return result.config
+        config: Any = result.config
+        return config
 
     def compose(self, words: Sequence[str]) -> DictConfig:
         """The composed tree with its `hydra` node. Raises what Hydra and OmegaConf raise."""
-        return self.loader.load_configuration(PRIMARY, list(words), RunMode.RUN, from_shell=False)
+        composed: Any = self.loader.load_configuration(PRIMARY, list(words), RunMode.RUN, from_shell=False)
+        return composed
 
     @staticmethod
     def parser() -> OverridesParser:
@@ -131,6 +139,11 @@ def apply(values: Sequence[Override], cfg: DictConfig) -> None:
         with open_dict(cfg.hydra):
             cfg.hydra.overrides.task = [o.input_line for o in values]
             cfg.hydra.job.override_dirname = get_overrides_dirname(list(values), [], ",", "=")
+
+
+def from_tree(tree: Mapping[str, Any]) -> DictConfig:
+    """A tree that values can be applied to."""
+    return OmegaConf.create(dict(tree))
 
 
 def plain_tree(cfg: DictConfig) -> dict[str, Any]:

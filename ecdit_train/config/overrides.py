@@ -35,6 +35,16 @@ class Word:
         return self.text[: len(self.text) - len(self.text.lstrip("+~"))]
 
     @property
+    def adds(self) -> bool:
+        """Whether it begins with one `+`."""
+        return self.parsed is not None and self.parsed.type is OverrideType.ADD
+
+    @property
+    def forces(self) -> bool:
+        """Whether it begins with `++`."""
+        return self.parsed is not None and self.parsed.type is OverrideType.FORCE_ADD
+
+    @property
     def value_text(self) -> str:
         return self.text.partition("=")[2]
 
@@ -155,7 +165,7 @@ def _read_value(word: Word, vocabulary: Vocabulary, ledger: Ledger) -> None:
         candidates = [f"[{word.value_text}]"] if is_list else []
         better = _accepted(word.key, [*candidates, *([first] if first is not None else [])], vocabulary)
         ledger.wrong(word, rule=rule, value=shown, nearest=better, better=better)
-    elif parsed.type is OverrideType.ADD and _lookup(vocabulary.tree, word.key) is not None and not _mergeable(parsed):
+    elif word.adds and _lookup(vocabulary.tree, word.key) is not None and not _mergeable(parsed):
         better = f"{word.key}={word.value_text}"
         ledger.wrong(word, rule="is there already; `+` adds a key", value=shown, nearest=better, better=better)
     elif parsed.is_delete():
@@ -271,10 +281,11 @@ def _completed(word: str, vocabulary: Vocabulary) -> str | None:
     for group, choices in vocabulary.groups.items():
         if word in choices and word not in vocabulary.groups:
             return f"{group}={word}"
-    near = word if word in vocabulary.keys() else closest_key(word, vocabulary.keys())
-    if vocabulary.groups.get(near):
+    known = vocabulary.keys()
+    near = word if word in known else closest_key(word, known) or ""
+    if near in vocabulary.groups:
         return f"{near}={vocabulary.groups[near][0]}"
-    there = _lookup(vocabulary.tree, near or "")
+    there = _lookup(vocabulary.tree, near)
     return f"{near}={_text(there)}" if near in vocabulary.types and there is not None else None
 
 

@@ -47,4 +47,6 @@ def trust(stored: str, *, run: Path) -> None:
     try:
         use_folder(stored)
     except ConfigError as error:
-        raise RunFolderError(f"{run} was made with --config-dir {stored}, which is gone: say where it is now") from error
+        raise RunFolderError(
+            f"{run} was made with --config-dir {stored}, which is gone: say where it is now"
+        ) from error

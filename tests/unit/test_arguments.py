@@ -25,7 +25,7 @@ def problems(kind: type, *words: str, alone: bool = False) -> list[str]:
         ("prompts=[a | b, |]", ("a | b", "|")),
         ("prompts=['a circle, red', b]", ("a circle, red", "b")),
         ("prompts='it is [not] a list'", ("it is [not] a list",)),
-        ("prompts=\"a cat's hat\"", ("a cat's hat",)),
+        ('prompts="a cat\'s hat"', ("a cat's hat",)),
         ("prompts=7", ("7",)),
     ],
 )
@@ -49,7 +49,9 @@ def test_defaults_and_the_words_that_are_left():
 
 
 def test_shapes():
-    got = read(Shapes, ["out=d", "mix={colors: 4, counting: 1}", "scale=[0.5,0.8]", "count=8"], alone=True).build(Shapes)
+    got = read(Shapes, ["out=d", "mix={colors: 4, counting: 1}", "scale=[0.5,0.8]", "count=8"], alone=True).build(
+        Shapes
+    )
     assert (got.mix, got.scale, got.count, got.format) == ({"colors": 4.0, "counting": 1.0}, (0.5, 0.8), 8, "png")
 
 

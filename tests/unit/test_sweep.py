@@ -57,7 +57,13 @@ def started(here, monkeypatch) -> Started:
 def test_six_jobs_and_a_table(started, here, capfd):
     assert ecdit("train", *WORDS, "hydra.sweep.dir=sweep") == 0
     assert len(started) == 6
-    assert started[1] == ["train", "experiment=shapes_tiny", "moe=dense", "train.seed=2", "run='sweep/moe-dense+train.seed-2'"]
+    assert started[1] == [
+        "train",
+        "experiment=shapes_tiny",
+        "moe=dense",
+        "train.seed=2",
+        "run='sweep/moe-dense+train.seed-2'",
+    ]
     found = json.loads((here / "sweep" / "sweep.json").read_text())
     assert [job["run"] for job in found["jobs"]][:2] == ["moe-dense+train.seed-1", "moe-dense+train.seed-2"]
     assert [(line["combination"], line["seeds"], line["mean"]) for line in found["table"]] == [
@@ -79,7 +85,10 @@ def test_a_crash_does_not_lose_the_others(started, here, capfd):
     again = len(started)
     started.codes.clear()
     assert ecdit("train", *WORDS, "hydra.sweep.dir=s") == 0  # goes on: only what had not finished
-    assert [argv[-1] for argv in started[again:]] == ["run='s/moe-dense+train.seed-2'", "run='s/moe-token_choice+train.seed-2'"]
+    assert [argv[-1] for argv in started[again:]] == [
+        "run='s/moe-dense+train.seed-2'",
+        "run='s/moe-token_choice+train.seed-2'",
+    ]
 
 
 def test_a_request_to_stop_ends_the_sweep(here, monkeypatch):
@@ -114,7 +123,10 @@ def test_a_run_folder_for_all_jobs_is_refused(started, here, capsys):
     assert "nearest valid: hydra.sweep.dir=x" in line
     assert not list(here.iterdir())
     assert ecdit("train", *WORDS, "run=x/${train.seed}-${moe.num_experts}-${moe.scope}", "moe.num_experts=8") == 77
-    assert ecdit("train", "-m", "experiment=shapes_tiny", "train.seed=1,2", "run=x/seed${train.seed}", "hydra.sweep.dir=s") == 0
+    assert (
+        ecdit("train", "-m", "experiment=shapes_tiny", "train.seed=1,2", "run=x/seed${train.seed}", "hydra.sweep.dir=s")
+        == 0
+    )
     assert [argv[-1] for argv in started] == ["run='x/seed1'", "run='x/seed2'"]
 
 
@@ -122,7 +134,14 @@ def test_slurm(here, monkeypatch, capsys):
     """Prepared and submitted as by `ecdit launch`, and not twice."""
     submitted = []
     monkeypatch.setattr(submit, "submit", lambda script: submitted.append(script) or 100 + len(submitted))
-    words = ["-m", "experiment=shapes_tiny", "train.seed=1,2", "cluster.nodes=1", "cluster.gpus_per_node=2", "hydra.sweep.dir=s"]
+    words = [
+        "-m",
+        "experiment=shapes_tiny",
+        "train.seed=1,2",
+        "cluster.nodes=1",
+        "cluster.gpus_per_node=2",
+        "hydra.sweep.dir=s",
+    ]
     assert ecdit("launch", *words) == 0
     assert "2 jobs submitted; when they have run: ecdit compare s" in capsys.readouterr().out
     assert submitted == [Path("s/train.seed-1/job.sh").absolute(), Path("s/train.seed-2/job.sh").absolute()]
@@ -144,7 +163,9 @@ def test_looking_verbs_look_at_each(here, capsys):
     assert not list(here.iterdir())
 
 
-@pytest.mark.parametrize("argv", [["train", "-m", "--cfg", "job"], ["train", "--resolve"], ["plan", "--cfg", "job", "--info"]])
+@pytest.mark.parametrize(
+    "argv", [["train", "-m", "--cfg", "job"], ["train", "--resolve"], ["plan", "--cfg", "job", "--info"]]
+)
 def test_options_that_exclude_each_other(argv):
     assert ecdit(*argv) == 2
 

@@ -96,7 +96,7 @@ def test_demo_fills_one_group_with_eight_images(preset):
 # --- conf is a manual ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("moe", [c for c in groups()["moe"]])
+@pytest.mark.parametrize("moe", groups()["moe"])
 def test_every_key_has_a_meaning(moe):
     cfg = compose([f"moe={moe}"], local=False)
     assert [key for key in key_types(cfg) if not meanings(cfg)[key]] == []
@@ -110,7 +110,9 @@ def test_every_file_says_what_it_is():
 def test_explain_names_type_class_and_meaning(base):
     text = explain("moe.num_experts", base, groups=groups())
     assert text == "moe.num_experts = 8: a whole number [identity]\nExperts in every sparse layer (E)."
-    assert explain("moe/router", base, groups=groups()).startswith("moe/router: one of expert_choice, threshold, token_choice")
+    assert explain("moe/router", base, groups=groups()).startswith(
+        "moe/router: one of expert_choice, threshold, token_choice"
+    )
     assert "encoders.text.width" in explain("encoders.text", base, groups={})
     message = messages(explain, "moe.num_expert", base, groups=groups())
     assert message == ["moe.num_expert = None: unknown key; nearest valid: moe.num_experts"]

@@ -57,7 +57,12 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 def test_a_router_and_an_experiment_of_ones_own(folder):
     cfg = configure(["experiment=sharp_shapes", "moe.router.sharpness=0.25"], config_dir=folder).config
-    assert (cfg.experiment, cfg.train.steps, cfg.moe.router.sharpness, cfg.moe.router.rounds) == ("sharp_shapes", 77, 0.25, 3)
+    assert (cfg.experiment, cfg.train.steps, cfg.moe.router.sharpness, cfg.moe.router.rounds) == (
+        "sharp_shapes",
+        77,
+        0.25,
+        3,
+    )
     assert cfg.config_dir == str(folder)
     assert "sharp" in groups(config_dir=folder)["moe/router"]
     assert "sharp" not in groups()["moe/router"]
@@ -100,7 +105,7 @@ def test_the_folder_comes_last_on_the_path(folder):
 
 
 def test_no_such_folder(tmp_path):
-    with pytest.raises(ConfigError, match="--config-dir = .*: is not a folder"):
+    with pytest.raises(ConfigError, match=r"--config-dir = .*: is not a folder"):
         compose([], config_dir=tmp_path / "none")
 
 
