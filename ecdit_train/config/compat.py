@@ -50,8 +50,8 @@ _CLASSES: dict[str, Kind] = {
     "observe": "free",
     "cluster": "free",
 }
-"""Dotted key or section -> class; the longest match decides, so the keys of a slot's own class follow its section. A new key without an
-entry fails a test."""
+"""Dotted key or section -> class; the longest match decides, so the keys of a slot's own class follow its section. A
+new key without an entry fails a test."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,8 @@ def kind(key: str, *, old: RunConfig, new: RunConfig) -> Kind:
 
 
 def diff(old: RunConfig, new: RunConfig) -> list[Change]:
-    """Every key whose value differs, in the schema's order; None where only one of them has the key (another class fills a slot)."""
+    """Every key whose value differs, in the schema's order; None where only one of them has the key (another
+    class fills a slot)."""
     before, after = flatten(old), flatten(new)
     return [
         Change(field=key, old=before.get(key), new=after.get(key), kind=kind(key, old=old, new=new))

@@ -271,7 +271,9 @@ def resolve(target: object, base: type[SlotConfig], *, field: str) -> type[SlotC
     except ImportError as error:
         if (error.name or "").split(".")[0] != module_name.split(".")[0]:
             raise refuse(f"{module_name} cannot be imported: {error}") from error
-        rule = f"there is no module {module_name} (a folder of your own is given with --config-dir DIR, or on PYTHONPATH)"
+        rule = (
+            f"there is no module {module_name} (a folder of your own is given with --config-dir DIR, or on PYTHONPATH)"
+        )
         raise refuse(rule) from error
     found = getattr(module, class_name, None)
     fitting = [name for name, value in vars(module).items() if _fills(value, base) and not name.startswith("_")]

@@ -112,7 +112,10 @@ def update_buffers(parallel: ParallelContext, assignments: list[tuple[Assignment
     so that the copies of a buffer never drift apart. Nothing where no router observes anything."""
     routers = [block.feed_forward.router for block in parallel.model.blocks if isinstance(block.feed_forward, MoE)]
     means = [
-        {name: torch.stack([m[layer].observed[name] for m in assignments]).mean(0) for name in assignments[0][layer].observed}
+        {
+            name: torch.stack([m[layer].observed[name] for m in assignments]).mean(0)
+            for name in assignments[0][layer].observed
+        }
         for layer in range(len(routers))
     ]
     tensors = [value.float() for layer in means for value in layer.values()]

@@ -1,4 +1,5 @@
-"""Run folders that ecdit 0.1 wrote (tests/golden/format1, made by its `ecdit config show`) are read as this version would write them."""
+"""Run folders that ecdit 0.1 wrote (tests/golden/format1, made by its `ecdit config show`) are read as this
+version would write them."""
 
 from __future__ import annotations
 
@@ -35,7 +36,9 @@ def test_a_run_of_the_first_version_is_what_the_same_words_compose_today(name, t
     read, now = load(tmp_path), compose([f"experiment={name}", *NOW[name]], local=False)
     validate(read)
     # 0.1 gave the shapes presets a W&B project of their own, and token choice's unused keys to every router.
-    different = {key for key in flatten(now) if flatten(read).get(key) != flatten(now)[key]} - {"observe.sinks.wandb.project"}
+    different = {key for key in flatten(now) if flatten(read).get(key) != flatten(now)[key]} - {
+        "observe.sinks.wandb.project"
+    }
     assert different == set()
 
 
@@ -47,7 +50,9 @@ def test_what_is_written_says_its_format(tmp_path):
 
 
 def test_a_newer_format_is_refused_by_its_number(tmp_path):
-    with pytest.raises(RunFolderError, match=r"has format 3; this ecdit reads formats 1 and 2: use the one that wrote it"):
+    with pytest.raises(
+        RunFolderError, match=r"has format 3; this ecdit reads formats 1 and 2: use the one that wrote it"
+    ):
         load(run_folder(tmp_path, "format: 3\nrun: x\n"))
 
 

@@ -41,7 +41,9 @@ THRESHOLD = {
         "momentum": 0.9,
     }
 }
-IDENTITY = {"encoders.image": {"_target_": "ecdit_train.diffusion.encoders.identity.Identity", "scale": 1.0, "shift": 0.0}}
+IDENTITY = {
+    "encoders.image": {"_target_": "ecdit_train.diffusion.encoders.identity.Identity", "scale": 1.0, "shift": 0.0}
+}
 BATCH_SCOPE = {"moe.scope": "batch"}
 
 RULES = [
