@@ -56,13 +56,13 @@ RULES = [
     ({"model.text_refiner_layers": -1}, "model.text_refiner_layers = -1: must be at least 0; nearest valid: 0"),
     # --- experts
     ({"moe.num_experts": 0}, "moe.num_experts = 0: must be at least 1; nearest valid: 1"),
-    ({"moe.num_experts": 7}, "moe.num_experts = 7: capacity = group * experts per token / experts = 1024 * 2 / 7 = 292.571 must be "
-     "whole; nearest valid: 8"),
-    ({"moe.router.capacity_factor": 1.3}, "moe.router.capacity_factor = 1.3: capacity = group * experts per token / experts = 1024 * 1.3 "
-     "/ 8 = 166.4 must be whole; nearest valid: 1.3125"),
+    ({"moe.num_experts": 7}, "moe.num_experts = 7: capacity = group * experts per token / experts = 1024 * 2 / 7 = 292.571 "
+     "must be whole; nearest valid: 8"),
+    ({"moe.router.capacity_factor": 1.3}, "moe.router.capacity_factor = 1.3: capacity = group * experts per token / experts = "
+     "1024 * 1.3 / 8 = 166.4 must be whole; nearest valid: 1.3125"),
     ({"moe.router.capacity_factor": 0.0}, "moe.router.capacity_factor = 0.0: must be greater than 0"),
-    ({"moe.router.capacity_factor": 9.0}, "moe.router.capacity_factor = 9.0: must not exceed moe.num_experts = 8: an expert cannot take a "
-     "token twice; nearest valid: 8.0"),
+    ({"moe.router.capacity_factor": 9.0}, "moe.router.capacity_factor = 9.0: must not exceed moe.num_experts = 8: an expert cannot "
+     "take a token twice; nearest valid: 8.0"),
     ({**TOKEN_CHOICE, "moe.router.top_k": 9}, "moe.router.top_k = 9: must not exceed moe.num_experts = 8; nearest valid: 8"),
     ({"moe.group_size": 1000}, "moe.group_size = 1000: must hold whole images of 128 kept patches; nearest valid: 1024"),
     ({**TOKEN_CHOICE, "moe.router.balance_weight": -0.1}, "moe.router.balance_weight = -0.1: must be at least 0; nearest valid: 0"),
