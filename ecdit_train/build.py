@@ -23,6 +23,7 @@ from ecdit_train.parallel.context import ParallelContext, spread
 from ecdit_train.parallel.mesh import make_mesh
 from ecdit_train.parallel.runtime import Runtime
 from ecdit_train.plan.flops import per_step
+from ecdit_train.run_folder import CHECKPOINTS
 from ecdit_train.train.state import TrainState
 from ecdit_train.train.trainer import Trainer, placed
 
@@ -56,7 +57,7 @@ def build_trainer(config: RunConfig, runtime: Runtime, *, stop_after: int | None
             num_kept=config.tokens_per_image,
         ),
         batches=batches,
-        checkpoints=CheckpointManager(run / "checkpoints", comm=runtime, keep=config.checkpoint.keep),
+        checkpoints=CheckpointManager(run / CHECKPOINTS, comm=runtime, keep=config.checkpoint.keep),
         window=make_window(config, runtime),
         progress=Progress(config.train.steps, stream=sys.stdout if runtime.rank == 0 else None),
         sinks=Sinks(),
@@ -123,7 +124,7 @@ def make_window(config: RunConfig, runtime: Runtime) -> MetricWindow:
 def load_weights(run: str, parallel: ParallelContext, *, kind: Literal["ema", "raw"], step: int | None) -> int:
     """Put a run's committed weights into the model, averaged (if it keeps an average) or raw, with the buffers: the
     newest, or `step`. Returns its step."""
-    root = Path(run) / "checkpoints"
+    root = Path(run) / CHECKPOINTS
     path = folder.path_of(root, step=step) if step is not None else folder.newest(root)
     if path is None or not path.exists():
         raise CheckpointError(

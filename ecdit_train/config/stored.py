@@ -15,8 +15,7 @@ from ecdit_train.config.schema import RunConfig
 from ecdit_train.config.upgrade import FORMAT, KEY, upgrade
 from ecdit_train.config.user_folder import trust, use_folder
 from ecdit_train.errors import RunFolderError
-
-RESOLVED = "resolved.yaml"
+from ecdit_train.run_folder import RESOLVED
 
 
 def to_yaml(cfg: RunConfig) -> str:

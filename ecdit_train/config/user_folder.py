@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from ecdit_train.errors import ConfigError, Problem, RunFolderError
+from ecdit_train.run_folder import RESOLVED
 
 
 def use_folder(folder: str | Path, *, conf: Path | None = None) -> Path:
@@ -39,7 +40,7 @@ def trust(stored: str, *, run: Path) -> None:
     Raises:
         RunFolderError: somebody else's run folder; or the folder it names is gone.
     """
-    mine = all(path.stat().st_uid == os.geteuid() for path in (run, run / "resolved.yaml"))
+    mine = all(path.stat().st_uid == os.geteuid() for path in (run, run / RESOLVED))
     if not mine:
         raise RunFolderError(
             f"{run} belongs to another user and wants modules from {stored}: give --config-dir FOLDER if you trust them"

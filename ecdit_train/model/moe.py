@@ -44,6 +44,7 @@ class Experts(nn.Module):
     def shard(self, *, index: int, count: int) -> None:
         """Keep the experts of part `index` of `count`, in place and without values: parameters and buffers are cut on dim 0."""
         E, e = self.num_experts, self.num_experts // count
+        assert e * count == E, f"{count} ranks cannot share {E} experts evenly: a rule of the configuration"
         stores: list[dict[str, Any]] = [s for m in self.modules() for s in (m._parameters, m._buffers)]
         for tensors in stores:
             for name, tensor in tensors.items():

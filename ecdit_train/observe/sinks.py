@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ecdit_train import atomic
+from ecdit_train import run_folder as folder
 from ecdit_train.config.slots import SinkConfig
-
-from . import folder
 
 Value = float | int | str | None
 Record = Mapping[str, Value]

@@ -20,9 +20,9 @@ from types import ModuleType
 from typing import Any, Literal
 
 from ecdit_train import atomic
+from ecdit_train import run_folder as folder
 from ecdit_train.config.slots import SinkConfig
 
-from . import folder
 from .redact import redact, redact_text
 from .sinks import Record, SinkContext
 

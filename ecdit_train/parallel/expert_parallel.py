@@ -24,8 +24,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ecdit_train.config.nearest import nearest_divisor
-from ecdit_train.errors import ConfigError, Problem
 from ecdit_train.model.assignment import Assignment, Rows, Selection, Table
 from ecdit_train.model.dit import DiT
 from ecdit_train.model.moe import Dispatcher, MoE
@@ -228,21 +226,6 @@ class SharedRows(Rows):
     route: Route
 
 
-def check(model: DiT, *, ep: int) -> None:
-    """Raises ConfigError if ep ranks cannot share the experts evenly."""
-    for moe in sparse_layers(model).values():
-        experts = moe.experts.num_experts
-        if experts % ep:
-            raise ConfigError(
-                Problem(
-                    field="parallel.ep",
-                    value=ep,
-                    rule=f"must divide moe.num_experts = {experts}",
-                    nearest=nearest_divisor(ep, experts),
-                )
-            )
-
-
 def sparse_layers(model: DiT) -> dict[str, MoE]:
     """The mixture-of-experts layers by their path."""
     return {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
@@ -254,7 +237,6 @@ def apply_expert_parallel(model: DiT, *, mesh: Mesh, overlap_chunks: int) -> dic
     Experts shard themselves, whatever class they are. Without ep and tp nothing changes; with tp alone each rank keeps all experts
     and works on its share of the slots.
     """
-    check(model, ep=mesh.ep_size)
     placements: dict[str, ParamPlacement] = {}
     chunks = overlap_chunks if mesh.ep_size > 1 else 1  # without an exchange there is nothing to hide
     exchange = None

@@ -17,11 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ecdit_train.config.nearest import nearest_divisor
-from ecdit_train.errors import ConfigError, Problem
 from ecdit_train.model.attention import Attention
 from ecdit_train.model.dit import DiT
-from ecdit_train.model.feed_forward import FeedForward
 
 from .collectives import copy_to_group
 from .mesh import Mesh
@@ -50,38 +47,12 @@ def split_of(path: str) -> Split | None:
     return next((split for pattern, split in PLAN if re.fullmatch(pattern, path)), None)
 
 
-def check(model: DiT, *, tp: int) -> None:
-    """Raises ConfigError with every size that tp ranks cannot share."""
-    problems: dict[str, Problem] = {}
-
-    def must_divide(what: str, size: int) -> None:
-        if size % tp:
-            problems[what] = Problem(
-                field="parallel.tp", value=tp, rule=f"must divide {what} = {size}", nearest=nearest_divisor(tp, size)
-            )
-
-    for path, module in model.named_modules():
-        if split_of(f"{path}.query") and isinstance(module, Attention):
-            heads, kv_heads = (linear.out_features // module.head_dim for linear in (module.query, module.key))
-            must_divide("model.heads", heads)
-            if kv_heads % tp and tp % kv_heads:
-                problems["kv_heads"] = Problem(
-                    field="parallel.tp",
-                    value=tp,
-                    nearest=nearest_divisor(tp, kv_heads),
-                    rule=f"must divide model.kv_heads = {kv_heads}, or be a multiple of it",
-                )
-        elif split_of(f"{path}.up") and isinstance(module, FeedForward):
-            must_divide("the feed-forward's hidden width", module.up.out_features)
-    if problems:
-        raise ConfigError(list(problems.values()))
-
-
 def apply_tensor_parallel(model: DiT, *, mesh: Mesh) -> dict[str, ParamPlacement]:
-    """Replace the layers of PLAN in place (meta or real device, weights left unset) and say where each weight lies."""
+    """Replace the layers of PLAN in place (meta or real device, weights left unset) and say where each weight lies.
+
+    That sizes divide is a rule of the configuration (config/layout.py); Megatron's layers assert it."""
     if mesh.tp_size == 1:
         return {}
-    check(model, tp=mesh.tp_size)
     placements: dict[str, ParamPlacement] = {}
     for path, module in list(model.named_modules()):
         split = split_of(path)

@@ -19,6 +19,7 @@ from ecdit_train.observe.metrics import MetricWindow
 from ecdit_train.observe.routing import routing_scalars
 from ecdit_train.observe.sinks import Sinks
 from ecdit_train.parallel.context import ParallelContext
+from ecdit_train.run_folder import quarantine_path
 
 from .optim import learning_rate
 from .state import TrainState, parameter_of
@@ -174,7 +175,7 @@ class Trainer:
         if record["data/substituted"] > 0:
             self.progress.message(
                 f"step {step}: {record['data/substituted']:.0f} unreadable samples substituted since the last log step, "
-                f"named in {c.run}/quarantine-*.jsonl"
+                f"named in {quarantine_path(Path(c.run), dp_rank='*')}"
             )
 
     def save(self, step: int) -> None:

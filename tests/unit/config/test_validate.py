@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,7 +11,6 @@ from ecdit_train.config.convert import with_values
 from ecdit_train.config.rules import is_whole
 from ecdit_train.config.validate import validate
 from ecdit_train.errors import ConfigError
-from ecdit_train.parallel.degrees import resolve_degrees
 
 
 def broken(cfg, *, world=None) -> list[str]:
@@ -262,9 +259,26 @@ def test_tensor_parallel_may_exceed_kv_heads_evenly(base):
 
 def test_sequence_parallel_is_refused_with_tensor_parallel_too(base):
     (line,) = broken(with_values(base, {"parallel.sequence_parallel": True, "parallel.tp": 2}), world=8)
-    with pytest.raises(ConfigError) as caught:
-        resolve_degrees(replace(base.parallel, sequence_parallel=True, tp=2), 8)
-    assert str(caught.value).replace("False", "false") == line
+    assert line.startswith("parallel.sequence_parallel = True: not available")
+
+
+@pytest.mark.parametrize(
+    ("values", "fields"),
+    [
+        ({"tp": 3}, {"tp"}),
+        ({"ep": 7}, {"ep"}),
+        ({"tp": 0}, {"tp"}),
+        ({"dp_shard": 0}, {"dp_shard"}),
+        ({"dp_replicate": 3}, {"dp_replicate"}),
+        ({"dp_replicate": 2, "dp_shard": 2}, {"dp_shard"}),
+        ({"overlap_chunks": 0}, {"overlap_chunks"}),
+        ({"tp": 3, "ep": 5}, {"tp", "ep"}),
+    ],
+)
+def test_bad_layouts_of_eight_ranks(base, values, fields):
+    lines = broken(with_values(base, {f"parallel.{name}": value for name, value in values.items()}), world=8)
+    assert {line.split(" = ")[0].removeprefix("parallel.") for line in lines} == fields
+    assert all("nearest valid" in line for line in lines)
 
 
 @pytest.mark.parametrize("layout", [(1, -1, 2, 8), (2, -1, 1, 4), (2, 2, 2, 8), (1, 8, 1, 1), (1, 4, 2, 2)])
