@@ -50,7 +50,7 @@ def test_parameters(name, golden):
         - experts
         + experts * (config.moe.router.experts_per_token() if config.moe.router else 1) / config.moe.num_experts
     )
-    frozen = config.encoders.text.parameters + config.encoders.image.parameters
+    frozen = config.encoders.text.num_parameters() + config.encoders.image.num_parameters()
     golden(f"experiments/{name}.txt", section="parameters",
            text=f"network: {total:,}\nactivated: {activated:,.0f}\nfrozen encoders: {frozen:,}")  # fmt: skip
 
