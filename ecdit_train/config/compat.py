@@ -39,7 +39,7 @@ _CLASSES: dict[str, Kind] = {
     "data.max_bad": "free",
     "train.seed": "identity",
     "train.global_batch": "identity",
-    "train.microbatch": "free",  # identity when a pool is a microbatch, see `kind`
+    "train.microbatch": "free",  # identity when a group is a microbatch, see `kind`
     "train.steps": "schedule",
     "train.precision": "schedule",
     "train.init_from": "free",  # read only before the first checkpoint

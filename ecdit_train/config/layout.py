@@ -6,7 +6,7 @@ from ecdit_train.config.nearest import divisors, nearest_divisor, nearest_multip
 from ecdit_train.config.rules import Checker, is_whole
 from ecdit_train.config.schema import RunConfig
 
-NO_SEQUENCE_PARALLEL = "not available: an expert ranks its whole pool, so each tp rank needs all tokens"
+NO_SEQUENCE_PARALLEL = "not available: an expert ranks its whole group, so each tp rank needs all tokens"
 
 
 def check_layout(cfg: RunConfig, check: Checker, *, world: int | None) -> None:

@@ -1,4 +1,4 @@
-"""`resolved.yaml`: the configuration of a run folder, frozen when the run was made, read by every later life of it."""
+"""`resolved.yaml`: the configuration of a run folder, frozen when the run was made, read by every later attempt."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ class WandbSink:
         self._thread.start()
 
     def log(self, step: int, record: Record) -> None:
-        """`step` is also W&B's own counter: left alone it restarts in every life, and rows get lost."""
+        """`step` is also W&B's own counter: left alone it restarts in every attempt, and rows get lost."""
         payload = {STEP: step, **record}
         self._put(lambda wandb, run: run.log(payload, step=step))
 

@@ -108,7 +108,7 @@ RULES = [
     ({"parallel.ep": 3}, "parallel.ep = 3: must divide moe.num_experts = 8; nearest valid: 2"),
     ({"parallel.ep": 2, **DENSE}, "parallel.ep = 2: must be 1 in a dense network: no experts; nearest valid: 1"),
     ({"parallel.sequence_parallel": True}, "parallel.sequence_parallel = True: not available: an expert ranks its whole "
-     "pool, so each tp rank needs all tokens; nearest valid: false"),
+     "group, so each tp rank needs all tokens; nearest valid: false"),
     ({"parallel.overlap_chunks": 3}, "parallel.overlap_chunks = 3: must divide the 8 routing groups of a microbatch; "
      "nearest valid: 2"),
     ({**THRESHOLD, "parallel.overlap_chunks": 2}, "parallel.overlap_chunks = 2: must be 1 while the number of rows varies "
