@@ -23,7 +23,7 @@ _CLASSES: dict[str, Kind] = {
     "config_dir": "free",
     "model": "identity",
     "moe": "identity",
-    "moe.dispatcher": "free",
+    "moe.dispatcher._target_": "free",  # identity where one of the two changes the result, see `kind`
     "diffusion": "identity",
     "sample": "free",
     "encoders": "identity",
@@ -82,12 +82,20 @@ def _lookup(key: str) -> Kind:
 
 def kind(key: str, *, old: RunConfig, new: RunConfig) -> Kind:
     """The class of `key` between these two configurations."""
-    if key == "train.microbatch" and any(c.moe.router is not None and c.moe.scope == "batch" for c in (old, new)):
+    if key == "train.microbatch" and any(_group_is_microbatch(c) for c in (old, new)):
+        return "identity"
+    dispatchers = [c.moe.dispatcher for c in (old, new) if c.moe.dispatcher is not None]
+    if key == "moe.dispatcher._target_" and not all(d.same_result for d in dispatchers):
         return "identity"
     before, after = flatten(old).get(key), flatten(new).get(key)
     if key in ("optim.ema_decay", "optim.optimizer.momentum") and (before == 0) != (after == 0):
         return "identity"  # 0 means that the state has no such tensors
     return _lookup(key)
+
+
+def _group_is_microbatch(cfg: RunConfig) -> bool:
+    router = cfg.moe.router
+    return router is not None and (cfg.moe.scope == "batch" or router.whole_batch)
 
 
 def diff(old: RunConfig, new: RunConfig) -> list[Change]:

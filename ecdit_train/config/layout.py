@@ -97,7 +97,7 @@ def _expert(cfg: RunConfig, check: Checker) -> None:
         )
     if not check.sane("parallel.overlap_chunks"):
         return
-    varies = check.sane("moe.num_experts") and cfg.capacity is None
+    varies = _capacity_is_sane(cfg, check) and cfg.capacity is None
     if varies and moe.dispatcher is not None and moe.dispatcher.cap is None:
         rule = "must be 1 while the number of rows varies (moe.dispatcher.cap = null)"
         check.require(parallel.overlap_chunks == 1, "parallel.overlap_chunks", rule=rule, nearest=1)

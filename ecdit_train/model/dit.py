@@ -108,4 +108,6 @@ def make_moe(model: ModelConfig, moe: MoEConfig) -> MoE:
     router = moe.router.build(width=model.width, num_experts=moe.num_experts)
     hidden = model.ffn_ratio * model.width
     experts = moe.experts.build(width=model.width, hidden=hidden, num_experts=moe.num_experts)
-    return MoE(router, experts, dispatcher=moe.dispatcher.build())  # type: ignore[arg-type]
+    dispatcher = moe.dispatcher.build()
+    dispatcher.cap = moe.dispatcher.cap
+    return MoE(router, experts, dispatcher=dispatcher)  # type: ignore[arg-type]

@@ -25,7 +25,7 @@ class Router(nn.Module):
     """
 
     constants: ClassVar[Mapping[str, float]] = {}
-    """Parameters (local names) that start at one value."""
+    """Parameters that start at one value, by their names in the router."""
 
     def forward(self, x_GSD: Tensor) -> Assignment:
         """x: (G, S, D), the tokens of whole groups. Returns a `Table` where the number of rows is fixed, else a `Selection`.

@@ -24,6 +24,9 @@ KEPT = frozenset(
     {
         "aten::topk",
         "aten::nonzero",
+        "aten::sort",
+        "aten::kthvalue",
+        "aten::masked_select",
         EXCHANGE,
         "_c10d_functional::all_to_all_single",
         "_c10d_functional::all_reduce",

@@ -145,12 +145,19 @@ class ExpertParallelDispatcher(Dispatcher):
         """Of a varying number of rows: a static cap, or this tp rank's share of the list with the counts of all peers."""
         if not isinstance(assignment, Selection):
             return assignment
-        if self.cap is not None:
-            return assignment.capped(self.cap)
+        if (table := self.local.limit(assignment)) is not None:
+            return table
+        assert self.pipeline is None, (
+            "exchanges overlap only where the number of rows is fixed: a rule of the configuration"
+        )
         rows = assignment.rows()
         gate_R = copy_to_group(rows.gate_R, self.tp_group)
-        share = slice(self.tp_rank, None, self.tp_size)  # rows stay sorted by expert, and every expert's are shared
-        mine = replace(rows, expert_R=rows.expert_R[share], index_R=rows.index_R[share], gate_R=gate_R[share])
+        mine = replace(rows, gate_R=gate_R)
+        if self.tp_size > 1:
+            # By token, not by place in the list: should tp ranks decide differently about one row, no other row moves.
+            own = (rows.index_R % self.tp_size == self.tp_rank).nonzero().squeeze(1)
+            expert_R, index_R, gate_R = (x.index_select(0, own) for x in (rows.expert_R, rows.index_R, gate_R))
+            mine = replace(rows, expert_R=expert_R, index_R=index_R, gate_R=gate_R)
         E = assignment.selected_GSE.shape[-1]
         return SharedRows(mine=mine, route=self.uneven.plan(mine.expert_R, num_experts=E), **vars(rows))
 
@@ -194,17 +201,19 @@ class ExpertParallelDispatcher(Dispatcher):
     def _mine(self, assignment: Table) -> Table:
         """This tp rank's slots as a single group: tables (E, 1, s)."""
         index_ES, gate_ES = assignment.index_EGC.flatten(1), assignment.gate_EGC.flatten(1)
+        filled_ES = None if assignment.filled_EGC is None else assignment.filled_EGC.flatten(1)
         missing = -index_ES.shape[1] % (self.tp_size * self.chunks)
         if missing:
             # Slots that nobody filled: token 0 with gate 0 adds nothing, forward or backward.
-            index_ES, gate_ES = nn.functional.pad(index_ES, (0, missing)), nn.functional.pad(gate_ES, (0, missing))
+            filled_ES = torch.ones_like(index_ES, dtype=torch.bool) if filled_ES is None else filled_ES
+            index_ES, gate_ES, filled_ES = (nn.functional.pad(x, (0, missing)) for x in (index_ES, gate_ES, filled_ES))
         s = index_ES.shape[1] // self.tp_size
-        first = self.tp_rank * s
+        own = slice(self.tp_rank * s, (self.tp_rank + 1) * s)
         return replace(
             assignment,
-            index_EGC=index_ES[:, None, first : first + s],
-            gate_EGC=gate_ES[:, None, first : first + s],
-            filled_EGC=None,
+            index_EGC=index_ES[:, None, own],
+            gate_EGC=gate_ES[:, None, own],
+            filled_EGC=None if filled_ES is None else filled_ES[:, None, own],
         )
 
     def _cut(self, mine: Table) -> Iterator[Table]:
@@ -215,6 +224,7 @@ class ExpertParallelDispatcher(Dispatcher):
                 mine,
                 index_EGC=mine.index_EGC[:, :, first : first + size],
                 gate_EGC=mine.gate_EGC[:, :, first : first + size],
+                filled_EGC=None if mine.filled_EGC is None else mine.filled_EGC[:, :, first : first + size],
             )
 
 
@@ -245,7 +255,7 @@ def apply_expert_parallel(model: DiT, *, mesh: Mesh, overlap_chunks: int) -> dic
         if chunks == 1:
             _vendor()  # collective setup belongs here, not in the middle of the first forward pass
     for path, moe in sparse_layers(model).items():
-        for name, tensor in moe.experts.state_dict(keep_vars=True).items():
+        for name, tensor in (*moe.experts.named_parameters(), *moe.experts.named_buffers()):
             is_buffer = not isinstance(tensor, nn.Parameter)  # whole on each of the ranks that hold these experts
             placements[f"{path}.experts.{name}"] = ParamPlacement(
                 global_shape=tuple(tensor.shape),
@@ -260,6 +270,9 @@ def apply_expert_parallel(model: DiT, *, mesh: Mesh, overlap_chunks: int) -> dic
             moe.experts.shard(index=mesh.ep_rank, count=mesh.ep_size)
         moe.router.on_ranks(dp_group=mesh.dp_group)
         if mesh.ep_size > 1 or mesh.tp_size > 1:
+            kind = type(moe.dispatcher)
+            if kind.settle is not Dispatcher.settle or Dispatcher.gather is kind.gather or Dispatcher.sum is kind.sum:
+                raise TypeError(f"{kind.__name__} must define gather and sum, and not settle, to be spread over ranks")
             moe.dispatcher = ExpertParallelDispatcher(
                 moe.dispatcher,
                 exchange=exchange,

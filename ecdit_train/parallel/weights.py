@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ecdit_train.model.init import constant_of, initial_values, reset_buffers
+from ecdit_train.model.init import initial_values, reset_buffers, slot_of
 
 from .mesh import Mesh
 from .placement import ParamPlacement, holds_first_copy, local, pieces
@@ -34,7 +34,7 @@ def fill(model: nn.Module, placements: Mapping[str, ParamPlacement], *, seed: in
                         offsets=piece.box.offset,
                         sizes=piece.box.size,
                         device=p.device,
-                        constant=constant_of(model, name),
+                        slot=slot_of(model, name),
                     )
                 )
         reset_buffers(model)

@@ -106,13 +106,15 @@ class Trainer:
         A request that came before the first step is met after it, so that every attempt moves the run on.
         """
         c, state, window = self.config, self.state, self.window
-        substituted = 0
+        substituted, first, names = 0, state.step, set(state.tensors())
         while state.step < c.train.steps:
             with window.waiting():
                 raw = self.batches.fetch()
             before, substituted = substituted, self.batches.substituted()
             result = self._step(self.batches.encode(raw))
             state.step += 1
+            if state.step == first + 1:
+                state.check_names(names)
             last = state.step == c.train.steps
 
             window.add("train/loss", result.loss)
