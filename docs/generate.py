@@ -108,9 +108,9 @@ def _sentence(text: str) -> str:
 
 @functools.cache
 def configuration() -> str:
-    from ecdit_train.config import compat, compose, convert, describe, installed
+    from ecdit_train.config import compat, compose, convert, describe, installed, resolve
     from ecdit_train.config.schema import RunConfig
-    from ecdit_train.config.slots import SLOTS, declarations_only
+    from ecdit_train.config.slots import SLOTS
 
     parts = [
         NOTE.format(source="conf/ and ecdit_train/config/"),
@@ -126,7 +126,7 @@ def configuration() -> str:
         "[exit code 79](../runbook/another-configuration.md).\n\n",
         "`train.microbatch` is free, except under `moe.scope=batch`, where a microbatch is the routing group.\n",
     ]
-    with declarations_only():
+    with resolve.declarations_only():
         default = compose.compose([], local=False)
         found = installed.installed()
         slots = {slot.key.removesuffix(".*"): slot for slot in SLOTS}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ecdit_train import arguments, errors
-from ecdit_train.config.slots import declarations_only
+from ecdit_train.config.resolve import declarations_only
 from ecdit_train.errors import PeerLostError
 from ecdit_train.run_folder import CHECKPOINTS, RESOLVED, evaluation_path, pictures_path
 

@@ -18,8 +18,9 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from ecdit_train.config.nearest import closest
+from ecdit_train.config.resolve import resolve
 from ecdit_train.config.schema import RunConfig
-from ecdit_train.config.slots import TARGET, SlotConfig, resolve
+from ecdit_train.config.slots import TARGET, SlotConfig
 from ecdit_train.errors import ConfigError, Problem
 
 MISSING = "???"

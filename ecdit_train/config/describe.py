@@ -8,8 +8,9 @@ from typing import Any
 from ecdit_train.config.compat import classes, diff
 from ecdit_train.config.convert import flatten, key_types, type_name
 from ecdit_train.config.nearest import closest_key
+from ecdit_train.config.resolve import field_docs
 from ecdit_train.config.schema import RunConfig
-from ecdit_train.config.slots import TARGET, field_docs
+from ecdit_train.config.slots import TARGET
 from ecdit_train.errors import ConfigError, Problem
 
 

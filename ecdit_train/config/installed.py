@@ -11,7 +11,8 @@ from omegaconf import OmegaConf
 
 from ecdit_train.config.compose import open_app
 from ecdit_train.config.convert import hints, type_name
-from ecdit_train.config.slots import SLOTS, TARGET, Slot, SlotConfig, field_docs, resolve
+from ecdit_train.config.resolve import field_docs, resolve
+from ecdit_train.config.slots import SLOTS, TARGET, Slot, SlotConfig
 from ecdit_train.errors import ConfigError
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ecdit_train import cli, sweep
-from ecdit_train.config.slots import declarations_only
+from ecdit_train.config.resolve import declarations_only
 from ecdit_train.errors import ConfigError
 from launch import local, submit
 

@@ -168,8 +168,8 @@ def test_interpolation_is_resolved_then_typed():
 
 def test_composes_from_any_folder_without_torch(tmp_path):
     code = (
-        "import sys\nfrom ecdit_train.config import compose, validate, compat, describe, slots\nimport launch.submit\n"
-        "with slots.declarations_only(): compose.configure(['experiment=ec_dit_xl_8e'])\n"
+        "import sys\nfrom ecdit_train.config import compose, validate, compat, describe, resolve\nimport launch.submit\n"
+        "with resolve.declarations_only(): compose.configure(['experiment=ec_dit_xl_8e'])\n"
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)

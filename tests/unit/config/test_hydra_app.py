@@ -10,7 +10,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
 from ecdit_train.config import compose
-from ecdit_train.config.slots import declarations_only
+from ecdit_train.config.resolve import declarations_only
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from ecdit_train.config.slots import RouterConfig, declarations_only, resolve
+from ecdit_train.config.resolve import declarations_only, resolve
+from ecdit_train.config.slots import RouterConfig
 from ecdit_train.errors import ConfigError
 
 ROUTER = """
@@ -94,8 +95,8 @@ def test_declarations_are_enough_or_the_file_is_imported_whole(module, before, v
 
 def test_no_shipped_slot_needs_torch_to_be_checked():
     code = (
-        "import sys; from ecdit_train.config import installed, slots\n"
-        "with slots.declarations_only(): found = installed.installed()\n"
+        "import sys; from ecdit_train.config import installed, resolve\n"
+        "with resolve.declarations_only(): found = installed.installed()\n"
         "assert all(c.broken is None for choices in found.values() for c in choices), found\n"
         "assert all(found.values()), found\n"
         "sys.exit('torch' in sys.modules)"

@@ -7,7 +7,7 @@ import functools
 import pytest
 
 from ecdit_train.config.compose import compose, configure, explicit_keys, override
-from ecdit_train.config.slots import declarations_only
+from ecdit_train.config.resolve import declarations_only
 from ecdit_train.errors import ConfigError, Problem
 
 
