@@ -38,11 +38,11 @@ SHAPES := data/shapes_demo
 demo: export CUDA_VISIBLE_DEVICES :=
 demo: setup  ## draw shapes into shards, train a small EC-DiT on 2 ranks, resume it once, draw, grade, report (about 6 minutes)
 	rm -rf $(RUN)
-	$(BIN)/ecdit data shapes out=$(SHAPES) count=8000 resolution=24 'mix={single_object:1,colors:4}' 'scale=[0.55,0.8]'
+	$(BIN)/ecdit data shapes out=$(SHAPES) count=8000 resolution=24 mix='{single_object: 1, colors: 4}' scale='[0.55,0.8]'
 	$(BIN)/ecdit --nproc 2 train experiment=shapes_tiny run=$(RUN) data.shards=$(SHAPES) parallel=pair --stop-after 500 || test $$? -eq 75
 	$(BIN)/ecdit --nproc 2 resume $(RUN)
-	$(BIN)/ecdit --nproc 2 sample run=$(RUN) 'prompts=[a photo of a red circle,a photo of a blue square,a photo of a green triangle,a photo of a yellow cross]'
-	$(BIN)/ecdit --nproc 2 evaluate run=$(RUN) 'tasks=[single_object,colors]' repeat=2
+	$(BIN)/ecdit --nproc 2 sample run=$(RUN) prompts='[a photo of a red circle, a photo of a blue square, a photo of a green triangle, a photo of a yellow cross]'
+	$(BIN)/ecdit --nproc 2 evaluate run=$(RUN) tasks='[single_object,colors]' repeat=2
 	$(BIN)/ecdit report $(RUN)
 	@echo
 	@echo "Look at   $(RUN)/pictures/ (samples), $(RUN)/samples/ (the same prompts while it learned), $(RUN)/report.html (all of it)"

@@ -17,8 +17,8 @@ from PIL import Image
 from data_pipeline.shapes.draw import BACKGROUND
 from data_pipeline.shapes.grader import FOREGROUND_DISTANCE
 from ecdit_train.observe import figures
-from ecdit_train.observe.folder import ROUTING, by_step
 from ecdit_train.observe.routing import RoutingMaps
+from ecdit_train.run_folder import ROUTING, by_step
 
 
 def main(run: Path, out: Path) -> None:

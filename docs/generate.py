@@ -9,10 +9,11 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,12 @@ def _actions(parser: argparse.ArgumentParser) -> list[tuple[str, argparse.Action
     for action in parser._actions:
         if isinstance(action, argparse._HelpAction | argparse._SubParsersAction):
             continue
-        value = str(action.metavar or action.dest.upper()) if action.nargs != 0 else ""
-        name = f"{action.option_strings[-1]} {value}".strip() if action.option_strings else value
+        value = ""
+        if action.nargs != 0:
+            value = str(action.metavar or "|".join(action.choices or ()) or action.dest.upper())
+            value = f"[{value}]" if action.nargs == "?" else value
+        option = next((o for o in action.option_strings if o.startswith("--")), "")
+        name = f"{option} {value}".strip()
         found.append((name + {"*": " ...", "+": " ..."}.get(str(action.nargs), ""), action))
     return found
 
@@ -101,54 +106,72 @@ def _sentence(text: str) -> str:
 # --- configuration.md ------------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def configuration() -> str:
-    from ecdit_train.config import schema
-    from ecdit_train.config.compat import classes
-    from ecdit_train.config.compose import compose, groups
-    from ecdit_train.config.convert import flatten, leaf_types
-    from ecdit_train.config.describe import comments
+    from ecdit_train.config import compat, compose, convert, describe, installed
+    from ecdit_train.config.schema import RunConfig
+    from ecdit_train.config.slots import SLOTS, declarations_only
 
-    default, meaning, kind = flatten(compose([], local=False)), comments(), classes()
     parts = [
         NOTE.format(source="conf/ and ecdit_train/config/"),
         "# Configuration\n\n",
-        "Every key of a run, with the value of the default composition (no words on the command line). `ecdit config show WORD ...` "
-        "prints the whole tree for some words; a wrong key or an impossible combination is refused with the nearest valid one "
-        "([exit code 77](../runbook/config-refused.md)).\n\n",
+        "Every key of a run: first the sections, with the values of the default composition (no words on the command line), then the "
+        "[slots](#slots), with every class that can fill one and its keys. `ecdit config show WORD ...` prints the whole tree for some "
+        "words, `ecdit config explain KEY` one key, `ecdit slots` the slots, those of your own folder too; a wrong key or an impossible "
+        "combination is refused with the nearest valid one ([exit code 77](../runbook/config-refused.md)).\n\n",
         "**On resume** says what a resume may do with the key:\n\n",
         "- *free*: changes where and how a run computes, not what;\n",
         "- *schedule*: changes what happens from here on; only when named on the command line of `ecdit resume`;\n",
         "- *identity*: changes the network, the data order or a random draw: another run, refused with "
         "[exit code 79](../runbook/another-configuration.md).\n\n",
-        "`train.microbatch` is free, except under `moe.scope=batch`, where it is the routing pool.\n",
+        "`train.microbatch` is free, except under `moe.scope=batch`, where a microbatch is the routing group.\n",
     ]
-    sections: dict[str, list[str]] = {}
-    for key in leaf_types():
-        sections.setdefault(key.rpartition(".")[0], []).append(key)
-    classes_of = {"": schema.RunConfig, **_section_classes(schema.RunConfig)}
-    last_of_group = {section.partition(".")[0]: section for section in sections}
-    for section, keys in sections.items():
-        parts.append(f"\n## {section or 'top level'}\n\n")
-        if (
-            section
-            and (doc := classes_of[section].__doc__ or "").strip()
-            and "(" not in doc[: len(classes_of[section].__name__) + 1]
-        ):
-            parts.append(one_line(doc) + "\n\n")
-        group = section.partition(".")[0]
-        rows = [
-            [
-                f"`{key}`",
-                _value(default[key]),
-                _type(leaf_types()[key]),
-                kind[key],
-                _meaning(meaning.get(key, ""), group),
-            ]
-            for key in keys
-        ]
-        parts.append(table(["key", "default", "type", "on resume", "meaning"], rows))
-        if group in groups() and section == last_of_group[group]:
-            parts.append("\n" + _choices(group))
+    with declarations_only():
+        default = compose.compose([], local=False)
+        found = installed.installed()
+        slots = {slot.key.removesuffix(".*"): slot for slot in SLOTS}
+        kinds, meaning, types, values = (
+            f(default) for f in (compat.classes, describe.meanings, convert.key_types, convert.flatten)
+        )
+        owners = {"": RunConfig} | {
+            name: type(getattr(default, name)) for name in convert.section_names(default) if "." not in name
+        }
+        for section, owner in owners.items():
+            parts.append(f"\n## {section or 'top level'}\n\n")
+            if section and (text := describe_class(owner)):
+                parts.append(text + "\n\n")
+            rows = []
+            for name, hint in convert.hints(owner).items():
+                key = f"{section}.{name}".lstrip(".")
+                if key in slots:
+                    taken = ", ".join(c.name for c in found[slots[key].key] if c.target in _targets(default, key))
+                    about = f"{slots[key].meaning[:1].upper()}{slots[key].meaning[1:]}."
+                    rows.append([f"`{key}`", taken, f"[slot](#{anchor(key)})", "", about])
+                elif key in types:
+                    rows.append([f"`{key}`", _value(values[key]), convert.type_name(hint), kinds[key], meaning[key]])
+            parts.append(table(["key", "default", "type", "on resume", "meaning"], rows))
+            if section in compose.groups():
+                parts.append("\n" + _choices(section))
+        parts.append(
+            "\n## Slots\n\n"
+            "A slot is filled with an object of a class, which has keys of its own. `GROUP=NAME` takes a file of the slot's group, and the file "
+            "names the class (`_target_`); a class and a file of your own do as well as these: "
+            "[write a config](../how-to/write-a-config.md#a-class-of-your-own). "
+            "The value is the one in the file.\n"
+        )
+        for key, slot in slots.items():
+            parts.append(f"\n### {key}\n\n{slot.meaning[:1].upper()}{slot.meaning[1:]}: `{slot.group}=NAME`.\n\n")
+            rows = []
+            for choice in found[slot.key]:
+                with_it = compat.classes(compose.compose([f"{slot.group}={choice.name}"], local=False))
+                prefix = f"{key}.{choice.name}" if slot.key.endswith(".*") else key
+                row = [f"`{choice.name}`", f"`{choice.target}`", "", with_it[f"{prefix}._target_"], choice.meaning]
+                rows.append(row)
+                rows += [
+                    ["", f"`{prefix}.{k.name}` = {_value(k.value)}", k.type, with_it[f"{prefix}.{k.name}"], k.meaning]
+                    for k in choice.keys
+                ]
+            parts.append(table(["name", "class, and its keys", "type", "on resume", "meaning"], rows))
     parts.append(
         "\n## experiment\n\nPresets: whole runs as differences from the default. `experiment=NAME` chooses one.\n\n"
     )
@@ -158,47 +181,43 @@ def configuration() -> str:
     return "".join(parts)
 
 
-def _section_classes(cls: type, prefix: str = "") -> dict[str, type]:
-    import dataclasses
-
-    from ecdit_train.config.convert import hints
-
-    found: dict[str, type] = {}
-    for name, hint in hints(cls).items():
-        if dataclasses.is_dataclass(hint):
-            assert isinstance(hint, type)
-            found[f"{prefix}{name}"] = hint
-            found |= _section_classes(hint, f"{prefix}{name}.")
-    return found
+def describe_class(cls: type) -> str:
+    """The first paragraph of a class's docstring on one line; nothing where a dataclass has none of its own."""
+    text = one_line((cls.__doc__ or "").split("\n\n")[0])
+    return "" if text.startswith(f"{cls.__name__}(") else text
 
 
-def _meaning(comment: str, group: str) -> str:
-    """A key's comment without the line that heads its file, which `describe.comments` joins to the first key."""
-    for headline in _headlines(group).values():
-        comment = comment.removeprefix(headline).lstrip()
-    return comment
+def anchor(heading: str) -> str:
+    """As GitHub makes it."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def _targets(config: Any, key: str) -> set[str]:
+    """The classes that fill a slot."""
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    objects = value.values() if isinstance(value, Mapping) else [value]
+    return {type(o).target() for o in objects}
 
 
 def _choices(group: str, *, sentence: bool = True) -> str:
-    rows = [[f"`{group}={choice}`", headline] for choice, headline in _headlines(group).items()]
-    lead = f"Choices of the whole group `{group}`:\n\n" if sentence else ""
-    return lead + table(["choice", "what it is"], rows)
-
-
-def _headlines(group: str) -> dict[str, str]:
-    """Choice -> the comment that heads its file."""
     from ecdit_train.config.compose import conf_folder, groups
 
-    return {choice: _headline(conf_folder() / group / f"{choice}.yaml") for choice in groups().get(group, ())}
+    rows = [[f"`{group}={name}`", _headline(conf_folder() / group / f"{name}.yaml")] for name in groups()[group]]
+    return (f"Choices of the whole group `{group}`:\n\n" if sentence else "") + table(["choice", "what it is"], rows)
 
 
 def _headline(file: Path) -> str:
     """The comment that heads a YAML file, without Hydra's package line."""
+    lines = []
     for line in file.read_text(encoding="utf-8").splitlines():
         if line.startswith("# @package"):
             continue
-        return line.removeprefix("# ") if line.startswith("#") else ""
-    return ""
+        if not line.startswith("# "):
+            break
+        lines.append(line.removeprefix("# "))
+    return " ".join(lines)
 
 
 def _value(value: Any) -> str:
@@ -206,19 +225,11 @@ def _value(value: Any) -> str:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, tuple):
-        return (
-            f"{len(value)} entries"
-            if value and any(" " in str(v) for v in value)
-            else "[" + ", ".join(map(str, value)) + "]"
-        )
+    if isinstance(value, tuple | list):
+        if any(" " in str(v) for v in value):
+            return f"{len(value)} entries"
+        return "[" + ", ".join(map(str, value)) + "]"
     return str(value)
-
-
-def _type(hint: Any) -> str:
-    from ecdit_train.config.convert import type_name
-
-    return type_name(hint)
 
 
 # --- metrics.md ------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from ecdit_train.config.stored import freeze
 from ecdit_train.diffusion.flow import Flow
 from ecdit_train.errors import CheckpointError, ConfigError, Problem
 from ecdit_train.evaluate.pictures import PromptGrid, SamplePipeline
+from ecdit_train.model.init import persistent_buffers
 from ecdit_train.observe.console import Progress
 from ecdit_train.observe.metrics import MetricWindow
 from ecdit_train.observe.sinks import SinkContext, Sinks, open_sinks
@@ -23,13 +24,14 @@ from ecdit_train.parallel.context import ParallelContext, spread
 from ecdit_train.parallel.mesh import make_mesh
 from ecdit_train.parallel.runtime import Runtime
 from ecdit_train.plan.flops import per_step
+from ecdit_train.run_folder import CHECKPOINTS
 from ecdit_train.train.state import TrainState
 from ecdit_train.train.trainer import Trainer, placed
 
 
 def build_trainer(config: RunConfig, runtime: Runtime, *, stop_after: int | None = None) -> Trainer:
-    """Everything a run needs, with the newest sound checkpoint loaded if the folder has one. Until all of it stands, nothing is written
-    into a new run folder: what cannot start leaves no trace."""
+    """Everything a run needs, with the newest sound checkpoint loaded if the folder has one. Until all of it stands,
+    nothing is written into a new run folder: what cannot start leaves no trace."""
     run = Path(config.run)
     # What a user can get wrong comes first, the model after.
     mesh = make_mesh(config.parallel, device_type=runtime.device.type, world=runtime.world)
@@ -56,7 +58,7 @@ def build_trainer(config: RunConfig, runtime: Runtime, *, stop_after: int | None
             num_kept=config.tokens_per_image,
         ),
         batches=batches,
-        checkpoints=CheckpointManager(run / "checkpoints", comm=runtime, keep=config.checkpoint.keep),
+        checkpoints=CheckpointManager(run / CHECKPOINTS, comm=runtime, keep=config.checkpoint.keep),
         window=make_window(config, runtime),
         progress=Progress(config.train.steps, stream=sys.stdout if runtime.rank == 0 else None),
         sinks=Sinks(),
@@ -66,7 +68,7 @@ def build_trainer(config: RunConfig, runtime: Runtime, *, stop_after: int | None
     # The newest sound checkpoint of this folder, else another run's weights (`train.init_from`), else first weights.
     resumed = trainer.resume()
     if resumed is None and config.train.init_from is not None:
-        load_weights(config.train.init_from, parallel, kind="ema", step=None)
+        load_weights(config.train.init_from, parallel, kind="ema", step=None, start=True)
         if trainer.state.ema is not None:
             trainer.state.ema.restart()
     runtime.together(batches.prepare)
@@ -120,18 +122,24 @@ def make_window(config: RunConfig, runtime: Runtime) -> MetricWindow:
     )
 
 
-def load_weights(run: str, parallel: ParallelContext, *, kind: Literal["ema", "raw"], step: int | None) -> int:
-    """Put a run's committed weights into the model, averaged (if it keeps an average) or raw, with the buffers: the newest, or `step`.
-    Returns its step."""
-    root = Path(run) / "checkpoints"
+def load_weights(
+    run: str, parallel: ParallelContext, *, kind: Literal["ema", "raw"], step: int | None, start: bool = False
+) -> int:
+    """Put a run's committed weights into the model, averaged (if it keeps an average) or raw, with the buffers: the
+    newest, or `step`. Returns its step. `start`: as another run's first weights, whose routers may keep other buffers."""
+    root = Path(run) / CHECKPOINTS
     path = folder.path_of(root, step=step) if step is not None else folder.newest(root)
     if path is None or not path.exists():
         raise CheckpointError(
             f"{run} has no committed checkpoint{'' if step is None else f' of step {step}'}; it has "
             f"{[c.step for c in folder.find(root)] or 'none: train it first'}"
         )
-    averaged = any(name.startswith("ema/") for name in manifest.read(path).tensors)
-    part, other = ("ema", "model/") if kind == "ema" and averaged else ("model", "ema/")
+    stored = manifest.read(path).tensors
+    part = "ema" if kind == "ema" and any(name.startswith("ema/") for name in stored) else "model"
     targets = {f"{part}/{name}": p.detach() for name, p in parallel.model.named_parameters()}
-    targets |= {f"buffer/{name}": buffer for name, buffer in parallel.model.named_buffers()}
-    return restore.load(path, targets=placed(targets, parallel), comm=parallel.runtime, skip=("optim.", other)).step
+    buffers = {f"buffer/{name}": buffer for name, buffer in persistent_buffers(parallel.model)}
+    skip = ["optim.", "model/" if part == "ema" else "ema/"]
+    if start:  # routers may differ: what the other run does not have keeps its first values
+        buffers = {n: b for n, b in buffers.items() if n in stored and stored[n].info.shape == tuple(b.shape)}
+        skip.append("buffer/")
+    return restore.load(path, targets=placed(targets | buffers, parallel), comm=parallel.runtime, skip=skip).step

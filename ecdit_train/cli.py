@@ -137,7 +137,7 @@ def make_parser() -> argparse.ArgumentParser:
         "resume",
         resume,
         "go on with a run from its newest sound checkpoint, on any number of ranks\n\n"
-        "  ecdit resume runs/demo train.steps=2000",
+        "  ecdit --nproc 2 resume runs/demo train.steps=2000",
     )
     p.add_argument("run", help="run folder")
     p.add_argument(

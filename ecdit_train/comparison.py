@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ecdit_train.config.stored import RESOLVED, read_tree
+from ecdit_train.config.stored import read_tree
 from ecdit_train.errors import RunFolderError
-from ecdit_train.observe.folder import metrics_path
+from ecdit_train.run_folder import RESOLVED, metrics_path
 
 SWEEP_FILE = "sweep.json"
 """In a sweep folder: its jobs, how they ended, and the table."""

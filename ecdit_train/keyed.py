@@ -1,5 +1,5 @@
-"""Randomness as a pure function: every draw is a value of (seed, purpose, position, index), never of a generator's
-past.
+"""Randomness as a pure function: every draw is a value of (seed, purpose, position, index), never
+of a generator's past.
 
 Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) in torch integer arithmetic, so
 the same words come out on CPU and GPU (logarithm and cosine may differ in the last bit), on one rank or 512, before and

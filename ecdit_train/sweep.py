@@ -21,8 +21,8 @@ from ecdit_train.comparison import SWEEP_FILE
 from ecdit_train.config import compose
 from ecdit_train.config.overrides import parse, plain, quoted
 from ecdit_train.config.schema import RunConfig
-from ecdit_train.config.stored import RESOLVED
 from ecdit_train.errors import ConfigError, Problem
+from ecdit_train.run_folder import JOB_SCRIPT, RESOLVED
 
 DIRECTORY = "hydra.sweep.dir"
 LAUNCHER = "hydra/launcher"
@@ -138,7 +138,7 @@ class Sweep:
 
         if earlier := self._before(job).get("slurm_job"):
             job.slurm_job = earlier
-            print(f"job {earlier} submitted before: {job.run}; again: sbatch {job.run / submit.JOB_SCRIPT}", flush=True)
+            print(f"job {earlier} submitted before: {job.run}; again: sbatch {job.run / JOB_SCRIPT}", flush=True)
         else:
             script = submit.prepare(replace(job.config, run=str(job.run)), allow=job.explicit)
             job.slurm_job = submit.submit(script)

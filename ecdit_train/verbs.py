@@ -14,6 +14,7 @@ from typing import Any
 from ecdit_train import arguments, errors
 from ecdit_train.config.slots import declarations_only
 from ecdit_train.errors import PeerLostError
+from ecdit_train.run_folder import CHECKPOINTS, RESOLVED, evaluation_path, pictures_path
 
 # --- training -------------------------------------------------------------------------------------------------------
 
@@ -24,7 +25,7 @@ def train(args: argparse.Namespace) -> int:
     with declarations_only():
         made = compose.configure(args.overrides, world=_world(), config_dir=args.config_dir)
         folder = Path(made.config.run)
-        if (folder / stored.RESOLVED).exists():
+        if (folder / RESOLVED).exists():
             old = stored.load(folder, config_dir=args.config_dir)
             compat.check_resume(old, made.config, allow=made.explicit)
     return _run(made.config, stop_after=args.stop_after)
@@ -105,7 +106,7 @@ def sample(args: argparse.Namespace) -> int:
     if writes:
         from ecdit_train.observe import figures
 
-        out = Path(asked.out) if asked.out else Path(asked.run) / "pictures" / f"step_{step:08d}.png"
+        out = Path(asked.out) if asked.out else pictures_path(Path(asked.run), step=step)
         out.parent.mkdir(parents=True, exist_ok=True)
         figures.sample_grid(pictures.images, pictures.prompts, out)
         print(f"{len(prompts)} pictures from step {step}: {out}")
@@ -123,7 +124,7 @@ def evaluate(args: argparse.Namespace) -> int:
     pictures, step, writes = _draw(asked, config, [m["prompt"] for m in suite.metadata])
     if writes:
         result = shapes.score(pictures.images, suite.metadata, grade=suite.grade, others=suite.others)
-        shapes.write(result, Path(asked.run) / "evaluation" / f"shapes_{step:08d}.json", step=step)
+        shapes.write(result, evaluation_path(Path(asked.run), suite="shapes", step=step), step=step)
         print(f"{'task':<16}{'correct':>9}{'chance':>9}   ({result.num_images} pictures, step {step})")
         for task, share in result.by_task.items():
             print(f"{task:<16}{share:>9.1%}{result.chance_by_task[task]:>9.1%}")
@@ -383,7 +384,7 @@ def _checkpoints(run: str) -> Any:
     from ecdit_train.config import stored
 
     stored.read_tree(run)
-    found = folder.find(Path(run) / "checkpoints")
+    found = folder.find(Path(run) / CHECKPOINTS)
     if not found:
         raise errors.CheckpointError(f"{run} has no committed checkpoint")
     return found

@@ -21,7 +21,7 @@ def render(cfg: RunConfig, *, run_folder: str | Path, overrides: Sequence[str] =
     Args:
         cfg: a validated configuration; only `experiment`, `cluster` and local paths are read.
         run_folder: where `resolved.yaml` lies; made absolute, since a job may start elsewhere.
-        overrides: words appended to the `resume` command of every life of the job (usually none).
+        overrides: words appended to the `resume` command of every attempt of the job (usually none).
         python: interpreter on the nodes.
 
     Raises:

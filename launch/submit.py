@@ -13,12 +13,12 @@ from pathlib import Path
 from ecdit_train import atomic
 from ecdit_train.config.compat import check_resume
 from ecdit_train.config.schema import RunConfig
-from ecdit_train.config.stored import RESOLVED, freeze, load
+from ecdit_train.config.stored import freeze, load
 from ecdit_train.config.validate import validate
 from ecdit_train.errors import EcditError
+from ecdit_train.run_folder import JOB_SCRIPT, LOGS, RESOLVED
 from launch.render import render
 
-JOB_SCRIPT = "job.sh"
 EXIT_FILE_VARIABLE = "ECDIT_EXIT_FILE"
 
 
@@ -60,7 +60,7 @@ def prepare(cfg: RunConfig, *, allow: Collection[str] = ()) -> Path:
     script = job_script(cfg)
     if (run / RESOLVED).exists():
         check_resume(replace(load(run), run=cfg.run), cfg, allow)  # the folder was found: its old name says nothing
-    (run / "logs").mkdir(parents=True, exist_ok=True)
+    (run / LOGS).mkdir(parents=True, exist_ok=True)
     freeze(cfg, run)
     return write_script(script, run=run)
 

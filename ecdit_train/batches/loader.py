@@ -11,6 +11,7 @@ from data_pipeline.loader import StreamingLoader
 from data_pipeline.manifest import open_view
 from ecdit_train.config.schema import RunConfig
 from ecdit_train.parallel.mesh import Mesh
+from ecdit_train.run_folder import quarantine_path
 
 
 def make_loader(config: RunConfig, mesh: Mesh, *, run: Path) -> StreamingLoader:
@@ -47,5 +48,5 @@ def make_loader(config: RunConfig, mesh: Mesh, *, run: Path) -> StreamingLoader:
         on_bad=config.data.on_bad,
         max_bad=config.data.max_bad,
         # Tensor-parallel ranks read the same samples; one of them writes down what was bad.
-        quarantine=run / f"quarantine-{mesh.dp_rank:04d}.jsonl" if mesh.tp_rank == 0 else None,
+        quarantine=quarantine_path(run, dp_rank=mesh.dp_rank) if mesh.tp_rank == 0 else None,
     )

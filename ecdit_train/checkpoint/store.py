@@ -159,7 +159,7 @@ def _commit(
     drifted = {} if replicas == "trust" else _compare_replicas(plan, sums=sums)
     if drifted and replicas == "refuse":
         raise CheckpointError("\n".join(drifted.values()))
-    sizes = {manifest.data_file(rank): told["nbytes"] for rank, told in enumerate(sums) if told["nbytes"]}
+    sizes = {manifest.data_file(rank): said["nbytes"] for rank, said in enumerate(sums) if said["nbytes"]}
     for name, nbytes in sizes.items():
         try:
             seen = os.lstat(temporary / name).st_size

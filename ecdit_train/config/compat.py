@@ -23,7 +23,7 @@ _CLASSES: dict[str, Kind] = {
     "config_dir": "free",
     "model": "identity",
     "moe": "identity",
-    "moe.dispatcher": "free",
+    "moe.dispatcher._target_": "free",  # identity where one of the two changes the result, see `kind`
     "diffusion": "identity",
     "sample": "free",
     "encoders": "identity",
@@ -39,7 +39,7 @@ _CLASSES: dict[str, Kind] = {
     "data.max_bad": "free",
     "train.seed": "identity",
     "train.global_batch": "identity",
-    "train.microbatch": "free",  # identity when a pool is a microbatch, see `kind`
+    "train.microbatch": "free",  # identity when a group is a microbatch, see `kind`
     "train.steps": "schedule",
     "train.precision": "schedule",
     "train.init_from": "free",  # read only before the first checkpoint
@@ -50,8 +50,8 @@ _CLASSES: dict[str, Kind] = {
     "observe": "free",
     "cluster": "free",
 }
-"""Dotted key or section -> class; the longest match decides, so the keys of a slot's own class follow its section. A new key without an
-entry fails a test."""
+"""Dotted key or section -> class; the longest match decides, so the keys of a slot's own class follow its section. A
+new key without an entry fails a test."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,10 @@ def _lookup(key: str) -> Kind:
 
 def kind(key: str, *, old: RunConfig, new: RunConfig) -> Kind:
     """The class of `key` between these two configurations."""
-    if key == "train.microbatch" and any(c.moe.router is not None and c.moe.scope == "batch" for c in (old, new)):
+    if key == "train.microbatch" and any(_group_is_microbatch(c) for c in (old, new)):
+        return "identity"
+    dispatchers = [c.moe.dispatcher for c in (old, new) if c.moe.dispatcher is not None]
+    if key == "moe.dispatcher._target_" and not all(d.same_result for d in dispatchers):
         return "identity"
     before, after = flatten(old).get(key), flatten(new).get(key)
     if key in ("optim.ema_decay", "optim.optimizer.momentum") and (before == 0) != (after == 0):
@@ -90,8 +93,14 @@ def kind(key: str, *, old: RunConfig, new: RunConfig) -> Kind:
     return _lookup(key)
 
 
+def _group_is_microbatch(cfg: RunConfig) -> bool:
+    router = cfg.moe.router
+    return router is not None and (cfg.moe.scope == "batch" or router.whole_batch)
+
+
 def diff(old: RunConfig, new: RunConfig) -> list[Change]:
-    """Every key whose value differs, in the schema's order; None where only one of them has the key (another class fills a slot)."""
+    """Every key whose value differs, in the schema's order; None where only one of them has the key (another
+    class fills a slot)."""
     before, after = flatten(old), flatten(new)
     return [
         Change(field=key, old=before.get(key), new=after.get(key), kind=kind(key, old=old, new=new))

@@ -135,8 +135,8 @@ def override(
 ) -> Overridden:
     """`cfg` with words applied, without composing it again: what `resume RUN parallel=ep8 train.steps=900` means.
 
-    A group's choice replaces its whole section. Groups without one (`experiment`, `debug`, `local`) cannot be applied
-    afterwards.
+    A group's choice replaces its whole section. Groups without one (`experiment`, `debug`, `local`)
+    cannot be applied afterwards.
 
     Args:
         cfg: a stored configuration.

@@ -116,7 +116,8 @@ def _section(cls: Any, tree: Any, *, prefix: str, problems: list[Problem]) -> An
             nearest = f"{prefix}{near}" if near else None
             problems.append(Problem(field=f"{prefix}{key}", value=tree[key], rule="unknown key", nearest=nearest))
     values: dict[str, Any] = {}
-    defaults = {f.name for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING}
+    unset = dataclasses.MISSING
+    defaults = {f.name for f in dataclasses.fields(cls) if f.default is not unset or f.default_factory is not unset}
     for name, hint in known.items():
         if name in tree:
             values[name] = convert(hint, tree[name], field=f"{prefix}{name}", problems=problems)

@@ -7,6 +7,7 @@ first bad word. Nothing is left in `GlobalHydra`, `HydraConfig` or the root logg
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -41,6 +42,14 @@ DEEPEST_GROUP = 3
 """Levels of folders in which groups are looked for; a user's folder may hold much else."""
 
 
+_composed: dict[tuple[Any, ...], DictConfig] = {}
+"""Words and the state of the one file that may change -> what they compose to, for the package's own folder."""
+
+
+def _changed(path: Path) -> int | None:
+    return path.stat().st_mtime_ns if path.exists() else None
+
+
 class HydraApp:
     """The configurations that one command sees: the package's, then the user's folder, then `hydra.searchpath`.
 
@@ -57,6 +66,7 @@ class HydraApp:
             search.prepend("command-line", f"file://{config_dir}", anchor=SearchPathQuery(provider="schema"))
         self.loader = ConfigLoaderImpl(config_search_path=search)
         self._searchpath = [searchpath] if searchpath else []
+        self._conf, self._foreign = conf, bool(config_dir or searchpath)
         self._hydra = Hydra(task_name="ecdit", config_loader=self.loader)
 
     @cached_property
@@ -102,8 +112,17 @@ class HydraApp:
         return config
 
     def compose(self, words: Sequence[str]) -> DictConfig:
-        """The composed tree with its `hydra` node. Raises what Hydra and OmegaConf raise."""
+        """The composed tree with its `hydra` node. Raises what Hydra and OmegaConf raise.
+
+        Reading thirty files costs most of a second, and one command asks for the same words again: the package's own
+        files do not change under a process, so what they compose to is kept.
+        """
+        own = None if self._foreign else (self._conf, *words, _changed(self._conf / "local" / "default.yaml"))
+        if own in _composed:
+            return copy.deepcopy(_composed[own])
         composed: Any = self.loader.load_configuration(PRIMARY, list(words), RunMode.RUN, from_shell=False)
+        if own is not None:
+            _composed[own] = copy.deepcopy(composed)
         return composed
 
     @staticmethod

@@ -6,7 +6,7 @@ from ecdit_train.config.nearest import divisors, nearest_divisor, nearest_multip
 from ecdit_train.config.rules import Checker, is_whole
 from ecdit_train.config.schema import RunConfig
 
-NO_SEQUENCE_PARALLEL = "not available: an expert ranks its whole pool, so each tp rank needs all tokens"
+NO_SEQUENCE_PARALLEL = "not available: an expert ranks its whole group, so each tp rank needs all tokens"
 
 
 def check_layout(cfg: RunConfig, check: Checker, *, world: int | None) -> None:
@@ -97,7 +97,7 @@ def _expert(cfg: RunConfig, check: Checker) -> None:
         )
     if not check.sane("parallel.overlap_chunks"):
         return
-    varies = check.sane("moe.num_experts") and cfg.capacity is None
+    varies = _capacity_is_sane(cfg, check) and cfg.capacity is None
     if varies and moe.dispatcher is not None and moe.dispatcher.cap is None:
         rule = "must be 1 while the number of rows varies (moe.dispatcher.cap = null)"
         check.require(parallel.overlap_chunks == 1, "parallel.overlap_chunks", rule=rule, nearest=1)

@@ -12,6 +12,7 @@ others have a default.
 from __future__ import annotations
 
 import ast
+import builtins
 import contextlib
 import importlib
 import importlib.util
@@ -62,6 +63,10 @@ class RouterConfig(SlotConfig):
     Costs are per token of a sparse layer, forward only.
     """
 
+    whole_batch: ClassVar[bool] = False
+    """Whether it selects over all tokens of a microbatch on all ranks, whatever the groups: a resume may
+    not change `train.microbatch` then."""
+
     def experts_per_token(self) -> float:
         """Mean number of experts that work on a token: what the layer's arithmetic and traffic are proportional to."""
         raise NotImplementedError
@@ -102,6 +107,9 @@ class ExpertsConfig(SlotConfig):
 
 class DispatcherConfig(SlotConfig):
     """How rows are gathered for the experts and their results summed (`model.moe.Dispatcher`)."""
+
+    same_result: ClassVar[bool] = False
+    """Whether it computes what any other such class computes, up to rounding, so that a resume may change from one to the other."""
 
     cap: float | None = None
     """For routers whose number of rows varies. None: counts are exchanged, then just these rows. A number: a static table of `cap`
@@ -263,15 +271,20 @@ def resolve(target: object, base: type[SlotConfig], *, field: str) -> type[SlotC
     def refuse(rule: str, nearest: object | None = None) -> ConfigError:
         return ConfigError(Problem(field=f"{field}.{TARGET}", value=target, rule=rule, nearest=nearest))
 
-    if not isinstance(target, str) or "." not in target:
+    if not isinstance(target, str) or "." not in target or not all(part.isidentifier() for part in target.split(".")):
         raise refuse("must name a class, as in package.module.Class")
     module_name, _, class_name = target.rpartition(".")
     try:
         module = _declarations(module_name) if _declarations_only.get() else importlib.import_module(module_name)
-    except ImportError as error:
-        if (error.name or "").split(".")[0] != module_name.split(".")[0]:
-            raise refuse(f"{module_name} cannot be imported: {error}") from error
-        rule = f"there is no module {module_name} (a folder of your own is given with --config-dir DIR, or on PYTHONPATH)"
+    except Exception as error:  # whatever a file of the user's raises when it is run
+        missing = (
+            isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] == module_name.split(".")[0]
+        )
+        if not missing:
+            raise refuse(f"{module_name} cannot be imported: {type(error).__name__}: {error}") from error
+        rule = (
+            f"there is no module {module_name} (a folder of your own is given with --config-dir DIR, or on PYTHONPATH)"
+        )
         raise refuse(rule) from error
     found = getattr(module, class_name, None)
     fitting = [name for name, value in vars(module).items() if _fills(value, base) and not name.startswith("_")]
@@ -286,12 +299,15 @@ def resolve(target: object, base: type[SlotConfig], *, field: str) -> type[SlotC
 
 
 def _fills(value: object, base: type[SlotConfig]) -> bool:
-    return isinstance(value, type) and issubclass(value, base) and value is not base and is_dataclass(value)
+    if not isinstance(value, type) or not issubclass(value, base) or value is base or not is_dataclass(value):
+        return False
+    return bool(value.__dataclass_params__.frozen)  # type: ignore[attr-defined]
 
 
 def _declarations(name: str) -> ModuleType:
-    """The part of a slot's file that composing and checking need: its dataclasses, functions and constants, with imports of the
-    standard library, `ecdit_train.config` and `ecdit_train.errors`. Read where torch may be absent or not worth its seconds.
+    """The part of a slot's file that composing and checking need: its dataclasses, functions and plain constants, with
+    imports of the standard library, `ecdit_train.config` and `ecdit_train.errors`. Read where torch may be absent or
+    not worth its seconds.
 
     Falls back to importing the file whole when that part does not stand by itself.
     """
@@ -311,6 +327,10 @@ def _declarations(name: str) -> ModuleType:
     try:
         exec(compile(tree, str(path), "exec"), module.__dict__)
     except Exception:
+        complete = False
+    else:
+        complete = _needs(tree) <= vars(module).keys() | vars(builtins).keys()
+    if not complete:
         del sys.modules[alias]
         return importlib.import_module(name)
     for value in vars(module).values():
@@ -334,6 +354,46 @@ def _source(name: str) -> Path | None:
     return None
 
 
+_RUNS_LATER = ("build", "open", "integrate")
+"""Methods that composing and checking never call: they may use what was left out."""
+
+
+def _needs(tree: ast.Module) -> set[str]:
+    """Names that the declarations read from their module: what is left out must not be missed when a rule or a
+    cost is asked for."""
+    needed: set[str] = set()
+
+    def visit(node: ast.AST, own: frozenset[str]) -> None:
+        if isinstance(node, ast.FunctionDef):
+            if node.name in _RUNS_LATER:
+                return
+            arguments = (node.args.posonlyargs, node.args.args, node.args.kwonlyargs)
+            own |= {a.arg for group in arguments for a in group}
+            own |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
+            for child in (*node.body, *node.args.defaults, *(d for d in node.args.kw_defaults if d)):
+                visit(child, own)  # not the annotations of arguments: nobody evaluates them
+            return
+        if isinstance(node, ast.Lambda):
+            own |= {a.arg for a in (*node.args.args, *node.args.kwonlyargs)}
+        if isinstance(node, ast.ClassDef):
+            own |= {n.name for n in node.body if isinstance(n, ast.FunctionDef)}
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id not in own:
+            needed.add(node.id)
+        if isinstance(node, ast.comprehension | ast.GeneratorExp | ast.ListComp | ast.SetComp | ast.DictComp):
+            own |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
+        for child in ast.iter_child_nodes(node):
+            visit(child, own)
+
+    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+    for node in tree.body:
+        if not isinstance(node, ast.FunctionDef):
+            visit(node, frozenset())
+    while called := [functions.pop(name) for name in needed & functions.keys()]:
+        for node in called:  # a function that no dataclass calls may use what it likes
+            visit(node, frozenset())
+    return needed
+
+
 def _is_declaration(node: ast.stmt) -> bool:
     if isinstance(node, ast.Import):
         return all(alias.name.split(".")[0] in sys.stdlib_module_names for alias in node.names)
@@ -344,7 +404,8 @@ def _is_declaration(node: ast.stmt) -> bool:
     if isinstance(node, ast.ClassDef):
         return any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list)
     if isinstance(node, ast.Assign | ast.AnnAssign):
-        return isinstance(node.value, ast.Constant | ast.Tuple | ast.List | ast.Dict | ast.Set)
+        loaded = (n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load))
+        return set(loaded) <= vars(builtins).keys()
     return isinstance(node, ast.FunctionDef) and not node.decorator_list
 
 

@@ -1,4 +1,4 @@
-"""`resolved.yaml`: the configuration of a run folder, frozen when the run was made, read by every later life of it."""
+"""`resolved.yaml`: the configuration of a run folder, frozen when the run was made, read by every later attempt."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from omegaconf.errors import OmegaConfBaseException
 from ecdit_train import atomic
 from ecdit_train.config.convert import from_dict, to_dict
 from ecdit_train.config.schema import RunConfig
+from ecdit_train.config.upgrade import FORMAT, KEY, upgrade
 from ecdit_train.config.user_folder import trust, use_folder
 from ecdit_train.errors import RunFolderError
-
-RESOLVED = "resolved.yaml"
+from ecdit_train.run_folder import RESOLVED
 
 
 def to_yaml(cfg: RunConfig) -> str:
@@ -24,9 +24,9 @@ def to_yaml(cfg: RunConfig) -> str:
 
 
 def freeze(cfg: RunConfig, folder: str | Path) -> Path:
-    """Writes `folder/resolved.yaml` by one rename, so that no reader ever sees half of it."""
+    """Writes `folder/resolved.yaml` with its format number by one rename, so that no reader ever sees half of it."""
     path = Path(folder) / RESOLVED
-    atomic.write(path, to_yaml(cfg).encode())
+    atomic.write(path, f"{KEY}: {FORMAT}\n{to_yaml(cfg)}".encode())
     return path
 
 
@@ -59,7 +59,7 @@ def load(folder: str | Path, *, config_dir: str | Path | None = None) -> RunConf
         RunFolderError: no readable `resolved.yaml` there, or it wants modules from a folder that is not to be trusted.
         ConfigError: its keys or types are wrong (another version wrote it, or a person edited it).
     """
-    tree = read_tree(folder)
+    tree = upgrade(read_tree(folder), where=str(Path(folder) / RESOLVED))
     if config_dir is not None:
         tree["config_dir"] = str(use_folder(config_dir))
     elif tree.get("config_dir"):

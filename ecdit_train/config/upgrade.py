@@ -60,7 +60,9 @@ def upgrade(tree: Mapping[str, Any], *, where: str) -> dict[str, Any]:
     if number == FORMAT:
         return tree
     if number != 1:
-        raise RunFolderError(f"{where} has format {number!r}; this ecdit reads formats 1 and {FORMAT}: use the one that wrote it")
+        raise RunFolderError(
+            f"{where} has format {number!r}; this ecdit reads formats 1 and {FORMAT}: use the one that wrote it"
+        )
     try:
         return _from_1(tree)
     except (KeyError, TypeError, AttributeError) as error:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import stat
 import sys
 from pathlib import Path
 
 from ecdit_train.errors import ConfigError, Problem, RunFolderError
+from ecdit_train.run_folder import RESOLVED
 
 
 def use_folder(folder: str | Path, *, conf: Path | None = None) -> Path:
@@ -34,15 +36,18 @@ def use_folder(folder: str | Path, *, conf: Path | None = None) -> Path:
 
 
 def trust(stored: str, *, run: Path) -> None:
-    """Uses the folder that a run folder names, if the run folder is the user's own: its modules will be executed.
+    """Uses the folder that a run folder names, if run and folder are the user's own: its modules will be executed.
 
     Raises:
-        RunFolderError: somebody else's run folder; or the folder it names is gone.
+        RunFolderError: the run, its `resolved.yaml` or the folder it names belongs to somebody else or may be written by
+            everybody; the folder lies inside the run (whoever sent one sent the other), is not absolute, or is gone.
     """
-    mine = all(path.stat().st_uid == os.geteuid() for path in (run, run / "resolved.yaml"))
-    if not mine:
+    folder = Path(stored)
+    inside = folder.is_absolute() and folder.resolve().is_relative_to(run.resolve())
+    if not folder.is_absolute() or inside or not all(map(_is_own, (run, run / RESOLVED, folder))):
         raise RunFolderError(
-            f"{run} belongs to another user and wants modules from {stored}: give --config-dir FOLDER if you trust them"
+            f"{run} wants modules from {stored}, which would be executed, and not all of that is yours alone: "
+            "give --config-dir FOLDER if you trust them"
         )
     try:
         use_folder(stored)
@@ -50,3 +55,11 @@ def trust(stored: str, *, run: Path) -> None:
         raise RunFolderError(
             f"{run} was made with --config-dir {stored}, which is gone: say where it is now"
         ) from error
+
+
+def _is_own(path: Path) -> bool:
+    """Belongs to the user, and not everybody may write it; what is not there is left to who uses it."""
+    if not path.exists():
+        return True
+    status = path.stat()
+    return status.st_uid == os.geteuid() and not status.st_mode & stat.S_IWOTH

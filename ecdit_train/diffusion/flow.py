@@ -1,9 +1,9 @@
 """Rectified flow: x_t = t x + (1 - t) eps, v = x - eps. t = 0 is noise, t = 1 is data; sampling integrates dx = v dt
 from 0 to 1.
 
-The paper's equation for t is the inverse of the logit-normal that it names: we draw u ~ N(mu, sigma) and take t =
-sigmoid(u). Its target is written x_1 - x_0 with either end called noise; the convention above is the one that its x_t
-implies.
+The paper's equation for t is the inverse of the logit-normal that it names: we draw u ~ N(mu, sigma) and take
+t = sigmoid(u). Its target is written x_1 - x_0 with either end called noise; the convention above is the one
+that its x_t implies.
 
 Legend: B images, C channels, H W latent height and width, N patches, K kept patches, P values of a patch.
 """
@@ -34,8 +34,8 @@ def interpolate(x: Tensor, eps: Tensor, t_B: Tensor) -> Tensor:
 def as_velocity(
     raw: Tensor, x_t: Tensor, t_B: Tensor, *, prediction: Literal["velocity", "data"], floor: float
 ) -> Tensor:
-    """What the network says, as a velocity; the one place where a data prediction is converted: v = (x - x_t) / (1 -
-    t)."""
+    """What the network says, as a velocity; the one place where a data
+    prediction is converted: v = (x - x_t) / (1 - t)."""
     if prediction == "velocity":
         return raw
     return (raw - x_t) / (1.0 - t_B).clamp_min(floor).view(-1, *[1] * (x_t.dim() - 1))

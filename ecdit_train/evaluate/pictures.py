@@ -20,9 +20,9 @@ from ecdit_train.diffusion.sampler import prompt_positions, sample
 from ecdit_train.model.dit import DiT, Prediction
 from ecdit_train.model.embed import Text, unpatchify
 from ecdit_train.observe import figures
-from ecdit_train.observe.folder import routing_path
 from ecdit_train.observe.routing import RoutingMaps, count_maps
 from ecdit_train.parallel.context import ParallelContext
+from ecdit_train.run_folder import routing_path
 
 WATCHED_TIMESTEPS = 5
 """Timesteps, evenly spread over the sampler's steps, at which routing is recorded."""
@@ -78,8 +78,8 @@ class Pictures:
 class SamplePipeline:
     """Draws prompts with the weights that the model holds now.
 
-    On several ranks every rank must call it with the same prompts: each data-parallel rank draws its share, and the shares are put
-    together.
+    On several ranks every rank must call it with the same prompts: each data-parallel rank draws its share, and the
+    shares are put together.
     """
 
     parallel: ParallelContext

@@ -3,8 +3,8 @@
 Legend: G routing groups, S tokens of a group, N = G * S tokens, E experts, C capacity (rows of an expert and group, a Python int:
 shapes are static and nothing waits for the device), R rows in all (one token at one expert) where their number varies.
 
-Nothing here is a one-hot tensor of the dispatch: tables and lists of token indices and gates, which stay on the rank that made
-them.
+Nothing here is a one-hot tensor of the dispatch: tables and lists of token indices and gates, which stay on the
+rank that made them.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ class Assignment:
     probability_GSE: Tensor
     """Normalised affinity of tokens and experts, fp32, detached: for metrics."""
     losses: Mapping[str, Tensor] = field(default_factory=dict)
-    """Auxiliary losses by name, weight included: scalars, each a mean over groups, so that it does not depend on how groups are spread
-    over ranks. They are added to the training loss and logged as `train/NAME_loss`."""
+    """Auxiliary losses by name, weight included: scalars, each a mean over groups, so that it does not depend on how
+    groups are spread over ranks. They are added to the training loss and logged as `train/NAME_loss`."""
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
     """Scalars for the logs, as `moe/L{n}/NAME`."""
     observed: Mapping[str, Tensor] = field(default_factory=dict)
-    """What the router has seen for its buffers, each a mean over groups, detached. Averaged over the microbatches and ranks of a step, then
-    given to `Router.update_buffers` once: forward passes may be repeated (activation checkpointing) and must not write."""
+    """What the router has seen for its buffers, each a mean over groups, detached. Averaged over the microbatches and
+    ranks of a step, then given to `Router.update_buffers` once: forward passes may be repeated (activation
+    checkpointing) and must not write."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +66,8 @@ class Selection(Assignment):
         return Rows(**_common(self), expert_R=expert_R, index_R=index_R, gate_R=gate_R)
 
     def capped(self, cap: float) -> Table:
-        """At most ceil(cap * mean_rows) rows per expert and group: those of the highest gates; the rest is dropped, and counted in the
-        metric `capped_frac`. Static: nothing waits for the device."""
+        """At most ceil(cap * mean_rows) rows per expert and group: those of the highest gates; the rest is dropped, and
+        counted in the metric `capped_frac`. Static: nothing waits for the device."""
         G, S, _ = self.selected_GSE.shape
         capacity = min(max(math.ceil(cap * self.mean_rows - 1e-9), 1), S)
         selected_EGS, gate_EGS = (x.permute(2, 0, 1) for x in (self.selected_GSE, self.gate_GSE))
@@ -92,8 +93,8 @@ class Rows(Assignment):
     """Combine weight, fp32."""
 
     def table(self) -> Table:
-        """The same as one table of all groups, as wide as the busiest expert's rows; waits for the device. Empty slots point at token 0 with
-        gate 0."""
+        """The same as one table of all groups, as wide as the busiest expert's rows; waits for the device. Empty slots
+        point at token 0 with gate 0."""
         E = self.probability_GSE.shape[-1]
         first_E = torch.searchsorted(self.expert_R, torch.arange(E + 1, device=self.expert_R.device))
         width = max(int((first_E[1:] - first_E[:-1]).max()), 1)

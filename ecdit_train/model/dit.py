@@ -60,8 +60,8 @@ class DiT(nn.Module):
     def forward(
         self, latents_BCHW: Tensor, *, t_B: Tensor, text: Text, keep_BK: Tensor | None, group_tokens: int
     ) -> Prediction:
-        """latents: noisy x_t; t: fp32 in [0, 1]; keep: patches to look at, ascending, or None for all of them; `group_tokens`: tokens that
-        compete for an expert. Activations take the type of the weights."""
+        """latents: noisy x_t; t: fp32 in [0, 1]; keep: patches to look at, ascending, or None for all of them;
+        `group_tokens`: tokens that compete for an expert. Activations take the type of the weights."""
         dtype = self.patch_embed.weight.dtype
         x = self.patch_embed(patchify(latents_BCHW, patch=self.patch).to(dtype))
         x = x + sincos_2d(latents_BCHW.shape[-1] // self.patch, x.shape[-1], device=x.device).to(dtype)
@@ -108,4 +108,6 @@ def make_moe(model: ModelConfig, moe: MoEConfig) -> MoE:
     router = moe.router.build(width=model.width, num_experts=moe.num_experts)
     hidden = model.ffn_ratio * model.width
     experts = moe.experts.build(width=model.width, hidden=hidden, num_experts=moe.num_experts)
-    return MoE(router, experts, dispatcher=moe.dispatcher.build())  # type: ignore[arg-type]
+    dispatcher = moe.dispatcher.build()
+    dispatcher.cap = moe.dispatcher.cap
+    return MoE(router, experts, dispatcher=dispatcher)  # type: ignore[arg-type]

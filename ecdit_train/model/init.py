@@ -8,11 +8,15 @@ part, as in PixArt-alpha); norms start at one. Built on the meta device, a rank 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from ecdit_train import keyed
+
+from .moe import Experts
+from .router import Router
 
 _ZERO = ("modulation.weight", "cross_attention.out.weight", "final.weight")
 
@@ -25,14 +29,19 @@ def initial_values(
     offsets: tuple[int, ...],
     sizes: tuple[int, ...],
     device: torch.device | str = "cpu",
-    constant: float | None = None,
+    slot: tuple[Router | Experts | None, str] = (None, ""),
 ) -> Tensor:
-    """fp32 values of the box `[offsets, offsets + sizes)` of parameter `name`; all `constant` where one is given."""
-    if constant is not None:
-        return torch.full(sizes, constant, device=device)
-    if name.endswith(_ZERO) or name.endswith(".bias"):
+    """fp32 values of the box `[offsets, offsets + sizes)` of parameter `name`; `slot` as `slot_of` says.
+
+    In a router or experts the network's names mean nothing: what `constants` lists has that value, a name that ends in
+    bias is 0, the rest is Xavier-uniform.
+    """
+    owner, inside = slot
+    if owner is not None and inside in owner.constants:
+        return torch.full(sizes, owner.constants[inside], device=device)
+    if (owner is None and name.endswith(_ZERO)) or name.endswith("bias"):
         return torch.zeros(sizes, device=device)
-    if ".norm" in f".{name}" and name.endswith(".weight"):
+    if owner is None and ".norm" in f".{name}" and name.endswith(".weight"):
         return torch.ones(sizes, device=device)
     u = keyed.uniform_box(seed, name, global_shape=global_shape, offsets=offsets, sizes=sizes, device=device)
     if name.endswith("text.null"):
@@ -41,10 +50,22 @@ def initial_values(
     return (2.0 * u - 1.0) * math.sqrt(6.0 / fan_in_plus_out)
 
 
-def constant_of(model: nn.Module, name: str) -> float | None:
-    """The one value that a slot's module wants a parameter of its own to start at (`Router.constants`, `Experts.constants`)."""
-    owner, _, leaf = name.rpartition(".")
-    return getattr(model.get_submodule(owner), "constants", {}).get(leaf)
+def slot_of(model: nn.Module, name: str) -> tuple[Router | Experts | None, str]:
+    """The router or the experts that a parameter belongs to, and its name in there; (None, name) for the network's own."""
+    parts = name.split(".")
+    for n in range(1, len(parts)):
+        module = model.get_submodule(".".join(parts[:n]))
+        if isinstance(module, Router | Experts):
+            return module, ".".join(parts[n:])
+    return None, name
+
+
+def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Buffers that are part of a run's state, by name."""
+    for path, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield f"{path}.{name}" if path else name, buffer
 
 
 def reset_buffers(model: nn.Module) -> None:
@@ -62,5 +83,5 @@ def initialise(model: nn.Module, *, seed: int) -> None:
         for name, p in model.named_parameters():
             shape = tuple(p.shape)
             where = {"global_shape": shape, "offsets": (0,) * len(shape), "sizes": shape}
-            p.copy_(initial_values(name, seed=seed, device=p.device, constant=constant_of(model, name), **where))
+            p.copy_(initial_values(name, seed=seed, device=p.device, slot=slot_of(model, name), **where))
         reset_buffers(model)

@@ -44,6 +44,7 @@ class Experts(nn.Module):
     def shard(self, *, index: int, count: int) -> None:
         """Keep the experts of part `index` of `count`, in place and without values: parameters and buffers are cut on dim 0."""
         E, e = self.num_experts, self.num_experts // count
+        assert e * count == E, f"{count} ranks cannot share {E} experts evenly: a rule of the configuration"
         stores: list[dict[str, Any]] = [s for m in self.modules() for s in (m._parameters, m._buffers)]
         for tensors in stores:
             for name, tensor in tensors.items():
@@ -55,14 +56,18 @@ class Experts(nn.Module):
                         f"({E} experts); what they share belongs elsewhere"
                     )
                 part = tensor.new_empty((e, *tensor.shape[1:]))
-                tensors[name] = nn.Parameter(part) if isinstance(tensor, nn.Parameter) else part
-        self.num_experts = e
+                is_parameter = isinstance(tensor, nn.Parameter)
+                tensors[name] = nn.Parameter(part, requires_grad=tensor.requires_grad) if is_parameter else part
+        for module in self.modules():
+            if isinstance(module, Experts):
+                module.num_experts = e
 
 
 class Dispatcher:
     """Brings tokens to their experts and back on one device. Gates and indices stay where they were made.
 
-    Extend it and write `gather` and `sum`; a fused form may replace `dispatch` and `combine`.
+    Extend it and write `gather` and `sum`, which are needed on every layout. A fused form may also replace `dispatch`
+    and `combine`: they are called with tables, on several ranks with a rank's share of one.
     """
 
     pipeline: Pipeline | None = None
@@ -79,11 +84,15 @@ class Dispatcher:
         """(R, D), (R,) -> (N, D): rows summed by token; tokens nobody names get 0."""
         raise NotImplementedError
 
+    def limit(self, selection: Selection) -> Table | None:
+        """Of a varying number of rows, those that are worked on in a static table; None where all of them are, however many."""
+        return None if self.cap is None else selection.capped(self.cap)
+
     def settle(self, assignment: Assignment) -> Assignment:
-        """Which rows there are: of a varying number, the rows of a static cap or all of them."""
+        """Which rows there are. Not to be overridden (override `limit`): over ranks another way is taken."""
         if not isinstance(assignment, Selection):
             return assignment
-        return assignment.rows().table() if self.cap is None else assignment.capped(self.cap)
+        return self.limit(assignment) or assignment.rows().table()
 
     def dispatch(self, x_ND: Tensor, assignment: Assignment) -> Any:
         """(N, D) -> (e, R, D): the rows of the experts on this rank."""
@@ -113,8 +122,8 @@ class MoE(nn.Module):
         self.dispatcher = dispatcher
 
     def forward(self, x_BSD: Tensor, *, group_tokens: int) -> tuple[Tensor, Assignment]:
-        """x: (B, S, D), `group_tokens` tokens compete for each expert (B * S must be whole groups). Returns (B, S, D) and who took what
-        (a Table or Rows)."""
+        """x: (B, S, D), `group_tokens` tokens compete for each expert (B * S must be whole groups). Returns (B, S, D)
+        and who took what (a Table or Rows)."""
         B, S, D = x_BSD.shape
         assert (B * S) % group_tokens == 0, f"{B} x {S} tokens are not whole groups of {group_tokens}"
         assignment = self.dispatcher.settle(self.router(x_BSD.reshape(-1, group_tokens, D)))

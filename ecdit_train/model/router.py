@@ -18,13 +18,14 @@ from .assignment import Assignment
 class Router(nn.Module):
     """Says which tokens each expert of a sparse layer works on.
 
-    Parameters and buffers are made on the meta device and get their values afterwards: parameters are Xavier-uniform unless named
-    in `constants`, buffers are written by `reset_buffers`. Both are saved, restored and placed on any layout. A router's parameters stay
-    in fp32 whatever the compute precision is: a rounded logit changes who takes which token.
+    Parameters and buffers are made on the meta device and get their values afterwards: parameters are
+    Xavier-uniform unless named in `constants`, buffers are written by `reset_buffers`. Both are saved, restored and
+    placed on any layout. A router's parameters stay in fp32 whatever the compute precision is: a rounded logit
+    changes who takes which token.
     """
 
     constants: ClassVar[Mapping[str, float]] = {}
-    """Parameters (local names) that start at one value."""
+    """Parameters that start at one value, by their names in the router."""
 
     def forward(self, x_GSD: Tensor) -> Assignment:
         """x: (G, S, D), the tokens of whole groups. Returns a `Table` where the number of rows is fixed, else a `Selection`.
@@ -42,8 +43,9 @@ class Router(nn.Module):
         """Once after every optimizer step: `Assignment.observed`, averaged over the step; the same numbers on all ranks."""
 
     def on_ranks(self, *, dp_group: dist.ProcessGroup | None) -> None:
-        """Called once when the model is spread: a router that selects over the whole global batch keeps the group of the data-parallel
-        ranks, whose tokens follow each other in rank order. None: this process sees the whole batch."""
+        """Called once when the model is spread: a router that selects over the whole global batch keeps the
+        group of the data-parallel ranks, whose tokens follow each other in rank order. None: this process
+        sees the whole batch."""
 
 
 class AffinityRouter(Router):

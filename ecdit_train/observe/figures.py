@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ecdit_train import atomic
+from ecdit_train.run_folder import samples_path
 
-from .folder import samples_path
 from .routing import RoutingMaps
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from ecdit_train import atomic
+from ecdit_train import run_folder as folder
 from ecdit_train.errors import RunFolderError
 
-from . import folder
 from .charts import PALETTE, Curve, line_chart, series, smooth
 from .console import duration
 from .figures import allocation_heatmap, allocation_layers

@@ -1,6 +1,6 @@
 """Who got how much compute: scalars for curves, maps for pictures.
 
-Legend: G routing pools, S tokens of a pool, E experts, C capacity, N tokens of the call (G * S), B images, K patches
+Legend: G routing groups, S tokens of a group, E experts, C capacity, N tokens of the call (G * S), B images, K patches
 the network saw of each, L sparse layers, T timesteps.
 
 Everything up to `RoutingMaps` stays on the device and waits for nothing.
@@ -98,9 +98,9 @@ class RoutingMaps:
     images: np.ndarray
     """(B, H, W, 3) uint8: the finished pictures."""
     scope: str
-    """Routing pool while sampling: group, image or batch."""
+    """Routing group while sampling: group, image or batch."""
     group_size: int
-    """Tokens of a pool when scope is `group`."""
+    """Tokens of a group when scope is `group`."""
     experts: int
     capacity_factor: float
     """f_c, the mean of every map when routing is expert choice."""
@@ -116,8 +116,8 @@ class RoutingMaps:
 
     def caption(self) -> str:
         """Everything that a heatmap cannot be read without."""
-        pool = f"pools of {self.group_size} tokens" if self.scope == "group" else f"one pool per {self.scope}"
-        return f"step {self.step:,}, {self.experts} experts, f_c = {self.capacity_factor:g}, {pool}"
+        group = f"groups of {self.group_size} tokens" if self.scope == "group" else f"one group per {self.scope}"
+        return f"step {self.step:,}, {self.experts} experts, f_c = {self.capacity_factor:g}, {group}"
 
     def save(self, path: Path) -> None:
         """One .npz without pickle, replaced atomically."""

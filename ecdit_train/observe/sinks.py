@@ -1,6 +1,6 @@
 """Where records go: a local JSONL file, which is the truth, and sinks that copy it elsewhere (a slot: `observe.sinks`).
 
-A sink must never block, slow or kill a rank (`wandb_sink.py` shows how).
+A sink that raises is switched off with one warning; that it does not block is its own doing (`wandb_sink.py` shows how).
 """
 
 from __future__ import annotations
@@ -10,15 +10,16 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from ecdit_train import atomic
+from ecdit_train import run_folder as folder
 from ecdit_train.config.slots import SinkConfig
 
-from . import folder
+from .redact import redact_text
 
 Value = float | int | str | None
 Record = Mapping[str, Value]
@@ -121,29 +122,54 @@ def _finite(value: Value) -> Value:
 
 
 class Sinks:
-    """All sinks as one; without any, every call does nothing (that is what ranks other than 0 have)."""
+    """All sinks as one; without any, every call does nothing (that is what ranks other than 0 have).
 
-    def __init__(self, sinks: Iterable[Sink] = ()) -> None:
-        self.sinks: Sequence[Sink] = tuple(sinks)
+    `truth` is ours and may fail loudly; a copy that raises is named once and left out from then on.
+    """
+
+    def __init__(self, truth: Sink | None = None, copies: Mapping[str, Sink] | None = None) -> None:
+        self._truth = truth
+        self._copies = dict(copies or {})
 
     def log(self, step: int, record: Record) -> None:
-        for sink in self.sinks:
-            sink.log(step, record)
+        if self._truth is not None:
+            self._truth.log(step, record)
+        self._each(lambda sink: sink.log(step, record))
 
     def image(self, path: Path, *, key: str, step: int, caption: str) -> None:
         """A PNG that lies in the run folder."""
-        for sink in self.sinks:
-            sink.images(path, key, step, caption)
+        self._each(lambda sink: sink.images(path, key, step, caption))
 
     def close(self) -> None:
-        for sink in self.sinks:
-            sink.close()
+        if self._truth is not None:
+            self._truth.close()
+        self._each(lambda sink: sink.close())
+
+    def _each(self, call: Callable[[Sink], None]) -> None:
+        for name, sink in list(self._copies.items()):
+            try:
+                call(sink)
+            except Exception as error:
+                del self._copies[name]
+                off(name, error)
+
+
+def off(name: str, error: Exception) -> None:
+    """One line about a sink that failed."""
+    logger.warning("sink %s is off for this run: %s", name, f"{type(error).__name__}: {redact_text(str(error))}")
 
 
 def open_sinks(run: SinkContext, sinks: Mapping[str, SinkConfig], *, rank: int) -> Sinks:
-    """Rank 0 gets the JSONL file (cut back to the step it goes on from) and every configured sink; other ranks a null object."""
+    """Rank 0 gets the JSONL file (cut back to the step it goes on from) and every configured sink that opens; other
+    ranks a null object."""
     if rank != 0:
         return Sinks()
     local = JsonlSink(folder.metrics_path(run.folder))
     local.truncate_after(run.resume_step)
-    return Sinks([local, *(sink.open(run) for sink in sinks.values())])
+    copies: dict[str, Sink] = {}
+    for name, sink in sinks.items():
+        try:
+            copies[name] = sink.open(run)
+        except Exception as error:
+            off(name, error)
+    return Sinks(local, copies)

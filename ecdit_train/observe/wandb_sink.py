@@ -20,9 +20,9 @@ from types import ModuleType
 from typing import Any, Literal
 
 from ecdit_train import atomic
+from ecdit_train import run_folder as folder
 from ecdit_train.config.slots import SinkConfig
 
-from . import folder
 from .redact import redact, redact_text
 from .sinks import Record, SinkContext
 
@@ -85,7 +85,7 @@ class WandbSink:
         self._thread.start()
 
     def log(self, step: int, record: Record) -> None:
-        """`step` is also W&B's own counter: left alone it restarts in every life, and rows get lost."""
+        """`step` is also W&B's own counter: left alone it restarts in every attempt, and rows get lost."""
         payload = {STEP: step, **record}
         self._put(lambda wandb, run: run.log(payload, step=step))
 

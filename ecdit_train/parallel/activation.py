@@ -24,24 +24,27 @@ KEPT = frozenset(
     {
         "aten::topk",
         "aten::nonzero",
+        "aten::sort",
+        "aten::kthvalue",
+        "aten::masked_select",
         EXCHANGE,
         "_c10d_functional::all_to_all_single",
         "_c10d_functional::all_reduce",
     }
 )
 """Ops whose results `selective` keeps. An exchange would cost its traffic again (two all-to-alls per sparse layer);
-routing is small and must not be decided twice: a recomputed logit that differs in its last bit may pick another token (topk), or another
-number of them (nonzero).
-`wait_tensor` must not be among them: a wait on a kept result returns at once, while one that compiled code issues for
-its own in-place collective has to happen (without it inductor's blocks gave wrong gradients under tp)."""
+routing is small and must not be decided twice: a recomputed logit that differs in its last bit may pick another token
+(topk), or another number of them (nonzero). `wait_tensor` must not be among them: a wait on a kept result returns at
+once, while one that compiled code issues for its own in-place collective has to happen (without it inductor's blocks
+gave wrong gradients under tp)."""
 
 Saved = dict[str, list[Any]]
 
 
 class _Mode(TorchDispatchMode):
-    """Our own pair of modes, because torch 2.13's (`create_selective_checkpoint_contexts`) demands that forward and
-    recomputation dispatch the same ops one by one, and FSDP's hooks inside a block dispatch others
-    (tests/dist/test_dist_quirks.py)."""
+    """Our own pair of modes, because torch 2.13's (`create_selective_checkpoint_contexts`) demands
+    that forward and recomputation dispatch the same ops one by one, and FSDP's hooks inside a
+    block dispatch others (tests/dist/test_dist_quirks.py)."""
 
     def __init__(self, saved: Saved) -> None:
         super().__init__()
@@ -92,8 +95,8 @@ def _contexts() -> tuple[_Keep, _Replay]:
 
 
 def apply_activation_checkpointing(model: DiT, *, mode: Mode) -> None:
-    """Recompute each block in backward, in place. The network draws no random numbers, so no generator state is
-    kept."""
+    """Recompute each block in backward, in place. The network draws no random numbers, so no
+    generator state is kept."""
     if mode == "none":
         return
     extra: dict[str, Any] = {"context_fn": _contexts} if mode == "selective" else {}

@@ -30,6 +30,9 @@ def parallelize(model: DiT, *, mesh: Mesh, parallel: ParallelConfig, precision: 
     it; FSDP, which hooks into what it finds, comes last.
     """
     shapes = {name: tuple(t.shape) for name, t in (*model.named_parameters(), *model.named_buffers())}
+    scalars = [name for name, p in model.named_parameters() if p.dim() == 0]
+    if scalars:
+        raise TypeError(f"{', '.join(scalars)}: a parameter without dims cannot be sharded; make it of shape (1,)")
     split = apply_tensor_parallel(model, mesh=mesh)
     split |= apply_expert_parallel(model, mesh=mesh, overlap_chunks=parallel.overlap_chunks)
     if parallel.compile:

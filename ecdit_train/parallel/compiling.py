@@ -15,8 +15,8 @@ from ecdit_train.model.moe import MoE
 
 
 def apply_compile(model: DiT) -> None:
-    """Compile in place. Only functions are replaced: names, types and hooks of the modules stay. Not `Module.compile()`, which would
-    take FSDP's hooks into the graph."""
+    """Compile in place. Only functions are replaced: names, types and hooks of the modules stay. Not
+    `Module.compile()`, which would take FSDP's hooks into the graph."""
     for block in model.blocks:
         moe = block.feed_forward
         if isinstance(moe, MoE):

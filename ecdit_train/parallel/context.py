@@ -45,8 +45,8 @@ class ParallelContext:
         return reduce_over_dp(vector, self.mesh, op=op)
 
     def mean_of_first(self, vector: Tensor) -> Tensor:
-        """Mean over data-parallel ranks of what the first rank of each tp group says: the same bits on all ranks, also where tp ranks
-        disagree in a last bit."""
+        """Mean over data-parallel ranks of what the first rank of each tp group says: the same bits on all ranks, also
+        where tp ranks disagree in a last bit."""
         if self.mesh.world_group is None:
             return vector
         out = vector.clone() if self.mesh.tp_rank == 0 else torch.zeros_like(vector)

@@ -11,10 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ecdit_train.config.layout import NO_SEQUENCE_PARALLEL
-from ecdit_train.config.nearest import nearest_divisor
 from ecdit_train.config.schema import ParallelConfig
-from ecdit_train.errors import ConfigError, Problem
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,80 +45,12 @@ class Degrees:
 
 
 def resolve_degrees(parallel: ParallelConfig, world: int) -> Degrees:
-    """Fill in `dp_shard: -1` and check the products.
-
-    Raises ConfigError with every broken rule and, for each, the nearest value that would do.
-    """
-    problems = []
-    for name in ("dp_replicate", "tp", "ep", "overlap_chunks"):
-        value = getattr(parallel, name)
-        if value < 1:
-            problems.append(Problem(field=f"parallel.{name}", value=value, rule="must be at least 1", nearest=1))
-    if parallel.dp_shard < 1 and parallel.dp_shard != -1:
-        problems.append(
-            Problem(
-                field="parallel.dp_shard",
-                value=parallel.dp_shard,
-                rule="must be at least 1, or -1 for the ranks that are left",
-                nearest=-1,
-            )
-        )
-    if parallel.sequence_parallel:
-        # Experts are folded over tp: every tp rank dispatches its share of the slots of the *whole* pool, so each
-        # needs all tokens of a pool, and expert choice itself ranks all of them. Sequence-parallel regions would have
-        # to be gathered before every attention and every router again; at 128 to 256 tokens an image that costs more
-        # than it saves.
-        problems.append(
-            Problem(
-                field="parallel.sequence_parallel",
-                value=True,
-                nearest=False,
-                rule=NO_SEQUENCE_PARALLEL,
-            )
-        )
-    if problems:
-        raise ConfigError(problems)
-
-    if world % parallel.tp:
-        problems.append(
-            Problem(
-                field="parallel.tp",
-                value=parallel.tp,
-                rule=f"must divide the {world} ranks",
-                nearest=nearest_divisor(parallel.tp, world),
-            )
-        )
-    if world % parallel.ep:
-        problems.append(
-            Problem(
-                field="parallel.ep",
-                value=parallel.ep,
-                rule=f"must divide the {world} ranks",
-                nearest=nearest_divisor(parallel.ep, world),
-            )
-        )
-    if problems:
-        raise ConfigError(problems)
-
-    dp = world // parallel.tp
-    if dp % parallel.dp_replicate:
-        raise ConfigError(
-            Problem(
-                field="parallel.dp_replicate",
-                value=parallel.dp_replicate,
-                rule=f"must divide the {dp} data-parallel ranks (world {world} / tp {parallel.tp})",
-                nearest=nearest_divisor(parallel.dp_replicate, dp),
-            )
-        )
-    left = dp // parallel.dp_replicate
-    dp_shard = left if parallel.dp_shard == -1 else parallel.dp_shard
-    if dp_shard != left:
-        raise ConfigError(
-            Problem(
-                field="parallel.dp_shard",
-                value=dp_shard,
-                nearest=left,
-                rule=f"dp_replicate {parallel.dp_replicate} x dp_shard x tp {parallel.tp} must be the {world} ranks",
-            )
-        )
-    return Degrees(world=world, dp_replicate=parallel.dp_replicate, dp_shard=dp_shard, tp=parallel.tp, ep=parallel.ep)
+    """Fill in `dp_shard: -1`. What a user can get wrong is a rule of the configuration (config/layout.py), asked before."""
+    rest = world // (parallel.dp_replicate * parallel.tp)
+    dp_shard = rest if parallel.dp_shard == -1 else parallel.dp_shard
+    d = Degrees(world=world, dp_replicate=parallel.dp_replicate, dp_shard=dp_shard, tp=parallel.tp, ep=parallel.ep)
+    assert not parallel.sequence_parallel, "docs/decisions/0007"
+    assert d.dp * d.tp == d.edp * d.ep == world, (
+        f"{parallel} does not cover {world} ranks: it was not validated for them"
+    )
+    return d

@@ -1,8 +1,7 @@
 """Expert parallelism, applied from outside with DeepSpeed's all-to-all. The only importer of deepspeed.
 
-Folded over tensor parallelism: the tokens of a tp group are the same on all its ranks, so each rank dispatches its
-own 1/tp of every expert's slots and the results are summed over tp. No token is computed twice, no expert is stored
-twice.
+Folded over tensor parallelism: the tokens of a tp group are the same on all its ranks, so each rank dispatches its own
+1/tp of every expert's slots and the results are summed over tp. No token is computed twice, no expert is stored twice.
 
 Where an expert's number of rows is fixed (a Table), everything is static: the slots are C times the groups, cut evenly (padded
 with gate 0 where they do not divide), so one equal-split exchange each way suffices, with no exchange of counts and nothing read
@@ -25,8 +24,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ecdit_train.config.nearest import nearest_divisor
-from ecdit_train.errors import ConfigError, Problem
 from ecdit_train.model.assignment import Assignment, Rows, Selection, Table
 from ecdit_train.model.dit import DiT
 from ecdit_train.model.moe import Dispatcher, MoE
@@ -37,8 +34,8 @@ from .placement import ParamPlacement
 from .uneven import Route, UnevenExchange
 
 EXCHANGE = "ecdit::expert_exchange"
-"""Name of the exchange as a torch op: selective checkpointing keeps its results, torch.compile keeps it in the
-graph."""
+"""Name of the exchange as a torch op: selective checkpointing keeps its results, torch.compile keeps
+it in the graph."""
 
 
 @functools.cache
@@ -87,8 +84,8 @@ _exchange.register_autograd(_exchange_backward, setup_context=_keep_group)
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertExchange:
-    """Rows between their home rank (all E experts, own slots) and the experts' rank (own e experts, all ranks'
-    slots)."""
+    """Rows between their home rank (all E experts, own slots) and the experts' rank (own e
+    experts, all ranks' slots)."""
 
     group: dist.ProcessGroup
     overlap: bool
@@ -148,12 +145,19 @@ class ExpertParallelDispatcher(Dispatcher):
         """Of a varying number of rows: a static cap, or this tp rank's share of the list with the counts of all peers."""
         if not isinstance(assignment, Selection):
             return assignment
-        if self.cap is not None:
-            return assignment.capped(self.cap)
+        if (table := self.local.limit(assignment)) is not None:
+            return table
+        assert self.pipeline is None, (
+            "exchanges overlap only where the number of rows is fixed: a rule of the configuration"
+        )
         rows = assignment.rows()
         gate_R = copy_to_group(rows.gate_R, self.tp_group)
-        share = slice(self.tp_rank, None, self.tp_size)  # rows stay sorted by expert, and every expert's are shared
-        mine = replace(rows, expert_R=rows.expert_R[share], index_R=rows.index_R[share], gate_R=gate_R[share])
+        mine = replace(rows, gate_R=gate_R)
+        if self.tp_size > 1:
+            # By token, not by place in the list: should tp ranks decide differently about one row, no other row moves.
+            own = (rows.index_R % self.tp_size == self.tp_rank).nonzero().squeeze(1)
+            expert_R, index_R, gate_R = (x.index_select(0, own) for x in (rows.expert_R, rows.index_R, gate_R))
+            mine = replace(rows, expert_R=expert_R, index_R=index_R, gate_R=gate_R)
         E = assignment.selected_GSE.shape[-1]
         return SharedRows(mine=mine, route=self.uneven.plan(mine.expert_R, num_experts=E), **vars(rows))
 
@@ -197,17 +201,19 @@ class ExpertParallelDispatcher(Dispatcher):
     def _mine(self, assignment: Table) -> Table:
         """This tp rank's slots as a single group: tables (E, 1, s)."""
         index_ES, gate_ES = assignment.index_EGC.flatten(1), assignment.gate_EGC.flatten(1)
+        filled_ES = None if assignment.filled_EGC is None else assignment.filled_EGC.flatten(1)
         missing = -index_ES.shape[1] % (self.tp_size * self.chunks)
         if missing:
             # Slots that nobody filled: token 0 with gate 0 adds nothing, forward or backward.
-            index_ES, gate_ES = nn.functional.pad(index_ES, (0, missing)), nn.functional.pad(gate_ES, (0, missing))
+            filled_ES = torch.ones_like(index_ES, dtype=torch.bool) if filled_ES is None else filled_ES
+            index_ES, gate_ES, filled_ES = (nn.functional.pad(x, (0, missing)) for x in (index_ES, gate_ES, filled_ES))
         s = index_ES.shape[1] // self.tp_size
-        first = self.tp_rank * s
+        own = slice(self.tp_rank * s, (self.tp_rank + 1) * s)
         return replace(
             assignment,
-            index_EGC=index_ES[:, None, first : first + s],
-            gate_EGC=gate_ES[:, None, first : first + s],
-            filled_EGC=None,
+            index_EGC=index_ES[:, None, own],
+            gate_EGC=gate_ES[:, None, own],
+            filled_EGC=None if filled_ES is None else filled_ES[:, None, own],
         )
 
     def _cut(self, mine: Table) -> Iterator[Table]:
@@ -218,6 +224,7 @@ class ExpertParallelDispatcher(Dispatcher):
                 mine,
                 index_EGC=mine.index_EGC[:, :, first : first + size],
                 gate_EGC=mine.gate_EGC[:, :, first : first + size],
+                filled_EGC=None if mine.filled_EGC is None else mine.filled_EGC[:, :, first : first + size],
             )
 
 
@@ -227,21 +234,6 @@ class SharedRows(Rows):
 
     mine: Rows
     route: Route
-
-
-def check(model: DiT, *, ep: int) -> None:
-    """Raises ConfigError if ep ranks cannot share the experts evenly."""
-    for moe in sparse_layers(model).values():
-        experts = moe.experts.num_experts
-        if experts % ep:
-            raise ConfigError(
-                Problem(
-                    field="parallel.ep",
-                    value=ep,
-                    rule=f"must divide moe.num_experts = {experts}",
-                    nearest=nearest_divisor(ep, experts),
-                )
-            )
 
 
 def sparse_layers(model: DiT) -> dict[str, MoE]:
@@ -255,7 +247,6 @@ def apply_expert_parallel(model: DiT, *, mesh: Mesh, overlap_chunks: int) -> dic
     Experts shard themselves, whatever class they are. Without ep and tp nothing changes; with tp alone each rank keeps all experts
     and works on its share of the slots.
     """
-    check(model, ep=mesh.ep_size)
     placements: dict[str, ParamPlacement] = {}
     chunks = overlap_chunks if mesh.ep_size > 1 else 1  # without an exchange there is nothing to hide
     exchange = None
@@ -264,7 +255,7 @@ def apply_expert_parallel(model: DiT, *, mesh: Mesh, overlap_chunks: int) -> dic
         if chunks == 1:
             _vendor()  # collective setup belongs here, not in the middle of the first forward pass
     for path, moe in sparse_layers(model).items():
-        for name, tensor in moe.experts.state_dict(keep_vars=True).items():
+        for name, tensor in (*moe.experts.named_parameters(), *moe.experts.named_buffers()):
             is_buffer = not isinstance(tensor, nn.Parameter)  # whole on each of the ranks that hold these experts
             placements[f"{path}.experts.{name}"] = ParamPlacement(
                 global_shape=tuple(tensor.shape),
@@ -279,6 +270,9 @@ def apply_expert_parallel(model: DiT, *, mesh: Mesh, overlap_chunks: int) -> dic
             moe.experts.shard(index=mesh.ep_rank, count=mesh.ep_size)
         moe.router.on_ranks(dp_group=mesh.dp_group)
         if mesh.ep_size > 1 or mesh.tp_size > 1:
+            kind = type(moe.dispatcher)
+            if kind.settle is not Dispatcher.settle or Dispatcher.gather is kind.gather or Dispatcher.sum is kind.sum:
+                raise TypeError(f"{kind.__name__} must define gather and sum, and not settle, to be spread over ranks")
             moe.dispatcher = ExpertParallelDispatcher(
                 moe.dispatcher,
                 exchange=exchange,

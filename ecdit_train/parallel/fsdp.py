@@ -26,8 +26,8 @@ Precision = Literal["fp32", "bf16"]
 
 
 def policies(precision: Precision) -> tuple[MixedPrecisionPolicy, MixedPrecisionPolicy]:
-    """(network, routers). Gradients are reduced in fp32; inputs are never cast here: the model casts, and timesteps
-    stay fp32.
+    """(network, routers). Gradients are reduced in fp32; inputs are never cast here: the model casts,
+    and timesteps stay fp32.
 
     Routers keep fp32 weights: a rounded logit changes who takes which token.
     """
@@ -84,8 +84,8 @@ def _shard_experts(
 def accumulate(model: nn.Module, *, last: bool) -> Iterator[None]:
     """Around the forward and backward of one microbatch: gradients are reduced over ranks only with the last one.
 
-    Until then FSDP keeps unsharded gradients: memory of the whole (tp/ep-local) model for one reduction instead of
-    many.
+    Until then FSDP keeps unsharded gradients: memory of the whole (tp/ep-local) model for one
+    reduction instead of many.
     """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
@@ -93,9 +93,9 @@ def accumulate(model: nn.Module, *, last: bool) -> Iterator[None]:
 
 
 def reshard(model: nn.Module) -> None:
-    """Give back what a forward pass without a backward left gathered (FSDP keeps the root so). Without this, weights
-    that were changed in their shards, as for drawing with the average, would go on living in the gathered copies of
-    the next step.
+    """Give back what a forward pass without a backward left gathered (FSDP keeps the root so). Without this,
+    weights that were changed in their shards, as for drawing with the average, would go on living in the gathered
+    copies of the next step.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):

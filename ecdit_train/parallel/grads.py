@@ -1,8 +1,8 @@
 """The gradient of the whole model across both views of the ranks: how experts are scaled, one norm, clipping.
 
-`torch.nn.utils.clip_grad_norm_` cannot be used: it refuses tensors of two meshes, and over the dense part alone under
-tensor parallelism it returns a different wrong value on every tp rank, without an error (pinned in
-tests/dist/test_dist_quirks.py).
+`torch.nn.utils.clip_grad_norm_` cannot be used: it refuses tensors of two meshes, and over the dense
+part alone under tensor parallelism it returns a different wrong value on every tp rank, without an
+error (pinned in tests/dist/test_dist_quirks.py).
 """
 
 from __future__ import annotations
@@ -72,10 +72,10 @@ def clip(model: nn.Module, placements: Mapping[str, ParamPlacement], mesh: Mesh,
 def agree(model: nn.Module, placements: Mapping[str, ParamPlacement], mesh: Mesh) -> None:
     """Give all tp ranks that hold the same values the same gradient bits: the first one's. In place; part of `clip`.
 
-    They are equal in exact arithmetic, but attention's backward on CUDA uses atomics, and the data-parallel groups of
-    two tp ranks may sum in different orders; a difference of one bit a step grows until the copies are different
-    models. One broadcast of the replicated shards (a few per cent of a rank's gradient) per set of replicas. Nothing
-    without tensor parallelism.
+    They are equal in exact arithmetic, but attention's backward on CUDA uses atomics, and the data-parallel groups
+    of two tp ranks may sum in different orders; a difference of one bit a step grows until the copies are different
+    models. One broadcast of the replicated shards (a few per cent of a rank's gradient) per set of replicas.
+    Nothing without tensor parallelism.
     """
     if mesh.tp_size == 1:
         return

@@ -99,8 +99,8 @@ class Mesh:
         return self.sparse["edp"]
 
     def build(self) -> None:
-        """Make the device meshes; the default process group must exist. A world of one does so only when FSDP is
-        wanted (bf16)."""
+        """Make the device meshes; the default process group must exist. A world of one does so only when
+        FSDP is wanted (bf16)."""
         if self.dense is not None:
             return
         d = self.degrees

@@ -1,8 +1,8 @@
 """Tensor parallelism, applied from outside with Megatron-core's column and row layers. The only importer of megatron.
 
 Megatron lends `ColumnParallelLinear` and `RowParallelLinear` with an explicit group; none of its global state is
-initialised. It is imported inside functions because importing it costs seconds, and runs without tensor parallelism
-never need it.
+initialised. It is imported inside functions because importing it costs seconds, and runs without tensor
+parallelism never need it.
 """
 
 from __future__ import annotations
@@ -17,11 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ecdit_train.config.nearest import nearest_divisor
-from ecdit_train.errors import ConfigError, Problem
 from ecdit_train.model.attention import Attention
 from ecdit_train.model.dit import DiT
-from ecdit_train.model.feed_forward import FeedForward
 
 from .collectives import copy_to_group
 from .mesh import Mesh
@@ -39,10 +36,10 @@ PLAN: tuple[tuple[str, Split], ...] = (
 )
 """Module path -> how its matrix is split; `feed_forward` of a sparse block has no up or down itself and is not met.
 
-Everything else is replicated: AdaLN projections, timestep and pooled text see one vector per image, the text refiner
-runs once and not per block, the patch embedding and the output layer are small, the router must see all tokens.
-Splitting them would save only memory, which FSDP saves already. Experts are spread by expert parallelism, folded over
-this axis."""
+Everything else is replicated: AdaLN projections, timestep and pooled text see one vector per image, the text
+refiner runs once and not per block, the patch embedding and the output layer are small, the router must see all
+tokens. Splitting them would save only memory, which FSDP saves already. Experts are spread by expert parallelism,
+folded over this axis."""
 
 
 def split_of(path: str) -> Split | None:
@@ -50,38 +47,12 @@ def split_of(path: str) -> Split | None:
     return next((split for pattern, split in PLAN if re.fullmatch(pattern, path)), None)
 
 
-def check(model: DiT, *, tp: int) -> None:
-    """Raises ConfigError with every size that tp ranks cannot share."""
-    problems: dict[str, Problem] = {}
-
-    def must_divide(what: str, size: int) -> None:
-        if size % tp:
-            problems[what] = Problem(
-                field="parallel.tp", value=tp, rule=f"must divide {what} = {size}", nearest=nearest_divisor(tp, size)
-            )
-
-    for path, module in model.named_modules():
-        if split_of(f"{path}.query") and isinstance(module, Attention):
-            heads, kv_heads = (linear.out_features // module.head_dim for linear in (module.query, module.key))
-            must_divide("model.heads", heads)
-            if kv_heads % tp and tp % kv_heads:
-                problems["kv_heads"] = Problem(
-                    field="parallel.tp",
-                    value=tp,
-                    nearest=nearest_divisor(tp, kv_heads),
-                    rule=f"must divide model.kv_heads = {kv_heads}, or be a multiple of it",
-                )
-        elif split_of(f"{path}.up") and isinstance(module, FeedForward):
-            must_divide("the feed-forward's hidden width", module.up.out_features)
-    if problems:
-        raise ConfigError(list(problems.values()))
-
-
 def apply_tensor_parallel(model: DiT, *, mesh: Mesh) -> dict[str, ParamPlacement]:
-    """Replace the layers of PLAN in place (meta or real device, weights left unset) and say where each weight lies."""
+    """Replace the layers of PLAN in place (meta or real device, weights left unset) and say where each weight lies.
+
+    That sizes divide is a rule of the configuration (config/layout.py); Megatron's layers assert it."""
     if mesh.tp_size == 1:
         return {}
-    check(model, tp=mesh.tp_size)
     placements: dict[str, ParamPlacement] = {}
     for path, module in list(model.named_modules()):
         split = split_of(path)
@@ -105,8 +76,8 @@ def apply_tensor_parallel(model: DiT, *, mesh: Mesh) -> dict[str, ParamPlacement
 def _enter(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, group: dist.ProcessGroup | None
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Copy each floating input of a region to the group once: one all-reduce in backward per input, not per
-    projection."""
+    """Copy each floating input of a region to the group once: one all-reduce in backward per
+    input, not per projection."""
     copies: list[tuple[Tensor, Tensor]] = []
 
     def copy(value: Any) -> Any:
@@ -156,8 +127,8 @@ def _kv(linear: nn.Linear, attention: Attention, *, mesh: Mesh) -> tuple[nn.Modu
 
 @functools.cache
 def _layers() -> Any:
-    """Megatron's layers, with a forward that returns the tensor alone, so that they take an nn.Linear's place by
-    name."""
+    """Megatron's layers, with a forward that returns the tensor alone, so that they take an
+    nn.Linear's place by name."""
     with warnings.catch_warnings():
         # Four lines on every rank about optimizers of Megatron's that are not used here.
         warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")

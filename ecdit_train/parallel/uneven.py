@@ -41,7 +41,7 @@ class UnevenExchange:
         """Exchange counts. The only wait for the device: it alone knows them."""
         P = 1 if self.group is None else self.group.size()
         e, device = num_experts // P, expert_R.device
-        first_E = torch.searchsorted(expert_R, torch.arange(num_experts + 1, device=device))
+        first_E = torch.searchsorted(expert_R.contiguous(), torch.arange(num_experts + 1, device=device))
         sent_Pe = (first_E[1:] - first_E[:-1]).view(P, e)
         came_Pe = sent_Pe if self.group is None else all_to_all_rows(sent_Pe, [1] * P, [1] * P, self.group)
         sent, came = torch.stack([sent_Pe, came_Pe]).tolist()

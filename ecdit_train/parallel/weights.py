@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ecdit_train.model.init import constant_of, initial_values, reset_buffers
+from ecdit_train.model.init import initial_values, reset_buffers, slot_of
 
 from .mesh import Mesh
 from .placement import ParamPlacement, holds_first_copy, local, pieces
@@ -18,8 +18,9 @@ from .placement import ParamPlacement, holds_first_copy, local, pieces
 def fill(model: nn.Module, placements: Mapping[str, ParamPlacement], *, seed: int) -> None:
     """Initialise every shard with the values its box has in the global tensor, and every buffer: the same model on every layout.
 
-    No rank makes more than it holds, and nothing is sent. A module with buffers must define `reset_buffers` (as `model.router.Router`
-    does); one that does not is refused with TypeError, since its buffers would hold whatever memory held.
+    No rank makes more than it holds, and nothing is sent. A module with buffers must define `reset_buffers`
+    (as `model.router.Router` does); one that does not is refused with TypeError, since its buffers would
+    hold whatever memory held.
     """
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -33,7 +34,7 @@ def fill(model: nn.Module, placements: Mapping[str, ParamPlacement], *, seed: in
                         offsets=piece.box.offset,
                         sizes=piece.box.size,
                         device=p.device,
-                        constant=constant_of(model, name),
+                        slot=slot_of(model, name),
                     )
                 )
         reset_buffers(model)

@@ -11,6 +11,9 @@ import torch
 from ecdit_train.config.schema import RunConfig
 from ecdit_train.model.dit import DiT
 
+EXPERT_CHOICE = "ecdit_train.model.routers.expert_choice.ExpertChoice"
+"""The router of the paper's Table 1."""
+
 COMPUTE_BYTES = {"fp32": 4, "bf16": 2}
 
 
@@ -35,7 +38,7 @@ def num_experts(cfg: RunConfig) -> int:
 
 def table1_experts(cfg: RunConfig) -> int | None:
     """Experts of the paper's Table 1 column: 0 is dense, None a routing that the table does not have."""
-    return num_experts(cfg) if cfg.moe.router is None or type(cfg.moe.router).__name__ == "ExpertChoice" else None
+    return num_experts(cfg) if cfg.moe.router is None or cfg.moe.router.target() == EXPERT_CHOICE else None
 
 
 def experts_per_token(cfg: RunConfig) -> float:

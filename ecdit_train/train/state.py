@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ecdit_train.config.schema import OptimConfig
+from ecdit_train.errors import ConfigError, Problem
+from ecdit_train.model.init import persistent_buffers
 
 from .optim import Ema
 
@@ -30,7 +33,27 @@ class TrainState:
     def fresh(cls, model: nn.Module, config: OptimConfig) -> TrainState:
         params = dict(model.named_parameters())
         ema = Ema(params, decay=config.ema_decay) if config.ema_decay > 0 else None
-        return cls(model=model, params=params, optimizer=config.optimizer.build(params, lr=config.lr), ema=ema)
+        state = cls(model=model, params=params, optimizer=config.optimizer.build(params, lr=config.lr), ema=ema)
+        wrong = sorted(
+            {
+                key
+                for p in params.values()
+                for key, value in state.optimizer.state[p].items()
+                if not isinstance(value, Tensor) or (key != "step" and value.shape != p.shape)
+            }
+        )
+        if wrong:
+            rule = f"keeps state ({', '.join(wrong)}) that is no tensor of its parameter's shape: it has no place in a checkpoint"
+            raise ConfigError(Problem(field="optim.optimizer._target_", value=config.optimizer.target(), rule=rule))
+        return state
+
+    def check_names(self, before: Collection[str]) -> None:
+        """After the first update: an optimizer that makes its state only then could be saved and not be loaded again."""
+        new = sorted({name.partition("/")[0] for name in set(self.tensors()) ^ set(before)})
+        if new:
+            rule = f"made its state ({', '.join(new)}) at the first update; it must make it when it is built"
+            value = type(self.optimizer).__name__
+            raise ConfigError(Problem(field="optim.optimizer._target_", value=value, rule=rule))
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor to save or to load in place, by `part/parameter` name. Shards stay shards."""
@@ -42,13 +65,14 @@ class TrainState:
                     out[f"optim.{key}/{name}"] = value
             if self.ema is not None:
                 out[f"ema/{name}"] = self.ema.shadow[name]
-        return out | {f"buffer/{name}": buffer for name, buffer in self.model.named_buffers()}
+        return out | {f"buffer/{name}": buffer for name, buffer in persistent_buffers(self.model)}
 
     def restore_step(self, step: int) -> None:
         """Set the count of updates, also where the optimizer keeps it per parameter."""
         self.step = step
         for state in self.optimizer.state.values():
-            state["step"].fill_(float(step))
+            if "step" in state:
+                state["step"].fill_(float(step))
 
 
 def parameter_of(tensor_name: str) -> str:

@@ -61,6 +61,9 @@ def forward_backward(
             loss = flow.loss(prediction.patches_BKP, x_BKP=x_BKP, eps_BKP=eps_BKP, t_B=draws.t_B)
             auxiliary = prediction.losses
             (sum(auxiliary.values(), loss) / num).backward()
+        assert n == 0 or auxiliary.keys() == done.auxiliary.keys(), (
+            "a router has other losses than in the microbatch before"
+        )
         done.losses.append(loss.detach())
         for name, value in auxiliary.items():
             done.auxiliary.setdefault(name, []).append(value.detach())
@@ -79,7 +82,8 @@ def train_step(
     group_tokens: int,
     after: Callable[[], None],
 ) -> StepResult:
-    """Gradients, one global norm, one look at the numbers, the update of weights and of routers' buffers, then `after` (the moving average).
+    """Gradients, one global norm, one look at the numbers, the update of weights and of routers' buffers, then
+    `after` (the moving average).
 
     Raises NonFiniteError before the update when the loss or the norm is not finite, on every rank alike: both numbers
     are already global. Reading them is the step's only wait for the device.
@@ -89,8 +93,11 @@ def train_step(
     own = [torch.stack(values).mean() for values in (done.losses, *done.auxiliary.values())]
     means = parallel.reduce(torch.stack(own), op="mean")
     loss_now, *auxiliary_now, norm_now = torch.cat([means, norm.reshape(1)]).tolist()
-    if not all(map(_finite, (loss_now, norm_now))):
-        raise NonFiniteError(f"loss {loss_now}, gradient norm {norm_now}: the update was not applied")
+    if not all(map(_finite, (loss_now, *auxiliary_now, norm_now))):
+        others = "".join(
+            f", {n} loss {v}" for n, v in zip(done.auxiliary, auxiliary_now, strict=True) if not _finite(v)
+        )
+        raise NonFiniteError(f"loss {loss_now}{others}, gradient norm {norm_now}: the update was not applied")
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
@@ -107,20 +114,21 @@ def train_step(
 
 @torch.no_grad()
 def update_buffers(parallel: ParallelContext, assignments: list[tuple[Assignment, ...]]) -> None:
-    """Give each router what it observed, averaged over the step's microbatches and all ranks: the same bits everywhere, so that the copies
-    of a buffer never drift apart. Nothing where no router observes anything."""
+    """Give each router what it observed, averaged over the step's microbatches and all ranks: the same bits everywhere,
+    so that the copies of a buffer never drift apart. Nothing where no router observes anything."""
     routers = [block.feed_forward.router for block in parallel.model.blocks if isinstance(block.feed_forward, MoE)]
     means = [
-        {name: torch.stack([m[layer].observed[name] for m in assignments]).mean(0) for name in assignments[0][layer].observed}
+        {
+            name: torch.stack([m[layer].observed[name] for m in assignments]).mean(0)
+            for name in assignments[0][layer].observed
+        }
         for layer in range(len(routers))
     ]
     tensors = [value.float() for layer in means for value in layer.values()]
-    if not tensors:
-        return
-    agreed = iter(parallel.mean_of_first(torch.cat([t.flatten() for t in tensors])).split([t.numel() for t in tensors]))
+    sizes = [t.numel() for t in tensors]
+    agreed = iter(parallel.mean_of_first(torch.cat([t.flatten() for t in tensors])).split(sizes) if tensors else ())
     for router, layer in zip(routers, means, strict=True):
-        if layer:
-            router.update_buffers({name: next(agreed).view_as(value) for name, value in layer.items()})
+        router.update_buffers({name: next(agreed).view_as(value) for name, value in layer.items()})
 
 
 def _finite(x: float) -> bool:

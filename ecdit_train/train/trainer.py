@@ -19,6 +19,7 @@ from ecdit_train.observe.metrics import MetricWindow
 from ecdit_train.observe.routing import routing_scalars
 from ecdit_train.observe.sinks import Sinks
 from ecdit_train.parallel.context import ParallelContext
+from ecdit_train.run_folder import quarantine_path
 
 from .optim import learning_rate
 from .state import TrainState, parameter_of
@@ -79,7 +80,8 @@ class Trainer:
     """The newest step that is committed."""
 
     def resume(self) -> Resumed | None:
-        """Go on from the newest sound checkpoint of the run folder, if it has one; says what was loaded and what was passed over."""
+        """Go on from the newest sound checkpoint of the run folder, if it has one; says what was loaded and
+        what was passed over."""
         resumed = self.checkpoints.resume(self.placed())
         if resumed is None:
             return None
@@ -104,13 +106,15 @@ class Trainer:
         A request that came before the first step is met after it, so that every attempt moves the run on.
         """
         c, state, window = self.config, self.state, self.window
-        substituted = 0
+        substituted, first, names = 0, state.step, set(state.tensors())
         while state.step < c.train.steps:
             with window.waiting():
                 raw = self.batches.fetch()
             before, substituted = substituted, self.batches.substituted()
             result = self._step(self.batches.encode(raw))
             state.step += 1
+            if state.step == first + 1:
+                state.check_names(names)
             last = state.step == c.train.steps
 
             window.add("train/loss", result.loss)
@@ -173,7 +177,7 @@ class Trainer:
         if record["data/substituted"] > 0:
             self.progress.message(
                 f"step {step}: {record['data/substituted']:.0f} unreadable samples substituted since the last log step, "
-                f"named in {c.run}/quarantine-*.jsonl"
+                f"named in {quarantine_path(Path(c.run), dp_rank='*')}"
             )
 
     def save(self, step: int) -> None:

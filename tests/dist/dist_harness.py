@@ -27,8 +27,8 @@ class RankError(AssertionError):
 
 
 def run_distributed(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
-    """`fn(runtime, *args)` on `world` gloo ranks; their return values in rank order. `fn` must be importable by
-    name."""
+    """`fn(runtime, *args)` on `world` gloo ranks; their return values in rank order. `fn` must
+    be importable by name."""
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     # The server ignores our sys.path (a Python 3.11 bug) and then skips what it cannot preload, without a word.

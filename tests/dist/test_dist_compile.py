@@ -34,8 +34,8 @@ def assert_equal(cases: list[Case], *, backend: str) -> list[int]:
 
 
 def test_compiled_graphs() -> None:
-    """Tracing and autograd partitioning, without code generation: a dense block, a sparse one before and after its
-    layer, its experts."""
+    """Tracing and autograd partitioning, without code generation: a dense block, a sparse one before and after
+    its layer, its experts."""
     (graphs,) = assert_equal([case(tp=2, ep=2, compiled=True, ac="selective", steps=1, model=replace(MODEL, layers=6))],
                              backend="aot_eager")
     assert graphs == 4

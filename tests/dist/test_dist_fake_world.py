@@ -1,5 +1,5 @@
-"""Hundreds of ranks in one process (torch's fake process group): layouts of real runs build, shard and step, without
-weights."""
+"""Hundreds of ranks in one process (torch's fake process group): layouts of real runs build, shard
+and step, without weights."""
 
 from __future__ import annotations
 

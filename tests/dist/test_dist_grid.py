@@ -1,5 +1,5 @@
-"""Loss, every gradient, norm and weights after 3 steps equal one process, for every axis alone, every pair, and all
-together.
+"""Loss, every gradient, norm and weights after 3 steps equal one process, for every axis alone, every
+pair, and all together.
 
 In float64 nothing hides behind rounding: errors are below 1e-13 unless something is wrong. float32 cases show what is
 left of it in production's type. In both, the copies that several ranks hold must agree to the last bit.

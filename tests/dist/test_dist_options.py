@@ -1,5 +1,5 @@
-"""What may be switched on top of a layout changes no number: checkpointing, overlap, accumulation, resharding,
-determinism."""
+"""What may be switched on top of a layout changes no number: checkpointing,
+overlap, accumulation, resharding, determinism."""
 
 from __future__ import annotations
 

@@ -15,9 +15,8 @@ from ecdit_train.parallel.expert_parallel import sparse_layers
 from ecdit_train.parallel.mesh import make_mesh
 
 LOSS_BOUND, NORM_BOUND, GRAD_BOUND, WEIGHT_BOUND = 5e-3, 5e-3, 0.2, 1e-2
-"""Against fp32 on one process, 1 step (a rounded router input moves a few tokens to other experts, so single
-gradients differ by much more than a bf16 rounding; a wrong scale or a missing sum would show in loss, norm or
-weights)."""
+"""Against fp32 on one process, 1 step (a rounded router input moves a few tokens to other experts, so single gradients
+differ by much more than a bf16 rounding; a wrong scale or a missing sum would show in loss, norm or weights)."""
 
 
 def bf16(**rest: Any) -> Case:
@@ -38,8 +37,8 @@ def test_bf16_is_near_fp32() -> None:
 
 
 def watch_types(runtime: Any) -> dict[str, Any]:
-    """Types that a bf16 forward meets, and the number of exchanges of forward and backward under each checkpointing
-    mode."""
+    """Types that a bf16 forward meets, and the number of exchanges of forward and backward
+    under each checkpointing mode."""
     seen: dict[str, Any] = {"wire": set(), "router": set(), "block": set(), "exchanges": {}}
     vendor = expert_parallel._vendor()
     for mode in ("none", "selective", "full"):

@@ -1,5 +1,5 @@
-"""Faults of vendors that the code works round. Each test fails when its quirk is gone: then the workaround may go
-too."""
+"""Faults of vendors that the code works round. Each test fails when its quirk is gone: then the
+workaround may go too."""
 
 from __future__ import annotations
 

@@ -21,7 +21,12 @@ STEPS = 12
 RUNS = {
     **ROUTERS,
     "deterministic": ("moe/dispatcher=deterministic",),
-    "rmsprop": ("optim/optimizer=rmsprop", "optim.lr=1e-4", "optim.optimizer.decay=0.9", "optim.optimizer.momentum=0.9"),
+    "rmsprop": (
+        "optim/optimizer=rmsprop",
+        "optim.lr=1e-4",
+        "optim.optimizer.decay=0.9",
+        "optim.optimizer.momentum=0.9",
+    ),
     "bf16": ("train.precision=bf16",),
 }
 

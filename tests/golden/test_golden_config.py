@@ -45,8 +45,12 @@ def test_parameters(name, golden):
                     text_features=config.encoders.text.width)  # fmt: skip
     total = sum(p.numel() for p in model.parameters())
     experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
-    activated = total - experts + experts * (config.moe.router.experts_per_token() if config.moe.router else 1) / config.moe.num_experts
-    frozen = config.encoders.text.parameters + config.encoders.image.parameters
+    activated = (
+        total
+        - experts
+        + experts * (config.moe.router.experts_per_token() if config.moe.router else 1) / config.moe.num_experts
+    )
+    frozen = config.encoders.text.num_parameters() + config.encoders.image.num_parameters()
     golden(f"experiments/{name}.txt", section="parameters",
            text=f"network: {total:,}\nactivated: {activated:,.0f}\nfrozen encoders: {frozen:,}")  # fmt: skip
 

@@ -1,5 +1,5 @@
-"""The sparse layer is the paper's Algorithm 1: values and every gradient in fp64, and nothing else is allocated on the
-way.
+"""The sparse layer is the paper's Algorithm 1: values and every gradient in fp64, and nothing else is
+allocated on the way.
 
 Legend: G pools, S tokens of a pool, D width, H hidden width, E experts, C capacity, B images.
 """

@@ -1,5 +1,5 @@
-"""Token choice equals GShard's top-k written as plain loops: gates, queue order, drops, balance loss, every
-gradient."""
+"""Token choice equals GShard's top-k written as plain loops: gates, queue order, drops,
+balance loss, every gradient."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ POOLS, TOKENS, WIDTH = 3, 24, 10
 def layer(*, experts: int, top_k: int, capacity_factor: float) -> MoE:
     config = moe_config("token_choice", num_experts=experts, capacity_factor=capacity_factor, top_k=top_k)
     router = config.router.build(width=WIDTH, num_experts=experts)
-    made = MoE(router, config.experts.build(width=WIDTH, hidden=16, num_experts=experts), dispatcher=config.dispatcher.build())
+    made = MoE(
+        router, config.experts.build(width=WIDTH, hidden=16, num_experts=experts), dispatcher=config.dispatcher.build()
+    )
     made = made.double()
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():

@@ -5,6 +5,7 @@ Nothing is trained and nothing is written outside tmp_path; the slow parts of a 
 
 from __future__ import annotations
 
+import argparse
 import ast
 import functools
 import importlib
@@ -19,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from ecdit_train import arguments, cli, verbs
-from ecdit_train.config import compat, compose, validate
+from ecdit_train.config import compat, compose, describe, installed, stored, validate
 from ecdit_train.errors import EcditError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -148,7 +149,7 @@ def test_paths_in_the_text_exist(page):
     assert not missing
 
 
-CREATED_BY_USERS = {"conf/local/", "conf/local/default.yaml", "conf/experiment/wide_shapes.yaml"}
+CREATED_BY_USERS = {"conf/local/", "conf/local/default.yaml"}
 
 
 def test_nothing_points_outside_the_repository():
@@ -165,12 +166,10 @@ def test_there_are_commands_to_check():
 
 
 @pytest.fixture
-def words_only(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "prompts.txt").write_text("a photo of a red circle\n")
-
-
-REQUESTS = {"sample": arguments.Sample, "evaluate": arguments.Evaluate, "data_shapes": arguments.Shapes}
+def looking(monkeypatch, example_folder):
+    """A working directory as the pages suppose it: their files, and run folders where a command names one."""
+    monkeypatch.chdir(example_folder)
+    (example_folder / "prompts.txt").write_text("a photo of a red circle\n")
 
 
 def check_command(line: str) -> None:
@@ -180,33 +179,58 @@ def check_command(line: str) -> None:
         with pytest.raises(SystemExit, match="0"):
             cli.make_parser().parse_args(words)
         return
-    args, rest = cli.make_parser().parse_known_args(words)
+    args = parsed(words)
     name = args.verb.__name__
-    if name in REQUESTS:
-        request = arguments.read(REQUESTS[name], args.words, alone=name == "data_shapes")
-        request.build(REQUESTS[name])
-        compose.override(shapes(), request.rest, sections=verbs.DRAWN_WITH)
+    if name == "data_shapes":
+        arguments.read(arguments.Shapes, args.words, alone=True).build(arguments.Shapes)
+    elif name in ("sample", "evaluate"):
+        kind = arguments.Sample if name == "sample" else arguments.Evaluate
+        run_folder(arguments.read(kind, args.words).values.get("run", ""))
+        verbs._drawing_request(kind, args)
     elif name == "resume":
-        changed = compose.override(shapes(), args.overrides, world=args.nproc)
-        compat.check_resume(shapes(), changed.config, allow=changed.explicit)
+        old = stored.load(run_folder(args.run))
+        changed = compose.override(old, args.overrides, world=args.nproc)
+        compat.check_resume(old, changed.config, allow=changed.explicit)
+    elif name == "slots":
+        assert all(
+            c.broken is None for found in installed.installed(config_dir=args.config_dir).values() for c in found
+        )
     elif hasattr(args, "overrides"):
-        world = {"train": args.nproc, "launch": compose.cluster_world}.get(name)
-        if name == "plan":
-            world = args.world or compose.cluster_world
-        for job in (
-            compose.expand([*args.overrides, *rest]) if getattr(args, "multirun", False) else [[*args.overrides, *rest]]
-        ):
-            compose.configure(job, world=world)
+        sweep = getattr(args, "multirun", False)
+        for job in compose.expand(args.overrides, config_dir=args.config_dir) if sweep else [args.overrides]:
+            check_composed(args, job)
 
 
-@functools.cache
-def shapes():
-    """What `runs/demo` and its like hold."""
-    return compose.compose(["experiment=shapes_tiny"], local=False)
+def check_composed(args: argparse.Namespace, words: list[str]) -> None:
+    name = args.verb.__name__
+    config = compose.compose(words, local=False, config_dir=args.config_dir)
+    gpus = config.cluster.nodes * config.cluster.gpus_per_node
+    world = {"train": args.nproc, "launch": gpus, "plan": getattr(args, "world", None) or gpus}.get(name)
+    validate.validate(config, world=world)
+    if name == "config_explain":
+        describe.explain(args.key, config, groups=compose.groups(config_dir=args.config_dir))
+
+
+def parsed(words: list[str]) -> argparse.Namespace:
+    """As `cli.main` reads them: words may stand behind options."""
+    args, rest = cli.make_parser().parse_known_args(words)
+    if rest and (not hasattr(args, "overrides") or any(word.startswith("-") for word in rest)):
+        raise SystemExit(2)
+    if rest:
+        args.overrides += rest
+    return args
+
+
+def run_folder(name: str) -> str:
+    """Makes the run folder that a command names, in the working directory; `runs/demo` has the layout of `make demo`."""
+    if name.startswith("runs/") and not Path(name).exists():
+        layout = ["parallel=pair"] if name == "runs/demo" else []
+        stored.freeze(compose.compose(["experiment=shapes_tiny", f"run={name}", *layout], local=False), name)
+    return name
 
 
 @pytest.mark.parametrize(("page", "line"), COMMANDS)
-def test_commands_parse_and_compose(page, line, words_only):
+def test_commands_parse_and_compose(page, line, looking):
     check_command(line)
 
 
@@ -214,16 +238,21 @@ WRONG = (
     "ecdit train experiment=shapes_tiny train.step=3",
     "ecdit train experiment=no_such",
     "ecdit --nproc 3 train experiment=shapes_tiny",
-    "ecdit resume runs/demo moe.num_experts=16",
+    "ecdit resume runs/demo",
+    "ecdit --nproc 2 resume runs/demo moe.num_experts=16",
     "ecdit sample run=runs/demo prompt=x",
     "ecdit sample run=runs/demo prompts=x sample.steps=many",
+    "ecdit sample run=runs/demo prompts=x guidance=3",
+    "ecdit train experiment=wide_shapes",
+    "ecdit train -m experiment=shapes_tiny train.seed=1,2 moe=dense,nothing",
+    "ecdit config explain moe.router.top",
     "ecdit launch experiment=ec_dit_xl_8e cluster.nodes=3",
     "ecdit fly",
 )
 
 
 @pytest.mark.parametrize("line", WRONG)
-def test_a_wrong_command_would_be_noticed(line, words_only):
+def test_a_wrong_command_would_be_noticed(line, looking):
     with pytest.raises((EcditError, SystemExit)):
         check_command(line)
 
@@ -254,17 +283,70 @@ def test_scripts_compile_and_their_imports_exist(page, number):
                 assert hasattr(module, alias.name), f"{node.module} has no {alias.name}"
 
 
-def test_example_files_compose(tmp_path, monkeypatch):
-    """The experiment and the machine's own values of `write a config`."""
-    experiment, local = fences("docs/how-to/write-a-config.md", "yaml")
-    shutil.copytree(compose.conf_folder(), tmp_path / "conf", ignore=shutil.ignore_patterns("local", "__pycache__"))
-    (tmp_path / "conf" / "local").mkdir()
-    (tmp_path / "conf" / "local" / "default.yaml").write_text(local)
-    (tmp_path / "conf" / "experiment" / "wide_shapes.yaml").write_text(experiment)
-    monkeypatch.setattr(compose, "conf_folder", lambda: tmp_path / "conf")
-    config = compose.compose(["experiment=wide_shapes"])
-    validate.validate(config)
+WRITE_A_CONFIG = "docs/how-to/write-a-config.md"
+
+
+def example_files() -> dict[str, str]:
+    """Path -> text of the files that `write a config` tells its reader to save."""
+    found = re.findall(
+        r"\b[aA]s\s+`([\w/]+\.(?:py|yaml))`:\n\n```\w+\n(.*?)^```$", PAGES[WRITE_A_CONFIG], re.MULTILINE | re.DOTALL
+    )
+    return dict(found)
+
+
+@pytest.fixture(scope="session")
+def example_folder(tmp_path_factory) -> Path:
+    """A working directory with those files."""
+    folder = tmp_path_factory.mktemp("reader")
+    for path, text in example_files().items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(text)
+    return folder
+
+
+def test_the_page_shows_every_file_it_needs():
+    shown = len(fences(WRITE_A_CONFIG, "python", "yaml"))
+    assert set(example_files()) == {
+        "mylab/experiment/wide_shapes.yaml",
+        "mylab/cluster/desk.yaml",
+        "mylab/sharp_router.py",
+        "mylab/moe/router/sharp.yaml",
+        "conf/local/default.yaml",
+    }
+    assert shown == len(example_files())
+
+
+def test_an_experiment_of_ones_own_composes(example_folder):
+    config = compose.configure(["experiment=wide_shapes"], config_dir=example_folder / "mylab").config
     assert (config.experiment, config.model.name, config.model.layers) == ("wide_shapes", "small", 8)
+
+
+def test_a_class_of_ones_own_routes(example_folder):
+    """The router of the page is expert choice when its temperature is 1, and something else when it is not."""
+    import torch
+
+    from ecdit_train.model.routers.expert_choice import ExpertChoice
+
+    x_GSD = torch.randn(2, 16, 8, generator=torch.Generator().manual_seed(0))
+    said = []
+    for temperature in (1.0, 0.5):
+        words = ["experiment=shapes_tiny", "moe/router=sharp", f"moe.router.temperature={temperature}"]
+        config = compose.configure(words, config_dir=example_folder / "mylab").config
+        assert config.moe.router is not None
+        own, plain = (c.build(width=8, num_experts=4) for c in (config.moe.router, ExpertChoice(capacity_factor=2.0)))
+        weight = torch.randn(8, 4, generator=torch.Generator().manual_seed(1))
+        own.weight.data, plain.weight.data = weight, weight
+        said.append((own(x_GSD), plain(x_GSD)))
+    (cold, usual), (sharp, _) = said
+    torch.testing.assert_close(cold.gate_EGC.sort().values, usual.gate_EGC.sort().values)
+    assert sharp.gate_EGC.mean() > 1.05 * cold.gate_EGC.mean()
+
+
+def test_values_of_a_machine_compose(example_folder, tmp_path, monkeypatch):
+    shutil.copytree(compose.conf_folder(), tmp_path / "conf", ignore=shutil.ignore_patterns("local", "__pycache__"))
+    shutil.copytree(example_folder / "conf" / "local", tmp_path / "conf" / "local")
+    monkeypatch.setattr(compose, "conf_folder", lambda: tmp_path / "conf")
+    config = compose.configure([]).config
     assert (config.cluster.account, config.data.shards) == ("my_project", "data/images")
 
 

@@ -1,7 +1,7 @@
 """Frozen encoders behind two protocols: text to features, images to latents and back. One file each with its configuration.
 
-Real encoders come from local folders only (safetensors, no network, no code from the folder); the built-in ones need no
-files.
+Real encoders come from local folders only (safetensors, no network, no code from the folder); the built-in
+ones need no files.
 
 Legend: B images, L text tokens, X feature width, C latent channels, H W latent height and width, S pixels per side.
 """

@@ -31,8 +31,8 @@ class HashWords(TextEncoderConfig):
 
 
 class HashTextEncoder:
-    """Each word gets a fixed unit-variance vector keyed by its CRC-32, plus a weak position code: small, frozen, no
-    files."""
+    """Each word gets a fixed unit-variance vector keyed by its CRC-32, plus a weak position code:
+    small, frozen, no files."""
 
     def __init__(self, *, width: int, max_tokens: int, device: torch.device | str = "cpu") -> None:
         self.width, self.max_tokens, self.device = width, max_tokens, device

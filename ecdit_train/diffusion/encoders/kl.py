@@ -59,8 +59,8 @@ class KL(ImageCodecConfig):
 
 
 class KLCodec:
-    """Any diffusers AutoencoderKL from a local folder; latents are the posterior's mean, so nothing random is hidden
-    here."""
+    """Any diffusers AutoencoderKL from a local folder; latents are the posterior's mean, so nothing
+    random is hidden here."""
 
     def __init__(self, config: ImageCodecConfig, *, path: str, device: torch.device | str, dtype: torch.dtype) -> None:
         folder = local_folder(path, what="encoders.image.path")

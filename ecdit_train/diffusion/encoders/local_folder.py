@@ -25,8 +25,8 @@ def local_folder(path: str | None, *, what: str) -> Path:
 
 
 def load_frozen(loader: Callable[..., Any], folder: Path, *, what: str, kind: str, **options: Any) -> Any:
-    """A frozen model, whole. Both libraries fill tensors that a file lacks with random values and a warning; we
-    refuse."""
+    """A frozen model, whole. Both libraries fill tensors that a file lacks with random values and
+    a warning; we refuse."""
     from safetensors import SafetensorError
 
     try:

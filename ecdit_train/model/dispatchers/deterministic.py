@@ -6,6 +6,7 @@ Legend: N tokens, R rows (one token at one expert), D width.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,8 +22,11 @@ from ..moe import Dispatcher
 class Deterministic(DispatcherConfig):
     """Sums in a fixed order, without atomics."""
 
+    same_result: ClassVar[bool] = True
     cap: float | None
-    """As of index_add."""
+    """For routers whose number of rows varies. null: counts are exchanged, then just these rows. A number:
+    a static table of cap times the mean rows per expert and group; rows beyond it are dropped, lowest
+    gates first, and counted."""
 
     def check(self, run: RunConfig, check: Checker, *, key: str) -> None:
         if self.cap is not None:

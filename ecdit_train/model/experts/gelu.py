@@ -25,7 +25,8 @@ class Gelu(ExpertsConfig):
 
 
 class GeluExperts(Experts):
-    """Indexing the stacked weights by expert in a loop would allocate a full-size zero gradient for each; one batched product does not."""
+    """Indexing the stacked weights by expert in a loop would allocate a full-size zero gradient for each; one
+    batched product does not."""
 
     def __init__(self, width: int, *, hidden: int, num_experts: int) -> None:
         super().__init__(num_experts)

@@ -1,8 +1,8 @@
 """Threshold routing: an expert takes every token whose affinity is above one running threshold, as many as there are.
 
-The threshold follows the value that would have given `capacity_factor` experts per token, so the compute is right on average while
-single tokens, images and timesteps may take more or less: the routing that expert races use at inference. It is the plain example of
-a router whose number of rows varies and which keeps a buffer.
+The threshold follows the value that would have given `capacity_factor` experts per token, so the compute is right on
+average while single tokens, images and timesteps may take more or less: the routing that expert races use at inference.
+It is the plain example of a router whose number of rows varies and which keeps a buffer.
 
 Legend: G routing groups, S tokens of a group, D hidden width, E experts.
 """

@@ -1,7 +1,7 @@
 """Token choice, the GShard baseline (Lepikhin et al. 2020): every token takes its k best experts.
 
-Legend: G routing groups, S tokens of a group, D hidden width, E experts, C capacity, k experts per token, Q = k * S choices of a
-group.
+Legend: G routing groups, S tokens of a group, D hidden width, E experts, C capacity, k experts per token, Q = k * S
+choices of a group.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class TokenChoice(RouterConfig):
 class TokenChoiceRouter(AffinityRouter):
     """First choices are served before second ones; gates are normalised over the token's k choices.
 
-    The balance loss of a group is weight * E * sum_e f_e P_e, with f_e the share of tokens whose first choice is e and P_e the mean
-    affinity.
+    The balance loss of a group is weight * E * sum_e f_e P_e, with f_e the share of tokens whose first choice is e and
+    P_e the mean affinity.
     """
 
     def __init__(self, width: int, *, num_experts: int, config: TokenChoice) -> None:

@@ -13,8 +13,11 @@ from torch import nn
 
 
 def matrices_and_vectors(params: Mapping[str, nn.Parameter], *, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups: decay is for matrices and spares vectors (norms, biases)."""
-    groups = (([p for p in params.values() if p.dim() > 1], weight_decay), ([p for p in params.values() if p.dim() <= 1], 0.0))
+    """Parameter groups: decay is for what has two dims or more and spares vectors (norms, biases)."""
+    groups = (
+        ([p for p in params.values() if p.dim() > 1], weight_decay),
+        ([p for p in params.values() if p.dim() <= 1], 0.0),
+    )
     return [{"params": group, "weight_decay": decay} for group, decay in groups if group]
 
 

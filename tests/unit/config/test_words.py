@@ -160,7 +160,8 @@ def test_a_dense_network_has_no_router():
 TYPOS = ["train.sed=3", "model.widht=1152", "lr=1e-3", "moe.num_expert=8", "parallel.tpp=1", "sampel.steps=3",
          "encoders.txt.width=2048", "cluster.node=1", "observe.log_evry=3", "checkpoint.kep=2", "data.resolutoin=256",
          "optim.optimizer.momntum=0.5", "moe.router.capacty_factor=2.0",
-         "sample.sampler._targt_=ecdit_train.diffusion.samplers.heun.Heun", "++train.sed=3", "diffusion.mask=0.5", "batch_size=4096", "max_steps=800000", "cfg_scale=2.0", "num_heads=18"]  # fmt: skip
+         "sample.sampler._targt_=ecdit_train.diffusion.samplers.heun.Heun",
+         "++train.sed=3", "diffusion.mask=0.5", "batch_size=4096", "max_steps=800000", "cfg_scale=2.0", "num_heads=18"]  # fmt: skip
 VALUES = ["train.steps=8e5", "train.seed=1.0", "parallel.compile=1", "parallel.compile=yes", "parallel.compile=off",
           "moe.scope=grup", "moe.scope=imge", "observe.prompts=hello", "observe.prompts=a b", "cluster.account=true",
           "cluster.modules=gcc", "train.precision=bf", "data.on_bad=fial", "run=true", "run=1.5", "diffusion.prediction=velo",

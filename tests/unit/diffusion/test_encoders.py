@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from ecdit_train.diffusion.encoders import kl
 from ecdit_train.diffusion.encoders.hash_words import HashTextEncoder, HashWords
 from ecdit_train.diffusion.encoders.identity import Identity, IdentityCodec
-from ecdit_train.diffusion.encoders import kl
 from ecdit_train.diffusion.encoders.stored import StoredLatents, StoredText
 from ecdit_train.diffusion.encoders.t5 import T5
 from ecdit_train.errors import EncoderError

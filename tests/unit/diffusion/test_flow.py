@@ -25,7 +25,6 @@ def integrate(velocity, x, *, steps, method):
     return sampler.integrate(velocity, x, times=sampler.times(steps))
 
 
-
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 

@@ -7,8 +7,8 @@ import os
 import pytest
 
 from ecdit_train.config.compose import compose
-from ecdit_train.config.stored import freeze, load
 from ecdit_train.config.convert import with_values
+from ecdit_train.config.stored import freeze, load
 from ecdit_train.errors import ConfigError, RunFolderError
 from launch.submit import SubmitError, prepare, submit
 

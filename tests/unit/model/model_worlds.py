@@ -31,9 +31,7 @@ def model_config(**changes: object) -> ModelConfig:
 
 def fresh(*, router: str = "expert_choice", **changes: object) -> DiT:
     """As initialised: AdaLN-Zero."""
-    dit = DiT(
-        model_config(**changes), moe_config(router), channels=CHANNELS, text_features=TEXT_FEATURES
-    ).double()
+    dit = DiT(model_config(**changes), moe_config(router), channels=CHANNELS, text_features=TEXT_FEATURES).double()
     initialise(dit, seed=0)
     return dit
 

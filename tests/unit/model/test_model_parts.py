@@ -167,4 +167,8 @@ def test_bf16_weights_compute_in_bf16():
 
 
 def test_side_of_the_latent_is_free():
-    assert run(lively(), random(4, 3, 2 * SIDE, 2 * SIDE), group_tokens=4 * PATCHES).patches_BKP.shape == (4, 4 * PATCHES, 12)
+    assert run(lively(), random(4, 3, 2 * SIDE, 2 * SIDE), group_tokens=4 * PATCHES).patches_BKP.shape == (
+        4,
+        4 * PATCHES,
+        12,
+    )

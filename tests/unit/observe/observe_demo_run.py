@@ -15,8 +15,8 @@ import torch
 from moe_configs import moe_config
 from PIL import Image, ImageDraw
 
+from ecdit_train import run_folder as folder
 from ecdit_train.model.assignment import Assignment
-from ecdit_train.observe import folder
 from ecdit_train.observe.figures import write_samples
 from ecdit_train.observe.report import write_report
 from ecdit_train.observe.routing import RoutingMaps, count_maps, routing_scalars

@@ -13,8 +13,9 @@ import pytest
 from observe_demo_run import PROMPTS, build, picture, routing_maps
 from PIL import Image
 
+from ecdit_train import run_folder as folder
 from ecdit_train.errors import RunFolderError
-from ecdit_train.observe import figures, folder
+from ecdit_train.observe import figures
 from ecdit_train.observe.charts import Curve, line_chart, smooth
 from ecdit_train.observe.figures import allocation_heatmap, allocation_layers, sample_grid
 from ecdit_train.observe.page import short

@@ -9,12 +9,14 @@ import torch
 from moe_configs import moe_config
 from torch import Tensor
 
+from ecdit_train.config.compose import compose
 from ecdit_train.config.schema import ModelConfig
+from ecdit_train.config.validate import validate
 from ecdit_train.errors import ConfigError
 from ecdit_train.model.assignment import Table
 from ecdit_train.model.dispatchers.index_add import IndexAddDispatcher
 from ecdit_train.model.dit import DiT
-from ecdit_train.parallel import expert_parallel, tensor_parallel
+from ecdit_train.parallel import tensor_parallel
 from ecdit_train.parallel.expert_parallel import ExpertParallelDispatcher
 from ecdit_train.parallel.placement import Box, ParamPlacement, pieces
 
@@ -45,31 +47,18 @@ def test_split_layers() -> None:
     assert split == {f"blocks.{n}.{name}": how for n, block in enumerate(blocks) for name, how in block.items()}
 
 
-@pytest.mark.parametrize(
-    ("model", "tp", "rules"),
-    [
-        (MODEL, 2, 0),
-        (MODEL, 4, 0),
-        (MODEL, 3, 3),
-        (MODEL, 8, 1),
-        (replace(MODEL, kv_heads=1), 4, 0),
-        (replace(MODEL, heads=12, kv_heads=4), 6, 2),
-    ],
-)
-def test_tensor_parallel_sizes(model: ModelConfig, tp: int, rules: int) -> None:
-    if rules == 0:
-        tensor_parallel.check(make(model), tp=tp)
+@pytest.mark.parametrize(("tp", "ep"), [(2, 1), (4, 1), (3, 1), (8, 1), (1, 3), (1, 4)])
+def test_the_configurations_rules_are_those_of_the_layers(tp: int, ep: int) -> None:
+    """Stated once, in config/layout.py: what it lets pass can be split, what it refuses cannot."""
+    base = compose(["experiment=shapes_tiny"], local=False)
+    parallel = replace(base.parallel, tp=tp, ep=ep)
+    cfg = replace(base, model=replace(MODEL, heads=4, width=256), moe=replace(MOE, group_size=144), parallel=parallel)
+    if (tp, ep) in ((2, 1), (4, 1), (1, 3)):
+        validate(cfg)
         return
     with pytest.raises(ConfigError) as caught:
-        tensor_parallel.check(make(model), tp=tp)
-    assert len(caught.value.problems) == rules
-    assert all(p.field == "parallel.tp" and p.nearest is not None for p in caught.value.problems)
-
-
-def test_expert_parallel_sizes() -> None:
-    expert_parallel.check(make(), ep=3)
-    with pytest.raises(ConfigError, match=r"must divide moe.num_experts = 6; nearest valid: 3"):
-        expert_parallel.check(make(), ep=4)
+        validate(cfg)
+    assert {p.field for p in caught.value.problems} <= {"parallel.tp", "parallel.ep"}
 
 
 def test_boxes() -> None:

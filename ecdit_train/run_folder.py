@@ -1,4 +1,4 @@
-"""Where things lie in a run folder. The only place that spells these names.
+"""Where things lie in a run folder. The only place that spells these names; below every room, so that all use it.
 
 <run>/resolved.yaml                   the frozen configuration
 <run>/job.sh, <run>/logs/             job script of `ecdit launch`, what its jobs say
@@ -35,8 +35,10 @@ def metrics_path(run_folder: Path) -> Path:
     return run_folder / METRICS_FILE
 
 
-def quarantine_path(run_folder: Path, *, dp_rank: int) -> Path:
-    return run_folder / f"quarantine-{dp_rank:04d}.jsonl"
+def quarantine_path(run_folder: Path, *, dp_rank: int | str) -> Path:
+    """`dp_rank`: a number, or `*` for all of them."""
+    number = dp_rank if isinstance(dp_rank, str) else f"{dp_rank:04d}"
+    return run_folder / f"quarantine-{number}.jsonl"
 
 
 def samples_path(run_folder: Path, *, step: int) -> Path:

@@ -1,0 +1,71 @@
+"""Faults put in on purpose: a comparison that does not notice them proves nothing (`Case.poison`)."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ecdit_train.model.dit import DiT
+from ecdit_train.parallel.expert_parallel import sparse_layers
+from ecdit_train.parallel.mesh import Mesh
+from ecdit_train.parallel.placement import local
+
+
+def poison_expert_scale(model: DiT, mesh: Mesh) -> None:
+    """Experts averaged over the ranks that hold them, like everything else."""
+    for moe in sparse_layers(model).values():
+        moe.experts.set_gradient_divide_factor(float(mesh.edp_size))
+
+
+def poison_kv_sum(model: DiT, mesh: Mesh) -> None:
+    """Ranks that share a kv head keep their own part of its gradient."""
+    for block in model.blocks:
+        assert block.self_attention.key.shared is not None
+        block.self_attention.key.shared = None
+
+
+def poison_stale_index(model: DiT, mesh: Mesh) -> None:
+    """Combine with the assignment of the batch before: shapes and norms are right, rows go to other tokens."""
+    moe = next(iter(sparse_layers(model).values()))
+    combine, last = moe.dispatcher.combine, []
+
+    def stale(y: Any, assignment: Any, *, num_tokens: int) -> Tensor:
+        last.append(assignment.index_EGC)
+        return combine(y, replace(assignment, index_EGC=last[-2] if len(last) > 1 else last[-1]), num_tokens=num_tokens)
+
+    moe.dispatcher.combine = stale
+
+
+def poison_gate_gradient(model: DiT, mesh: Mesh) -> None:
+    """Each tp rank keeps the router gradient of its own slots."""
+    for moe in sparse_layers(model).values():
+        combine = moe.dispatcher.combine
+        moe.dispatcher.combine = functools.partial(_combine_own_gates, combine, moe.dispatcher)
+
+
+def _combine_own_gates(combine: Any, dispatcher: Any, y: Any, assignment: Any, *, num_tokens: int) -> Tensor:
+    gate = assignment.gate_EGC
+    # Undo the sum over tp: the gradient of the copy is divided by the group's size.
+    gate = gate / dispatcher.tp_size + (gate - gate / dispatcher.tp_size).detach()
+    return combine(y, replace(assignment, gate_EGC=gate), num_tokens=num_tokens)
+
+
+def poison_drifted_copy(model: DiT, mesh: Mesh) -> None:
+    """One tp rank's copy of a replicated weight differs in its last bits."""
+    if mesh.tp_rank == 1:
+        with torch.no_grad():
+            local(model.final.weight).mul_(1 + 1e-14)
+
+
+POISONS: dict[str, Any] = {
+    "": lambda model, mesh: None,
+    "expert_scale": poison_expert_scale,
+    "kv_sum": poison_kv_sum,
+    "stale_index": poison_stale_index,
+    "gate_gradient": poison_gate_gradient,
+    "drifted_copy": poison_drifted_copy,
+}

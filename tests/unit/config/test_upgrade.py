@@ -1,0 +1,62 @@
+"""Run folders that ecdit 0.1 wrote (tests/golden/format1, made by its `ecdit config show`) are read as this
+version would write them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ecdit_train.config.compose import compose
+from ecdit_train.config.convert import flatten
+from ecdit_train.config.stored import freeze, load
+from ecdit_train.config.upgrade import FORMAT
+from ecdit_train.config.validate import validate
+from ecdit_train.errors import RunFolderError
+
+OLD = Path(__file__).parents[2] / "golden" / "format1"
+NOW = {
+    "ec_dit_xl_8e": ("moe/dispatcher=deterministic",),
+    "gshard_xl_8e": ("encoders=shards", "sample/sampler=heun"),
+    "shapes_tiny": ("observe/sinks=none",),
+    "dense_xl": (),
+}
+
+
+def run_folder(tmp_path: Path, text: str) -> Path:
+    (tmp_path / "resolved.yaml").write_text(text, encoding="utf-8")
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", NOW)
+def test_a_run_of_the_first_version_is_what_the_same_words_compose_today(name, tmp_path):
+    shutil.copy(OLD / f"{name}.yaml", tmp_path / "resolved.yaml")
+    read, now = load(tmp_path), compose([f"experiment={name}", *NOW[name]], local=False)
+    validate(read)
+    # 0.1 gave the shapes presets a W&B project of their own, and token choice's unused keys to every router.
+    different = {key for key in flatten(now) if flatten(read).get(key) != flatten(now)[key]} - {
+        "observe.sinks.wandb.project"
+    }
+    assert different == set()
+
+
+def test_what_is_written_says_its_format(tmp_path):
+    config = compose(["experiment=shapes_tiny"], local=False)
+    freeze(config, tmp_path)
+    assert yaml.safe_load((tmp_path / "resolved.yaml").read_text(encoding="utf-8"))["format"] == FORMAT
+    assert load(tmp_path) == config
+
+
+def test_a_newer_format_is_refused_by_its_number(tmp_path):
+    with pytest.raises(
+        RunFolderError, match=r"has format 3; this ecdit reads formats 1 and 2: use the one that wrote it"
+    ):
+        load(run_folder(tmp_path, "format: 3\nrun: x\n"))
+
+
+def test_what_only_looks_old_is_refused_by_the_version_it_should_be_of(tmp_path):
+    text = (OLD / "shapes_tiny.yaml").read_text(encoding="utf-8").replace("router: expert_choice", "router: mine")
+    with pytest.raises(RunFolderError, match=r"no format number, so ecdit 0\.1 should have written it .*'mine'"):
+        load(run_folder(tmp_path, text))
