@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 from ecdit_train.config.compat import classes, diff
@@ -16,7 +17,7 @@ from ecdit_train.errors import ConfigError, Problem
 
 def meanings(cfg: RunConfig) -> dict[str, str]:
     """Dotted key -> what it means, on one line; of a slot's `_target_`, what the class is."""
-    found = {}
+    found, docs = {}, cache(field_docs)  # of a class: its source is read once
     for key in key_types(cfg):
         *parents, leaf = key.split(".")
         owner: Any = cfg
@@ -25,7 +26,7 @@ def meanings(cfg: RunConfig) -> dict[str, str]:
         if leaf == TARGET:
             found[key] = " ".join((type(owner).__doc__ or "").split("\n\n")[0].split())
         else:
-            found[key] = field_docs(type(owner)).get(leaf, "")
+            found[key] = docs(type(owner)).get(leaf, "")
     return found
 
 
