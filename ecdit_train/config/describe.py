@@ -17,7 +17,8 @@ from ecdit_train.errors import ConfigError, Problem
 
 def meanings(cfg: RunConfig) -> dict[str, str]:
     """Dotted key -> what it means, on one line; of a slot's `_target_`, what the class is."""
-    found, docs = {}, cache(field_docs)  # of a class: its source is read once
+    found: dict[str, str] = {}
+    docs: Any = cache(field_docs)  # of a class: its source is read once
     for key in key_types(cfg):
         *parents, leaf = key.split(".")
         owner: Any = cfg
