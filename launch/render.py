@@ -43,9 +43,14 @@ def render(cfg: RunConfig, *, run_folder: str | Path, overrides: Sequence[str] =
         python=shlex.quote(python),
         nodes=cluster.nodes,
         gpus_per_node=cluster.gpus_per_node,
-        overrides="".join(f" {shlex.quote(word)}" for word in overrides),
+        overrides="".join(f" {shlex.quote(word)}" for word in (*_config_dir(cfg), *overrides)),
         requeue_code=EXIT_REQUEUE,
     )
+
+
+def _config_dir(cfg: RunConfig) -> tuple[str, ...]:
+    """Named again in every attempt: whoever submits the run trusts the folder, also one that belongs to a colleague."""
+    return ("--config-dir", cfg.config_dir) if cfg.config_dir else ()
 
 
 def job_name(cfg: RunConfig) -> str:

@@ -1,4 +1,4 @@
-"""Imported once by the fork server. Only imports: nothing here may start a thread or touch a process group."""
+"""Imported once by the fork server. Nothing here may start a thread or touch a process group."""
 
 import os
 
@@ -11,3 +11,7 @@ import torch._dynamo
 import torch.distributed.fsdp  # noqa: F401
 
 import ecdit_train.build  # noqa: F401
+from ecdit_train.config.compose import compose
+
+# Kept for all ranks (config/hydra_app.py): else each of them reads thirty YAML files anew.
+compose(["experiment=shapes_tiny", "observe/sinks=none"], local=False)

@@ -127,4 +127,5 @@ def test_the_cluster_of_three_lines_renders_a_job(tmp_path, tiny_shards):
     answer = ecdit("launch", *words, cwd=tmp_path)
     assert answer.returncode == 0, answer.stderr
     assert "--nproc-per-node=4" in answer.stdout
+    assert f"--config-dir {LAB}" in answer.stdout
     assert not list(tmp_path.iterdir())

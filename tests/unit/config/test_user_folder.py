@@ -144,10 +144,25 @@ def test_a_run_folder_of_somebody_else_is_not_trusted(folder, tmp_path, monkeypa
     freeze(configure(["experiment=sharp_shapes"], config_dir=folder).config, tmp_path / "run")
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p != str(folder)])
     monkeypatch.setattr(os, "geteuid", lambda: (tmp_path / "run").stat().st_uid + 1)
-    with pytest.raises(RunFolderError, match=r"belongs to another user .* give --config-dir FOLDER"):
+    with pytest.raises(RunFolderError, match=r"not all of that is yours alone: give --config-dir FOLDER"):
         load(tmp_path / "run")
     assert str(folder) not in sys.path
     assert load(tmp_path / "run", config_dir=folder).config_dir == str(folder)
+
+
+@pytest.mark.parametrize("case", ["relative", "inside the run", "writable by all"])
+def test_a_folder_that_could_be_anybodys_is_not_trusted(case, folder, tmp_path, monkeypatch):
+    cfg, run = configure(["experiment=sharp_shapes"], config_dir=folder).config, tmp_path / "run"
+    named = {"relative": "mine", "inside the run": str(run / "mods"), "writable by all": str(folder)}[case]
+    freeze(replace(cfg, config_dir=named), run)
+    (run / "mods").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p != str(folder)])
+    if case == "writable by all":
+        folder.chmod(0o777)
+    with pytest.raises(RunFolderError, match=r"not all of that is yours alone"):
+        load(run)
+    assert load(run, config_dir=folder).moe.router.sharpness == 0.5
 
 
 def test_a_folder_that_is_gone(folder, tmp_path):
