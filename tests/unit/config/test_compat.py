@@ -81,7 +81,14 @@ def test_schedule_changes_must_be_asked_for(base):
 
 
 def test_identity_changes_are_all_listed_and_never_allowed(base):
-    new = with_values(base, {"model.layers": 30, "train.seed": 1, "moe.dispatcher.cap": 2.0})
+    new = with_values(
+        base,
+        {
+            "model.layers": 30,
+            "train.seed": 1,
+            "moe.dispatcher._target_": "ecdit_train.model.dispatchers.deterministic.Deterministic",
+        },
+    )
     with pytest.raises(RunFolderError) as caught:
         check_resume(base, new, {"model.layers", "train.seed"})
     assert str(caught.value).splitlines() == [
