@@ -298,7 +298,8 @@ def example_files() -> dict[str, str]:
 def example_folder(tmp_path_factory) -> Path:
     """A working directory with those files."""
     folder = tmp_path_factory.mktemp("reader")
-    for path, text in example_files().items():
+    walk = re.findall(r"`(mylab/[\w./]+)`[^`]*```\w+\n(.*?)```", PAGES["CONTRIBUTING.md"], re.DOTALL)
+    for path, text in [*example_files().items(), *walk]:
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(text)
     return folder
