@@ -1,14 +1,11 @@
 """Twenty steps of a tiny run, loss by loss, for each router.
 
-Twice in one process the losses are equal bit for bit. Against the stored file they are equal exactly on the kind of
-machine that wrote it (the file's `machine` section: processor, vector units, torch), and to 1e-5 elsewhere: other
-vector units sum in another order, and after twenty steps that is all that may have grown from it.
+Twice in one process the losses are equal bit for bit. Against the stored file they are equal to `GROWTH` times the
+number of steps: the last bits depend on the machine (vector and matrix units, cache sizes, the libraries' choice of
+kernels), which two machines of the same processor number do not share, and what they differ by grows with training.
 """
 
 from __future__ import annotations
-
-import platform
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,17 +13,7 @@ from tiny_runs import ROUTERS, configure, live, records
 
 STEPS = 20
 FILE = "losses/tiny.txt"
-
-
-def machine() -> str:
-    """What the last bits depend on."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8").split("\n\n")[0].splitlines() if path.exists() else []
-    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    wanted = ("vendor_id", "cpu family", "model", "stepping")
-    processor = " ".join(f"{key} {fields[key]}" for key in wanted if key in fields)
-    vectors = torch.backends.cpu.get_cpu_capability()
-    return f"{platform.machine()}, {processor}, {vectors}, torch {torch.__version__.partition('+')[0]}"
+GROWTH = 2e-6  # relative, per step; two machines of one processor number differed by at most 5e-6 at step 14
 
 
 def losses(run, shards, *extra: str) -> list[float]:
@@ -44,8 +31,10 @@ def test_losses(router, tiny_shards, tmp_path, golden, stored, update):
     finally:
         torch.set_num_threads(threads)
     assert first == second
-    if update or stored(FILE, "machine") == machine() + "\n":
-        golden(FILE, section="machine", text=machine())
+    if update:
         golden(FILE, section=router, text="\n".join(map(repr, first)))
-    else:
-        assert first == pytest.approx([float(line) for line in stored(FILE, router).split()], rel=1e-5)
+        return
+    expected = [float(line) for line in stored(FILE, router).split()]
+    assert len(first) == len(expected) == STEPS
+    for step, (loss, wanted) in enumerate(zip(first, expected, strict=True), 1):
+        assert loss == pytest.approx(wanted, rel=GROWTH * step), f"step {step} of {router}"
