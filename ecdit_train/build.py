@@ -50,7 +50,7 @@ def build_trainer(config: RunConfig, runtime: Runtime, *, stop_after: int | None
     trainer = Trainer(
         config=config,
         parallel=parallel,
-        state=TrainState.fresh(parallel.model, config.optim),
+        state=TrainState.fresh(parallel.model, config.optim, sharding=parallel.sharding),
         flow=Flow(
             config=config.diffusion,
             seed=config.train.seed,

@@ -11,7 +11,7 @@ others have a default.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -21,9 +21,23 @@ if TYPE_CHECKING:
 
     from ecdit_train.config.rules import Checker
     from ecdit_train.config.schema import RunConfig
+    from ecdit_train.parallel.owners import Sharding
 
 TARGET = "_target_"
 """Hydra's key for the class of an object."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """How a parameter lies on the ranks, as the plan knows it."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Of the global tensor."""
+    copies: int
+    """Ranks that hold each element."""
+    whole: bool
+    """Whether each of its matrices (its own, or those stacked on dim 0) lies on one rank."""
 
 
 class SlotConfig:
@@ -187,15 +201,30 @@ class SamplerConfig(SlotConfig):
 
 
 class OptimizerConfig(SlotConfig):
-    """The update rule; rate, warm-up, clipping and averaging are the `optim` section's."""
+    """The update rule; rate, warm-up, clipping and averaging are the `optim` section's.
 
-    def state_bytes(self) -> float:
-        """Bytes of state per parameter."""
+    A parameter's name and global shape decide what becomes of it, so that every layout computes the same.
+    """
+
+    identity: ClassVar[tuple[str, ...]] = ()
+    """Keys that decide which state there is: a resume may not change them."""
+
+    def state_bytes(self, name: str, shape: tuple[int, ...]) -> float:
+        """Bytes of state per element of a parameter."""
         return 8.0
 
-    def build(self, params: Mapping[str, nn.Parameter], *, lr: float) -> Any:
+    def step_flops(self, held: Sequence[Held], *, world: int) -> float:
+        """FLOPs of matrix products in an update, on the busiest rank; element-wise work does not count."""
+        return 0.0
+
+    def step_traffic(self, held: Sequence[Held], *, world: int) -> tuple[int, float]:
+        """All-to-alls among all ranks in an update: how many, and the bytes of rank 0's buffers in all of them."""
+        return 0, 0.0
+
+    def build(self, params: Mapping[str, nn.Parameter], *, lr: float, sharding: Sharding) -> Any:
         """A `torch.optim.Optimizer` whose state exists already: `state[p]` holds `step` (a tensor) and tensors shaped and sharded
-        like p, so that memory shows up at the start and a checkpoint can be loaded into it. `lr` is set anew before every step."""
+        like p, so that memory shows up at the start and a checkpoint can be loaded into it. `lr` is set anew before every step.
+        `sharding` says where the parameters lie among the ranks; an element-wise rule needs none of it."""
         raise NotImplementedError
 
 

@@ -18,6 +18,7 @@ from . import fsdp, grads, weights
 from .apply import parallelize
 from .data_parallel import gather_over_dp, reduce_over_dp
 from .mesh import Mesh, make_mesh
+from .owners import Sharding
 from .placement import ParamPlacement
 from .runtime import Runtime
 
@@ -31,6 +32,11 @@ class ParallelContext:
     model: DiT
     placements: Mapping[str, ParamPlacement]
     """Where each parameter and buffer of this rank lies in the global tensor."""
+
+    @property
+    def sharding(self) -> Sharding:
+        """Where the parameters lie, for the optimizer."""
+        return Sharding(mesh=self.mesh, placements=self.placements)
 
     def accumulate(self, *, last: bool) -> AbstractContextManager[Any]:
         """Around one microbatch: gradients are reduced over ranks only in the last one."""

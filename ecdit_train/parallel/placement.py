@@ -16,13 +16,15 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from .degrees import Degrees
 
 Kind = Literal["replicated", "column", "row", "expert"]
 
@@ -151,9 +153,64 @@ def pieces_of(
     `part_shape`: shape that the DTensor calls global, i.e. what one tp/ep rank holds. `local`: this rank's shard of
     it. `coordinate` is None on a rank outside the mesh, which then holds nothing.
     """
+    runs_of = _runs_here(part_shape, mesh_shape, coordinate, placements, placement)
+    if runs_of is None:
+        return []
+    expected = tuple(sum(run.size for run in runs) for runs in runs_of)
+    if tuple(local.shape) != expected:
+        raise ValueError(f"the local part has shape {tuple(local.shape)}, its placement says {expected}")
+    local = local.detach()
+    return [
+        Piece(box=box, view=_narrow(local, [run.local for run in runs], box.size)) for box, runs in _product(runs_of)
+    ]
+
+
+def boxes_of_ranks(tensor: Tensor, placement: ParamPlacement, degrees: Degrees) -> list[list[Box]]:
+    """The boxes of a parameter that each rank of the world holds, in rank order. Arithmetic alone: nothing is exchanged.
+
+    `tensor` and `placement` are this rank's; another rank's differ only in the coordinates. Whoever relies on it compares its own
+    boxes with its own line (`owners.MatrixOwners` does).
+    """
+    is_shard = isinstance(tensor, DTensor)
+    mesh_shape = tuple(tensor.device_mesh.shape) if is_shard else ()
+    found = []
+    for rank in range(degrees.world):
+        dense, (edp_rank, _) = degrees.dense(rank), degrees.sparse(rank)
+        coordinate = (edp_rank,) if placement.kind == "expert" else dense[:2]
+        runs_of = _runs_here(
+            tuple(tensor.shape),
+            mesh_shape,
+            coordinate[len(coordinate) - len(mesh_shape) :],
+            tensor.placements if is_shard else (),
+            _placement_on(placement, rank, degrees),
+        )
+        assert runs_of is not None
+        found.append([box for box, _ in _product(runs_of)])
+    return found
+
+
+def _placement_on(placement: ParamPlacement, rank: int, degrees: Degrees) -> ParamPlacement:
+    """The same parameter's placement on another rank."""
+    tp_rank, ep_rank = degrees.dense(rank)[2], degrees.sparse(rank)[1]
+    if placement.kind == "expert":
+        return replace(placement, index=ep_rank)
+    if placement.boxes:
+        ((_, local, size),) = placement.boxes
+        return replace(placement, boxes=((tp_rank // placement.replicas * size, local, size),))
+    return placement if placement.count == 1 else replace(placement, index=tp_rank)
+
+
+def _runs_here(
+    part_shape: Sequence[int],
+    mesh_shape: Sequence[int],
+    coordinate: Sequence[int] | None,
+    placements: Sequence[Any],
+    placement: ParamPlacement | None,
+) -> list[list[Run]] | None:
+    """Runs per dimension of what the rank at `coordinate` holds; None outside the mesh."""
     runs_of = _runs_of_part(tuple(part_shape), placement=placement)
     if coordinate is None:
-        return []
+        return None
     for axis, how in enumerate(placements):
         if isinstance(how, Replicate):
             continue
@@ -168,15 +225,13 @@ def pieces_of(
             split_factor=int(getattr(how, "split_factor", 1)),
         )
         runs_of[dim] = _take(runs_of[dim], intervals=bounds)
-    expected = tuple(sum(run.size for run in runs) for runs in runs_of)
-    if tuple(local.shape) != expected:
-        raise ValueError(f"the local part has shape {tuple(local.shape)}, its placement says {expected}")
-    local = local.detach()
-    found = []
+    return runs_of
+
+
+def _product(runs_of: list[list[Run]]) -> Iterator[tuple[Box, tuple[Run, ...]]]:
+    """The boxes that the runs of all dimensions make."""
     for runs in itertools.product(*runs_of):
-        box = Box(tuple(run.start for run in runs), tuple(run.size for run in runs))
-        found.append(Piece(box=box, view=_narrow(local, [run.local for run in runs], box.size)))
-    return found
+        yield Box(tuple(run.start for run in runs), tuple(run.size for run in runs)), runs
 
 
 def holds_first_copy(tensor: Tensor, placement: ParamPlacement) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ecdit_train.config.schema import OptimConfig
 from ecdit_train.errors import ConfigError, Problem
 from ecdit_train.model.init import persistent_buffers
+from ecdit_train.parallel.owners import Sharding
 
 from .optim import Ema
 
@@ -30,10 +31,13 @@ class TrainState:
     step: int = 0
 
     @classmethod
-    def fresh(cls, model: nn.Module, config: OptimConfig) -> TrainState:
+    def fresh(cls, model: nn.Module, config: OptimConfig, *, sharding: Sharding | None = None) -> TrainState:
+        """`sharding`: where the parameters lie; None: whole in this one process."""
         params = dict(model.named_parameters())
+        sharding = sharding or Sharding.whole(params)
         ema = Ema(params, decay=config.ema_decay) if config.ema_decay > 0 else None
-        state = cls(model=model, params=params, optimizer=config.optimizer.build(params, lr=config.lr), ema=ema)
+        optimizer = config.optimizer.build(params, lr=config.lr, sharding=sharding)
+        state = cls(model=model, params=params, optimizer=optimizer, ema=ema)
         wrong = sorted(
             {
                 key

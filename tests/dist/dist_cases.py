@@ -24,7 +24,9 @@ from ecdit_train.parallel.expert_parallel import sparse_layers
 from ecdit_train.parallel.fsdp import accumulate
 from ecdit_train.parallel.grads import clip, expert_gradient_divisor
 from ecdit_train.parallel.mesh import Mesh, make_mesh
+from ecdit_train.parallel.owners import Sharding
 from ecdit_train.parallel.placement import ParamPlacement, pieces
+from ecdit_train.train.optimizers.muon import Muon
 
 IMAGES, CHANNELS, SIDE, KEPT, TEXT_TOKENS, TEXT_FEATURES = 16, 4, 8, 8, 5, 24
 GROUP = 16
@@ -62,6 +64,23 @@ PARALLEL = ParallelConfig(
     reshard_after_forward=True,
 )
 
+MUON = Muon(
+    momentum=0.95,
+    nesterov=True,
+    ns_steps=5,
+    ns_coefficients=(3.4445, -4.7750, 2.0315),
+    adjust_lr="match_rms_adamw",
+    weight_decay=0.1,
+    precision="fp32",
+    modulation="muon",
+    unnamed="refuse",
+    adamw_lr_ratio=1.0,
+    adamw_beta1=0.9,
+    adamw_beta2=0.95,
+    adamw_eps=1e-8,
+    adamw_weight_decay=0.1,
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
@@ -70,7 +89,7 @@ class Case:
     parallel: ParallelConfig = PARALLEL
     model: ModelConfig = MODEL
     moe: MoEConfig = MOE
-    optim: Literal["rmsprop", "adamw"] = "rmsprop"
+    optim: Literal["rmsprop", "adamw", "muon"] = "rmsprop"
     precision: Literal["fp32", "bf16"] = "fp32"
     dtype: Literal["float32", "float64"] = "float64"
     """Of weights and data. float64 leaves so little rounding that any real fault stands out."""
@@ -165,7 +184,7 @@ def full_state(c: Case) -> dict[str, Tensor]:
 
 def batch(step: int) -> dict[str, Tensor]:
     g = torch.Generator().manual_seed(100 + step)
-    return {
+    parts = {
         "latents": torch.randn(IMAGES, CHANNELS, SIDE, SIDE, generator=g),
         "t": torch.rand(IMAGES, generator=g),
         "features": torch.randn(IMAGES, TEXT_TOKENS, TEXT_FEATURES, generator=g),
@@ -174,12 +193,16 @@ def batch(step: int) -> dict[str, Tensor]:
         "keep": torch.rand(IMAGES, 16, generator=g).argsort(1)[:, :KEPT].sort(1).values,
         "target": torch.randn(IMAGES, KEPT, 4 * CHANNELS, generator=g),
     }
+    parts["drop"][0] |= not parts["drop"].any()  # the null text has a gradient in every step
+    return parts
 
 
-def optimizer(c: Case, parameters: Any) -> torch.optim.Optimizer:
+def optimizer(c: Case, model: nn.Module, sharding: Sharding | None = None) -> torch.optim.Optimizer:
     if c.optim == "rmsprop":
-        return torch.optim.RMSprop(parameters, lr=1e-3, momentum=0.9, eps=1e-6)
-    return torch.optim.AdamW(parameters, lr=1e-3, eps=1e-6)
+        return torch.optim.RMSprop(model.parameters(), lr=1e-3, momentum=0.9, eps=1e-6)
+    if c.optim == "adamw":
+        return torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-6)
+    return MUON.build(dict(model.named_parameters()), lr=1e-3, sharding=sharding)
 
 
 def forward(model: DiT, part: dict[str, Tensor], *, group_tokens: int) -> tuple[Tensor, Prediction]:
@@ -208,7 +231,7 @@ def run_reference(c: Case) -> Trace:
     """One process, no parallel code at all; microbatches are only a loop order, so the whole batch is one forward."""
     model = make_model(c).to(getattr(torch, c.dtype))
     model.load_state_dict(full_state(c))
-    optim, trace = optimizer(c, model.parameters()), Trace()
+    optim, trace = optimizer(c, model), Trace()
     for step in range(c.steps):
         loss, prediction = forward(model, batch(step), group_tokens=c.group_tokens)
         loss.backward()
@@ -239,7 +262,7 @@ def run_parallel(c: Case, mesh: Mesh) -> Trace:
         for moe in sparse_layers(model).values():
             moe.experts.set_gradient_divide_factor(expert_gradient_divisor(mesh) ** 0.5)
     POISONS[c.poison](model, mesh)
-    optim, trace = optimizer(c, model.parameters()), Trace()
+    optim, trace = optimizer(c, model, Sharding(mesh=mesh, placements=placements)), Trace()
     for step in range(c.steps):
         mine = {k: v.chunk(mesh.dp_size)[mesh.dp_rank] for k, v in batch(step).items()}
         losses, chosen = [], []

@@ -11,6 +11,7 @@ from torch import nn
 from ecdit_train.config.rules import Checker
 from ecdit_train.config.schema import RunConfig
 from ecdit_train.config.slots import OptimizerConfig
+from ecdit_train.parallel.owners import Sharding
 
 from . import make_state, matrices_and_vectors
 
@@ -33,7 +34,9 @@ class AdamW(OptimizerConfig):
         check.positive([f"{key}.eps"])
         check.at_least(0, [f"{key}.weight_decay"])
 
-    def build(self, params: Mapping[str, nn.Parameter], *, lr: float) -> torch.optim.Optimizer:
+    def build(
+        self, params: Mapping[str, nn.Parameter], *, lr: float, sharding: Sharding | None = None
+    ) -> torch.optim.Optimizer:
         groups = matrices_and_vectors(params, weight_decay=self.weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=lr, betas=(self.beta1, self.beta2), eps=self.eps, foreach=True)
         make_state(optimizer, params.values(), names=("exp_avg", "exp_avg_sq"))

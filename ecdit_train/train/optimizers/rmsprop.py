@@ -11,6 +11,7 @@ from torch import nn
 from ecdit_train.config.rules import Checker
 from ecdit_train.config.schema import RunConfig
 from ecdit_train.config.slots import OptimizerConfig
+from ecdit_train.parallel.owners import Sharding
 
 from . import make_state, matrices_and_vectors
 
@@ -28,7 +29,7 @@ class RMSProp(OptimizerConfig):
     weight_decay: float
     """Decoupled weight decay on matrices, p <- p (1 - lr wd)."""
 
-    def state_bytes(self) -> float:
+    def state_bytes(self, name: str, shape: tuple[int, ...]) -> float:
         return 8.0 if self.momentum > 0 else 4.0
 
     def check(self, run: RunConfig, check: Checker, *, key: str) -> None:
@@ -36,7 +37,9 @@ class RMSProp(OptimizerConfig):
         check.positive([f"{key}.eps"])
         check.at_least(0, [f"{key}.weight_decay"])
 
-    def build(self, params: Mapping[str, nn.Parameter], *, lr: float) -> torch.optim.Optimizer:
+    def build(
+        self, params: Mapping[str, nn.Parameter], *, lr: float, sharding: Sharding | None = None
+    ) -> torch.optim.Optimizer:
         # Not torch's own weight decay: it would be added to the gradient and divided by the gradient's size.
         groups = matrices_and_vectors(params, weight_decay=0.0)
         optimizer = torch.optim.RMSprop(

@@ -28,7 +28,7 @@ from ecdit_train.train.state import TrainState
 class Built(OptimizerConfig):
     how: str
 
-    def build(self, params, *, lr):
+    def build(self, params, *, lr, sharding):
         if self.how == "lazy":
             return torch.optim.SGD(params.values(), lr=lr, momentum=0.9)
         if self.how == "stateless":
