@@ -4,7 +4,7 @@ Every matrix has one owner among all ranks. A round takes some matrices of every
 owners, the owners compute, a second all-to-all takes the results to all ranks that hold a piece. Nothing here knows FSDP, tensor
 or expert parallelism: `placement.boxes_of_ranks` says which boxes of a parameter each rank holds, and the rest is boxes.
 
-- Of ranks that hold the same box one sends it, in turn; all of them get the result, so copies stay the same bits.
+- Of ranks that hold the same box one sends it; all of them get the result, so copies stay the same bits.
 - A matrix that one rank alone holds whole (an expert, as a rule; everything in one process) is worked on there: nothing travels.
 - Every other matrix goes to the rank with the least work so far, largest first. The plan of the exchange is a pure function of
   the layout, computed alike on all ranks.
@@ -83,12 +83,8 @@ class Matrix:
     parts: tuple[tuple[Box, tuple[int, ...]], ...]
     """Boxes that together are the matrix, each with the ranks that hold it."""
     owner: int
-    number: int
-
-    def sender(self, part: int) -> int:
-        """Of the ranks that hold a part: the owner if it is one, else one after another."""
-        holders = self.parts[part][1]
-        return self.owner if self.owner in holders else holders[(self.number + part) % len(holders)]
+    senders: tuple[int, ...]
+    """Of each part's holders, the one that sends it to the owner."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,8 +131,9 @@ class MatrixOwners:
         found = list(self._describe(params, sharding))
         sole = [parts[0][1][0] if len(parts) == 1 and len(parts[0][1]) == 1 else None for _, _, parts in found]
         owner = assign([work(*box.size[-2:]) for _, box, _ in found], sole=sole, world=self._mesh.world)
+        load = [0] * self._mesh.world
         self.matrices = tuple(
-            Matrix(name=name, box=box, parts=parts, owner=owner[n], number=n)
+            Matrix(name=name, box=box, parts=parts, owner=owner[n], senders=_senders(parts, owner[n], load))
             for n, (name, box, parts) in enumerate(found)
         )
         rank = self._mesh.rank
@@ -158,33 +155,34 @@ class MatrixOwners:
     ) -> None:
         """`compute` every matrix whole. Collective.
 
-        `take(name, box)` is asked for values of a box that this rank holds, in the type that travels; `compute` gets (k, rows, cols),
-        or (rows, cols) for a parameter of two dims, and returns the same shape; `give(name, box, values)` gets the results
-        of every box that this rank holds.
+        `take(name, box)` is asked for values of a box that this rank holds, in the type that travels; `compute` gets
+        (k, rows, cols), or (rows, cols) for a parameter of two dims, and returns the same shape; `give(name, box,
+        values)` gets the results of every box that this rank holds.
         """
         for batch in self._batches(self.alone):
             result = compute(_stack([take(m.name, m.box) for m in batch]))
             for m, value in zip(batch, _unstack(result, batch), strict=True):
                 give(m.name, m.box, value)
         for r in self.rounds:
-            came = self._exchange(r.out, lambda m, box: take(m.name, box))
+            came = self._exchange(r.out, [take(m.name, box) for m, box in r.out.leaving])
             whole = {m: self._nothing.new_empty(m.box.size) for m in r.owned}
             for (m, box), values in came:
                 m.box.within(whole[m], box).copy_(values)
             for batch in self._batches(r.owned):
                 result = compute(_stack([whole.pop(m) for m in batch]))
                 whole |= zip(batch, _unstack(result, batch), strict=True)
-            for (m, box), values in self._exchange(r.back, lambda m, box, of=whole: m.box.within(of[m], box)):
+            results = [m.box.within(whole[m], box) for m, box in r.back.leaving]
+            for (m, box), values in self._exchange(r.back, results):
                 give(m.name, box, values)
 
-    def _exchange(self, leg: Leg, value_of: Callable[[Matrix, Box], Tensor]) -> list[tuple[tuple[Matrix, Box], Tensor]]:
-        leaving = [value_of(m, box).flatten() for m, box in leg.leaving]
+    def _exchange(self, leg: Leg, values: Sequence[Tensor]) -> list[tuple[tuple[Matrix, Box], Tensor]]:
+        leaving = [v.flatten() for v in values]
         flat = torch.cat(leaving) if leaving else self._nothing
         group = self._mesh.world_group
         assert group is not None
         flat = all_to_all_rows(flat, leg.sent, leg.received, group)
-        values = flat.split([box.volume for _, box in leg.coming])
-        return [((m, box), v.view(box.size)) for (m, box), v in zip(leg.coming, values, strict=True)]
+        came = flat.split([box.volume for _, box in leg.coming])
+        return [((m, box), v.view(box.size)) for (m, box), v in zip(leg.coming, came, strict=True)]
 
     def _batches(self, matrices: Sequence[Matrix]) -> Iterator[list[Matrix]]:
         """Matrices of one parameter, as many as `round_bytes` holds."""
@@ -235,8 +233,8 @@ class MatrixOwners:
         rank = self._mesh.rank
         out, back = [], []
         for m in some:
-            for n, (box, holders) in enumerate(m.parts):
-                out.append((m.sender(n), m.owner, m, box))
+            for sender, (box, holders) in zip(m.senders, m.parts, strict=True):
+                out.append((sender, m.owner, m, box))
                 back += [(m.owner, holder, m, box) for holder in holders]
         owned = tuple(m for m in some if m.owner == rank)
         return Round(out=self._leg(out), back=self._leg(back), owned=owned)
@@ -268,6 +266,16 @@ def _parts(matrix: Box, boxes_of: Sequence[Sequence[Box]]) -> tuple[tuple[Box, t
                 holders.setdefault(part, []).append(rank)
     assert sum(part.volume for part in holders) == matrix.volume, f"{matrix}: parts overlap or leave a hole"
     return tuple((part, tuple(holders[part])) for part in sorted(holders))
+
+
+def _senders(parts: Sequence[tuple[Box, tuple[int, ...]]], owner: int, load: list[int]) -> tuple[int, ...]:
+    """The owner where it holds a part itself, else the holder that has sent least; counts into `load`."""
+    chosen = []
+    for box, holders in parts:
+        rank = owner if owner in holders else min(holders, key=lambda r: (load[r], r))
+        load[rank] += box.volume
+        chosen.append(rank)
+    return tuple(chosen)
 
 
 def _stack(values: Sequence[Tensor]) -> Tensor:

@@ -171,8 +171,7 @@ def boxes_of_ranks(tensor: Tensor, placement: ParamPlacement, degrees: Degrees) 
     `tensor` and `placement` are this rank's; another rank's differ only in the coordinates. Whoever relies on it compares its own
     boxes with its own line (`owners.MatrixOwners` does).
     """
-    is_shard = isinstance(tensor, DTensor)
-    mesh_shape = tuple(tensor.device_mesh.shape) if is_shard else ()
+    mesh_shape, cuts = (tuple(tensor.device_mesh.shape), tensor.placements) if isinstance(tensor, DTensor) else ((), ())
     found = []
     for rank in range(degrees.world):
         dense, (edp_rank, _) = degrees.dense(rank), degrees.sparse(rank)
@@ -181,7 +180,7 @@ def boxes_of_ranks(tensor: Tensor, placement: ParamPlacement, degrees: Degrees) 
             tuple(tensor.shape),
             mesh_shape,
             coordinate[len(coordinate) - len(mesh_shape) :],
-            tensor.placements if is_shard else (),
+            cuts,
             _placement_on(placement, rank, degrees),
         )
         assert runs_of is not None

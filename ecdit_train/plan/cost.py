@@ -5,7 +5,7 @@ The seconds are an estimate between two bounds, from the rates that the cluster 
     matrix products   executed FLOPs / (world * peak * gemm_efficiency)
     element-wise      180 d bytes per token and layer at memory bandwidth for norms, GELU, residuals, gates, gather and
                       scatter when compiled; 2.5 times that in eager mode; a third more when the forward is repeated
-    optimizer         state read and written once
+    optimizer         state read and written once, and its matrix products on the busiest rank; what it sends is never hidden
     expert exchange   hidden behind the experts' own products as far as `overlap_chunks` = k allows:
                       min(1, products / exchange) (k - 1) / k
     weights           all-gathers and reductions of FSDP hide behind products and element-wise work of other blocks;
@@ -24,7 +24,7 @@ from ecdit_train.config.schema import RunConfig
 
 from . import flops as flops_
 from . import memory as memory_
-from . import slots, traffic
+from . import traffic
 from .flops import Flops
 from .layout import Layout
 from .memory import GRADIENT, MASTER, Memory
@@ -46,6 +46,7 @@ class StepTime:
     products: float
     elementwise: float
     optimizer: float
+    optimizer_exchange: float
     exchange: float
     exchange_exposed: float
     weights: float
@@ -67,6 +68,8 @@ class Cost:
     flops: Flops
     memory: Memory
     traffic: tuple[Flow, ...]
+    optimizer_flops: float
+    """Of the update's matrix products, on the busiest rank."""
     step_time: StepTime
     fits: bool
 
@@ -76,17 +79,21 @@ def cost(cfg: RunConfig, parameters: Parameters, layout: Layout) -> Cost:
     flops = flops_.per_step(cfg, checkpointing=layout.activation_checkpointing)
     memory = memory_.estimate(cfg, parameters, layout)
     flows = traffic.per_step(cfg, parameters, layout)
+    products = traffic.update(cfg, parameters, layout).flops
     return Cost(
         layout=layout,
         flops=flops,
         memory=memory,
         traffic=flows,
-        step_time=step_time(cfg, layout, flops=flops, memory=memory, flows=flows),
+        optimizer_flops=products,
+        step_time=step_time(cfg, layout, flops=flops, memory=memory, flows=flows, optimizer_flops=products),
         fits=memory.total <= cfg.cluster.gpu_memory,
     )
 
 
-def step_time(cfg: RunConfig, layout: Layout, *, flops: Flops, memory: Memory, flows: Iterable[Flow]) -> StepTime:
+def step_time(
+    cfg: RunConfig, layout: Layout, *, flops: Flops, memory: Memory, flows: Iterable[Flow], optimizer_flops: float
+) -> StepTime:
     """Step time of `layout`; every argument describes one step."""
     cluster, world, d = cfg.cluster, layout.world, cfg.model.width
     rate = world * cluster.peak_flops * cluster.gemm_efficiency
@@ -96,10 +103,10 @@ def step_time(cfg: RunConfig, layout: Layout, *, flops: Flops, memory: Memory, f
     eager = 1.0 if cfg.parallel.compile else EAGER_FACTOR
     elementwise = ELEMENTWISE_BYTES * d * tokens * cfg.model.layers * repeated * eager / cluster.memory_bandwidth
     # Gradients are read; weights, optimizer state and average are read and written.
-    moved = GRADIENT + 2 * (MASTER + slots.optimizer_state_bytes(cfg) + slots.average_bytes(cfg))
-    optimizer = memory.parameters / MASTER * moved / cluster.memory_bandwidth
+    moved = GRADIENT / MASTER * memory.parameters + 2 * (memory.parameters + memory.optimizer + memory.ema)
+    optimizer = moved / cluster.memory_bandwidth + world * optimizer_flops / rate
 
-    seconds = dict.fromkeys(("ep", "tp", "weights"), 0.0)
+    seconds = dict.fromkeys(("ep", "tp", "world", "weights"), 0.0)
     for flow in flows:
         axis = flow.axis if flow.axis in seconds else "weights"
         seconds[axis] += flow.seconds(intra_bandwidth=cluster.intra_bandwidth, inter_bandwidth=cluster.inter_bandwidth)
@@ -109,9 +116,10 @@ def step_time(cfg: RunConfig, layout: Layout, *, flops: Flops, memory: Memory, f
     exchange_exposed = exchange * (1 - hidden)
     work = products + elementwise
     weights_exposed = max(0.0, seconds["weights"] - work)
-    total = work + optimizer + exchange_exposed + seconds["tp"] + weights_exposed
-    best = max(work + optimizer, exchange, seconds["weights"])
-    worst = work + optimizer + exchange + seconds["tp"] + seconds["weights"]
+    update = optimizer + seconds["world"]
+    total = work + update + exchange_exposed + seconds["tp"] + weights_exposed
+    best = max(work + update, exchange, seconds["weights"])
+    worst = work + update + exchange + seconds["tp"] + seconds["weights"]
 
     def mfu(step: float) -> float:
         return flops.model / (world * cluster.peak_flops * step)
@@ -124,6 +132,7 @@ def step_time(cfg: RunConfig, layout: Layout, *, flops: Flops, memory: Memory, f
         products=products,
         elementwise=elementwise,
         optimizer=optimizer,
+        optimizer_exchange=seconds["world"],
         exchange=exchange,
         exchange_exposed=exchange_exposed,
         weights=seconds["weights"],

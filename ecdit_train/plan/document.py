@@ -13,6 +13,7 @@ flops_per_step               model FLOPs of an optimizer step over all ranks (fo
 flops.by_part                {part: model FLOPs}
 flops.recompute              FLOPs repeated by activation checkpointing
 flops.frozen_encoders        FLOPs of frozen encoders that run inside training
+optimizer_flops              FLOPs of the update's matrix products, on the busiest rank (0: it is element-wise)
 layout                       dp_replicate, dp_shard, tp, ep, edp, microbatch, microbatches, activation_checkpointing,
                              overlap_chunks, reshard_after_forward
 memory_per_rank.<part>       bytes: parameters, gradients, optimizer, ema, gathered, communication, activations,
@@ -72,6 +73,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "table1": dataclasses.asdict(plan.table1) if plan.table1 else None,
         "flops_per_step": cost.flops.model,
         "flops": dataclasses.asdict(cost.flops),
+        "optimizer_flops": cost.optimizer_flops,
         "layout": _pick(cost.layout, *LAYOUT),
         "memory_per_rank": {**dataclasses.asdict(cost.memory), "total": cost.memory.total},
         "fits": cost.fits,
@@ -204,6 +206,7 @@ def _step(cost: Cost) -> list[Line]:
         ("matrix products", s.products, None),
         ("element-wise", s.elementwise, None),
         ("optimizer", s.optimizer, None),
+        *([("optimizer's exchange", s.optimizer_exchange, s.optimizer_exchange)] if s.optimizer_exchange else []),
         *([("expert exchange", s.exchange, s.exchange_exposed)] if at.ep > 1 else []),
         *([("weights and gradients", s.weights, s.weights_exposed)] if at.dp > 1 else []),
         *([("tensor parallel", s.tensor_parallel, s.tensor_parallel)] if at.tp > 1 else []),
@@ -213,7 +216,8 @@ def _step(cost: Cost) -> list[Line]:
         f"and {seconds(s.worst)} with none)",
         f"MFU {s.mfu:.1%}, ceiling {s.mfu_ceiling:.1%}; {number(s.tokens_per_second)} tokens/s, "
         f"{s.images_per_second_per_gpu:.3g} images/s/GPU",
-        f"model FLOPs {_pflop(f.model)}; recomputed {_pflop(f.recompute)}; frozen encoders {_pflop(f.frozen_encoders)}",
+        f"model FLOPs {_pflop(f.model)}; recomputed {_pflop(f.recompute)}; frozen encoders {_pflop(f.frozen_encoders)}"
+        + (f"; optimizer {_pflop(cost.optimizer_flops)} on the busiest rank" if cost.optimizer_flops else ""),
         table([(what, seconds(all_), "" if out is None else f"{seconds(out)} exposed") for what, all_, out in rows]),
     ]
 
@@ -234,7 +238,7 @@ def _traffic(plan: Plan) -> list[Line]:
         for f in flows
     ]
     lines: list[Line] = [table(rows, header=header)]
-    if any(f.kind == "all_to_all" for f in flows):
+    if plan.cost.layout.ep > 1:
         lines.append(
             f"an exchange sends {size(exchange_bytes(plan.cfg, plan.cost.layout))} per rank, direction and layer"
         )

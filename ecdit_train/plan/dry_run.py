@@ -34,6 +34,7 @@ from ecdit_train.model.embed import Text
 from ecdit_train.parallel.apply import parallelize
 from ecdit_train.parallel.expert_parallel import sparse_layers
 from ecdit_train.parallel.mesh import make_mesh
+from ecdit_train.parallel.owners import Sharding
 
 from . import memory, slots, traffic
 from .document import seconds, show, size, table
@@ -74,6 +75,9 @@ class Collective:
 OF_ROUTERS = "routers' "
 """Before the kind of a collective that a router issues in its forward; bytes of this rank's part."""
 
+OF_OPTIMIZER = "optimizer's "
+"""The same in the optimizer's step."""
+
 
 class CollectiveLog(TorchDispatchMode):
     """Use as a context; groups of one rank are left out, because they send nothing."""
@@ -82,8 +86,8 @@ class CollectiveLog(TorchDispatchMode):
         super().__init__()
         self._calls: Counter[tuple[str, int]] = Counter()
         self._bytes: Counter[tuple[str, int]] = Counter()
-        self.in_router = False
-        """Whether a router's own forward runs: what it sends is its own, and the plan takes it from here."""
+        self.whose = ""
+        """Put before the kind, while a router's own forward runs or the optimizer's step."""
         self.unknown: Counter[str] = Counter()
         """Collectives that the table does not know; a dry run refuses to compare while there are any."""
 
@@ -91,7 +95,7 @@ class CollectiveLog(TorchDispatchMode):
         name = func._schema.name
         if name in _RULES:
             kind, buffer, group = _RULES[name]
-            kind = f"{OF_ROUTERS}{kind}" if self.in_router else kind
+            kind = f"{self.whose}{kind}"
             ranks = _size(args[group])
             if ranks > 1:
                 self._calls[kind, ranks] += 1
@@ -176,15 +180,15 @@ def _run(cfg: RunConfig, *, world: int, started: float) -> DryRun:
         cfg = with_values(cfg, {"moe.dispatcher.cap": 1.0})
     mesh = make_mesh(parallel, device_type="cpu", world=world)
     model = slots.network(cfg)
-    parallelize(model, mesh=mesh, parallel=parallel, precision=cfg.train.precision)
+    placements = parallelize(model, mesh=mesh, parallel=parallel, precision=cfg.train.precision)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
         batch = _batch(cfg)
         tracker, log = FSDPMemTracker(model), CollectiveLog()
         tracker.track_inputs((batch["latents_BCHW"], batch["text"].features_BLX))
         for moe in sparse_layers(model).values():
-            moe.router.register_forward_pre_hook(lambda *_: setattr(log, "in_router", True))
-            moe.router.register_forward_hook(lambda *_: setattr(log, "in_router", False))
+            moe.router.register_forward_pre_hook(lambda *_: setattr(log, "whose", OF_ROUTERS))
+            moe.router.register_forward_hook(lambda *_: setattr(log, "whose", ""))
         with tracker, log:
             prediction = model(**batch, group_tokens=cfg.group_tokens)
             after_forward = _snapshot(tracker, "current")
@@ -192,13 +196,18 @@ def _run(cfg: RunConfig, *, world: int, started: float) -> DryRun:
         if log.unknown:
             raise AssertionError(f"collectives without a rule: {dict(log.unknown)}")
         peak, after_backward = _snapshot(tracker, "peak"), _snapshot(tracker, "current")
-        optimizer = _state_bytes(cfg.optim.optimizer.build(dict(model.named_parameters()), lr=cfg.optim.lr))
+    # Outside of the mode: its counters are real numbers then, which optimizers read.
+    sharding = Sharding(mesh=mesh, placements=placements)
+    optimizer = cfg.optim.optimizer.build(dict(model.named_parameters()), lr=cfg.optim.lr, sharding=sharding)
+    log.whose = OF_OPTIMIZER
+    with log:
+        optimizer.step()
     return DryRun(
         world=world,
         collectives=log.collectives(),
         parameters=after_forward["Sharded Param"],
         gradients=after_backward["Sharded Grad"],
-        optimizer=optimizer,
+        optimizer=_state_bytes(optimizer),
         gathered=after_forward["Unsharded Param"],
         activations_kept=after_forward["Activation"],
         peak=peak.pop("Total"),
@@ -277,9 +286,10 @@ def compare(plan: Plan, ran: DryRun) -> tuple[Difference, ...]:
     cfg, parameters = plan.cfg, plan.parameters
     layout = dataclasses.replace(plan.cost.layout, microbatches=1)
     flows = [flow for flow in traffic.per_step(cfg, parameters, layout) if flow.kind not in AFTER_BACKWARD]
-    kinds = sorted({flow.kind for flow in flows} | {c.kind for c in ran.collectives})
+    kind_of = {f: f"{OF_OPTIMIZER}{f.kind}" if f.purpose == traffic.OPTIMIZER else f.kind for f in flows}
+    kinds = sorted({*kind_of.values(), *(c.kind for c in ran.collectives)})
     sent = {kind: float(sum(c.bytes for c in ran.collectives if c.kind == kind)) for kind in kinds}
-    planned = {kind: float(sum(f.message for f in flows if f.kind == kind)) for kind in kinds}
+    planned = {kind: float(sum(f.message for f in flows if kind_of[f] == kind)) for kind in kinds}
     rows = [
         # No formula knows what a router of one's own sends: there the dry run itself is the plan.
         Difference(name=kind, formula=sent[kind] if kind.startswith(OF_ROUTERS) else planned[kind], measured=sent[kind])

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ecdit_train.config.schema import HEAD_DIM, RunConfig
+from ecdit_train.config.slots import Held
 from ecdit_train.config.validate import validate
 from ecdit_train.errors import ConfigError, Problem
 from ecdit_train.parallel.degrees import Degrees, resolve_degrees
 
-from .parameters import Parameters
+from .parameters import Parameters, is_split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +100,8 @@ class Unit:
     """Of the gathered elements, those that all tp ranks hold alike."""
     repeated: int
     """And those of key and value heads that tp / kv_heads ranks hold alike (none while there are enough heads)."""
+    state: float
+    """Bytes of optimizer state of one unit, before FSDP shards it."""
 
     @property
     def gathered_bytes(self) -> int:
@@ -123,7 +126,9 @@ def units(cfg: RunConfig, parameters: Parameters, layout: Layout) -> tuple[Unit,
     repeated = 2 * m.width * kv_here if tp > m.kv_heads else 0
 
     def unit(name: str, count: int, gathered: int, *, alike: int = 0, twice: int = 0, **other: Any) -> Unit:
-        common: dict[str, Any] = {"axis": "dp_shard", "shards": layout.dp_shard, "bytes_each": c}
+        rates, split = p.state_rates, gathered - alike
+        state = split * rates.get((name, True), 0.0) + alike * rates.get((name, False), 0.0)
+        common: dict[str, Any] = {"axis": "dp_shard", "shards": layout.dp_shard, "bytes_each": c, "state": state}
         return Unit(name=name, count=count, gathered=gathered, replicated=alike, repeated=twice, **common | other)
 
     kinds = (
@@ -146,3 +151,19 @@ def units(cfg: RunConfig, parameters: Parameters, layout: Layout) -> tuple[Unit,
         unit("experts", p.sparse_blocks, p.experts_per_block // layout.ep, axis="edp", shards=layout.edp),
     )
     return tuple(kind for kind in kinds if kind.count)
+
+
+def held_by_ranks(cfg: RunConfig, parameters: Parameters, layout: Layout) -> tuple[Held, ...]:
+    """How every parameter lies on the ranks, for an optimizer that has to bring matrices together (its own arithmetic is
+    `parallel.owners`, on the real boxes)."""
+    found = []
+    for name, shape in parameters.shapes:
+        copies, whole = layout.dp_replicate, layout.world == 1
+        if ".experts." in name:
+            copies, whole = 1, shape[0] // layout.ep % layout.edp == 0
+        elif not is_split(name):
+            copies *= layout.tp
+        elif ".self_attention.key." in name or ".self_attention.value." in name:
+            copies *= max(layout.tp // cfg.model.kv_heads, 1)
+        found.append(Held(name=name, shape=shape, copies=copies, whole=whole))
+    return tuple(found)

@@ -6,7 +6,8 @@ Every part has a formula; `c` is the size of the compute type.
     parameters      4 per element held: fp32 master weights, sharded
     gradients       4 per element held: fp32, sharded; with several microbatches instead 4 per element *gathered*, of
                     all units: FSDP sums whole gradients and reduces them once a step (parallel.fsdp.accumulate)
-    optimizer       8 per element held; rmsprop: mean square and momentum (4 without momentum), adamw: two moments
+    optimizer       what the optimizer says of each parameter: 8 per element held (rmsprop: mean square and momentum, 4
+                    without momentum; adamw: two moments), muon: 4 for its matrices
     ema             4 per element held; 0 when it is off
     gathered        compute copies that FSDP has all-gathered: the root, and two neighbouring blocks with their
                     experts (all blocks when reshard_after_forward is off)
@@ -103,7 +104,7 @@ def estimate(cfg: RunConfig, parameters: Parameters, layout: Layout) -> Memory:
     return Memory(
         parameters=MASTER * held,
         gradients=gradients,
-        optimizer=slots.optimizer_state_bytes(cfg) * held,
+        optimizer=sum(unit.count * unit.state / unit.shards for unit in kinds.values()),
         ema=slots.average_bytes(cfg) * held,
         gathered=resident,
         communication=max(neighbour + exchange, own - kept.block - kept.workspace),

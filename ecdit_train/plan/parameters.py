@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from ecdit_train.config.schema import RunConfig
+from ecdit_train.parallel.tensor_parallel import split_of
 
 from . import slots
 
@@ -44,6 +49,14 @@ class Parameters:
     """Frozen text encoder and image codec."""
     active_experts: float
     """Experts' parameters that work on a mean token: f_c / E of them."""
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]
+    """Name and shape of every parameter of the trained network, in its order."""
+    state_bytes: float
+    """Of the optimizer's state, all of it."""
+    state_rates: dict[tuple[str, bool], float]
+    """(sharding unit, whether tensor or expert parallelism splits it) -> mean bytes of optimizer state per element."""
+    updates: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+    """What the optimizer said of a layout (`traffic.update`): a search asks about each many times."""
 
     @property
     def network(self) -> int:
@@ -67,6 +80,7 @@ def count(cfg: RunConfig) -> Parameters:
     by_part = dict.fromkeys(PARTS, 0)
     root = 0
     blocks = [[0, 0, 0] for _ in model.blocks]  # per block: experts, router, everything else
+    shapes = tuple((name, tuple(p.shape)) for name, p in model.named_parameters())
     for name, p in model.named_parameters():
         part = part_of(name)
         by_part[part] += p.numel()
@@ -89,7 +103,31 @@ def count(cfg: RunConfig) -> Parameters:
         sparse_blocks=len(sparse),
         encoders=slots.encoder_parameters(cfg),
         active_experts=by_part["experts"] * slots.experts_per_token(cfg) / max(slots.num_experts(cfg), 1),
+        shapes=shapes,
+        **_optimizer_state(cfg, shapes),
     )
+
+
+def _optimizer_state(cfg: RunConfig, shapes: Sequence[tuple[str, tuple[int, ...]]]) -> dict[str, Any]:
+    """`state_bytes` and `state_rates`. Blocks of one kind are alike, so their mean is that of each."""
+    sparse = {name.split(".")[1] for name, _ in shapes if ".experts." in name}
+    elements: dict[tuple[str, bool], float] = defaultdict(float)
+    held: dict[tuple[str, bool], float] = defaultdict(float)
+    for name, shape in shapes:
+        part, block = part_of(name), name.split(".")[1]
+        if not name.startswith("blocks."):
+            unit = "root"
+        else:
+            unit = part if part in ("experts", "router") else "sparse block" if block in sparse else "dense block"
+        key = (unit, is_split(name))
+        elements[key] += math.prod(shape)
+        held[key] += math.prod(shape) * slots.optimizer_state_bytes(cfg, name, shape)
+    return {"state_bytes": sum(held.values()), "state_rates": {key: held[key] / n for key, n in elements.items()}}
+
+
+def is_split(name: str) -> bool:
+    """Whether tensor parallelism or expert parallelism gives each rank a part of this parameter only."""
+    return part_of(name) == "experts" or split_of(name.rpartition(".")[0]) is not None
 
 
 def part_of(name: str) -> str:

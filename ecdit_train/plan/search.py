@@ -53,7 +53,7 @@ def min_nodes(cfg: RunConfig, parameters: Parameters) -> int | None:
 
 def min_nodes_any(cfg: RunConfig, parameters: Parameters) -> int | None:
     """Fewest nodes on which some layout fits with headroom."""
-    state = float(MASTER + GRADIENT + slots.optimizer_state_bytes(cfg)) * parameters.network
+    state = float(MASTER + GRADIENT) * parameters.network + parameters.state_bytes
     for nodes in range(1, MAX_NODES + 1):
         world = nodes * cfg.cluster.gpus_per_node
         if state / world > cfg.cluster.gpu_memory:

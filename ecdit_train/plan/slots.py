@@ -6,9 +6,12 @@ Rates are per token that a sparse layer sees, or per row that an expert works on
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from ecdit_train.config.schema import RunConfig
+from ecdit_train.config.slots import Held
 from ecdit_train.model.dit import DiT
 
 EXPERT_CHOICE = "ecdit_train.model.routers.expert_choice.ExpertChoice"
@@ -102,9 +105,19 @@ def assignment_bytes_per_token(cfg: RunConfig) -> float:
 # --- optimizer and average ---------------------------------------------------------------------------------------
 
 
-def optimizer_state_bytes(cfg: RunConfig) -> float:
-    """Bytes per element held, as the optimizer says."""
-    return cfg.optim.optimizer.state_bytes()
+def optimizer_state_bytes(cfg: RunConfig, name: str, shape: tuple[int, ...]) -> float:
+    """Bytes per element held of a parameter, as the optimizer says."""
+    return cfg.optim.optimizer.state_bytes(name, shape)
+
+
+def optimizer_flops(cfg: RunConfig, held: Sequence[Held], *, world: int) -> float:
+    """Of matrix products in an update on the busiest rank, as the optimizer says."""
+    return cfg.optim.optimizer.step_flops(held, world=world)
+
+
+def optimizer_exchange(cfg: RunConfig, held: Sequence[Held], *, world: int) -> tuple[int, float]:
+    """All-to-alls of an update among all ranks: calls, and bytes of rank 0's buffers, as the optimizer says."""
+    return cfg.optim.optimizer.step_traffic(held, world=world)
 
 
 def average_bytes(cfg: RunConfig) -> int:

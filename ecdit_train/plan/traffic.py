@@ -23,8 +23,11 @@ from dataclasses import dataclass
 from ecdit_train.config.schema import HEAD_DIM, RunConfig
 
 from . import slots
-from .layout import Group, Layout, element_bytes, units
+from .layout import Group, Layout, element_bytes, held_by_ranks, units
 from .parameters import Parameters
+
+OPTIMIZER = "matrices to the ranks that update them, and back"
+"""Purpose of what the optimizer sends."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +59,7 @@ def per_step(cfg: RunConfig, parameters: Parameters, layout: Layout) -> tuple[Fl
         *_tensor_parallel(cfg, layout),
         *_agreement(cfg, parameters, layout),
         *_experts(cfg, layout),
+        *_optimizer(cfg, parameters, layout),
     )
     return tuple(flow for flow in flows if flow.ranks > 1 and flow.calls)
 
@@ -113,6 +117,37 @@ def _experts(cfg: RunConfig, layout: Layout) -> Iterator[Flow]:
     calls = 2 * repeats * layout.overlap_chunks * slots.sparse_blocks(cfg) * layout.microbatches
     message = exchange_bytes(cfg, layout) / layout.overlap_chunks
     yield _flow("all_to_all", "tokens to experts and back", "ep", layout.group("ep"), calls=calls, message=message)
+
+
+def _optimizer(cfg: RunConfig, parameters: Parameters, layout: Layout) -> Iterator[Flow]:
+    """Once a step, where the optimizer works on whole matrices; pieces and results together."""
+    said = update(cfg, parameters, layout)
+    if said.calls:
+        group = layout.group("world")
+        yield _flow("all_to_all", OPTIMIZER, "world", group, calls=said.calls, message=said.message / said.calls)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """What the optimizer says of its step."""
+
+    flops: float
+    """Of matrix products, on the busiest rank."""
+    calls: int
+    """All-to-alls."""
+    message: float
+    """Bytes of rank 0's buffers in all of them."""
+
+
+def update(cfg: RunConfig, parameters: Parameters, layout: Layout) -> Update:
+    """Asked once for each layout."""
+    key = (layout.world, layout.dp_replicate, layout.dp_shard, layout.tp, layout.ep)
+    if key not in parameters.updates:
+        held = held_by_ranks(cfg, parameters, layout)
+        calls, message = slots.optimizer_exchange(cfg, held, world=layout.world)
+        flops = slots.optimizer_flops(cfg, held, world=layout.world)
+        parameters.updates[key] = Update(flops=flops, calls=calls, message=message)
+    return parameters.updates[key]
 
 
 def exchange_bytes(cfg: RunConfig, layout: Layout) -> float:

@@ -1,8 +1,8 @@
 """Muon (Jordan et al. 2024): momentum, orthogonalised by Newton-Schulz, for matrices; AdamW for everything else.
 
-torch.optim.Muon to the last bit in one process and `precision: bf16`, where no matrices are stacked. It works on whole matrices, and
-on a layout no rank has one: `parallel.owners` brings each to its owner and the result back. Momentum stays sharded like its
-parameter.
+torch.optim.Muon to the last bit in one process and `precision: bf16`, where no matrices are stacked. It works on whole
+matrices, and on a layout no rank has one: `parallel.owners` brings each to its owner and the result back. Momentum
+stays sharded like its parameter.
 
 Legend: k matrices at a time, m rows, n columns.
 """
@@ -37,9 +37,10 @@ ROLES = (
     (r"((shared_|final_)|blocks\.\d+\.)modulation\.weight", "modulation"),
     (r"(patch_embed|timestep\.(up|down)|text\.project|pooled_text|final)\.weight", "adamw"),
 )
-"""A matrix's name -> muon, adamw, or the key of Muon that decides. What has one dim (biases, norms, the null text), and what experts
-stack of one dim, is AdamW's whatever its name. Embeddings, the output layer and routers are AdamW's as in common practice: their rows
-are looked up or read out one by one, and a router's scale is its temperature. A matrix that no line names is `unnamed`'s."""
+"""A matrix's name -> muon, adamw, or the key of Muon that decides. What has one dim (biases, norms, the null text), and
+what experts stack of one dim, is AdamW's whatever its name. Embeddings, the output layer and routers are AdamW's as in
+common practice: their rows are looked up or read out one by one, and a router's scale is its temperature. A matrix that
+no line names is `unnamed`'s."""
 
 EPS = 1e-7
 """torch.optim.Muon's: least norm that a matrix is divided by."""
@@ -126,7 +127,7 @@ class Muon(OptimizerConfig):
         return max(load) + alone
 
     def step_traffic(self, held: Sequence[Held], *, world: int) -> tuple[int, float]:
-        size, pieces_sent, results, taken = (2 if self.precision == "bf16" else 4), 0.0, [0] * world, [0] * world
+        size, pieces_sent, results = (2 if self.precision == "bf16" else 4), 0.0, [0] * world
         for h, box, owner in _planned(self, held, world=world):
             if not h.whole:
                 pieces_sent += box.volume / world
