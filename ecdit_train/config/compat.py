@@ -69,7 +69,11 @@ class Change:
 
 def classes(cfg: RunConfig) -> dict[str, Kind]:
     """Every dotted key of a configuration with its class; raises KeyError for an unclassified one."""
-    return {key: _lookup(key) for key in key_types(cfg)}
+    return {key: "identity" if _decides_state(key, cfg) else _lookup(key) for key in key_types(cfg)}
+
+
+def _decides_state(key: str, cfg: RunConfig) -> bool:
+    return key in {f"optim.optimizer.{name}" for name in cfg.optim.optimizer.identity}
 
 
 def _lookup(key: str) -> Kind:
@@ -86,6 +90,8 @@ def kind(key: str, *, old: RunConfig, new: RunConfig) -> Kind:
         return "identity"
     dispatchers = [c.moe.dispatcher for c in (old, new) if c.moe.dispatcher is not None]
     if key == "moe.dispatcher._target_" and not all(d.same_result for d in dispatchers):
+        return "identity"
+    if _decides_state(key, old):
         return "identity"
     before, after = flatten(old).get(key), flatten(new).get(key)
     if key in ("optim.ema_decay", "optim.optimizer.momentum") and (before == 0) != (after == 0):

@@ -53,9 +53,10 @@ def closest_key(key: str, keys: Sequence[str], *, cutoff: float = 0.65) -> str |
         exact = 0.85 + 0.1 * section if last == candidate_last else 0.0  # the right name in the wrong section
         return max(0.7 * tail + 0.3 * section, exact)
 
-    scored = [(score(candidate), candidate) for candidate in keys]
-    best = max(scored, key=lambda pair: pair[0], default=None)
-    return best[1] if best is not None and best[0] >= cutoff else None
+    # Of equally similar ones that with the same letters: two of them changed places.
+    scored = [(score(candidate), sorted(candidate) == sorted(key), candidate) for candidate in keys]
+    best = max(scored, key=lambda found: found[:2], default=None)
+    return best[2] if best is not None and best[0] >= cutoff else None
 
 
 def divisors(number: int) -> list[int]:

@@ -163,12 +163,19 @@ class OptimConfig:
     """Peak learning rate, reached after the warm-up."""
     warmup_steps: int
     """Steps over which the rate rises linearly from 0."""
-    schedule: Literal["constant", "cosine", "linear"]
-    """After the warm-up: constant (paper), or decaying to zero at `train.steps`."""
+    schedule: Literal["constant", "cosine", "linear", "wsd"]
+    """After the warm-up: constant (paper), decaying to zero at `train.steps`, or constant with a decay
+    over the last `decay_steps`."""
     clip_norm: float
     """Largest global gradient norm; 0 switches clipping off (the norm is still measured)."""
     ema_decay: float
     """Decay of the weights' moving average used for sampling; 0 switches it off."""
+    decay_steps: int = 0
+    """With `schedule: wsd`, the last steps, in which the rate falls; those before them are the same however long the run is."""
+    decay_shape: Literal["linear", "sqrt"] = "linear"
+    """With `schedule: wsd`: the rate falls as 1 - x or as 1 - sqrt(x), x going from 0 to 1."""
+    decay_floor: float = 0.0
+    """With `schedule: wsd`: share of the rate that is left at the end."""
 
 
 @dataclass(frozen=True, kw_only=True)

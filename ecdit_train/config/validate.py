@@ -110,14 +110,24 @@ def _ranges(check: Checker) -> None:
         check.require(bool(check.values[field].strip()), field, rule="must not be empty")
     sizes = ["layers", "width", "heads", "kv_heads", "ffn_ratio", "patch", "text_width"]
     check.at_least(1, [f"model.{name}" for name in sizes])
-    check.at_least(0, ["model.text_refiner_layers", "train.seed", "sample.seed", "data.prefetch", "optim.warmup_steps"])
+    check.at_least(
+        0,
+        [
+            "model.text_refiner_layers",
+            "train.seed",
+            "sample.seed",
+            "data.prefetch",
+            "optim.warmup_steps",
+            "optim.decay_steps",
+        ],
+    )
     check.at_least(1, ["moe.num_experts", "moe.group_size", "sample.steps", "sample.group_size"])
     check.at_least(0, ["observe.sample_every", "sample.guidance", "optim.clip_norm"])
     check.at_least(1, ["data.resolution", "data.threads", "train.steps", "train.global_batch", "train.microbatch"])
     check.at_least(1, ["checkpoint.every_steps", "checkpoint.keep", "observe.log_every"])
     check.positive(["diffusion.timestep_std", "optim.lr"])
     check.share(["diffusion.caption_drop", "data.max_bad"])
-    check.share(["diffusion.mask_ratio", "optim.ema_decay"], below_one=True)
+    check.share(["diffusion.mask_ratio", "optim.ema_decay", "optim.decay_floor"], below_one=True)
     text, image = ("width", "max_tokens"), ("channels", "factor")
     of_encoders = [*(f"encoders.text.{name}" for name in text), *(f"encoders.image.{name}" for name in image)]
     check.at_least(1, [key for key in of_encoders if key in check.values])  # a class may hold them as constants
@@ -313,6 +323,14 @@ def _schedule(cfg: RunConfig, check: Checker) -> None:
             "optim.warmup_steps",
             rule=f"must be below train.steps = {cfg.train.steps}",
             nearest=cfg.train.steps - 1,
+        )
+    if cfg.optim.schedule == "wsd" and check.sane("train.steps", "optim.warmup_steps"):
+        room = cfg.train.steps - cfg.optim.warmup_steps
+        check.require(
+            1 <= cfg.optim.decay_steps <= room,
+            "optim.decay_steps",
+            rule=f"must be at least 1 and at most train.steps - optim.warmup_steps = {room} with optim.schedule=wsd",
+            nearest=min(max(cfg.optim.decay_steps, -(-cfg.train.steps // 10)), room),
         )
     check.require(
         cfg.observe.sample_every == 0 or len(cfg.observe.prompts) > 0,

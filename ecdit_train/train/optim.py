@@ -13,7 +13,8 @@ from ecdit_train.config.schema import OptimConfig
 
 
 def learning_rate(step: int, config: OptimConfig, *, total_steps: int) -> float:
-    """Rate of update `step` (counted from 0): linear warm-up, then constant (paper), cosine or linear to zero."""
+    """Rate of update `step` (counted from 0): linear warm-up, then constant (paper), cosine or linear to zero, or stable with a
+    decay at the end (wsd; 1 - sqrt as in Haegele et al. 2024)."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     done = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
@@ -21,6 +22,10 @@ def learning_rate(step: int, config: OptimConfig, *, total_steps: int) -> float:
         return config.lr * 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
     if config.schedule == "linear":
         return config.lr * max(0.0, 1.0 - done)
+    if config.schedule == "wsd":
+        x = min(max(1.0 - (total_steps - step) / max(1, config.decay_steps), 0.0), 1.0)
+        left = 1.0 - (x if config.decay_shape == "linear" else math.sqrt(x))
+        return config.lr * (config.decay_floor + (1.0 - config.decay_floor) * left)
     return config.lr
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from ecdit_train.model.dit import DiT
 from ecdit_train.parallel.expert_parallel import sparse_layers
 from ecdit_train.parallel.mesh import Mesh
+from ecdit_train.parallel.owners import MatrixOwners
 from ecdit_train.parallel.placement import local
 
 
@@ -61,6 +62,31 @@ def poison_drifted_copy(model: DiT, mesh: Mesh) -> None:
             local(model.final.weight).mul_(1 + 1e-14)
 
 
+def poison_lost_piece(model: DiT, mesh: Mesh) -> None:
+    """Of all matrices that travel to their owners, one piece arrives as zeros."""
+    exchange = MatrixOwners._exchange
+
+    def lossy(owners: MatrixOwners, leg: Any, values: Any) -> Any:
+        if mesh.rank == 1 and leg is owners.rounds[0].out:
+            values = [torch.zeros_like(values[0]), *values[1:]]
+        return exchange(owners, leg, values)
+
+    MatrixOwners._exchange = lossy  # type: ignore[method-assign]
+
+
+def poison_stale_copy(model: DiT, mesh: Mesh) -> None:
+    """One rank keeps its copy of one matrix's first box where its owner sent a new one."""
+    exchange = MatrixOwners._exchange
+
+    def deaf(owners: MatrixOwners, leg: Any, values: Any) -> Any:
+        came = exchange(owners, leg, values)
+        if mesh.rank == 1 and leg is owners.rounds[0].back:
+            came[0][1].zero_()
+        return came
+
+    MatrixOwners._exchange = deaf  # type: ignore[method-assign]
+
+
 POISONS: dict[str, Any] = {
     "": lambda model, mesh: None,
     "expert_scale": poison_expert_scale,
@@ -68,4 +94,6 @@ POISONS: dict[str, Any] = {
     "stale_index": poison_stale_index,
     "gate_gradient": poison_gate_gradient,
     "drifted_copy": poison_drifted_copy,
+    "lost_piece": poison_lost_piece,
+    "stale_copy": poison_stale_copy,
 }

@@ -117,3 +117,11 @@ def test_state_that_appears_or_vanishes_is_identity(key):
     old = compose.compose(["experiment=dense_xl"])
     assert kind(key, old=old, new=with_values(old, {key: 0.0})) == "identity"
     assert kind(key, old=old, new=with_values(old, {key: 0.5})) == "schedule"
+
+
+@pytest.mark.parametrize("key", ["modulation", "unnamed"])
+def test_an_optimizer_says_which_keys_decide_its_state(key):
+    old = compose.compose(["experiment=dense_xl", "optim=muon"])
+    key = f"optim.optimizer.{key}"
+    assert classes(old)[key] == kind(key, old=old, new=with_values(old, {key: "muon"})) == "identity"
+    assert classes(old)["optim.optimizer.ns_steps"] == "schedule"

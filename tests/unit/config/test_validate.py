@@ -92,6 +92,10 @@ RULES = [
     ({"train.microbatch": 48}, "train.microbatch = 48: must divide train.global_batch = 4096; nearest valid: 32"),
     ({"train.global_batch": 4100}, "train.global_batch = 4100: must be a multiple of the 8 images of a routing group "
      "(moe.group_size 1024); nearest valid: 4096"),
+    ({"optim.schedule": "wsd"}, "optim.decay_steps = 0: must be at least 1 and at most train.steps - optim.warmup_steps = 780000 "
+     "with optim.schedule=wsd; nearest valid: 80000"),
+    ({"optim.schedule": "wsd", "optim.decay_steps": 790_000}, "optim.decay_steps = 790000: must be at least 1 and at most "
+     "train.steps - optim.warmup_steps = 780000 with optim.schedule=wsd; nearest valid: 780000"),
     ({"optim.warmup_steps": 800_000}, "optim.warmup_steps = 800000: must be below train.steps = 800000; nearest valid: "
      "799999"),
     ({"optim.lr": 0.0}, "optim.lr = 0.0: must be greater than 0"),

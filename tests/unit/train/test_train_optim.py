@@ -45,6 +45,20 @@ def test_decay_reaches_zero_at_the_end_and_stays(optim, schedule, middle):
     assert rate == pytest.approx([1.0, middle, end, end], abs=1e-15)
 
 
+@pytest.mark.parametrize(("shape", "falls"), [("linear", [1.0, 0.8, 0.6, 0.4]), ("sqrt", [1.0, 0.6, 0.434, 0.307])])
+def test_warm_up_stable_decay(optim, shape, falls):
+    """The stable phase does not depend on how long the run is; the decay is its last steps, down to the floor."""
+    optim = replace(optim, schedule="wsd", decay_steps=4, decay_shape=shape, decay_floor=0.2)
+    rate = [learning_rate(s, optim, total_steps=12) for s in range(13)]
+    assert rate[:9] == [0.25, 0.5, 0.75, *[1.0] * 6]
+    assert rate[8:12] == pytest.approx(falls, abs=1e-3)
+    assert rate[12] == pytest.approx(0.2)
+    longer = [learning_rate(s, optim, total_steps=40) for s in range(41)]
+    assert longer[:9] == rate[:9]
+    assert longer[8:37] == [1.0] * 29
+    assert longer[36:] == rate[8:]
+
+
 def test_warmup_as_long_as_the_run_divides_by_nothing(optim):
     assert learning_rate(10, replace(optim, warmup_steps=10, schedule="cosine"), total_steps=10) == 1.0
 
