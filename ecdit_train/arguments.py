@@ -53,6 +53,17 @@ class Evaluate:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Merge:
+    """What `ecdit merge` averages: the `last` steps, or those named."""
+
+    run: str = word("FOLDER")
+    out: str = word("FOLDER")
+    last: int | None = word("N", least=2, default=None)
+    steps: tuple[int, ...] = word("[A,B,...]", default=())
+    weights: Literal["uniform", "linear"] = word("uniform|linear", default="uniform")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Shapes:
     """What `ecdit data shapes` makes."""
 

@@ -10,10 +10,9 @@ from importlib import metadata
 from typing import Any
 
 from ecdit_train import arguments, errors
+from ecdit_train.checkpoint_verbs import checkpoint_list, checkpoint_verify, merge
 from ecdit_train.errors import EcditError, PeerLostError, PeerRefusedError
 from ecdit_train.verbs import (
-    checkpoint_list,
-    checkpoint_verify,
     compare,
     config_diff,
     config_explain,
@@ -167,6 +166,16 @@ def make_parser() -> argparse.ArgumentParser:
         "  ecdit evaluate run=runs/demo tasks=colors repeat=4",
     )
     p.add_argument("words", nargs="+", metavar="WORD", help=f"{arguments.forms(arguments.Evaluate)}, and {DRAWING}")
+    _config_dir(p)
+
+    p = verb(
+        "merge",
+        merge,
+        "average the weights of a run's last checkpoints into a run folder that can be drawn, graded and started from\n\n"
+        "  ecdit merge run=runs/demo last=4 out=runs/demo-merged\n"
+        "  ecdit merge run=runs/demo steps=[600,800,1000] weights=linear out=runs/demo-linear",
+    )
+    p.add_argument("words", nargs="+", metavar="WORD", help=arguments.forms(arguments.Merge))
     _config_dir(p)
 
     p = verb(

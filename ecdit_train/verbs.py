@@ -14,7 +14,7 @@ from typing import Any
 from ecdit_train import arguments, errors
 from ecdit_train.config.resolve import declarations_only
 from ecdit_train.errors import PeerLostError
-from ecdit_train.run_folder import CHECKPOINTS, RESOLVED, evaluation_path, pictures_path
+from ecdit_train.run_folder import RESOLVED, evaluation_path, pictures_path
 
 # --- training -------------------------------------------------------------------------------------------------------
 
@@ -276,7 +276,7 @@ def compare(args: argparse.Namespace) -> int:
     return errors.EXIT_OK
 
 
-# --- data, configuration, checkpoints -------------------------------------------------------------------------------
+# --- data, configuration -------------------------------------------------------------------------------------------
 
 
 def data_shapes(args: argparse.Namespace) -> int:
@@ -358,33 +358,3 @@ def config_diff(args: argparse.Namespace) -> int:
         for change in compat.diff(old, new):
             print(f"{change.field}: {change.old!r} -> {change.new!r}  ({change.kind})")
     return errors.EXIT_OK
-
-
-def checkpoint_list(args: argparse.Namespace) -> int:
-    from ecdit_train.checkpoint import manifest
-
-    for found in _checkpoints(args.run):
-        size = manifest.tensor_bytes(manifest.read(found.path))
-        print(f"step {found.step:>10}  {size / 1e9:10.3f} GB  {found.path}")
-    return errors.EXIT_OK
-
-
-def checkpoint_verify(args: argparse.Namespace) -> int:
-    from ecdit_train.checkpoint import restore
-
-    for found in _checkpoints(args.run):
-        restore.verify(found.path)
-        print(f"step {found.step}: sound")
-    return errors.EXIT_OK
-
-
-def _checkpoints(run: str) -> Any:
-    """The committed checkpoints; a run folder must be there, and hold some: "all sound" must never mean "none looked at"."""
-    from ecdit_train.checkpoint import folder
-    from ecdit_train.config import stored
-
-    stored.read_tree(run)
-    found = folder.find(Path(run) / CHECKPOINTS)
-    if not found:
-        raise errors.CheckpointError(f"{run} has no committed checkpoint")
-    return found

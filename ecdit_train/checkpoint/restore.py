@@ -133,19 +133,24 @@ def load_full(path: Path | str, *, name: str) -> torch.Tensor:
     described = manifest.read(path)
     if name not in described.tensors:
         raise CheckpointMismatchError(f"{path.name} has no tensor {name!r}; it has {_listed(set(described.tensors))}")
+    shape = described.tensors[name].info.shape
+    return read_box(path, name=name, box=Box((0,) * len(shape), shape), described=described)
+
+
+def read_box(path: Path, *, name: str, box: Box, described: Manifest) -> torch.Tensor:
+    """A box of a tensor on the CPU, out of all chunks that meet it. Raises CheckpointDamagedError."""
     info = described.tensors[name].info
-    full = torch.empty(info.shape, dtype=DTYPES[info.dtype])
-    whole = Box(tuple(0 for _ in info.shape), info.shape)
+    values = torch.empty(box.size, dtype=DTYPES[info.dtype])
     piece = TensorSlice(
         name=name,
         global_shape=info.shape,
-        dtype=full.dtype,
-        pieces=(Piece(box=whole, view=full),) if full.numel() else (),
+        dtype=values.dtype,
+        pieces=(Piece(box=box, view=values),) if values.numel() else (),
     )
-    jobs = _jobs([piece], described=described)
-    _check(path, jobs=jobs, described=described)
-    _copy(path, jobs=jobs, described=described)
-    return full
+    for chunk, copies, data in _each(path, jobs=_jobs([piece], described=described), described=described):
+        for copy in copies:
+            _paste(copy, chunk=chunk, data=data)
+    return values
 
 
 def _differences(slices: Sequence[TensorSlice], *, described: Manifest, skip: Sequence[str]) -> Json:
@@ -206,12 +211,16 @@ def _copy(where: Path, *, jobs: _Jobs, described: Manifest) -> None:
         with torch.no_grad():
             for chunk, copies, data in _each(where, jobs=jobs, described=described):
                 for copy in copies:
-                    target = copy.piece.box.within(copy.piece.view, copy.part)
-                    source = torch.frombuffer(data, dtype=target.dtype).reshape(chunk.box.size)
-                    target.copy_(chunk.box.within(source, copy.part))
+                    _paste(copy, chunk=chunk, data=data)
     except CheckpointDamagedError as error:
         # Not CheckpointDamagedError: nobody may go on with an older step after targets have been touched.
         raise CheckpointError(f"{error}; it changed while being loaded, the targets are now unusable") from error
+
+
+def _paste(copy: _Copy, *, chunk: Chunk, data: bytearray) -> None:
+    target = copy.piece.box.within(copy.piece.view, copy.part)
+    source = torch.frombuffer(data, dtype=target.dtype).reshape(chunk.box.size)
+    target.copy_(chunk.box.within(source, copy.part))
 
 
 def _read_chunk(descriptor: int, *, chunk: Chunk, name: str, folder: str) -> bytearray:

@@ -13,12 +13,13 @@ for writing. Raw little-endian bytes and JSON only: there is nothing to unpickle
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import shutil
 import sys
 import uuid
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -28,7 +29,7 @@ import torch
 from ecdit_train.checkpoint import files, folder, manifest
 from ecdit_train.checkpoint.failures import CheckpointExistsError, together
 from ecdit_train.checkpoint.layout import TensorSlice, Value, describe_all
-from ecdit_train.checkpoint.plan import Holding, PlannedChunk, SavePlan, agree_on_plan
+from ecdit_train.checkpoint.plan import Holding, PlannedChunk, SavePlan, TensorInfo, agree_on_plan, make_plan
 from ecdit_train.errors import CheckpointError
 from ecdit_train.parallel.placement import Box
 from ecdit_train.parallel.runtime import Json, Peers, alone, encode_json
@@ -98,6 +99,32 @@ def save(
     return SaveReport(path=final, step=step, nbytes=nbytes, drifted=tuple(drifted), plan=agreed)
 
 
+def save_stream(
+    root: Path | str,
+    *,
+    step: int,
+    tensors: Mapping[str, TensorInfo],
+    read: Callable[[str, Box], torch.Tensor],
+    objects: Mapping[str, Json],
+) -> SaveReport:
+    """`save` by one process that never holds a whole tensor: `read` gives each box when its turn comes."""
+    _object_digests(objects)
+    boxes = {n: [[[0] * len(i.shape), list(i.shape)]] if math.prod(i.shape) else [] for n, i in tensors.items()}
+    plan = make_plan([{n: [list(i.shape), i.dtype, boxes[n]] for n, i in tensors.items()}])
+    final = folder.path_of(Path(root), step=step)
+    temporary = Path(_begin(final, nbytes=plan.total_bytes))
+    try:
+        nbytes, written = _write_file(
+            temporary, chunks=plan.chunks_of(0), rank=0, read=lambda c: as_bytes(read(c.name, c.box))
+        )
+        sums = [{"nbytes": nbytes, "written": written, "held": []}]
+        _commit(temporary, final=final, step=step, plan=plan, sums=sums, objects=objects, replicas="trust")
+    except BaseException:
+        files.remove_tree(temporary)
+        raise
+    return SaveReport(path=final, step=step, nbytes=nbytes, drifted=(), plan=plan)
+
+
 def _begin(final: Path, *, nbytes: int) -> str:
     """Rank 0: make the temporary folder, or say why this save cannot be."""
     if os.path.lexists(final):
@@ -126,23 +153,30 @@ def _write(temporary: Path, *, slices: list[TensorSlice], plan: SavePlan, rank: 
         box = next(box for box in boxes_of[chunk.name] if box.meet(chunk.box) is not None)
         return as_bytes(box.within(views[chunk.name, box], chunk.box))
 
-    chunks = plan.chunks_of(rank)
-    written: list[int] = []
-    cursor = 0
-    if chunks:
-        with files.new_file(temporary / manifest.data_file(rank)) as descriptor:
-            for chunk in chunks:
-                data = data_of(chunk)
-                if chunk.offset > cursor:
-                    files.write_all(descriptor, data=bytes(chunk.offset - cursor))
-                files.write_all(descriptor, data=data)
-                written.append(zlib.crc32(data))
-                cursor = chunk.offset + chunk.nbytes
+    cursor, written = _write_file(temporary, chunks=plan.chunks_of(rank), rank=rank, read=data_of)
     held: list[list[int]] = []
     if replicas != "trust":
         for holding in plan.replicas_of(rank):
             held.append([zlib.crc32(data_of(chunk)) for chunk in plan.split(holding)])
     return {"nbytes": cursor, "written": written, "held": held}
+
+
+def _write_file(
+    temporary: Path, *, chunks: list[PlannedChunk], rank: int, read: Callable[[PlannedChunk], memoryview]
+) -> tuple[int, list[int]]:
+    """One rank's file: its size and the checksums of its chunks. No file without chunks."""
+    written: list[int] = []
+    cursor = 0
+    if chunks:
+        with files.new_file(temporary / manifest.data_file(rank)) as descriptor:
+            for chunk in chunks:
+                data = read(chunk)
+                if chunk.offset > cursor:
+                    files.write_all(descriptor, data=bytes(chunk.offset - cursor))
+                files.write_all(descriptor, data=data)
+                written.append(zlib.crc32(data))
+                cursor = chunk.offset + chunk.nbytes
+    return cursor, written
 
 
 def _commit(

@@ -24,6 +24,7 @@ VERBS = {
     "compare": ["run folders and sweep folders"],
     "slots": ["routers", "--config-dir"],
     "report": ["report.html", "run"],
+    "merge": ["run=FOLDER, out=FOLDER", "last=N", "weights=uniform|linear"],
     "plan": ["--json", "--world", "--dry-run", "cluster=", "--config-dir"],
     "launch": ["--render-only", "sbatch", "--multirun"],
     "data": ["shapes", "index", "verify"],

@@ -162,7 +162,7 @@ def test_nothing_points_outside_the_repository():
 
 def test_there_are_commands_to_check():
     verbs = {line.split()[1] for page, line in COMMANDS if page.startswith("docs/")}
-    assert verbs >= {"train", "resume", "sample", "evaluate", "report", "plan", "launch", "data", "checkpoint"}
+    assert verbs >= {"train", "resume", "sample", "evaluate", "report", "plan", "launch", "data", "checkpoint", "merge"}
 
 
 @pytest.fixture
@@ -183,6 +183,8 @@ def check_command(line: str) -> None:
     name = args.verb.__name__
     if name == "data_shapes":
         arguments.read(arguments.Shapes, args.words, alone=True).build(arguments.Shapes)
+    elif name == "merge":
+        arguments.read(arguments.Merge, args.words, alone=True).build(arguments.Merge)
     elif name in ("sample", "evaluate"):
         kind = arguments.Sample if name == "sample" else arguments.Evaluate
         run_folder(arguments.read(kind, args.words).values.get("run", ""))
