@@ -49,7 +49,8 @@ class Trained:
 
     def __init__(self, config: RunConfig, parallel: ParallelContext) -> None:
         self.config, self.parallel = config, parallel
-        self.optimizer = config.optim.optimizer.build(dict(parallel.model.named_parameters()), lr=1e-4)
+        params = dict(parallel.model.named_parameters())
+        self.optimizer = config.optim.optimizer.build(params, lr=1e-4, sharding=parallel.sharding)
         B, text, side = config.train.global_batch, config.encoders.text, config.latent_side
         g, mesh = torch.Generator().manual_seed(0), parallel.mesh
         mine = slice(mesh.dp_rank * B // mesh.dp_size, (mesh.dp_rank + 1) * B // mesh.dp_size)
