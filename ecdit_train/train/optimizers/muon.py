@@ -30,7 +30,7 @@ from .adamw import AdamW
 
 ROLES = (
     (r"blocks\.\d+\.(self|cross)_attention\.(query|key|value|out)\.weight", "muon"),
-    (r"blocks\.\d+\.feed_forward\.(up|down)\.weight", "muon"),
+    (r"blocks\.\d+\.feed_forward\.(shared\.)?(up|gate|down)\.weight", "muon"),
     (r"blocks\.\d+\.feed_forward\.experts\..+", "muon"),
     (r"blocks\.\d+\.feed_forward\.router\..+", "adamw"),
     (r"text\.layers\.\d+\.(attention|feed_forward)\.(query|key|value|out|up|down)\.weight", "muon"),
@@ -214,7 +214,9 @@ class MuonOptimizer(torch.optim.Optimizer):
             update = view("momentum", name, box)
             if c.nesterov:
                 update = view("grad", name, box).lerp(update, c.momentum)
-            return update.to(self._dtype, copy=True)  # a copy in any case: Newton-Schulz divides in place
+            return update.to(
+                self._dtype, copy=not c.nesterov
+            )  # never the momentum itself: Newton-Schulz writes into it
 
         def move(name: str, box: Box, update: Tensor) -> None:
             rate = self._rate(lr, self._placements[name].global_shape)
