@@ -34,7 +34,7 @@ ROLES = (
     (r"blocks\.\d+\.feed_forward\.experts\..+", "muon"),
     (r"blocks\.\d+\.feed_forward\.router\..+", "adamw"),
     (r"text\.layers\.\d+\.(attention|feed_forward)\.(query|key|value|out|up|down)\.weight", "muon"),
-    (r"((shared_|final_)|blocks\.\d+\.)modulation\.weight", "modulation"),
+    (r"(shared_|final_|blocks\.\d+\.)modulation\.weight", "modulation"),
     (r"(patch_embed|timestep\.(up|down)|text\.project|pooled_text|final)\.weight", "adamw"),
 )
 """A matrix's name -> muon, adamw, or the key of Muon that decides. What has one dim (biases, norms, the null text), and

@@ -170,6 +170,7 @@ def test_a_matrix_without_a_role_is_refused_or_decided(muon):
     assert replace(muon, unnamed="muon").is_muons(name, (8, 4))
     assert not replace(muon, unnamed="adamw").is_muons(name, (8, 4))
     assert not muon.is_muons("blocks.1.feed_forward.target_head.bias", (8,))
+    assert muon.is_muons("blocks.1.feed_forward.shared.gate.weight", (8, 4))
     assert not muon.is_muons("blocks.1.feed_forward.experts.bias", (4, 8)), "a vector for each expert"
 
 

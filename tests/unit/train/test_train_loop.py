@@ -210,3 +210,16 @@ def test_non_finite_ends_the_run_before_the_update(tiny_shards, tmp_path):
     assert [line["step"] for line in records(tmp_path)] == [1, 2, 3, 4, 5]
     assert [p.name for p in (tmp_path / "checkpoints").glob("step_*")] == ["step_00000004"]
     assert live(configure(tmp_path, tiny_shards)).finished  # the poison was ours: the run goes on from step 4
+
+
+def test_a_stable_phase_can_be_made_longer(tiny_shards, tmp_path):
+    """Warm-up, stable, decay: planned for 8 steps, stopped in the stable phase, gone on with to 12; as if 12 from the start."""
+    wsd = ("optim.schedule=wsd", "optim.decay_steps=3", "optim.decay_shape=sqrt")
+    whole = live(configure(tmp_path / "whole", tiny_shards, *wsd, "train.steps=12"))
+    assert live(configure(tmp_path / "parts", tiny_shards, *wsd, "train.steps=8"), stop_after=5).step == 5
+    longer = live(configure(tmp_path / "parts", tiny_shards, *wsd, "train.steps=12"))
+    assert_same(longer.tensors, whole.tensors)
+    rate = [line["optim/lr"] for line in records(tmp_path / "parts")]
+    assert rate == [line["optim/lr"] for line in records(tmp_path / "whole")]
+    assert rate[2:10] == [rate[2]] * 8
+    assert 0 < rate[11] < rate[10] < rate[2]
