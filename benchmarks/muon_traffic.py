@@ -30,10 +30,11 @@ def row(name: str, world: int, *words: str) -> str:
     own = traffic.update(cfg, counted, at)
     gathered = flops = 0.0
     for held in layout.held_by_ranks(cfg, counted, at):
-        for box in matrices_of(held.shape) if muon.is_muons(held.name, held.shape) else ():
-            work = muon.flops(*box.size[-2:])
-            gathered += 0 if held.whole else 2.0 * box.volume
-            flops += work / world if held.whole else work
+        if muon.is_muons(held.name, held.shape):
+            for box, holders in zip(matrices_of(held.shape), held.holders, strict=True):
+                if 0 in holders:
+                    gathered += 2.0 * box.volume if len(holders) > 1 else 0
+                    flops += muon.flops(*box.size[-2:])
     rate = cfg.cluster.peak_flops * cfg.cluster.gemm_efficiency
     cells = [name, *(f"{n / 1e9:.2f} GB" for n in (gathered, own.message))]
     cells += [f"{n / 1e12:.1f}" for n in (flops, own.flops)] + [f"{n / rate * 1e3:.0f} ms" for n in (flops, own.flops)]

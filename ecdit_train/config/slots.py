@@ -36,8 +36,8 @@ class Held:
     """Of the global tensor."""
     copies: int
     """Ranks that hold each element."""
-    whole: bool
-    """Whether each of its matrices (its own, or those stacked on dim 0) lies on one rank."""
+    holders: tuple[range, ...]
+    """Ranks that hold a part, of each of its matrices: its own, or those stacked on dim 0."""
 
 
 class SlotConfig:

@@ -5,9 +5,9 @@ owners, the owners compute, a second all-to-all takes the results to all ranks t
 or expert parallelism: `placement.boxes_of_ranks` says which boxes of a parameter each rank holds, and the rest is boxes.
 
 - Of ranks that hold the same box one sends it; all of them get the result, so copies stay the same bits.
-- A matrix that one rank alone holds whole (an expert, as a rule; everything in one process) is worked on there: nothing travels.
-- Every other matrix goes to the rank with the least work so far, largest first. The plan of the exchange is a pure function of
-  the layout, computed alike on all ranks.
+- The owner is a rank that holds a piece; of these, the one with the least work so far. A matrix that one rank alone holds whole (an
+  expert, as a rule; everything in one process) does not travel.
+- The plan of the exchange is a pure function of the layout, computed alike on all ranks.
 - A round is as large as `round_bytes` allows: what an owner takes in or, for copies, sends out.
 
 Why owners and not a gather: docs/decisions/0013.
@@ -29,6 +29,9 @@ from .mesh import Mesh
 from .placement import Box, ParamPlacement, boxes_of_ranks, pieces
 
 Shape = tuple[int, ...]
+
+Parts = tuple[tuple[Box, tuple[int, ...]], ...]
+"""Boxes that together are a matrix, each with the ranks that hold it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,21 +59,24 @@ def matrices_of(shape: Shape) -> Iterator[Box]:
             yield Box((k, 0, 0), (1, rows, cols))
 
 
-def assign(work: Sequence[float], *, sole: Sequence[int | None], world: int) -> list[int]:
-    """An owner for each matrix: its sole holder, else the rank with the least work so far (the lowest of equals), largest first.
+def assign(work: Sequence[float], *, holders: Sequence[Sequence[int]], world: int) -> list[int]:
+    """An owner for each matrix: of the ranks that hold a part of it, the one with the least work so far (the lowest of equals).
 
-    Deterministic. No rank's work exceeds the mean by more than one matrix where there are no sole holders.
+    Matrices with few holders choose first, then the largest. Deterministic. Where all ranks hold a part of every
+    matrix, no rank's work exceeds the mean by more than one matrix.
     """
     load, owner = [0.0] * world, [0] * len(work)
-    for n, rank in enumerate(sole):
-        if rank is not None:
-            owner[n], load[rank] = rank, load[rank] + work[n]
-    heap = [(w, rank) for rank, w in enumerate(load)]
-    heapq.heapify(heap)
-    for n in sorted((n for n, rank in enumerate(sole) if rank is None), key=lambda n: (-work[n], n)):
-        busy, rank = heap[0]
+    heap = [(0.0, rank) for rank in range(world)]  # of all ranks, with entries of an earlier load among them
+    for n in sorted(range(len(work)), key=lambda n: (len(holders[n]), -work[n], n)):
+        if len(holders[n]) == world:
+            while heap[0][0] != load[heap[0][1]]:
+                heapq.heappop(heap)
+            rank = heap[0][1]
+        else:
+            rank = min(holders[n], key=lambda r: (load[r], r))
         owner[n] = rank
-        heapq.heapreplace(heap, (busy + work[n], rank))
+        load[rank] += work[n]
+        heapq.heappush(heap, (load[rank], rank))
     return owner
 
 
@@ -80,8 +86,7 @@ class Matrix:
 
     name: str
     box: Box
-    parts: tuple[tuple[Box, tuple[int, ...]], ...]
-    """Boxes that together are the matrix, each with the ranks that hold it."""
+    parts: Parts
     owner: int
     senders: tuple[int, ...]
     """Of each part's holders, the one that sends it to the owner."""
@@ -129,16 +134,16 @@ class MatrixOwners:
         self._mesh, self._itemsize, self._round_bytes = sharding.mesh, dtype.itemsize, round_bytes
         self._nothing = torch.empty(0, dtype=dtype, device=next((p.device for p in params.values()), None))
         found = list(self._describe(params, sharding))
-        sole = [parts[0][1][0] if len(parts) == 1 and len(parts[0][1]) == 1 else None for _, _, parts in found]
-        owner = assign([work(*box.size[-2:]) for _, box, _ in found], sole=sole, world=self._mesh.world)
+        holders = [ranks for _, _, _, ranks in found]
+        owner = assign([work(*box.size[-2:]) for _, box, _, _ in found], holders=holders, world=self._mesh.world)
         load = [0] * self._mesh.world
         self.matrices = tuple(
             Matrix(name=name, box=box, parts=parts, owner=owner[n], senders=_senders(parts, owner[n], load))
-            for n, (name, box, parts) in enumerate(found)
+            for n, (name, box, parts, _) in enumerate(found)
         )
         rank = self._mesh.rank
-        self.alone = tuple(m for m, holder in zip(self.matrices, sole, strict=True) if holder == rank)
-        travelling = [m for m, holder in zip(self.matrices, sole, strict=True) if holder is None]
+        self.alone = tuple(m for m, ranks in zip(self.matrices, holders, strict=True) if ranks == (rank,))
+        travelling = [m for m, ranks in zip(self.matrices, holders, strict=True) if len(ranks) > 1]
         self.rounds = tuple(self._round(some) for some in self._cut(travelling))
 
     @property
@@ -194,10 +199,10 @@ class MatrixOwners:
 
     def _describe(
         self, params: Mapping[str, Tensor], sharding: Sharding
-    ) -> Iterator[tuple[str, Box, tuple[tuple[Box, tuple[int, ...]], ...]]]:
-        """Every matrix with its parts and their holders; parameters that lie alike are described once."""
+    ) -> Iterator[tuple[str, Box, Parts, tuple[int, ...]]]:
+        """Every matrix with its parts, their holders, and all of these together; parameters that lie alike are described once."""
         known: dict[object, list[list[Box]]] = {}
-        cut: dict[object, list[tuple[tuple[Box, tuple[int, ...]], ...]]] = {}
+        cut: dict[object, list[tuple[Parts, tuple[int, ...]]]] = {}
         degrees, rank = self._mesh.degrees, self._mesh.rank
         for name, p in params.items():
             placement = sharding.placements[name]
@@ -207,8 +212,8 @@ class MatrixOwners:
                 cut[key] = [_parts(box, known[key]) for box in matrices_of(placement.global_shape)]
             mine = [piece.box for piece in pieces(p, placement)]
             assert mine == known[key][rank], f"{name}: this rank holds {mine}, the layout says {known[key][rank]}"
-            for box, parts in zip(matrices_of(placement.global_shape), cut[key], strict=True):
-                yield name, box, parts
+            for box, (parts, holders) in zip(matrices_of(placement.global_shape), cut[key], strict=True):
+                yield name, box, parts, holders
 
     def _cut(self, matrices: Sequence[Matrix]) -> Iterator[list[Matrix]]:
         """Rounds: of every owner's matrices, in order, as many as fit."""
@@ -257,18 +262,19 @@ class MatrixOwners:
         )
 
 
-def _parts(matrix: Box, boxes_of: Sequence[Sequence[Box]]) -> tuple[tuple[Box, tuple[int, ...]], ...]:
-    """The boxes inside a matrix, each with its holders."""
+def _parts(matrix: Box, boxes_of: Sequence[Sequence[Box]]) -> tuple[Parts, tuple[int, ...]]:
+    """The boxes inside a matrix, each with its holders; and all of these."""
     holders: dict[Box, list[int]] = {}
     for rank, boxes in enumerate(boxes_of):
         for box in boxes:
             if (part := matrix.meet(box)) is not None:
                 holders.setdefault(part, []).append(rank)
     assert sum(part.volume for part in holders) == matrix.volume, f"{matrix}: parts overlap or leave a hole"
-    return tuple((part, tuple(holders[part])) for part in sorted(holders))
+    every = tuple(sorted({rank for ranks in holders.values() for rank in ranks}))
+    return tuple((part, tuple(holders[part])) for part in sorted(holders)), every
 
 
-def _senders(parts: Sequence[tuple[Box, tuple[int, ...]]], owner: int, load: list[int]) -> tuple[int, ...]:
+def _senders(parts: Parts, owner: int, load: list[int]) -> tuple[int, ...]:
     """The owner where it holds a part itself, else the holder that has sent least; counts into `load`."""
     chosen = []
     for box, holders in parts:

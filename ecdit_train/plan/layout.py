@@ -158,12 +158,26 @@ def held_by_ranks(cfg: RunConfig, parameters: Parameters, layout: Layout) -> tup
     `parallel.owners`, on the real boxes)."""
     found = []
     for name, shape in parameters.shapes:
-        copies, whole = layout.dp_replicate, layout.world == 1
+        copies = layout.dp_replicate
+        holders: tuple[range, ...] = (range(layout.world),)
         if ".experts." in name:
-            copies, whole = 1, shape[0] // layout.ep % layout.edp == 0
+            copies, holders = 1, _expert_holders(shape[0], layout)
         elif not is_split(name):
             copies *= layout.tp
         elif ".self_attention.key." in name or ".self_attention.value." in name:
             copies *= max(layout.tp // cfg.model.kv_heads, 1)
-        found.append(Held(name=name, shape=shape, copies=copies, whole=whole))
+        found.append(Held(name=name, shape=shape, copies=copies, holders=holders))
+    return tuple(found)
+
+
+def _expert_holders(experts: int, layout: Layout) -> tuple[range, ...]:
+    """Of each expert: one rank where FSDP can share whole experts out evenly, else all edp ranks of its ep rank."""
+    here, found = experts // layout.ep, []
+    for expert in range(experts):
+        ep_rank, n = divmod(expert, here)
+        if here % layout.edp == 0:
+            ep_rank += n // (here // layout.edp) * layout.ep
+            found.append(range(ep_rank, ep_rank + 1))
+        else:
+            found.append(range(ep_rank, layout.world, layout.ep))
     return tuple(found)

@@ -99,6 +99,7 @@ def owners_here(runtime: Any, layouts: list[dict[str, Any]]) -> list[list[dict[s
             "held": sum(box.volume for _, box in here),
             "alone": sum(m.box.volume for m in small.alone),
             "owner": [m.owner for m in small.matrices],
+            "holds": all(m.owner in {r for _, ranks in m.parts for r in ranks} for m in small.matrices),
             "work": [MUON.flops(*m.box.size[-2:]) for m in small.matrices],
             "elements": [m.box.volume for m in small.matrices],
             "largest": max(max(sum(r.out.received), sum(r.back.sent)) for r in small.rounds),
@@ -125,6 +126,7 @@ def test_what_travels(world, layouts):
         assert sum(r["to_owners"] for r in ranks) == total - alone
         for r in ranks:
             assert r["wrong"] == []
+            assert r["holds"]
             assert r["received"] == r["held"] - r["alone"]
             assert r["bytes"][0] == r["bytes"][1]
             assert 8 * r["largest"] <= max(ROUND, 8 * world * max(first["elements"]))

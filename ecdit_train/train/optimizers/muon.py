@@ -117,20 +117,15 @@ class Muon(OptimizerConfig):
 
     def step_flops(self, held: Sequence[Held], *, world: int) -> float:
         load = [0.0] * world
-        alone = 0.0
-        for h, box, owner in _planned(self, held, world=world):
-            work = self.flops(*box.size[-2:])
-            if h.whole:
-                alone += work / world
-            else:
-                load[owner] += work
-        return max(load) + alone
+        for _, box, _, owner in _planned(self, held, world=world):
+            load[owner] += self.flops(*box.size[-2:])
+        return max(load)
 
     def step_traffic(self, held: Sequence[Held], *, world: int) -> tuple[int, float]:
         size, pieces_sent, results = (2 if self.precision == "bf16" else 4), 0.0, [0] * world
-        for h, box, owner in _planned(self, held, world=world):
-            if not h.whole:
-                pieces_sent += box.volume / world
+        for h, box, holders, owner in _planned(self, held, world=world):
+            if len(holders) > 1:
+                pieces_sent += box.volume / len(holders) if 0 in holders else 0.0
                 results[owner] += box.volume * h.copies
         rounds = max((-(-size * n // ROUND_BYTES) for n in results), default=0)
         return 2 * rounds, size * (pieces_sent + results[0])
@@ -145,13 +140,14 @@ class Muon(OptimizerConfig):
         return MuonOptimizer(self, ours, rest, lr=lr, sharding=sharding)
 
 
-def _planned(config: Muon, held: Sequence[Held], *, world: int) -> Iterator[tuple[Held, Box, int]]:
-    """Every matrix that Muon updates, with its owner as `MatrixOwners` chooses it; 0 stands for the rank that one lies on whole."""
-    found = [(h, box) for h in held if config.is_muons(h.name, h.shape) for box in matrices_of(h.shape)]
-    work = [0.0 if h.whole else config.flops(*box.size[-2:]) for h, box in found]
-    owners = assign(work, sole=[0 if h.whole else None for h, _ in found], world=world)
-    for (h, box), owner in zip(found, owners, strict=True):
-        yield h, box, owner
+def _planned(config: Muon, held: Sequence[Held], *, world: int) -> Iterator[tuple[Held, Box, range, int]]:
+    """Every matrix that Muon updates with its holders and its owner, as `MatrixOwners` chooses it."""
+    ours = [h for h in held if config.is_muons(h.name, h.shape)]
+    found = [(h, box, ranks) for h in ours for box, ranks in zip(matrices_of(h.shape), h.holders, strict=True)]
+    work = [config.flops(*box.size[-2:]) for _, box, _ in found]
+    owners = assign(work, holders=[ranks for _, _, ranks in found], world=world)
+    for (h, box, ranks), owner in zip(found, owners, strict=True):
+        yield h, box, ranks, owner
 
 
 class MuonOptimizer(torch.optim.Optimizer):

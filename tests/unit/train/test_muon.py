@@ -188,15 +188,20 @@ def test_a_matrix_without_a_gradient_counts_as_zero(muon):
 @pytest.mark.parametrize("world", [1, 2, 7, 64])
 def test_owners_share_the_work(world):
     work = [float((7 * n) % 13 + 1) for n in range(300)]
-    owners = assign(work, sole=[None] * len(work), world=world)
+    owners = assign(work, holders=[range(world)] * len(work), world=world)
     load = [sum(w for w, o in zip(work, owners, strict=True) if o == rank) for rank in range(world)]
     assert max(load) - min(load) <= max(work)
-    assert owners == assign(list(work), sole=[None] * len(work), world=world)
+    assert owners == assign(list(work), holders=[range(world)] * len(work), world=world)
 
 
-def test_a_sole_holder_is_the_owner_and_the_rest_evens_out():
-    owners = assign([5.0, 5.0, 4.0, 3.0, 3.0], sole=[1, 1, None, None, None], world=2)
-    assert owners == [1, 1, 0, 0, 0]
+def test_an_owner_holds_a_piece_and_those_with_a_choice_even_it_out():
+    """Two matrices that only rank 1 holds, four that ranks 2 and 3 hold, and small ones that all do."""
+    holders = [range(4)] * 6 + [(2, 3)] * 4 + [(1,)] * 2
+    work = [1.0] * 6 + [3.0] * 4 + [2.0] * 2
+    owners = assign(work, holders=holders, world=4)
+    assert all(owner in ranks for owner, ranks in zip(owners, holders, strict=True))
+    load = [sum(w for w, o in zip(work, owners, strict=True) if o == rank) for rank in range(4)]
+    assert load == [5.0, 5.0, 6.0, 6.0]
 
 
 def test_matrices_of_a_stack():
