@@ -59,24 +59,24 @@ def matrices_of(shape: Shape) -> Iterator[Box]:
             yield Box((k, 0, 0), (1, rows, cols))
 
 
-def assign(work: Sequence[float], *, holders: Sequence[Sequence[int]], world: int) -> list[int]:
-    """An owner for each matrix: of the ranks that hold a part of it, the one with the least work so far (the lowest of equals).
+def assign(work: Sequence[float], *, holders: Sequence[tuple[int, ...] | range], world: int) -> list[int]:
+    """An owner for each matrix: of the ranks that hold a part of it (a tuple or range), the one with the least work so
+    far (the lowest of equals).
 
     Matrices with few holders choose first, then the largest. Deterministic. Where all ranks hold a part of every
     matrix, no rank's work exceeds the mean by more than one matrix.
     """
     load, owner = [0.0] * world, [0] * len(work)
-    heap = [(0.0, rank) for rank in range(world)]  # of all ranks, with entries of an earlier load among them
+    heaps: dict[tuple[int, ...] | range, list[tuple[float, int]]] = {}
     for n in sorted(range(len(work)), key=lambda n: (len(holders[n]), -work[n], n)):
-        if len(holders[n]) == world:
-            while heap[0][0] != load[heap[0][1]]:
-                heapq.heappop(heap)
-            rank = heap[0][1]
-        else:
-            rank = min(holders[n], key=lambda r: (load[r], r))
+        if (heap := heaps.get(holders[n])) is None:
+            heap = heaps[holders[n]] = [(load[rank], rank) for rank in holders[n]]
+            heapq.heapify(heap)
+        while heap[0][0] != load[heap[0][1]]:  # loads only grow, so an old entry comes up too early, never too late
+            heapq.heapreplace(heap, (load[heap[0][1]], heap[0][1]))
+        rank = heap[0][1]
         owner[n] = rank
         load[rank] += work[n]
-        heapq.heappush(heap, (load[rank], rank))
     return owner
 
 
