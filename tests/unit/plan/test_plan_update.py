@@ -51,7 +51,9 @@ def test_experts_that_lie_whole_on_a_rank_stay_there(cfg_of):
     counted, at = of(cfg, 8)
     said = traffic.update(cfg, counted, at)
     dense = sum(rows * cols for name, rows, cols in matrices(counted) if "experts" not in name)
-    assert said.message == pytest.approx(2 * 2 * dense / 8, rel=0.05)  # bf16, there and back; FLOPs are balanced, not bytes
+    assert said.message == pytest.approx(
+        2 * 2 * dense / 8, rel=0.05
+    )  # bf16, there and back; FLOPs are balanced, not bytes
     assert said.flops == pytest.approx(sum(flops(r, c) for _, r, c in matrices(counted)) / 8, rel=0.01)
     flow = next(f for f in traffic.per_step(cfg, counted, at) if f.purpose == traffic.OPTIMIZER)
     assert (flow.kind, flow.ranks, flow.message) == ("all_to_all", 8, pytest.approx(said.message))
