@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 if TYPE_CHECKING:
     import torch
@@ -45,6 +45,22 @@ class SlotConfig:
         return ()
 
 
+Sees = Literal["modulated", "hidden", "timestep"]
+"""What a router computes affinities from, see `model.router.AffinityRouter`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterSizes:
+    """What a router is built for."""
+
+    width: int
+    """D, channels of a token."""
+    num_experts: int
+    """E."""
+    patch_values: int
+    """P, values of a patch: what the network predicts for a token."""
+
+
 class RouterConfig(SlotConfig):
     """Decides which tokens an expert works on (`model.router.Router`).
 
@@ -64,15 +80,20 @@ class RouterConfig(SlotConfig):
         whole is refused by the configuration's rules."""
         raise NotImplementedError
 
-    def flops_per_token(self, *, width: int, num_experts: int) -> float:
+    def stages(self) -> tuple[tuple[int, RouterConfig], ...]:
+        """(first step, what holds from there on), ascending from step 0: shapes change only between two stages. The plan, the
+        rules of the layout and the checks are asked for each."""
+        return ((0, self),)
+
+    def flops_per_token(self, sizes: RouterSizes) -> float:
         """Forward FLOPs: the product with a (width, num_experts) matrix."""
-        return 2.0 * width * num_experts
+        return 2.0 * sizes.width * sizes.num_experts
 
-    def kept_bytes_per_token(self, *, width: int, num_experts: int, compute_bytes: int) -> float:
+    def kept_bytes_per_token(self, sizes: RouterSizes, *, compute_bytes: int) -> float:
         """Bytes that autograd keeps: the fp32 copy of the input (where it is not fp32 already), affinities and their softmax."""
-        return (4.0 * width if compute_bytes < 4 else 0.0) + 8.0 * num_experts
+        return (4.0 * sizes.width if compute_bytes < 4 else 0.0) + 8.0 * sizes.num_experts
 
-    def build(self, *, width: int, num_experts: int) -> nn.Module:
+    def build(self, sizes: RouterSizes) -> nn.Module:
         """A `model.router.Router`. Called under the meta device: make parameters and buffers, never values."""
         raise NotImplementedError
 
@@ -90,6 +111,14 @@ class ExpertsConfig(SlotConfig):
 
     def build(self, *, width: int, hidden: int, num_experts: int) -> nn.Module:
         """A `model.moe.Experts`. Called under the meta device."""
+        raise NotImplementedError
+
+    shared_matrices: ClassVar[int] = 0
+    """(width, hidden) matrices of what `build_shared` makes; 0 where there is none."""
+
+    def build_shared(self, *, width: int, hidden: int) -> nn.Module:
+        """The same arithmetic for every token (`moe.shared_experts`), of nn.Linear layers without biases: `down` gives the result,
+        the others (`up`, `gate`) read the tokens. Called under the meta device."""
         raise NotImplementedError
 
 

@@ -27,6 +27,9 @@ class Assignment:
     losses: Mapping[str, Tensor] = field(default_factory=dict)
     """Auxiliary losses by name, weight included: scalars, each a mean over groups, so that it does not depend on how
     groups are spread over ranks. They are added to the training loss and logged as `train/NAME_loss`."""
+    targets: Mapping[str, tuple[float, Tensor]] = field(default_factory=dict)
+    """Own predictions of what the network predicts, (G, S, P), each with the weight of its loss: the training step adds weight *
+    the network's own loss of that prediction, logged as `train/NAME_loss`. Only while training."""
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
     """Scalars for the logs, as `moe/L{n}/NAME`."""
     observed: Mapping[str, Tensor] = field(default_factory=dict)

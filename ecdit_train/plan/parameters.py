@@ -15,6 +15,7 @@ PARTS = (
     "cross_attention",
     "dense_feed_forward",
     "experts",
+    "shared_experts",
     "router",
     "modulation",
     "final",
@@ -108,6 +109,7 @@ def part_of(name: str) -> str:
         ("norm_text", "cross_attention"),
         ("modulation", "modulation"),
         (".experts.", "experts"),
+        (".shared.", "shared_experts"),
         (".router.", "router"),
         ("feed_forward", "dense_feed_forward"),
     ):

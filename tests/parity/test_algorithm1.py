@@ -38,9 +38,11 @@ def layer(
         patch=1,
         text_width=64,
         text_refiner_layers=0,
+        cross_attention=True,
+        modulation="shared",
     )
     moe = moe_config(num_experts=experts, capacity_factor=capacity_factor, combine=combine)
-    made = make_moe(model, moe).double()
+    made = make_moe(model, moe, patch_values=4).double()
     generator = torch.Generator().manual_seed(experts)
     with torch.no_grad():
         for p in made.parameters():

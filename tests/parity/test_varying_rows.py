@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from moe_configs import moe_config
 from torch import Tensor
 
+from ecdit_train.config.slots import RouterSizes
 from ecdit_train.model.assignment import Selection, experts_per_token
 from ecdit_train.model.moe import MoE
 
@@ -23,7 +24,7 @@ FACTOR = 1.5
 
 def layer(*, combine: str, cap: float | None, bound: float) -> MoE:
     c = moe_config("threshold", num_experts=EXPERTS, capacity_factor=FACTOR, combine=combine, cap=cap)
-    router = c.router.build(width=WIDTH, num_experts=EXPERTS)
+    router = c.router.build(RouterSizes(width=WIDTH, num_experts=EXPERTS, patch_values=1))
     made = MoE(
         router, c.experts.build(width=WIDTH, hidden=16, num_experts=EXPERTS), dispatcher=c.dispatcher.build()
     ).double()
