@@ -48,8 +48,8 @@ def shapes_suite(*, resolution: int, tasks: Sequence[str] | None, repeat: int, s
 
 
 def known_shapes(spec: ShapesSpec, *, count: int, patch_pixels: int, seed: int) -> KnownPictures:
-    """`count` pictures of the set that (spec, seed) names. A patch of `patch_pixels` each way shows an object where at least half of
-    its pixels are not background. A seed that no training data was made with gives pictures that no model has seen."""
+    """`count` pictures of the set that (spec, seed) names. A patch of `patch_pixels` each way shows an object where at least half
+    of its pixels are not background. A seed that no training data was made with gives pictures that no model has seen."""
     samples = [shape_sample(i, spec=spec, seed=seed) for i in range(count)]
     images = np.stack([s.image for s in samples])
     side = spec.resolution // patch_pixels

@@ -126,8 +126,8 @@ def taken(assignment: Assignment) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def chosen(assignment: Assignment) -> Tensor:
-    """1.0 where an expert works on a token, else 0.0: (N, E) fp32. For a settled assignment; metrics only, nothing is computed from
-    it."""
+    """1.0 where an expert works on a token, else 0.0: (N, E) fp32. For a settled assignment; metrics only, nothing
+    is computed from it."""
     N, E = assignment.probability_GSE.flatten(0, 1).shape
     index_R, _, one_R = taken(assignment)
     if isinstance(assignment, Rows):

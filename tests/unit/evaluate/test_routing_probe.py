@@ -49,7 +49,9 @@ def test_what_it_counts(pipeline, known) -> None:
     share = known.on_object.mean()
     whole = share * np.array(found.on_object) + (1 - share) * np.array(found.on_background)
     assert whole == pytest.approx(2.0, abs=1e-5)
-    assert found.max_violation == pytest.approx((0.0,) * layers, abs=1e-6)  # and every expert the same number of patches
+    assert found.max_violation == pytest.approx(
+        (0.0,) * layers, abs=1e-6
+    )  # and every expert the same number of patches
     assert all(0 < s < 1 for s in found.timestep_sensitivity)
     assert all(0 < u <= 1 for u in found.combination_usage)
     assert probe(pipeline, known) == found  # nothing is drawn anew
