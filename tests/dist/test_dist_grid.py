@@ -82,8 +82,8 @@ def test_a_varying_number_of_rows() -> None:
 
 
 def test_models_after_dit_and_what_routers_look_at() -> None:
-    """Blocks with their own modulation and no cross-attention, experts in all of them and of another width, a shared expert; routers
-    that look at the residual stream or at the timestep."""
+    """Blocks with their own modulation and no cross-attention, experts in all of them and of another width, a shared
+    expert; routers that look at the residual stream or at the timestep."""
     after_dit = replace(MODEL, modulation="block", cross_attention=False)
     fine = replace(MOE, layers="all", expert_ratio=0.5, shared_experts=3)
     layouts: tuple[tuple[int, list[dict[str, int]]], ...] = (
