@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ecdit_train.config.slots import RouterSizes
 from ecdit_train.model.dispatchers.deterministic import DeterministicDispatcher
 from ecdit_train.model.dispatchers.index_add import IndexAddDispatcher
 from ecdit_train.model.experts.gelu import GeluExperts
@@ -43,8 +44,8 @@ def fill(module: nn.Module, *, seed: int) -> None:
 
 
 def expert_choice(width: int, *, hidden: int, experts: int, capacity_factor: float, deterministic: bool = False) -> MoE:
-    config = ExpertChoice(capacity_factor=capacity_factor)
-    router = ExpertChoiceRouter(width, num_experts=experts, config=config)
+    config = ExpertChoice(capacity_factor=capacity_factor, sees="modulated")
+    router = ExpertChoiceRouter(RouterSizes(width=width, num_experts=experts, patch_values=1), config=config)
     dispatcher = DeterministicDispatcher() if deterministic else IndexAddDispatcher()
     return MoE(router, GeluExperts(width, hidden=hidden, num_experts=experts), dispatcher=dispatcher)
 

@@ -25,15 +25,16 @@ def moe_config(
     **rest: Any,
 ) -> MoEConfig:
     """`router`: expert_choice, token_choice, threshold or dense."""
-    values = {"scope": "group", "group_size": 32, **rest}
+    plain = {"layers": "even", "expert_ratio": None, "shared_experts": 0}
+    values: Any = {"scope": "group", "group_size": 32, **plain, **rest}
     if router == "dense":
         return MoEConfig(router=None, experts=None, dispatcher=None, num_experts=1, **values)
     made: Any = {
-        "expert_choice": lambda: ExpertChoice(capacity_factor=capacity_factor),
+        "expert_choice": lambda: ExpertChoice(capacity_factor=capacity_factor, sees="modulated"),
         "token_choice": lambda: TokenChoice(
-            capacity_factor=capacity_factor, top_k=top_k, balance_weight=balance_weight
+            capacity_factor=capacity_factor, top_k=top_k, balance_weight=balance_weight, sees="modulated"
         ),
-        "threshold": lambda: Threshold(capacity_factor=capacity_factor, momentum=0.9),
+        "threshold": lambda: Threshold(capacity_factor=capacity_factor, momentum=0.9, sees="modulated"),
     }[router]()
     dispatcher = {"index_add": IndexAdd, "deterministic": Deterministic}[combine](cap=cap)
     return MoEConfig(router=made, experts=Gelu(), dispatcher=dispatcher, num_experts=num_experts, **values)

@@ -128,7 +128,7 @@ def _source(name: str) -> Path | None:
     return None
 
 
-_RUNS_LATER = ("build", "open", "integrate", "step_flops", "step_traffic")
+_RUNS_LATER = ("build", "build_shared", "open", "integrate", "step_flops", "step_traffic")
 """Methods that composing and checking never call: they may use what was left out."""
 
 

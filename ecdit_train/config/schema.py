@@ -26,9 +26,9 @@ HEAD_DIM = 64
 """Channels per attention head in every configuration of the paper's Table 1."""
 
 
-def sparse_layers(layers: int) -> tuple[int, ...]:
-    """Numbers of the blocks that carry experts where there are any, counted from 1: every second one (paper section 3.1)."""
-    return tuple(range(2, layers + 1, 2))
+def sparse_layers(layers: int, *, which: Literal["even", "all"]) -> tuple[int, ...]:
+    """Numbers of the blocks that carry experts where there are any, counted from 1: every second (paper section 3.1) or all."""
+    return tuple(range(2, layers + 1, 2) if which == "even" else range(1, layers + 1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class ModelConfig:
     name: str
     """Label in logs and plans; nothing is decided by it."""
     layers: int
-    """Transformer blocks. Blocks 2, 4, ... (counted from 1) carry experts unless moe is dense."""
+    """Transformer blocks; `moe.layers` says which of them carry experts."""
     width: int
     """Hidden dimension d; always 64 * heads."""
     heads: int
@@ -46,13 +46,19 @@ class ModelConfig:
     kv_heads: int
     """Key/value heads of self-attention (grouped-query attention); divides heads."""
     ffn_ratio: int
-    """Feed-forward hidden width over d; experts have the same width as the dense feed-forward."""
+    """Hidden width of the dense feed-forward over d."""
     patch: int
     """Latent pixels per patch, each way."""
     text_width: int
     """Width of the text inside the network: keys and values of cross-attention are d x text_width. A multiple of 64."""
     text_refiner_layers: int
     """Transformer layers that refine the frozen text features before cross-attention."""
+    cross_attention: bool
+    """Whether blocks look at the text by cross-attention (the paper). Without it, text acts through its mean alone, as a class
+    label does in DiT."""
+    modulation: Literal["shared", "block"]
+    """AdaLN projection: `shared`: one of 6 d^2 for all blocks and 3 d^2 in each (the paper's sizes); `block`: 6 d^2 in
+    each, as in DiT."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +77,12 @@ class MoEConfig:
     """Tokens that compete for an expert: `group_size` consecutive tokens, one image, or one microbatch."""
     group_size: int
     """Tokens per group when scope is group; whole images (paper: 1024 = 8 half-masked images)."""
+    layers: Literal["even", "all"]
+    """Blocks that carry experts: 2, 4, ... (the paper) or all."""
+    expert_ratio: float | None
+    """Hidden width of an expert over d; null: `model.ffn_ratio`, an expert as wide as the dense feed-forward."""
+    shared_experts: int
+    """Experts that work on every token beside the chosen ones, as one feed-forward of so many times an expert's hidden width."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,7 +325,12 @@ class RunConfig:
     @property
     def sparse_layers(self) -> tuple[int, ...]:
         """Numbers of the blocks that carry experts; none in a dense network."""
-        return () if self.moe.router is None else sparse_layers(self.model.layers)
+        return () if self.moe.router is None else sparse_layers(self.model.layers, which=self.moe.layers)
+
+    @property
+    def expert_ratio(self) -> float:
+        """Hidden width of an expert over d."""
+        return self.model.ffn_ratio if self.moe.expert_ratio is None else self.moe.expert_ratio
 
     @property
     def group_tokens(self) -> int:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 if TYPE_CHECKING:
     import torch
@@ -59,6 +59,22 @@ class SlotConfig:
         return ()
 
 
+Sees = Literal["modulated", "hidden", "timestep"]
+"""What a router computes affinities from, see `model.router.AffinityRouter`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterSizes:
+    """What a router is built for."""
+
+    width: int
+    """D, channels of a token."""
+    num_experts: int
+    """E."""
+    patch_values: int
+    """P, values of a patch: what the network predicts for a token."""
+
+
 class RouterConfig(SlotConfig):
     """Decides which tokens an expert works on (`model.router.Router`).
 
@@ -78,15 +94,20 @@ class RouterConfig(SlotConfig):
         whole is refused by the configuration's rules."""
         raise NotImplementedError
 
-    def flops_per_token(self, *, width: int, num_experts: int) -> float:
+    def stages(self) -> tuple[tuple[int, RouterConfig], ...]:
+        """(first step, what holds from there on), ascending from step 0: shapes change only between two stages. The plan, the
+        rules of the layout and the checks are asked for each."""
+        return ((0, self),)
+
+    def flops_per_token(self, sizes: RouterSizes) -> float:
         """Forward FLOPs: the product with a (width, num_experts) matrix."""
-        return 2.0 * width * num_experts
+        return 2.0 * sizes.width * sizes.num_experts
 
-    def kept_bytes_per_token(self, *, width: int, num_experts: int, compute_bytes: int) -> float:
+    def kept_bytes_per_token(self, sizes: RouterSizes, *, compute_bytes: int) -> float:
         """Bytes that autograd keeps: the fp32 copy of the input (where it is not fp32 already), affinities and their softmax."""
-        return (4.0 * width if compute_bytes < 4 else 0.0) + 8.0 * num_experts
+        return (4.0 * sizes.width if compute_bytes < 4 else 0.0) + 8.0 * sizes.num_experts
 
-    def build(self, *, width: int, num_experts: int) -> nn.Module:
+    def build(self, sizes: RouterSizes) -> nn.Module:
         """A `model.router.Router`. Called under the meta device: make parameters and buffers, never values."""
         raise NotImplementedError
 
@@ -106,16 +127,29 @@ class ExpertsConfig(SlotConfig):
         """A `model.moe.Experts`. Called under the meta device."""
         raise NotImplementedError
 
+    shared_matrices: ClassVar[int] = 0
+    """(width, hidden) matrices of what `build_shared` makes; 0 where there is none."""
 
+    def build_shared(self, *, width: int, hidden: int) -> nn.Module:
+        """The same arithmetic for every token (`moe.shared_experts`), of nn.Linear layers without biases: `down` gives the result,
+        the others (`up`, `gate`) read the tokens. Called under the meta device."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
 class DispatcherConfig(SlotConfig):
     """How rows are gathered for the experts and their results summed (`model.moe.Dispatcher`)."""
 
     same_result: ClassVar[bool] = False
     """Whether it computes what any other such class computes, up to rounding, so that a resume may change from one to the other."""
 
-    cap: float | None = None
-    """For routers whose number of rows varies. None: counts are exchanged, then just these rows. A number: a static table of `cap`
+    cap: float | None
+    """For routers whose number of rows varies. null: counts are exchanged, then just these rows. A number: a static table of cap
     times the mean rows per expert and group; rows beyond it are dropped, lowest gates first, and counted."""
+
+    def check(self, run: RunConfig, check: Checker, *, key: str) -> None:
+        if self.cap is not None:
+            check.positive([f"{key}.cap"])
 
     def build(self) -> Any:
         """A `model.moe.Dispatcher` for one device; `parallel.expert_parallel` carries its rows over ranks."""

@@ -1,7 +1,8 @@
 """Run folders of older versions, read as this version would have written them.
 
-`resolved.yaml` says its format since format 2; format 1 (ecdit 0.1, before slots) says nothing. Checkpoints did not change: names,
-shapes and files of a format-1 run load as they are.
+`resolved.yaml` says its format since format 2; format 1 (ecdit 0.1, before slots) says nothing. Format 3 has keys that format 2 had
+not: each gets the value that says what the code did before it (`ADDED`). Checkpoints did not change: names, shapes and files of
+older runs load as they are.
 """
 
 from __future__ import annotations
@@ -12,10 +13,26 @@ from typing import Any
 from ecdit_train.config.slots import TARGET
 from ecdit_train.errors import RunFolderError
 
-FORMAT = 2
+FORMAT = 3
 """What this version writes."""
 
 KEY = "format"
+
+ADDED: Mapping[str, Any] = {
+    "model.cross_attention": True,
+    "model.modulation": "shared",
+    "moe.layers": "even",
+    "moe.expert_ratio": None,
+    "moe.shared_experts": 0,
+}
+"""Keys since format 3 and what was there before them."""
+
+ADDED_TO: Mapping[str, Mapping[str, Any]] = {
+    "ecdit_train.model.routers.expert_choice.ExpertChoice": {"sees": "modulated"},
+    "ecdit_train.model.routers.token_choice.TokenChoice": {"sees": "modulated"},
+    "ecdit_train.model.routers.threshold.Threshold": {"sees": "modulated"},
+}
+"""The same for keys of classes that fill slots, wherever they do."""
 
 _ROUTERS = {
     "expert_choice": ("ecdit_train.model.routers.expert_choice.ExpertChoice", ("capacity_factor",)),
@@ -59,15 +76,16 @@ def upgrade(tree: Mapping[str, Any], *, where: str) -> dict[str, Any]:
     number = tree.pop(KEY, 1)
     if number == FORMAT:
         return tree
-    if number != 1:
+    if number not in (1, 2):
         raise RunFolderError(
-            f"{where} has format {number!r}; this ecdit reads formats 1 and {FORMAT}: use the one that wrote it"
+            f"{where} has format {number!r}; this ecdit reads formats 1 to {FORMAT}: use the one that wrote it"
         )
     try:
-        return _from_1(tree)
+        return _from_2(_from_1(tree) if number == 1 else tree)
     except (KeyError, TypeError, AttributeError) as error:
         raise RunFolderError(
-            f"{where} has no format number, so ecdit 0.1 should have written it (format 1), but it does not read as such: {error!r}"
+            f"{where} should be of format {number}{', of ecdit 0.1, as it says none' if number == 1 else ''}, "
+            f"but does not read as such: {error!r}"
         ) from error
 
 
@@ -99,6 +117,21 @@ def _from_1(old: dict[str, Any]) -> dict[str, Any]:
         },
         "observe": {key: observe[key] for key in ("log_every", "sample_every", "prompts")} | {"sinks": sinks},
     }
+
+
+def _from_2(old: Any) -> dict[str, Any]:
+    new = _with_classes_keys(old)
+    for key, value in ADDED.items():
+        section, _, name = key.rpartition(".")
+        new[section] = {name: value, **new[section]}
+    return new
+
+
+def _with_classes_keys(tree: Any) -> Any:
+    """Every object of a class that ADDED_TO names gets the keys it lacks."""
+    if not isinstance(tree, Mapping):
+        return tree
+    return {**ADDED_TO.get(tree.get(TARGET, ""), {}), **{key: _with_classes_keys(value) for key, value in tree.items()}}
 
 
 def _object(table: Mapping[str, tuple[str, tuple[str, ...]]], section: Mapping[str, Any], *, by: str) -> dict[str, Any]:

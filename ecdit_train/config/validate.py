@@ -110,17 +110,10 @@ def _ranges(check: Checker) -> None:
         check.require(bool(check.values[field].strip()), field, rule="must not be empty")
     sizes = ["layers", "width", "heads", "kv_heads", "ffn_ratio", "patch", "text_width"]
     check.at_least(1, [f"model.{name}" for name in sizes])
-    check.at_least(
-        0,
-        [
-            "model.text_refiner_layers",
-            "train.seed",
-            "sample.seed",
-            "data.prefetch",
-            "optim.warmup_steps",
-            "optim.decay_steps",
-        ],
-    )
+    check.at_least(0, ["model.text_refiner_layers", "train.seed", "sample.seed", "data.prefetch", "optim.warmup_steps"])
+    check.at_least(0, ["moe.shared_experts", "optim.decay_steps"])
+    if check.values["moe.expert_ratio"] is not None:
+        check.positive(["moe.expert_ratio"])
     check.at_least(1, ["moe.num_experts", "moe.group_size", "sample.steps", "sample.group_size"])
     check.at_least(0, ["observe.sample_every", "sample.guidance", "optim.clip_norm"])
     check.at_least(1, ["data.resolution", "data.threads", "train.steps", "train.global_batch", "train.microbatch"])
@@ -200,8 +193,19 @@ _TOKENS = ("data.resolution", "encoders.image.factor", "model.patch", "diffusion
 
 
 def _experts(cfg: RunConfig, check: Checker) -> None:
-    rule = "must be at least 2 with experts: layers 2, 4, ... carry them"
-    check.require(cfg.model.layers >= 2, "model.layers", rule=rule, nearest=2)
+    if cfg.moe.layers == "even":
+        rule = "must be at least 2 with experts: layers 2, 4, ... carry them"
+        check.require(cfg.model.layers >= 2, "model.layers", rule=rule, nearest=2)
+    if check.sane("moe.expert_ratio", "model.width", "model.ffn_ratio"):
+        hidden, width = cfg.expert_ratio * cfg.model.width, cfg.model.width
+        rule = (
+            f"must give experts of a whole width: {short(cfg.expert_ratio)} * model.width = {width} is {short(hidden)}"
+        )
+        nearest = max(round(hidden), 1) / width
+        check.require(is_whole(hidden) and hidden >= 1 - 1e-6, "moe.expert_ratio", rule=rule, nearest=nearest)
+    if cfg.moe.shared_experts and cfg.moe.experts is not None and not cfg.moe.experts.shared_matrices:
+        rule = f"must be 0: {type(cfg.moe.experts).__name__} has no form that works on every token"
+        check.require(False, "moe.shared_experts", rule=rule, nearest=0)
     for name in ("experts", "dispatcher"):
         rule = f"must be filled when moe.router is; choose one with moe/{name}=NAME"
         check.require(getattr(cfg.moe, name) is not None, f"moe.{name}", rule=rule)

@@ -27,6 +27,9 @@ class Assignment:
     losses: Mapping[str, Tensor] = field(default_factory=dict)
     """Auxiliary losses by name, weight included: scalars, each a mean over groups, so that it does not depend on how
     groups are spread over ranks. They are added to the training loss and logged as `train/NAME_loss`."""
+    targets: Mapping[str, tuple[float, Tensor]] = field(default_factory=dict)
+    """Own predictions of what the network predicts, (G, S, P), each with the weight of its loss: the training step adds weight *
+    the network's own loss of that prediction, logged as `train/NAME_loss`. Only while training."""
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
     """Scalars for the logs, as `moe/L{n}/NAME`."""
     observed: Mapping[str, Tensor] = field(default_factory=dict)
@@ -120,6 +123,19 @@ def taken(assignment: Assignment) -> tuple[Tensor, Tensor, Tensor]:
     index = assignment.index_EGC.flatten()
     one = torch.ones_like(index) if assignment.filled_EGC is None else assignment.filled_EGC.flatten().to(torch.int64)
     return index, assignment.gate_EGC.flatten(), one
+
+
+def chosen(assignment: Assignment) -> Tensor:
+    """1.0 where an expert works on a token, else 0.0: (N, E) fp32. For a settled assignment; metrics only, nothing
+    is computed from it."""
+    N, E = assignment.probability_GSE.flatten(0, 1).shape
+    index_R, _, one_R = taken(assignment)
+    if isinstance(assignment, Rows):
+        expert_R = assignment.expert_R
+    else:
+        expert_R = torch.arange(E, device=index_R.device).repeat_interleave(len(index_R) // E)
+    flat = torch.zeros(N * E, device=index_R.device).index_add(0, index_R * E + expert_R, one_R.float())
+    return flat.view(N, E).clamp(max=1.0)
 
 
 def experts_per_token(assignment: Assignment) -> Tensor:

@@ -6,19 +6,22 @@ width, L text tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ecdit_train.config.schema import HEAD_DIM, ModelConfig, MoEConfig, sparse_layers
+from ecdit_train.config.slots import RouterSizes
 
 from .assignment import Assignment
 from .attention import Attention
-from .block import Block, modulate
+from .block import Block, modulate, norm
 from .embed import Conditioning, Text, TextEmbedding, TimestepEmbedding, patchify, sincos_2d, take_tokens
 from .feed_forward import FeedForward
 from .moe import MoE
+from .router import Router
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,12 +33,13 @@ class Prediction:
     assignments: tuple[Assignment, ...]
     """One per sparse block, first to last."""
 
-    @property
-    def losses(self) -> dict[str, Tensor]:
-        """The routers' auxiliary losses by name, summed over layers."""
+    def losses(self, of: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """The routers' auxiliary losses by name, summed over layers. `of`: the network's loss of a prediction (B, K, P), for
+        layers that make one of their own."""
         total: dict[str, Tensor] = {}
         for assignment in self.assignments:
-            for name, loss in assignment.losses.items():
+            targets = {name: w * of(y.view_as(self.patches_BKP)) for name, (w, y) in assignment.targets.items()}
+            for name, loss in {**assignment.losses, **targets}.items():
                 total[name] = total[name] + loss if name in total else loss
         return total
 
@@ -52,8 +56,10 @@ class DiT(nn.Module):
             text_features, width=model.text_width, layers=model.text_refiner_layers, head_dim=HEAD_DIM
         )
         self.pooled_text = nn.Linear(model.text_width, D)
-        self.shared_modulation = nn.Linear(D, 6 * D)
-        self.blocks = nn.ModuleList(make_block(model, moe, number=n) for n in range(1, model.layers + 1))
+        self.shared_modulation = nn.Linear(D, 6 * D) if model.modulation == "shared" else None
+        self.blocks = nn.ModuleList(
+            make_block(model, moe, number=n, patch_values=patch_values) for n in range(1, model.layers + 1)
+        )
         self.final_modulation = nn.Linear(D, 2 * D)
         self.final = nn.Linear(D, patch_values)
 
@@ -74,40 +80,56 @@ class DiT(nn.Module):
             if assignment is not None:
                 assignments.append(assignment)
         shift, scale = self.final_modulation(c.vector_BD).chunk(2, dim=-1)
-        patches = self.final(modulate(x, shift_BD=shift, scale_BD=scale))
+        patches = self.final(modulate(norm(x), shift_BD=shift, scale_BD=scale))
         return Prediction(patches_BKP=patches, assignments=tuple(assignments))
+
+    @property
+    def routers(self) -> list[Router]:
+        """Of the sparse blocks, first to last."""
+        return [block.feed_forward.router for block in self.blocks if isinstance(block.feed_forward, MoE)]
 
     def condition(self, t_B: Tensor, text: Text) -> Conditioning:
         text_BLY, mask_BL, pooled_BY = self.text(text)
-        vector = F.silu(self.timestep(t_B) + self.pooled_text(pooled_BY))
+        timestep = self.timestep(t_B)
+        vector = F.silu(timestep + self.pooled_text(pooled_BY))
+        shared = self.shared_modulation
         return Conditioning(
             text_BLY=text_BLY,
             text_mask_BL=mask_BL,
             vector_BD=vector,
-            shared_B6D=self.shared_modulation(vector).unflatten(-1, (6, -1)),
+            timestep_BD=timestep,
+            shared_B6D=None if shared is None else shared(vector).unflatten(-1, (6, -1)),
         )
 
 
-def make_block(model: ModelConfig, moe: MoEConfig, *, number: int) -> Block:
+def make_block(model: ModelConfig, moe: MoEConfig, *, number: int, patch_values: int) -> Block:
     D = model.width
-    sparse = moe.router is not None and number in sparse_layers(model.layers)
+    sparse = moe.router is not None and number in sparse_layers(model.layers, which=moe.layers)
+    cross_attention = None
+    if model.cross_attention:
+        cross_attention = Attention(
+            D, context_width=model.text_width, heads=model.heads, kv_heads=model.heads, head_dim=HEAD_DIM
+        )
     return Block(
         D,
         self_attention=Attention(D, context_width=D, heads=model.heads, kv_heads=model.kv_heads, head_dim=HEAD_DIM),
-        cross_attention=Attention(
-            D, context_width=model.text_width, heads=model.heads, kv_heads=model.heads, head_dim=HEAD_DIM
-        ),
-        feed_forward=make_moe(model, moe) if sparse else FeedForward(D, hidden=model.ffn_ratio * D),
+        cross_attention=cross_attention,
+        feed_forward=make_moe(model, moe, patch_values=patch_values)
+        if sparse
+        else FeedForward(D, hidden=model.ffn_ratio * D),
+        modulations=3 if model.modulation == "shared" else 6,
     )
 
 
-def make_moe(model: ModelConfig, moe: MoEConfig) -> MoE:
+def make_moe(model: ModelConfig, moe: MoEConfig, *, patch_values: int) -> MoE:
     assert moe.router is not None
     assert moe.experts is not None
     assert moe.dispatcher is not None
-    router = moe.router.build(width=model.width, num_experts=moe.num_experts)
-    hidden = model.ffn_ratio * model.width
-    experts = moe.experts.build(width=model.width, hidden=hidden, num_experts=moe.num_experts)
+    D, E = model.width, moe.num_experts
+    router = moe.router.build(RouterSizes(width=D, num_experts=E, patch_values=patch_values))
+    hidden = round((model.ffn_ratio if moe.expert_ratio is None else moe.expert_ratio) * D)
+    experts = moe.experts.build(width=D, hidden=hidden, num_experts=E)
     dispatcher = moe.dispatcher.build()
     dispatcher.cap = moe.dispatcher.cap
-    return MoE(router, experts, dispatcher=dispatcher)  # type: ignore[arg-type]
+    shared = moe.experts.build_shared(width=D, hidden=moe.shared_experts * hidden) if moe.shared_experts else None
+    return MoE(router, experts, dispatcher=dispatcher, shared=shared)  # type: ignore[arg-type]

@@ -85,8 +85,11 @@ class Conditioning:
     text_mask_BL: Tensor
     vector_BD: Tensor
     """Timestep plus pooled text, after SiLU."""
-    shared_B6D: Tensor
-    """The modulation that all blocks share: shift, scale, gate of self-attention, then of the feed-forward."""
+    timestep_BD: Tensor
+    """The timestep alone."""
+    shared_B6D: Tensor | None
+    """The modulation that all blocks share: shift, scale, gate of self-attention, then of the feed-forward; None where
+    each has its own."""
 
 
 class RefinerLayer(nn.Module):

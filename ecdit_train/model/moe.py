@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from .assignment import Assignment, Rows, Selection, Table
-from .router import Router
+from .router import Router, RouterInput
 
 Pipeline = Callable[[Callable[[Tensor], Tensor], Any], Any]
 """(compute, rows in flight) -> results in flight: how a distributed dispatcher feeds experts part by part."""
@@ -115,19 +115,43 @@ class Dispatcher:
 class MoE(nn.Module):
     """Sparse feed-forward over routing groups of consecutive tokens."""
 
-    def __init__(self, router: Router, experts: Experts, *, dispatcher: Dispatcher) -> None:
+    def __init__(
+        self, router: Router, experts: Experts, *, dispatcher: Dispatcher, shared: nn.Module | None = None
+    ) -> None:
         super().__init__()
         self.router = router
         self.experts = experts
         self.dispatcher = dispatcher
+        self.shared = shared
+        """A feed-forward that works on every token beside the chosen experts."""
 
-    def forward(self, x_BSD: Tensor, *, group_tokens: int) -> tuple[Tensor, Assignment]:
-        """x: (B, S, D), `group_tokens` tokens compete for each expert (B * S must be whole groups). Returns (B, S, D)
-        and who took what (a Table or Rows)."""
+    def forward(
+        self,
+        x_BSD: Tensor,
+        *,
+        group_tokens: int,
+        normed_BSD: Tensor | None = None,
+        hidden_BSD: Tensor | None = None,
+        timestep_BD: Tensor | None = None,
+    ) -> tuple[Tensor, Assignment]:
+        """x: (B, S, D), what experts work on; `group_tokens` tokens compete for each expert (B * S must be whole groups). The
+        others are what a router may look at besides (`RouterInput`); a layer on its own, as in tests, has x alone. Returns
+        (B, S, D) and who took what (a Table or Rows)."""
         B, S, D = x_BSD.shape
         assert (B * S) % group_tokens == 0, f"{B} x {S} tokens are not whole groups of {group_tokens}"
-        assignment = self.dispatcher.settle(self.router(x_BSD.reshape(-1, group_tokens, D)))
+        x_GSD, normed_GSD, hidden_GSD = (
+            (x_BSD if z is None else z).reshape(-1, group_tokens, D) for z in (None, normed_BSD, hidden_BSD)
+        )
+        timestep_BD = x_BSD.new_zeros(B, D) if timestep_BD is None else timestep_BD
+        tokens = RouterInput(
+            x_GSD=x_GSD, normed_GSD=normed_GSD, hidden_GSD=hidden_GSD, timestep_BD=timestep_BD, image_tokens=S
+        )
+        assignment = self.dispatcher.settle(self.router(tokens))
         assert isinstance(assignment, Table | Rows)
         rows = self.dispatcher.dispatch(x_BSD.reshape(-1, D), assignment)
-        y_ND = self.dispatcher.combine(self.experts(rows, self.dispatcher.pipeline), assignment, num_tokens=B * S)
-        return y_ND.view(B, S, D), assignment
+        pipeline = (
+            None if isinstance(rows, Tensor) else self.dispatcher.pipeline
+        )  # a varying number of rows travels as one
+        y_ND = self.dispatcher.combine(self.experts(rows, pipeline), assignment, num_tokens=B * S)
+        y_BSD = y_ND.view(B, S, D)
+        return (y_BSD if self.shared is None else y_BSD + self.shared(x_BSD)), assignment

@@ -1,18 +1,51 @@
 """What a router is. Implementations are in `routers/`, one file each with its configuration; how to add one: CONTRIBUTING.md.
 
-Legend: G routing groups, S tokens of a group, D hidden width, E experts.
+Legend: B images, G routing groups, S tokens of a group, D hidden width, E experts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import register_dataclass
+
+from ecdit_train.config.slots import RouterSizes, Sees
 
 from .assignment import Assignment
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterInput:
+    """The tokens of whole groups, as a router may look at them. Groups hold consecutive tokens, images follow each other."""
+
+    x_GSD: Tensor
+    """What the experts work on: normalised, then modulated by timestep and text."""
+    normed_GSD: Tensor
+    """Normalised, not modulated."""
+    hidden_GSD: Tensor
+    """The residual stream itself: x' of the paper (eq. 4)."""
+    timestep_BD: Tensor
+    """Embedding of each image's timestep, without the text."""
+    image_tokens: int
+    """Tokens of an image: G * S = B * image_tokens."""
+
+    @classmethod
+    def of(cls, x_GSD: Tensor, *, image_tokens: int | None = None) -> RouterInput:
+        """One tensor for every view of the tokens and timesteps of zero: a router on its own, in tests and benchmarks.
+        `image_tokens`: S where it is not said."""
+        G, S, D = x_GSD.shape
+        image_tokens = image_tokens or S
+        timestep = x_GSD.new_zeros(G * S // image_tokens, D)
+        return cls(x_GSD=x_GSD, normed_GSD=x_GSD, hidden_GSD=x_GSD, timestep_BD=timestep, image_tokens=image_tokens)
+
+
+register_dataclass(RouterInput)  # so that FSDP and checkpointing see the tensors inside
 
 
 class Router(nn.Module):
@@ -27,12 +60,16 @@ class Router(nn.Module):
     constants: ClassVar[Mapping[str, float]] = {}
     """Parameters that start at one value, by their names in the router."""
 
-    def forward(self, x_GSD: Tensor) -> Assignment:
-        """x: (G, S, D), the tokens of whole groups. Returns a `Table` where the number of rows is fixed, else a `Selection`.
+    def forward(self, tokens: RouterInput) -> Assignment:
+        """Returns a `Table` where the number of rows is fixed, else a `Selection`; which of the two may differ between
+        training and inference (`self.training`).
 
         May be run twice for one step, so it writes nothing: what buffers need goes into `Assignment.observed`.
         """
         raise NotImplementedError
+
+    def at_step(self, step: int) -> None:
+        """Before every update and before drawing: `step` updates were made. For what changes by stages (`RouterConfig.stages`)."""
 
     def reset_buffers(self) -> None:
         """Write the first values of all buffers, in place."""
@@ -49,17 +86,48 @@ class Router(nn.Module):
 
 
 class AffinityRouter(Router):
-    """Affinity of tokens and experts, softmax over experts: A = softmax(x W_r) (paper eq. 5)."""
+    """Affinity of tokens and experts, softmax over experts: A = softmax(x W_r) (paper eq. 5).
 
-    def __init__(self, width: int, *, num_experts: int) -> None:
+    `sees`: `modulated` is what the experts see; `hidden` is x'; `timestep` is [t ; x]: the unmodulated token with its timestep
+    beside it, so that the scale of a modulation cannot decide who takes which token (Nucleus-Image, arXiv 2604.12163).
+    `mixes`: a layer x <- GELU(x W) of the tokens' width comes first (Expert Race).
+    """
+
+    def __init__(self, sizes: RouterSizes, *, sees: Sees, mixes: bool = False) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(width, num_experts))
+        self.sees = sees
+        self.weight = nn.Parameter(torch.empty(sizes.width, sizes.num_experts))
+        self.timestep_weight = nn.Parameter(torch.empty(sizes.width, sizes.num_experts)) if sees == "timestep" else None
+        self.mix = nn.Parameter(torch.empty(sizes.width, sizes.width)) if mixes else None
 
-    def affinity(self, x_GSD: Tensor) -> Tensor:
+    def seen(self, tokens: RouterInput) -> Tensor:
+        """(G, S, D) fp32: what the product with `weight` is taken of."""
+        x = {"modulated": tokens.x_GSD, "hidden": tokens.hidden_GSD, "timestep": tokens.normed_GSD}[self.sees]
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        if self.mix is None:
+            return x
+        with torch.autocast(x.device.type, enabled=False):
+            return F.gelu(x @ self.mix.to(x.dtype), approximate="tanh")
+
+    def logits(self, tokens: RouterInput, *, seen_GSD: Tensor | None = None) -> Tensor:
+        """(G, S, E) fp32. `seen_GSD`: what `seen` returned, where it is needed for more."""
+        x = self.seen(tokens) if seen_GSD is None else seen_GSD
+        with torch.autocast(x.device.type, enabled=False):
+            logits = x @ self.weight.to(x.dtype)
+            if self.timestep_weight is None:
+                return logits
+            # One product per image, not per token: [t ; x] W = t W_t + x W_x.
+            by_image_BE = tokens.timestep_BD.to(x.dtype) @ self.timestep_weight.to(x.dtype)
+            return (logits.view(-1, tokens.image_tokens, logits.shape[-1]) + by_image_BE[:, None]).view_as(logits)
+
+    def affinity(self, tokens: RouterInput) -> Tensor:
         """(G, S, E) fp32."""
-        with torch.autocast(x_GSD.device.type, enabled=False):
-            dtype = torch.promote_types(x_GSD.dtype, torch.float32)
-            return (x_GSD.to(dtype) @ self.weight.to(dtype)).softmax(dim=-1)
+        return self.logits(tokens).softmax(dim=-1)
+
+
+def affinity_flops(sizes: RouterSizes, *, sees: Sees, mixes: bool = False) -> float:
+    """Forward FLOPs per token of an `AffinityRouter`; the timestep's product is per image and not counted."""
+    return 2.0 * sizes.width * (sizes.num_experts + (sizes.width if mixes else 0))
 
 
 def whole_capacity(exact: float, *, tokens: int) -> int:

@@ -147,9 +147,6 @@ class ExpertParallelDispatcher(Dispatcher):
             return assignment
         if (table := self.local.limit(assignment)) is not None:
             return table
-        assert self.pipeline is None, (
-            "exchanges overlap only where the number of rows is fixed: a rule of the configuration"
-        )
         rows = assignment.rows()
         gate_R = copy_to_group(rows.gate_R, self.tp_group)
         mine = replace(rows, gate_R=gate_R)

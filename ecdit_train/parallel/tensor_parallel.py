@@ -31,10 +31,10 @@ PLAN: tuple[tuple[str, Split], ...] = (
     (r"blocks\.\d+\.self_attention\.out", "row"),
     (r"blocks\.\d+\.cross_attention\.(query|key|value)", "column"),
     (r"blocks\.\d+\.cross_attention\.out", "row"),
-    (r"blocks\.\d+\.feed_forward\.up", "column"),
-    (r"blocks\.\d+\.feed_forward\.down", "row"),
+    (r"blocks\.\d+\.feed_forward\.(shared\.)?(up|gate)", "column"),
+    (r"blocks\.\d+\.feed_forward\.(shared\.)?down", "row"),
 )
-"""Module path -> how its matrix is split; `feed_forward` of a sparse block has no up or down itself and is not met.
+"""Module path -> how its matrix is split; in a sparse block only `feed_forward.shared`, the shared experts, is met.
 
 Everything else is replicated: AdaLN projections, timestep and pooled text see one vector per image, the text
 refiner runs once and not per block, the patch embedding and the output layer are small, the router must see all

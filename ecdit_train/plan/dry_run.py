@@ -192,7 +192,8 @@ def _run(cfg: RunConfig, *, world: int, started: float) -> DryRun:
         with tracker, log:
             prediction = model(**batch, group_tokens=cfg.group_tokens)
             after_forward = _snapshot(tracker, "current")
-            sum(prediction.losses.values(), prediction.patches_BKP.float().square().mean()).backward()
+            loss = prediction.patches_BKP.float().square().mean()
+            sum(prediction.losses(lambda y: y.float().square().mean()).values(), loss).backward()
         if log.unknown:
             raise AssertionError(f"collectives without a rule: {dict(log.unknown)}")
         peak, after_backward = _snapshot(tracker, "peak"), _snapshot(tracker, "current")

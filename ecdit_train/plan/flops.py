@@ -50,11 +50,14 @@ def per_step(cfg: RunConfig, *, checkpointing: str) -> Flops:
     sparse, patch_values = slots.sparse_blocks(cfg), m.patch**2 * slots.latent_channels(cfg)
     blocks = {
         "self_attention": m.layers * (2.0 * T * (2 * d * q + 2 * d * kv) + 4.0 * T * S * q),
-        "cross_attention": m.layers * (2.0 * T * 2 * d * q + 2.0 * TL * 2 * Y * q + 4.0 * T * L * q),
+        "cross_attention": m.cross_attention
+        * m.layers
+        * (2.0 * T * 2 * d * q + 2.0 * TL * 2 * Y * q + 4.0 * T * L * q),
         "dense_feed_forward": (m.layers - sparse) * 2.0 * T * 2 * d * m.ffn_ratio * d,
         "experts": sparse * T * slots.experts_per_token(cfg) * slots.expert_flops_per_row(cfg),
+        "shared_experts": sparse * T * 2.0 * slots.shared_parameters(cfg),
         "router": sparse * T * slots.router_flops_per_token(cfg),
-        "modulation": m.layers * 2.0 * images * 3 * d * d,
+        "modulation": m.layers * 2.0 * images * (3 if m.modulation == "shared" else 6) * d * d,
     }
     outside = {
         # All patches are embedded; masking drops some of them afterwards.
@@ -62,7 +65,7 @@ def per_step(cfg: RunConfig, *, checkpointing: str) -> Flops:
         * images
         * (cfg.patches_per_image * patch_values * d + TimestepEmbedding.FEATURES * d + d * d + Y * d),
         "text": 2.0 * TL * X * Y + m.text_refiner_layers * (2.0 * TL * 12 * Y * Y + 4.0 * TL * L * Y),
-        "modulation": 2.0 * images * 8 * d * d,
+        "modulation": 2.0 * images * (8 if m.modulation == "shared" else 2) * d * d,
         "final": 2.0 * T * d * patch_values,
     }
     by_part = {part: 3.0 * (blocks.get(part, 0.0) + outside.get(part, 0.0)) for part in {**outside, **blocks}}

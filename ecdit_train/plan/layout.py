@@ -18,6 +18,7 @@ from ecdit_train.config.validate import validate
 from ecdit_train.errors import ConfigError, Problem
 from ecdit_train.parallel.degrees import Degrees, resolve_degrees
 
+from . import slots
 from .parameters import Parameters, is_split
 
 
@@ -119,10 +120,11 @@ def units(cfg: RunConfig, parameters: Parameters, layout: Layout) -> tuple[Unit,
     p, m, tp, c = parameters, cfg.model, layout.tp, element_bytes(cfg)
     q, kv = m.heads * HEAD_DIM, m.kv_heads * HEAD_DIM
     kv_here = max(m.kv_heads // tp, 1) * HEAD_DIM
-    split = 4 * m.width * q + 2 * m.text_width * q  # query and out of both attentions, key and value of the text
+    # Query and out of the attentions, key and value of the text.
+    split = 2 * m.width * q + (2 * m.width * q + 2 * m.text_width * q if m.cross_attention else 0)
     attention = split + 2 * m.width * kv  # nothing of it is replicated
     attention_saved = split - split // tp + 2 * m.width * (kv - kv_here)
-    feed_forward = 2 * m.width * m.width * m.ffn_ratio
+    feed_forward, shared = 2 * m.width * m.width * m.ffn_ratio, slots.shared_parameters(cfg)
     repeated = 2 * m.width * kv_here if tp > m.kv_heads else 0
 
     def unit(name: str, count: int, gathered: int, *, alike: int = 0, twice: int = 0, **other: Any) -> Unit:
@@ -143,8 +145,8 @@ def units(cfg: RunConfig, parameters: Parameters, layout: Layout) -> tuple[Unit,
         unit(
             "sparse block",
             p.sparse_blocks,
-            p.sparse_per_block - attention_saved,
-            alike=p.sparse_per_block - attention,
+            p.sparse_per_block - attention_saved - (shared - shared // tp),
+            alike=p.sparse_per_block - attention - shared,
             twice=repeated,
         ),
         unit("router", p.sparse_blocks, p.router_per_block, alike=p.router_per_block, bytes_each=4),

@@ -30,6 +30,7 @@ and S image tokens for L text tokens keeps, with tensor parallelism of degree p 
     dense feed-forward       [2r] + 1               before and after GELU; output
     sparse feed-forward      2 + [f_c (1 + 2r + 1 + 1)] + 1
                              router input in fp32; rows, before and after GELU, result, weighted; output
+    shared experts           [hidden values] + 1    a value for each matrix of theirs; output
 
 Attention keeps 4 h more bytes per token (log-sum-exp), the router 8 E (affinities), assignments 16 f_c.
 A compiled block keeps less: this is an upper bound. `full` checkpointing keeps a block's input only and holds one
@@ -178,9 +179,11 @@ def block_units(cfg: RunConfig, *, tp: int) -> tuple[float, float, float]:
     m = cfg.model
     kv = 2 * max(m.kv_heads / tp, 1.0) / m.heads
     text = 2 * slots.text_tokens(cfg) / cfg.tokens_per_image
-    common = (3 + 3 + 1 + 2) + 2 / tp + kv + (2 + text) / tp
+    common = (3 + 3 + 1) + 2 / tp + kv + (2 + (2 + text) / tp if m.cross_attention else 0)
     dense = 2 * m.ffn_ratio / tp + 1
+    shared = slots.shared_parameters(cfg) / m.width**2
     sparse = slots.experts_per_token(cfg) * slots.expert_kept_units_per_row(cfg) / tp + 1
+    sparse += shared / tp + 1 if shared else 0
     return common, dense, sparse
 
 

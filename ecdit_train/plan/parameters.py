@@ -20,6 +20,7 @@ PARTS = (
     "cross_attention",
     "dense_feed_forward",
     "experts",
+    "shared_experts",
     "router",
     "modulation",
     "final",
@@ -114,11 +115,10 @@ def _optimizer_state(cfg: RunConfig, shapes: Sequence[tuple[str, tuple[int, ...]
     elements: dict[tuple[str, bool], float] = defaultdict(float)
     held: dict[tuple[str, bool], float] = defaultdict(float)
     for name, shape in shapes:
-        part, block = part_of(name), name.split(".")[1]
-        if not name.startswith("blocks."):
-            unit = "root"
-        else:
-            unit = part if part in ("experts", "router") else "sparse block" if block in sparse else "dense block"
+        unit, part = "root", part_of(name)
+        if name.startswith("blocks."):
+            block = "sparse block" if name.split(".")[1] in sparse else "dense block"
+            unit = part if part in ("experts", "router") else block
         key = (unit, is_split(name))
         elements[key] += math.prod(shape)
         held[key] += math.prod(shape) * slots.optimizer_state_bytes(cfg, name, shape)
@@ -146,6 +146,7 @@ def part_of(name: str) -> str:
         ("norm_text", "cross_attention"),
         ("modulation", "modulation"),
         (".experts.", "experts"),
+        (".shared.", "shared_experts"),
         (".router.", "router"),
         ("feed_forward", "dense_feed_forward"),
     ):

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from ecdit_train.config.schema import RunConfig
-from ecdit_train.config.slots import Held
+from ecdit_train.config.slots import Held, RouterSizes
 from ecdit_train.model.dit import DiT
 
 EXPERT_CHOICE = "ecdit_train.model.routers.expert_choice.ExpertChoice"
@@ -67,7 +67,7 @@ def expert_flops_per_row(cfg: RunConfig) -> float:
 
 def expert_hidden_units_per_row(cfg: RunConfig) -> float:
     """Width of an expert's hidden layer over d."""
-    return cfg.model.ffn_ratio
+    return cfg.expert_ratio
 
 
 def expert_kept_units_per_row(cfg: RunConfig) -> float:
@@ -81,7 +81,7 @@ def expert_kept_units_per_row(cfg: RunConfig) -> float:
 def router_flops_per_token(cfg: RunConfig) -> float:
     """As the router says."""
     router = cfg.moe.router
-    return router.flops_per_token(width=cfg.model.width, num_experts=num_experts(cfg)) if router else 0.0
+    return router.flops_per_token(router_sizes(cfg)) if router else 0.0
 
 
 def router_activation_bytes_per_token(cfg: RunConfig) -> float:
@@ -90,11 +90,28 @@ def router_activation_bytes_per_token(cfg: RunConfig) -> float:
     if router is None:
         return 0.0
     size = COMPUTE_BYTES[cfg.train.precision]
-    return router.kept_bytes_per_token(width=cfg.model.width, num_experts=num_experts(cfg), compute_bytes=size)
+    return router.kept_bytes_per_token(router_sizes(cfg), compute_bytes=size)
+
+
+def router_sizes(cfg: RunConfig) -> RouterSizes:
+    """As the network builds its routers for."""
+    return RouterSizes(
+        width=cfg.model.width,
+        num_experts=cfg.moe.num_experts,
+        patch_values=cfg.model.patch**2 * latent_channels(cfg),
+    )
+
+
+def shared_parameters(cfg: RunConfig) -> int:
+    """Parameters of a sparse block's shared experts, which every token passes; 0 where there are none."""
+    experts = cfg.moe.experts
+    if experts is None or not cfg.moe.shared_experts:
+        return 0
+    return experts.shared_matrices * cfg.model.width * cfg.moe.shared_experts * _hidden(cfg)
 
 
 def _hidden(cfg: RunConfig) -> int:
-    return cfg.model.ffn_ratio * cfg.model.width
+    return round(cfg.expert_ratio * cfg.model.width)
 
 
 def assignment_bytes_per_token(cfg: RunConfig) -> float:

@@ -86,11 +86,13 @@ def _tensor_parallel(cfg: RunConfig, layout: Layout) -> Iterator[Flow]:
     tokens, sparse = layout.microbatch * cfg.tokens_per_image, slots.sparse_blocks(cfg)
     mode = layout.activation_checkpointing
     again, sum_again = int(mode != "none"), int(mode == "full")  # selective keeps the sparse layers' sums
-    sums = ((3 * m.layers - sparse) * (2 + again) + sparse * (2 + sum_again)) * micro
+    attentions, shared = m.layers * (2 if m.cross_attention else 1), sparse if cfg.moe.shared_experts else 0
+    sums = ((attentions + m.layers - sparse + shared) * (2 + again) + sparse * (2 + sum_again)) * micro
     text = layout.microbatch * slots.text_tokens(cfg) * m.text_width * c
     gates = tokens * slots.experts_per_token(cfg) * 4
     yield _flow("all_reduce", "tensor-parallel tokens", "tp", tp, calls=sums, message=tokens * m.width * c)
-    yield _flow("all_reduce", "tensor-parallel text", "tp", tp, calls=m.layers * micro, message=text)
+    if m.cross_attention:
+        yield _flow("all_reduce", "tensor-parallel text", "tp", tp, calls=m.layers * micro, message=text)
     yield _flow("all_reduce", "tensor-parallel gates", "tp", tp, calls=sparse * micro, message=gates)
     if layout.tp > m.kv_heads:
         calls, group = 2 * m.layers * micro, layout.group_of(layout.tp // m.kv_heads)

@@ -5,6 +5,7 @@ Legend: B images of one microbatch, C channels, H W latent height and width, K k
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -17,7 +18,6 @@ from ecdit_train.errors import NonFiniteError
 from ecdit_train.model.assignment import Assignment
 from ecdit_train.model.dit import DiT
 from ecdit_train.model.embed import Text, patchify, take_tokens
-from ecdit_train.model.moe import MoE
 from ecdit_train.parallel.context import ParallelContext
 
 
@@ -58,8 +58,9 @@ def forward_backward(
             x_BKP, eps_BKP = (patchify(z, patch=model.patch) for z in (micro.latents_BCHW, draws.eps_BCHW))
             if draws.keep_BK is not None:
                 x_BKP, eps_BKP = take_tokens(x_BKP, draws.keep_BK), take_tokens(eps_BKP, draws.keep_BK)
-            loss = flow.loss(prediction.patches_BKP, x_BKP=x_BKP, eps_BKP=eps_BKP, t_B=draws.t_B)
-            auxiliary = prediction.losses
+            truth = {"x_BKP": x_BKP, "eps_BKP": eps_BKP, "t_B": draws.t_B}
+            loss = flow.loss(prediction.patches_BKP, **truth)
+            auxiliary = prediction.losses(functools.partial(flow.loss, **truth))
             (sum(auxiliary.values(), loss) / num).backward()
         assert n == 0 or auxiliary.keys() == done.auxiliary.keys(), (
             "a router has other losses than in the microbatch before"
@@ -116,7 +117,7 @@ def train_step(
 def update_buffers(parallel: ParallelContext, assignments: list[tuple[Assignment, ...]]) -> None:
     """Give each router what it observed, averaged over the step's microbatches and all ranks: the same bits everywhere,
     so that the copies of a buffer never drift apart. Nothing where no router observes anything."""
-    routers = [block.feed_forward.router for block in parallel.model.blocks if isinstance(block.feed_forward, MoE)]
+    routers = parallel.model.routers
     means = [
         {
             name: torch.stack([m[layer].observed[name] for m in assignments]).mean(0)

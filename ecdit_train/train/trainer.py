@@ -150,6 +150,8 @@ class Trainer:
         c, state = self.config, self.state
         lr = learning_rate(state.step, c.optim, total_steps=c.train.steps)
         self.window.add("optim/lr", lr)
+        for router in self.parallel.model.routers:
+            router.at_step(state.step)
         try:
             return train_step(
                 list(split(batch, size=c.train.microbatch)),

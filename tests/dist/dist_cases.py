@@ -34,10 +34,10 @@ GROUP = 16
 MAX_NORM = 0.01
 
 MODEL = ModelConfig(
-    name="test", layers=4, width=32, heads=4, kv_heads=2, ffn_ratio=2, patch=2, text_width=64, text_refiner_layers=1
+    name="test", layers=4, width=32, heads=4, kv_heads=2, ffn_ratio=2, patch=2, text_width=64, text_refiner_layers=1, cross_attention=True, modulation="shared"
 )
-EXPERT_CHOICE = ExpertChoice(capacity_factor=2.0)
-TOKEN_CHOICE_ROUTER = TokenChoice(capacity_factor=2.0, top_k=2, balance_weight=0.01)
+EXPERT_CHOICE = ExpertChoice(capacity_factor=2.0, sees="modulated")
+TOKEN_CHOICE_ROUTER = TokenChoice(capacity_factor=2.0, top_k=2, balance_weight=0.01, sees="modulated")
 MOE = MoEConfig(
     router=EXPERT_CHOICE,
     experts=Gelu(),
@@ -45,10 +45,13 @@ MOE = MoEConfig(
     num_experts=8,
     scope="group",
     group_size=GROUP,
+    layers="even",
+    expert_ratio=None,
+    shared_experts=0,
 )
 TOKEN_CHOICE = replace(MOE, router=TOKEN_CHOICE_ROUTER)
 DENSE = replace(MOE, router=None, experts=None, dispatcher=None)
-THRESHOLD = replace(MOE, router=Threshold(capacity_factor=2.0, momentum=0.9))
+THRESHOLD = replace(MOE, router=Threshold(capacity_factor=2.0, momentum=0.9, sees="modulated"))
 """A varying number of rows: counts first, then uneven exchange."""
 CAPPED = replace(THRESHOLD, dispatcher=IndexAdd(cap=0.75))
 """The same under a static cap that drops some."""
@@ -209,8 +212,11 @@ def forward(model: DiT, part: dict[str, Tensor], *, group_tokens: int) -> tuple[
     text = Text(features_BLX=part["features"], mask_BL=part["mask"], drop_B=part["drop"])
     out = model(part["latents"], t_B=part["t"], text=text, keep_BK=part["keep"], group_tokens=group_tokens)
     dtype = torch.promote_types(out.patches_BKP.dtype, torch.float32)
-    loss = nn.functional.mse_loss(out.patches_BKP.to(dtype), part["target"].to(dtype))
-    return sum(out.losses.values(), loss), out
+
+    def of(patches: Tensor) -> Tensor:
+        return nn.functional.mse_loss(patches.to(dtype), part["target"].to(dtype))
+
+    return sum(out.losses(of).values(), of(out.patches_BKP)), out
 
 
 def chosen_in_group(prediction: Prediction) -> list[Tensor]:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from moe_configs import moe_config
 from torch import Tensor
 
+from ecdit_train.config.slots import RouterSizes
 from ecdit_train.model.assignment import experts_per_token
 from ecdit_train.model.moe import MoE
 
@@ -17,7 +18,7 @@ POOLS, TOKENS, WIDTH = 3, 24, 10
 
 def layer(*, experts: int, top_k: int, capacity_factor: float) -> MoE:
     config = moe_config("token_choice", num_experts=experts, capacity_factor=capacity_factor, top_k=top_k)
-    router = config.router.build(width=WIDTH, num_experts=experts)
+    router = config.router.build(RouterSizes(width=WIDTH, num_experts=experts, patch_values=1))
     made = MoE(
         router, config.experts.build(width=WIDTH, hidden=16, num_experts=experts), dispatcher=config.dispatcher.build()
     )

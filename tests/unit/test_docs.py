@@ -328,18 +328,21 @@ def test_a_class_of_ones_own_routes(example_folder):
     """The router of the page is expert choice when its temperature is 1, and something else when it is not."""
     import torch
 
+    from ecdit_train.config.slots import RouterSizes
+    from ecdit_train.model.router import RouterInput
     from ecdit_train.model.routers.expert_choice import ExpertChoice
 
+    sizes = RouterSizes(width=8, num_experts=4, patch_values=1)
     x_GSD = torch.randn(2, 16, 8, generator=torch.Generator().manual_seed(0))
     said = []
     for temperature in (1.0, 0.5):
         words = ["experiment=shapes_tiny", "moe/router=sharp", f"moe.router.temperature={temperature}"]
         config = compose.configure(words, config_dir=example_folder / "mylab").config
         assert config.moe.router is not None
-        own, plain = (c.build(width=8, num_experts=4) for c in (config.moe.router, ExpertChoice(capacity_factor=2.0)))
+        own, plain = (c.build(sizes) for c in (config.moe.router, ExpertChoice(capacity_factor=2.0, sees="modulated")))
         weight = torch.randn(8, 4, generator=torch.Generator().manual_seed(1))
         own.weight.data, plain.weight.data = weight, weight
-        said.append((own(x_GSD), plain(x_GSD)))
+        said.append((own(RouterInput.of(x_GSD)), plain(RouterInput.of(x_GSD))))
     (cold, usual), (sharp, _) = said
     torch.testing.assert_close(cold.gate_EGC.sort().values, usual.gate_EGC.sort().values)
     assert sharp.gate_EGC.mean() > 1.05 * cold.gate_EGC.mean()

@@ -6,6 +6,7 @@ Legend: e experts on this rank, R rows of each, D hidden width, H expert hidden 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from ecdit_train.config.slots import ExpertsConfig
 
+from ..feed_forward import FeedForward
 from ..moe import Experts
 
 
@@ -20,8 +22,13 @@ from ..moe import Experts
 class Gelu(ExpertsConfig):
     """Two bias-free layers with GELU between them, the same as the dense feed-forward."""
 
+    shared_matrices: ClassVar[int] = 2
+
     def build(self, *, width: int, hidden: int, num_experts: int) -> GeluExperts:
         return GeluExperts(width, hidden=hidden, num_experts=num_experts)
+
+    def build_shared(self, *, width: int, hidden: int) -> FeedForward:
+        return FeedForward(width, hidden=hidden)
 
 
 class GeluExperts(Experts):

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from ecdit_train.config.rules import Checker
 from ecdit_train.config.schema import RunConfig
-from ecdit_train.config.slots import RouterConfig
+from ecdit_train.config.slots import RouterConfig, RouterSizes, Sees
 
 from ..assignment import Selection
-from ..router import AffinityRouter
+from ..router import AffinityRouter, RouterInput
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,10 @@ class Threshold(RouterConfig):
     """f_c: mean experts per token that the threshold aims at."""
     momentum: float
     """Share of the old threshold that an optimizer step keeps."""
+
+    sees: Sees
+    """What affinities are computed from: modulated (what the experts see), hidden (x', the residual stream) or timestep (the
+    unmodulated token and its timestep)."""
 
     def experts_per_token(self) -> float:
         return self.capacity_factor
@@ -45,8 +49,8 @@ class Threshold(RouterConfig):
             rule = f"must not exceed moe.num_experts = {E}: an expert cannot take a token twice"
             check.require(self.capacity_factor <= E, f"{key}.capacity_factor", rule=rule, nearest=float(E))
 
-    def build(self, *, width: int, num_experts: int) -> ThresholdRouter:
-        return ThresholdRouter(width, num_experts=num_experts, config=self)
+    def build(self, sizes: RouterSizes) -> ThresholdRouter:
+        return ThresholdRouter(sizes, config=self)
 
 
 class ThresholdRouter(AffinityRouter):
@@ -55,8 +59,8 @@ class ThresholdRouter(AffinityRouter):
     threshold: Tensor
     """fp32 scalar."""
 
-    def __init__(self, width: int, *, num_experts: int, config: Threshold) -> None:
-        super().__init__(width, num_experts=num_experts)
+    def __init__(self, sizes: RouterSizes, *, config: Threshold) -> None:
+        super().__init__(sizes, sees=config.sees)
         self.config = config
         self.register_buffer("threshold", torch.empty(()))
 
@@ -64,8 +68,8 @@ class ThresholdRouter(AffinityRouter):
         """The affinity of a router that knows nothing."""
         self.threshold.fill_(1.0 / self.weight.shape[1])
 
-    def forward(self, x_GSD: Tensor) -> Selection:
-        a_GSE = self.affinity(x_GSD)
+    def forward(self, tokens: RouterInput) -> Selection:
+        a_GSE = self.affinity(tokens)
         _, S, E = a_GSE.shape
         wanted = min(max(round(S * self.config.capacity_factor), 1), S * E)
         last_G = a_GSE.detach().flatten(1).topk(wanted, dim=1).values[:, -1]

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ecdit_train.config.rules import Checker
 from ecdit_train.config.schema import RunConfig
-from ecdit_train.config.slots import RouterConfig
+from ecdit_train.config.slots import RouterConfig, RouterSizes, Sees
 
 from ..assignment import Table
-from ..router import AffinityRouter, whole_capacity
+from ..router import AffinityRouter, RouterInput, whole_capacity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,10 @@ class TokenChoice(RouterConfig):
     """Experts per token."""
     balance_weight: float
     """Weight of the auxiliary load-balance loss."""
+
+    sees: Sees
+    """What affinities are computed from: modulated (what the experts see), hidden (x', the residual stream) or timestep (the
+    unmodulated token and its timestep)."""
 
     def experts_per_token(self) -> float:
         return self.capacity_factor
@@ -44,8 +48,8 @@ class TokenChoice(RouterConfig):
             rule = f"must not exceed moe.num_experts = {E}"
             check.require(self.top_k <= E, f"{key}.top_k", rule=rule, nearest=E)
 
-    def build(self, *, width: int, num_experts: int) -> TokenChoiceRouter:
-        return TokenChoiceRouter(width, num_experts=num_experts, config=self)
+    def build(self, sizes: RouterSizes) -> TokenChoiceRouter:
+        return TokenChoiceRouter(sizes, config=self)
 
 
 class TokenChoiceRouter(AffinityRouter):
@@ -55,15 +59,15 @@ class TokenChoiceRouter(AffinityRouter):
     P_e the mean affinity.
     """
 
-    def __init__(self, width: int, *, num_experts: int, config: TokenChoice) -> None:
-        super().__init__(width, num_experts=num_experts)
+    def __init__(self, sizes: RouterSizes, *, config: TokenChoice) -> None:
+        super().__init__(sizes, sees=config.sees)
         self.config = config
 
-    def forward(self, x_GSD: Tensor) -> Table:
-        G, S, _ = x_GSD.shape
+    def forward(self, tokens: RouterInput) -> Table:
+        G, S, _ = tokens.x_GSD.shape
         E = self.weight.shape[1]
         C = whole_capacity(self.config.capacity(group_tokens=S, num_experts=E), tokens=S)
-        a_GSE = self.affinity(x_GSD)
+        a_GSE = self.affinity(tokens)
         gate_GSk, expert_GSk = a_GSE.topk(self.config.top_k, dim=-1)
         gate_GSk = gate_GSk / (gate_GSk.sum(-1, keepdim=True) + 1e-9)
 
@@ -71,17 +75,17 @@ class TokenChoiceRouter(AffinityRouter):
         expert_GQ = expert_GSk.transpose(1, 2).reshape(G, -1)
         gate_GQ = gate_GSk.transpose(1, 2).reshape(G, -1)
         sorted_GQ, order_GQ = expert_GQ.sort(dim=1, stable=True)
-        first_GE = torch.searchsorted(sorted_GQ, torch.arange(E, device=x_GSD.device).expand(G, E).contiguous())
-        place_GQ = torch.arange(sorted_GQ.shape[1], device=x_GSD.device) - first_GE.gather(1, sorted_GQ)
+        first_GE = torch.searchsorted(sorted_GQ, torch.arange(E, device=a_GSE.device).expand(G, E).contiguous())
+        place_GQ = torch.arange(sorted_GQ.shape[1], device=a_GSE.device) - first_GE.gather(1, sorted_GQ)
 
         # Slot table of one group: E * C slots and one more where everything beyond capacity lands.
         slot_GQ = torch.where(place_GQ < C, sorted_GQ * C + place_GQ, E * C)
         # An empty slot points at its own group's first token, so that groups can be cut apart.
-        first_G1 = torch.arange(G, device=x_GSD.device)[:, None] * S
+        first_G1 = torch.arange(G, device=a_GSE.device)[:, None] * S
         index = first_G1.repeat(1, E * C + 1).scatter(1, slot_GQ, order_GQ % S + first_G1)
-        gate = torch.zeros(G, E * C + 1, dtype=gate_GQ.dtype, device=x_GSD.device)
+        gate = torch.zeros(G, E * C + 1, dtype=gate_GQ.dtype, device=a_GSE.device)
         gate = gate.scatter(1, slot_GQ, gate_GQ.gather(1, order_GQ))
-        filled = torch.zeros(G, E * C + 1, dtype=torch.bool, device=x_GSD.device).scatter(1, slot_GQ, True)
+        filled = torch.zeros(G, E * C + 1, dtype=torch.bool, device=a_GSE.device).scatter(1, slot_GQ, True)
 
         def expert_major(table: Tensor) -> Tensor:
             return table[:, : E * C].view(G, E, C).transpose(0, 1).contiguous()

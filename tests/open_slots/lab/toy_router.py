@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from ecdit_train.config.rules import Checker
 from ecdit_train.config.schema import RunConfig
-from ecdit_train.config.slots import RouterConfig
+from ecdit_train.config.slots import RouterConfig, RouterSizes
 from ecdit_train.model.assignment import Table
-from ecdit_train.model.router import Router, whole_capacity
+from ecdit_train.model.router import Router, RouterInput, whole_capacity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,25 +42,27 @@ class Corrected(RouterConfig):
         check.positive([f"{key}.capacity_factor"])
         check.share([f"{key}.momentum"], below_one=True)
 
-    def build(self, *, width: int, num_experts: int) -> CorrectedRouter:
-        return CorrectedRouter(self, width=width, num_experts=num_experts)
+    def build(self, sizes: RouterSizes) -> CorrectedRouter:
+        return CorrectedRouter(self, sizes)
 
 
 class CorrectedRouter(Router):
     constants: ClassVar[Mapping[str, float]] = {"sharpness": 1.0}
     usual: Tensor
 
-    def __init__(self, config: Corrected, *, width: int, num_experts: int) -> None:
+    def __init__(self, config: Corrected, sizes: RouterSizes) -> None:
         super().__init__()
         self.config = config
-        self.weight = nn.Parameter(torch.empty(width, num_experts))
+        num_experts = sizes.num_experts
+        self.weight = nn.Parameter(torch.empty(sizes.width, num_experts))
         self.sharpness = nn.Parameter(torch.empty(num_experts))
         self.register_buffer("usual", torch.empty(num_experts))
 
     def reset_buffers(self) -> None:
         self.usual.fill_(0.5)
 
-    def forward(self, x_GSD: Tensor) -> Table:
+    def forward(self, tokens: RouterInput) -> Table:
+        x_GSD = tokens.x_GSD
         G, S, _ = x_GSD.shape
         E = self.weight.shape[1]
         dtype = torch.promote_types(x_GSD.dtype, torch.float32)

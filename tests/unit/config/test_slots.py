@@ -23,7 +23,7 @@ class Mine(RouterConfig):
     factor: float
     def experts_per_token(self): return {value}
     def capacity(self, *, group_tokens, num_experts): return None
-    def build(self, *, width, num_experts): return torch.nn.Linear(width, num_experts)
+    def build(self, sizes): return torch.nn.Linear(sizes.width, sizes.num_experts)
 """
 
 

@@ -1,4 +1,4 @@
-"""Run folders that ecdit 0.1 wrote (tests/golden/format1, made by its `ecdit config show`) are read as this
+"""Run folders of older versions (tests/golden/format1, made by ecdit 0.1's `ecdit config show`, and format2) are read as this
 version would write them."""
 
 from __future__ import annotations
@@ -42,6 +42,12 @@ def test_a_run_of_the_first_version_is_what_the_same_words_compose_today(name, t
     assert different == set()
 
 
+@pytest.mark.parametrize("moe", ["expert_choice", "token_choice", "threshold", "dense"])
+def test_a_run_of_format_2_is_what_the_same_words_compose_today(moe, tmp_path):
+    shutil.copy(OLD.parent / "format2" / f"shapes_tiny_{moe}.yaml", tmp_path / "resolved.yaml")
+    assert load(tmp_path) == compose(["experiment=shapes_tiny", f"moe={moe}", "run=runs/old"], local=False)
+
+
 def test_what_is_written_says_its_format(tmp_path):
     config = compose(["experiment=shapes_tiny"], local=False)
     freeze(config, tmp_path)
@@ -51,12 +57,12 @@ def test_what_is_written_says_its_format(tmp_path):
 
 def test_a_newer_format_is_refused_by_its_number(tmp_path):
     with pytest.raises(
-        RunFolderError, match=r"has format 3; this ecdit reads formats 1 and 2: use the one that wrote it"
+        RunFolderError, match=r"has format 4; this ecdit reads formats 1 to 3: use the one that wrote it"
     ):
-        load(run_folder(tmp_path, "format: 3\nrun: x\n"))
+        load(run_folder(tmp_path, "format: 4\nrun: x\n"))
 
 
 def test_what_only_looks_old_is_refused_by_the_version_it_should_be_of(tmp_path):
     text = (OLD / "shapes_tiny.yaml").read_text(encoding="utf-8").replace("router: expert_choice", "router: mine")
-    with pytest.raises(RunFolderError, match=r"no format number, so ecdit 0\.1 should have written it .*'mine'"):
+    with pytest.raises(RunFolderError, match=r"format 1, of ecdit 0\.1, as it says none.*'mine'"):
         load(run_folder(tmp_path, text))

@@ -29,6 +29,7 @@ TOKEN_CHOICE = {
         "capacity_factor": 2.0,
         "top_k": 2,
         "balance_weight": 0.01,
+        "sees": "modulated",
     }
 }
 THRESHOLD = {
@@ -36,6 +37,7 @@ THRESHOLD = {
         "_target_": "ecdit_train.model.routers.threshold.Threshold",
         "capacity_factor": 2.0,
         "momentum": 0.9,
+        "sees": "modulated",
     }
 }
 IDENTITY = {

@@ -38,6 +38,8 @@ def make(*, router: str = "expert_choice") -> DiT:
         patch=2,
         text_width=64,
         text_refiner_layers=1,
+        cross_attention=True,
+        modulation="shared",
     )
     moe = moe_config(router, scope="image", group_size=PATCHES)
     dit = DiT(model, moe, channels=SHAPE[0], text_features=ENCODER.width)

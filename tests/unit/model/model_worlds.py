@@ -25,6 +25,8 @@ def model_config(**changes: object) -> ModelConfig:
         "patch": PATCH,
         "text_width": 64,
         "text_refiner_layers": 1,
+        "cross_attention": True,
+        "modulation": "shared",
     }
     return ModelConfig(**(values | changes))
 

@@ -16,7 +16,9 @@ from moe_configs import moe_config
 from PIL import Image, ImageDraw
 
 from ecdit_train import run_folder as folder
+from ecdit_train.config.slots import RouterSizes
 from ecdit_train.model.assignment import Assignment
+from ecdit_train.model.router import RouterInput
 from ecdit_train.observe.figures import write_samples
 from ecdit_train.observe.report import write_report
 from ecdit_train.observe.routing import RoutingMaps, count_maps, routing_scalars
@@ -77,11 +79,11 @@ def assignments(
     for layer in range(layers):
         rng = torch.Generator().manual_seed(layer)
         made = moe_config("token_choice" if token_choice else "expert_choice", capacity_factor=capacity_factor)
-        router = made.router.build(width=x_BSD.shape[-1], num_experts=experts)
+        router = made.router.build(RouterSizes(width=x_BSD.shape[-1], num_experts=experts, patch_values=1))
         with torch.no_grad():
             router.weight.copy_(torch.randn(router.weight.shape, generator=rng) * (0.1 + 0.5 * t))
             noise = torch.randn(x_BSD.shape, generator=rng)
-            found.append(router(t * x_BSD + (1 - t) * noise))
+            found.append(router(RouterInput.of(t * x_BSD + (1 - t) * noise)))
     return found
 
 

@@ -11,8 +11,10 @@ import pytest
 import torch
 from observe_demo_run import assignments, picture, routing_maps
 
+from ecdit_train.config.slots import RouterSizes
 from ecdit_train.errors import RunFolderError
 from ecdit_train.model.assignment import Rows, Table
+from ecdit_train.model.router import RouterInput
 from ecdit_train.model.routers.token_choice import TokenChoice
 from ecdit_train.observe.routing import RoutingMaps, count_maps, routing_scalars
 
@@ -65,10 +67,12 @@ def test_what_a_router_reports_is_logged_by_layer_and_over_layers() -> None:
 
 def test_token_choice_reports_loads_and_overflow() -> None:
     """All tokens prefer expert 0 of two, which serves half of them: loads 2 and 0, two of four choices are dropped."""
-    router = TokenChoice(capacity_factor=1.0, top_k=1, balance_weight=0.0).build(width=2, num_experts=2)
+    router = TokenChoice(capacity_factor=1.0, top_k=1, balance_weight=0.0, sees="modulated").build(
+        RouterSizes(width=2, num_experts=2, patch_values=1)
+    )
     with torch.no_grad():
         router.weight.copy_(torch.tensor([[5.0, 0.0], [0.0, 0.0]]))
-    s = {k: float(v) for k, v in routing_scalars([router(torch.ones(1, 4, 2))], layers=(2,)).items()}
+    s = {k: float(v) for k, v in routing_scalars([router(RouterInput.of(torch.ones(1, 4, 2)))], layers=(2,)).items()}
     assert s["moe/L2/overflow_frac"] == 0.5
     assert s["moe/L2/load_cv"] == pytest.approx(1.0)
 

@@ -21,7 +21,17 @@ from ecdit_train.parallel.expert_parallel import ExpertParallelDispatcher
 from ecdit_train.parallel.placement import Box, ParamPlacement, pieces
 
 MODEL = ModelConfig(
-    name="test", layers=2, width=32, heads=4, kv_heads=2, ffn_ratio=2, patch=2, text_width=64, text_refiner_layers=1
+    name="test",
+    layers=2,
+    width=32,
+    heads=4,
+    kv_heads=2,
+    ffn_ratio=2,
+    patch=2,
+    text_width=64,
+    text_refiner_layers=1,
+    cross_attention=True,
+    modulation="shared",
 )
 MOE = moe_config(num_experts=6, capacity_factor=1.5, group_size=16)
 

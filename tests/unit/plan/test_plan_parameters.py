@@ -34,6 +34,7 @@ def closed_form(cfg):
         "cross_attention": m.layers * (2 * d * q + 2 * Y * q + 2 * d),
         "dense_feed_forward": (m.layers - sparse) * ffn,
         "experts": sparse * E * ffn,
+        "shared_experts": 0,
         "router": sparse * d * E,
         "modulation": m.layers * (3 * d * d + 3 * d) + 6 * d * d + 6 * d + 2 * d * d + 2 * d,
         "final": d * values + values,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from ecdit_train.config.compose import compose
+from ecdit_train.config.compose import compose, groups
 from ecdit_train.errors import ConfigError
 from ecdit_train.parallel.owners import Sharding, assign, matrices_of
 from ecdit_train.plan import slots
@@ -159,6 +159,16 @@ def test_every_matrix_of_the_network_has_a_role(muon):
     }
     experts = sum(p.numel() for n, p in slots.network(cfg).named_parameters() if n in ours)
     assert experts > 0.98 * sum(p.numel() for p in slots.network(cfg).parameters())
+
+
+@pytest.mark.parametrize("words", [
+    *(("experiment=shapes_tiny", f"moe={name}") for name in groups()["moe"]),
+    *((f"experiment={name}",) for name in groups()["experiment"] if name.startswith(("race_b", "nucleus"))),
+], ids=" ".join)  # fmt: skip
+def test_no_shipped_network_has_a_matrix_without_a_role(words):
+    cfg = compose([*words, "optim=muon"], local=False)
+    for name, p in slots.network(cfg).named_parameters():
+        assert cfg.optim.optimizer.is_muons(name, tuple(p.shape)) in (True, False)
 
 
 def test_a_matrix_without_a_role_is_refused_or_decided(muon):

@@ -193,6 +193,6 @@ def test_what_changes_the_result_is_identity():
     class Whole(type(base.moe.router)):
         whole_batch = True
 
-    whole = replace(base, moe=replace(base.moe, router=Whole(capacity_factor=2.0)))
+    whole = replace(base, moe=replace(base.moe, router=Whole(capacity_factor=2.0, sees="modulated")))
     assert kind("train.microbatch", old=base, new=base) == "free"
     assert kind("train.microbatch", old=whole, new=whole) == "identity"
