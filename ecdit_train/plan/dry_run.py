@@ -58,6 +58,9 @@ _RULES = {
 }
 """Op name -> kind, position of the full buffer (or list of buffers) and position of the group among the arguments."""
 
+_OF_ONE_RANK = "_c10d_functional::all_gather_into_tensor"
+"""Its argument is this rank's part: the full buffer is as many times larger."""
+
 _NO_BYTES = {"_c10d_functional::wait_tensor", "c10d::barrier", "c10d::monitored_barrier_"}
 
 
@@ -72,7 +75,7 @@ class Collective:
 
 
 OF_ROUTERS = "routers' "
-"""Before the kind of a collective that a router issues in its forward; bytes of this rank's part."""
+"""Before the kind of a collective that a router issues in its forward."""
 
 
 class CollectiveLog(TorchDispatchMode):
@@ -83,7 +86,7 @@ class CollectiveLog(TorchDispatchMode):
         self._calls: Counter[tuple[str, int]] = Counter()
         self._bytes: Counter[tuple[str, int]] = Counter()
         self.in_router = False
-        """Whether a router's own forward runs: what it sends is its own, and the plan takes it from here."""
+        """Whether a router's own forward runs: what it sends is held against what it says (`RouterConfig.messages`)."""
         self.unknown: Counter[str] = Counter()
         """Collectives that the table does not know; a dry run refuses to compare while there are any."""
 
@@ -95,7 +98,7 @@ class CollectiveLog(TorchDispatchMode):
             ranks = _size(args[group])
             if ranks > 1:
                 self._calls[kind, ranks] += 1
-                self._bytes[kind, ranks] += _nbytes(args[buffer])
+                self._bytes[kind, ranks] += _nbytes(args[buffer]) * (ranks if name == _OF_ONE_RANK else 1)
         elif "c10d" in name and name not in _NO_BYTES:
             self.unknown[name] += 1
         return func(*args, **(kwargs or {}))
@@ -277,15 +280,15 @@ def compare(plan: Plan, ran: DryRun) -> tuple[Difference, ...]:
     are asked about one as well."""
     cfg, parameters = plan.cfg, plan.parameters
     layout = dataclasses.replace(plan.cost.layout, microbatches=1)
-    flows = [flow for flow in traffic.per_step(cfg, parameters, layout) if flow.kind not in AFTER_BACKWARD]
-    kinds = sorted({flow.kind for flow in flows} | {c.kind for c in ran.collectives})
+    planned: Counter[str] = Counter()
+    for flow in traffic.per_step(cfg, parameters, layout):
+        if flow.kind not in AFTER_BACKWARD:
+            planned[f"{OF_ROUTERS}{flow.kind}" if flow.purpose == traffic.ROUTER_SELECTION else flow.kind] += (
+                flow.message
+            )
+    kinds = sorted(planned.keys() | {c.kind for c in ran.collectives})
     sent = {kind: float(sum(c.bytes for c in ran.collectives if c.kind == kind)) for kind in kinds}
-    planned = {kind: float(sum(f.message for f in flows if f.kind == kind)) for kind in kinds}
-    rows = [
-        # No formula knows what a router of one's own sends: there the dry run itself is the plan.
-        Difference(name=kind, formula=sent[kind] if kind.startswith(OF_ROUTERS) else planned[kind], measured=sent[kind])
-        for kind in kinds
-    ]
+    rows = [Difference(name=kind, formula=float(planned[kind]), measured=sent[kind]) for kind in kinds]
     m, root = memory.estimate(cfg, parameters, layout), units(cfg, parameters, layout)[0]
     running = m.parameters + m.gradients + m.gathered + m.communication + m.activations - m.never_together
     between = root.gathered_bytes if layout.reshard_after_forward else m.gathered
