@@ -27,7 +27,6 @@ from . import slots
 from .layout import Group, Layout, element_bytes, units
 from .parameters import Parameters
 
-
 ROUTER_SELECTION = "router selection"
 """Purpose of what routers send in their own forward pass."""
 
