@@ -13,6 +13,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from ecdit_train.config.nearest import nearest_divisor
 from ecdit_train.config.rules import Checker, is_whole, short
 from ecdit_train.config.schema import RunConfig
 from ecdit_train.config.slots import Message, RouterConfig, RouterSizes, Sees
@@ -25,8 +26,8 @@ WIDEST_DIGIT, NARROWEST_DIGIT = 11, 4
 
 
 def digits(problems: int, *, bits: int) -> tuple[tuple[int, int], ...]:
-    """(shift, width) of the digits of a score, from the top, when so many problems are solved at once. Every round counts one digit,
-    in a table (problems, 2^width); it has at most LARGEST_TABLE counts until there are more than 4096 problems."""
+    """(shift, width) of the digits of a score, from the top, when so many problems are solved at once. A round counts one
+    digit, in a table (problems, 2^width): at most LARGEST_TABLE counts, until there are more than 4096 problems."""
     room = (LARGEST_TABLE // problems).bit_length() - 1
     width = min(max(room, NARROWEST_DIGIT), WIDEST_DIGIT)
     tops = range(bits, 0, -width)
@@ -117,12 +118,14 @@ class SelectionConfig(RouterConfig):
     def check(self, run: RunConfig, check: Checker, *, key: str) -> None:
         E = run.moe.num_experts
         if len(set(self.apart)) in (len(self.apart) - 1, 3):
-            check.require(
-                False, f"{key}.apart", rule="must name each axis once and leave one that competes", nearest=[]
-            )
+            rule, nearest = "must name each axis once and leave one that competes", list(dict.fromkeys(self.apart))[:2]
+            check.require(False, f"{key}.apart", rule=rule, nearest=nearest)
             return
-        if self.pool_images is not None:
-            check.at_least(1, [f"{key}.pool_images"])
+        if self.pool_images is not None and check.sane("train.global_batch"):
+            batch = run.train.global_batch
+            fits = self.pool_images >= 1 and batch % self.pool_images == 0
+            rule, nearest_pool = f"must divide train.global_batch = {batch}", nearest_divisor(self.pool_images, batch)
+            check.require(fits, f"{key}.pool_images", rule=rule, nearest=nearest_pool)
         if f"{key}.pool" in check.values and "batch" in self.apart:
             rule = f"must be group: with images kept apart ({key}.apart) there is no pool of them"
             check.require(self.pool == "group", f"{key}.pool", rule=rule, nearest="group")

@@ -37,9 +37,9 @@ KEPT = frozenset(
 )
 """Ops whose results `selective` keeps. An exchange would cost its traffic again (two all-to-alls per sparse layer);
 routing is small and must not be decided twice: a recomputed logit that differs in its last bit may pick another token
-(topk), or another number of them (nonzero); what a router decides by other means goes through `decided`. `wait_tensor` must not be among them: a wait on a kept result returns at
-once, while one that compiled code issues for its own in-place collective has to happen (without it inductor's blocks
-gave wrong gradients under tp)."""
+(topk), or another number of them (nonzero); what a router decides by other means goes through `decided`. `wait_tensor`
+must not be among them: a wait on a kept result returns at once, while one that compiled code issues for its own in-place
+collective has to happen (without it inductor's blocks gave wrong gradients under tp)."""
 
 Saved = dict[str, list[Any]]
 

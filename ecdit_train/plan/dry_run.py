@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import resource
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import Any
 
@@ -280,15 +280,15 @@ def compare(plan: Plan, ran: DryRun) -> tuple[Difference, ...]:
     are asked about one as well."""
     cfg, parameters = plan.cfg, plan.parameters
     layout = dataclasses.replace(plan.cost.layout, microbatches=1)
-    planned: Counter[str] = Counter()
+    planned: dict[str, float] = defaultdict(float)
     for flow in traffic.per_step(cfg, parameters, layout):
         if flow.kind not in AFTER_BACKWARD:
             planned[f"{OF_ROUTERS}{flow.kind}" if flow.purpose == traffic.ROUTER_SELECTION else flow.kind] += (
                 flow.message
             )
-    kinds = sorted(planned.keys() | {c.kind for c in ran.collectives})
+    kinds = sorted({*planned} | {c.kind for c in ran.collectives})
     sent = {kind: float(sum(c.bytes for c in ran.collectives if c.kind == kind)) for kind in kinds}
-    rows = [Difference(name=kind, formula=float(planned[kind]), measured=sent[kind]) for kind in kinds]
+    rows = [Difference(name=kind, formula=planned[kind], measured=sent[kind]) for kind in kinds]
     m, root = memory.estimate(cfg, parameters, layout), units(cfg, parameters, layout)[0]
     running = m.parameters + m.gradients + m.gathered + m.communication + m.activations - m.never_together
     between = root.gathered_bytes if layout.reshard_after_forward else m.gathered

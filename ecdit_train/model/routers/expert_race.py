@@ -1,29 +1,29 @@
 """Expert Race (Race-DiT, arXiv 2503.16057): all tokens and experts of a batch compete for the same places, over all ranks.
 
-Training takes the K = B L f_c largest logits over images, tokens and experts; the logit itself is the weight of a row. A running mean of
-the K-th largest logit is the threshold that replaces the race at inference, where a picture must not depend on others: its compute
-is right on average only.
+Training takes the K = B L f_c largest logits over images, tokens and experts; the logit itself is the weight of a row. A
+running mean of the K-th largest logit is the threshold that replaces the race at inference, where a picture must not
+depend on others: its compute is right on average only.
 
-Two losses come with it. Router similarity keeps experts from being chosen alike: with P the softmax of the logits over experts, M the 0/1
-selection, P' = P^T P and M' = M^T M,
+Two losses come with it. Router similarity keeps experts from being chosen alike: with P the softmax of the logits over
+experts, M the 0/1 selection, P' = P^T P and M' = M^T M,
 
     loss = 1/(B L) * sum_ij W_ij P'_ij,    W_ii = E M'_ii / sum_j M'_jj,    W_ij = (E^2 - E) M'_ij / sum_{i != j} M'_ij,
 
-with M' over all ranks and W without gradient. Per-layer regularisation lets each layer predict the network's own target from its router's
-hidden layer, with a head that is not run at inference.
+with M' over all ranks and W without gradient. Per-layer regularisation lets each layer predict the network's own target
+from its router's hidden layer, with a head that is not run at inference.
 
-The body of the paper was not at hand: formulas follow two public re-implementations that agree, and the momentum, the first threshold and the
-weights of both losses in conf/ are one of theirs, unconfirmed.
+The body of the paper was not at hand: formulas follow two public re-implementations that agree, and the momentum, the first
+threshold and the weights of both losses in conf/ are one of theirs, unconfirmed.
 
-Legend: G routing groups, S tokens of a group, N = G * S tokens of this rank, B images of all ranks, L tokens of an image, D width, E
-experts, P values of a patch.
+Legend: G routing groups, S tokens of a group, N = G * S tokens of this rank, B images of all ranks, L tokens of an image,
+D width, E experts, P values of a patch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -106,7 +106,8 @@ class ExpertRaceRouter(SelectionRouter):
         if not self.training:
             return self._selection(logits_GSE, passed_GSE, metrics={**metrics, "experts_per_token": per_token})
         won_GSE, found = self._select(logits_GSE, image_tokens=tokens.image_tokens)
-        losses, targets = {}, {}
+        losses: dict[str, Tensor] = {}
+        targets: dict[str, tuple[float, Tensor]] = {}
         with torch.autocast(seen_GSD.device.type, enabled=False):
             if self.config.similarity_weight:
                 losses["similarity"] = self.config.similarity_weight * similarity(logits_GSE, won_GSE, ranks=self.ranks)
@@ -121,13 +122,13 @@ class ExpertRaceRouter(SelectionRouter):
             observed={"threshold": found.last_P[0]},
         )
 
-    def _selection(self, logits_GSE: Tensor, selected_GSE: Tensor, **rest: Mapping[str, Tensor]) -> Selection:
+    def _selection(self, logits_GSE: Tensor, selected_GSE: Tensor, **rest: Any) -> Selection:
         return Selection(
             selected_GSE=selected_GSE,
             gate_GSE=logits_GSE,
             mean_rows=self._mean_rows(logits_GSE),
             probability_GSE=logits_GSE.detach().softmax(-1),
-            **rest,  # type: ignore[arg-type]
+            **rest,
         )
 
 

@@ -9,11 +9,11 @@ scores are kept apart (Race-DiT, arXiv 2503.16057, figure 3).
     batch            tokens and experts of an image  L f_c            vary          LE choice
     nothing          everything                      B L f_c          vary          expert race
 
-A token's place, which BE choice keeps apart, is its place among those the network sees: with masked patches the l-th kept one, which is
-another spot of each picture.
+A token's place, which BE choice keeps apart, is its place among those the network sees: with masked patches the l-th
+kept one, which is another spot of each picture.
 
-Legend: G routing groups, S tokens of a group, B images that compete (of a group, or of all ranks), L tokens of an image, E experts, P
-problems of a group, N candidates of each, C rows of an expert and group.
+Legend: G routing groups, S tokens of a group, B images that compete (of a group, or of all ranks), L tokens of an image, E
+experts, P problems of a group, N candidates of each, C rows of an expert and group.
 """
 
 from __future__ import annotations
