@@ -1,5 +1,5 @@
-"""The selection family and Expert Race equal plain loops over images, tokens and experts: who is chosen, values, losses and every
-gradient, in fp64.
+"""The selection family and Expert Race equal plain loops over images, tokens and experts in fp64: who is chosen, values,
+losses and every gradient.
 
 Legend: G groups, I images of a group, L tokens of an image, D width, E experts, P values of a patch.
 """
@@ -102,7 +102,8 @@ def check_equal(ours: MoE, how: dict, *, x: Tensor) -> Assignment:
     predicted = sum(w * F.mse_loss(p.view_as(target), target) for w, p in a.targets.values())
     ((y * weight).sum() + sum(a.losses.values()) + predicted).backward()
 
-    mine = {"x": x, **{f"router.{n}": p for n, p in ours.router.named_parameters()}, "up": ours.experts.up, "down": ours.experts.down}
+    mine = {"x": x, **{f"router.{n}": p for n, p in ours.router.named_parameters()}}
+    mine |= {"up": ours.experts.up, "down": ours.experts.down}
     leaves = {name: z.detach().clone().requires_grad_() for name, z in mine.items()}
     router = {n.removeprefix("router."): z for n, z in leaves.items()}
     y_ref, chosen, logits = reference(leaves["x"], router, leaves["up"], leaves["down"], how=how)

@@ -72,7 +72,7 @@ def test_split_keeps_order_and_loses_nothing():
     assert torch.equal(torch.cat([p.mask_BL for p in parts]), batch(8).mask_BL)
 
 
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("router", sorted(ROUTERS.keys() - {"expert_race"}))  # a race is over one forward pass
 @pytest.mark.parametrize("size", [2, 4])
 def test_microbatches_add_up_to_one_big_batch(router, size):
     """Whole routing groups (2 images) in each: the same gradient, to fp64's precision."""
