@@ -9,6 +9,7 @@ import pytest
 from dist_cases import FAMILY, RACE, case, check_cases
 from dist_harness import run_distributed
 from dist_selection import chosen_at_inference, measured_messages, selected_alike
+from test_dist_compile import assert_equal as assert_compiled_equal
 from test_dist_grid import assert_equal
 
 from ecdit_train.config.slots import RouterSizes
@@ -46,6 +47,13 @@ def test_eight_ranks_grid(router: str, tp: int) -> None:
     moe = {"race": RACE, **FAMILY}[router]
     cases = [case(tp=tp, ep=ep, rep=rep, moe=moe, steps=2) for ep in (1, 2, 4, 8) for rep in (1, 2)]
     assert_equal(8, [*cases, case(tp=tp, ep=4, moe=moe, dtype="float32", steps=2)])
+
+
+@pytest.mark.slow
+def test_compiled_code() -> None:
+    """Inductor's collectives work in place: the counts of a selection must survive them."""
+    assert_compiled_equal([case(ep=2, moe=RACE, compiled=True, ac="selective", steps=1),
+                           case(tp=2, moe=FAMILY["be"], compiled=True, steps=1)], backend="inductor")  # fmt: skip
 
 
 def test_real_ranks_select_exactly() -> None:
