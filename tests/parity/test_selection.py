@@ -75,7 +75,11 @@ def hidden(x: Tensor, router: dict[str, Tensor], how: dict) -> Tensor:
 
 def chosen_by(a: Assignment) -> set[tuple[int, int, int]]:
     index, _, one = taken(a)
-    expert = a.expert_R if isinstance(a, Rows) else torch.arange(EXPERTS)[:, None].expand(EXPERTS, len(index) // EXPERTS).flatten()
+    expert = (
+        a.expert_R
+        if isinstance(a, Rows)
+        else torch.arange(EXPERTS)[:, None].expand(EXPERTS, len(index) // EXPERTS).flatten()
+    )
     there = [(int(i) // TOKENS, int(i) % TOKENS, int(e)) for i, e, o in zip(index, expert, one, strict=True) if o]
     assert len(there) == len(set(there)), "an expert takes a token twice"
     return set(there)
@@ -114,13 +118,17 @@ def check_equal(ours: MoE, how: dict, *, x: Tensor) -> Assignment:
         torch.testing.assert_close(a.losses["similarity"], loss, rtol=1e-11, atol=0)
         head = torch.stack([torch.stack([hidden(z, router, how) @ router["target"] for z in i]) for i in leaves["x"]])
         total = total + loss + config.target_weight * F.mse_loss(head, target)
-        assert float(a.observed["threshold"]) == pytest.approx(sorted(logits.flatten().tolist())[-len(chosen)], rel=1e-12)
+        assert float(a.observed["threshold"]) == pytest.approx(
+            sorted(logits.flatten().tolist())[-len(chosen)], rel=1e-12
+        )
     total.backward()
     assert chosen_by(a) == chosen
     torch.testing.assert_close(y, y_ref, rtol=1e-11, atol=1e-12)
     for name, leaf in leaves.items():
         assert leaf.grad.abs().max() > 0, name
-        torch.testing.assert_close(mine[name].grad, leaf.grad, rtol=1e-10, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            mine[name].grad, leaf.grad, rtol=1e-10, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}"
+        )
     return a
 
 

@@ -16,7 +16,22 @@ from ecdit_train.model.selecting import Problems, largest
 CALLS, PROBLEMS = 400, 25
 """10,000 problems; those of one call share ranks, sizes and K."""
 
-SPECIAL = [math.inf, -math.inf, 0.0, -0.0, 1e-45, -1e-45, 1e-40, -1e-40, 3.4e38, -3.4e38, 5e-324, -5e-324, 1e308, -1e308]
+SPECIAL = [
+    math.inf,
+    -math.inf,
+    0.0,
+    -0.0,
+    1e-45,
+    -1e-45,
+    1e-40,
+    -1e-40,
+    3.4e38,
+    -3.4e38,
+    5e-324,
+    -5e-324,
+    1e308,
+    -1e308,
+]
 
 
 def plain(row: list[float], winners: int) -> tuple[list[bool], float]:
@@ -62,7 +77,9 @@ def test_exact_on_ten_thousand_cases():
         parts, winners = candidates(draw, sizes, dtype), draw.randint(1, sum(sizes))
         answers = [
             found
-            for found, _ in in_lockstep(len(sizes), lambda rank, p=parts, k=winners: largest(p[rank.rank], k, ranks=rank))
+            for found, _ in in_lockstep(
+                len(sizes), lambda rank, p=parts, k=winners: largest(p[rank.rank], k, ranks=rank)
+            )
         ]
         won, here = torch.cat([a.won_PN for a in answers], dim=1), largest(torch.cat(parts, dim=1), winners)
         assert torch.equal(won, here.won_PN), "one process and many decide differently"
@@ -81,7 +98,10 @@ def test_exact_on_ten_thousand_cases():
 @pytest.mark.parametrize("problems", [1, 40, 300, 5000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_narrow_digits_of_many_problems_find_the_same(problems, dtype):
-    parts = [torch.randn(problems, 6, dtype=dtype, generator=torch.Generator().manual_seed(n)).round(decimals=1) for n in (1, 2)]
+    parts = [
+        torch.randn(problems, 6, dtype=dtype, generator=torch.Generator().manual_seed(n)).round(decimals=1)
+        for n in (1, 2)
+    ]
     answers = in_lockstep(2, lambda rank: largest(parts[rank.rank], 5, ranks=rank))
     won = torch.cat([found.won_PN for found, _ in answers], 1)
     assert torch.equal(won, largest(torch.cat(parts, 1), 5).won_PN)
@@ -97,7 +117,9 @@ def test_messages_are_bounded_and_independent_of_the_scores():
         for bits, rounds in ((32, 3), (64, 6)):
             found = digits(problems, bits=bits)
             assert sum(width for _, width in found) == bits
-            assert [shift for shift, _ in found] == [bits - sum(w for _, w in found[: n + 1]) for n in range(len(found))]
+            assert [shift for shift, _ in found] == [
+                bits - sum(w for _, w in found[: n + 1]) for n in range(len(found))
+            ]
             assert problems << found[0][1] <= LARGEST_TABLE
             assert len(found) == rounds or problems > 32
 

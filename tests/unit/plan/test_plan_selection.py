@@ -16,7 +16,13 @@ def selection_flows(cfg, world):
 def test_traffic_does_not_grow_with_the_scores(cfg_of):
     """XL's race on 64 ranks: 40 KiB of counts in a layer's forward pass, and 32 x 32 counts for its loss, however many images."""
     for batch, passes in ((1024, 1), (4096, 4)):
-        words = ("moe=expert_race", "moe.num_experts=32", "parallel=fsdp", f"train.global_batch={batch}", "train.microbatch=16")
+        words = (
+            "moe=expert_race",
+            "moe.num_experts=32",
+            "parallel=fsdp",
+            f"train.global_batch={batch}",
+            "train.microbatch=16",
+        )
         cfg = cfg_of("ec_dit_xl_8e", *words, "parallel.activation_checkpointing=selective")
         flows = selection_flows(cfg, 64)
         calls = 28 * passes

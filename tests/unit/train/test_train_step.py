@@ -156,7 +156,9 @@ def test_the_rate_is_the_one_that_is_asked_for():
 def test_auxiliary_losses_go_by_name(router):
     config, model, flow = make(router)
     result = take(config, model, flow, [batch()], TrainState.fresh(model, config.optim))
-    assert list(result.auxiliary) == {"token_choice": ["balance"], "expert_race": ["similarity", "layer_target"]}.get(router, [])
+    assert list(result.auxiliary) == {"token_choice": ["balance"], "expert_race": ["similarity", "layer_target"]}.get(
+        router, []
+    )
 
 
 OPTIMIZERS = {
