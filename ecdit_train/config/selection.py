@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ecdit_train.config.nearest import nearest_divisor
 from ecdit_train.config.rules import Checker, is_whole, short
@@ -54,6 +54,9 @@ class SelectionConfig(RouterConfig):
     pool_images: int | None
     """Images that compete when the pool is all ranks: data-parallel ranks * train.microbatch must be as many on every layout. null:
     as many as there are; then another number of ranks is another selection, and a resume may not change train.microbatch."""
+
+    selects_at_inference: ClassVar[bool] = True
+    """Whether pictures are drawn by the same selection, in their routing groups."""
 
     if TYPE_CHECKING:  # fields or constants of the class
 
@@ -117,7 +120,8 @@ class SelectionConfig(RouterConfig):
 
     def check(self, run: RunConfig, check: Checker, *, key: str) -> None:
         E = run.moe.num_experts
-        if len(set(self.apart)) in (len(self.apart) - 1, 3):
+        named = len(set(self.apart))
+        if named < len(self.apart) or named == 3:
             rule, nearest = "must name each axis once and leave one that competes", list(dict.fromkeys(self.apart))[:2]
             check.require(False, f"{key}.apart", rule=rule, nearest=nearest)
             return
@@ -139,7 +143,7 @@ class SelectionConfig(RouterConfig):
             self._whole(run, check, key=key)
 
     def _whole(self, run: RunConfig, check: Checker, *, key: str) -> None:
-        """A whole number of scores wins: in training, and while sampling, where nothing is masked and ranks do not compete."""
+        """A whole number of scores wins: in training, and in drawing, where nothing is masked and ranks do not compete."""
         sizes = ("data.resolution", "encoders.image.factor", "model.patch", "diffusion.mask_ratio")
         if not check.sane(*sizes, "moe.group_size", "train.microbatch", "sample.group_size", f"{key}.apart"):
             return
@@ -148,10 +152,9 @@ class SelectionConfig(RouterConfig):
             return  # another rule says so
         drawn = run.sample.group_size // whole if run.sample.scope == "group" else 1
         group = run.train.microbatch if self.over_ranks else run.group_tokens // kept
-        where = {
-            "training": self.candidates(images=group, image_tokens=kept, num_experts=E),
-            "sampling": self.candidates(images=max(drawn, 1), image_tokens=whole, num_experts=E),
-        }
+        where = {"training": self.candidates(images=group, image_tokens=kept, num_experts=E)}
+        if self.selects_at_inference:
+            where["sampling"] = self.candidates(images=max(drawn, 1), image_tokens=whole, num_experts=E)
         unit = math.gcd(*where.values())
         field, nearest = f"{key}.capacity_factor", max(round(self.capacity_factor * unit / E), 1) * E / unit
         if "experts" in self.apart:  # another number of experts keeps the compute

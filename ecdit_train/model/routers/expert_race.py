@@ -56,6 +56,7 @@ class ExpertRace(SelectionConfig):
     gate: ClassVar[Literal["softmax", "sigmoid", "identity"]] = "identity"
     pool: ClassVar[Literal["group", "ranks"]] = "ranks"
     mixes: ClassVar[bool] = True
+    selects_at_inference: ClassVar[bool] = False
 
     def check(self, run: RunConfig, check: Checker, *, key: str) -> None:
         super().check(run, check, key=key)
