@@ -46,6 +46,7 @@ ROUTERS = {
     "expert_choice": ("moe=expert_choice",),
     "token_choice": ("moe=token_choice",),
     "threshold": ("moe=threshold",),
+    "expert_race": ("moe=expert_race", "moe.num_experts=4", "moe.router.capacity_factor=1.0"),
     "dense": ("moe=dense",),
 }
 VOLATILE = ("time", "perf/", "data/stall_frac")

@@ -145,8 +145,15 @@ def _world(cfg: RunConfig, check: Checker, *, world: int) -> None:
 
 
 def _microbatches(cfg: RunConfig, check: Checker, *, dp: int) -> None:
-    """global_batch % (dp * microbatch) == 0; a smaller microbatch is the first remedy, another batch the second."""
+    """global_batch % (dp * microbatch) == 0; a smaller microbatch is the first remedy, another batch the second. And as many
+    images at a time as the router wants to select among."""
     batch, micro = cfg.train.global_batch, cfg.train.microbatch
+    together = cfg.moe.router.images_together() if cfg.moe.router is not None else None
+    if together is not None:
+        rule = f"dp * microbatch = {dp} * {micro} = {dp * micro} must be the {together} images that the router selects among"
+        share = together // dp if together % dp == 0 else None
+        if not check.require(dp * micro == together, "train.microbatch", rule=rule, nearest=share):
+            return
     rule = f"dp * microbatch = {dp} * {micro} = {dp * micro} must divide train.global_batch = {batch}"
     images = cfg.images_per_group if check.sane("moe.group_size") else 1
     fitting = [d for d in divisors(batch // dp) if d % images == 0] if batch % dp == 0 and batch >= dp else []

@@ -75,15 +75,31 @@ class RouterSizes:
     """P, values of a patch: what the network predicts for a token."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Message:
+    """One collective that a router issues among the data-parallel ranks."""
+
+    kind: Literal["all_reduce", "all_gather"]
+    bytes: float
+    """Of the full buffer: the tensor of an all-reduce, the output of an all-gather."""
+
+
 class RouterConfig(SlotConfig):
     """Decides which tokens an expert works on (`model.router.Router`).
 
     Costs are per token of a sparse layer, forward only.
     """
 
-    whole_batch: ClassVar[bool] = False
-    """Whether it selects over all tokens of a microbatch on all ranks, whatever the groups: a resume may
-    not change `train.microbatch` then."""
+    @property
+    def whole_batch(self) -> bool:
+        """Whether it selects over all tokens of a microbatch on all ranks, whatever the groups: a resume may
+        not change `train.microbatch` then."""
+        return False
+
+    def images_together(self) -> int | None:
+        """Images of a forward pass over all data-parallel ranks, where the result depends on that number and the run
+        fixes it: a rule of the layout then."""
+        return None
 
     def experts_per_token(self) -> float:
         """Mean number of experts that work on a token: what the layer's arithmetic and traffic are proportional to."""
@@ -106,6 +122,10 @@ class RouterConfig(SlotConfig):
     def kept_bytes_per_token(self, sizes: RouterSizes, *, compute_bytes: int) -> float:
         """Bytes that autograd keeps: the fp32 copy of the input (where it is not fp32 already), affinities and their softmax."""
         return (4.0 * sizes.width if compute_bytes < 4 else 0.0) + 8.0 * sizes.num_experts
+
+    def messages(self, sizes: RouterSizes, *, image_tokens: int, ranks: int) -> tuple[Message, ...]:
+        """What a layer's router sends among the `ranks` data-parallel ranks in one forward pass of training."""
+        return ()
 
     def build(self, sizes: RouterSizes) -> nn.Module:
         """A `model.router.Router`. Called under the meta device: make parameters and buffers, never values."""

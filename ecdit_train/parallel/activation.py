@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from ecdit_train.model.dit import DiT
+from ecdit_train.model.selecting import DECIDED
 
 from .expert_parallel import EXCHANGE
 
@@ -27,16 +28,18 @@ KEPT = frozenset(
         "aten::sort",
         "aten::kthvalue",
         "aten::masked_select",
+        DECIDED,
         EXCHANGE,
+        "_c10d_functional::all_gather_into_tensor",
         "_c10d_functional::all_to_all_single",
         "_c10d_functional::all_reduce",
     }
 )
 """Ops whose results `selective` keeps. An exchange would cost its traffic again (two all-to-alls per sparse layer);
 routing is small and must not be decided twice: a recomputed logit that differs in its last bit may pick another token
-(topk), or another number of them (nonzero). `wait_tensor` must not be among them: a wait on a kept result returns at
-once, while one that compiled code issues for its own in-place collective has to happen (without it inductor's blocks
-gave wrong gradients under tp)."""
+(topk), or another number of them (nonzero); what a router decides by other means goes through `decided`. `wait_tensor`
+must not be among them: a wait on a kept result returns at once, while one that compiled code issues for its own in-place
+collective has to happen (without it inductor's blocks gave wrong gradients under tp)."""
 
 Saved = dict[str, list[Any]]
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import resource
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +59,9 @@ _RULES = {
 }
 """Op name -> kind, position of the full buffer (or list of buffers) and position of the group among the arguments."""
 
+_OF_ONE_RANK = "_c10d_functional::all_gather_into_tensor"
+"""Its argument is this rank's part: the full buffer is as many times larger."""
+
 _NO_BYTES = {"_c10d_functional::wait_tensor", "c10d::barrier", "c10d::monitored_barrier_"}
 
 
@@ -73,10 +76,13 @@ class Collective:
 
 
 OF_ROUTERS = "routers' "
-"""Before the kind of a collective that a router issues in its forward; bytes of this rank's part."""
+"""Before the kind of a collective that a router issues in its forward."""
 
 OF_OPTIMIZER = "optimizer's "
 """The same in the optimizer's step."""
+
+SENT_BY = {traffic.ROUTER_SELECTION: OF_ROUTERS, traffic.OPTIMIZER: OF_OPTIMIZER}
+"""Purpose of a planned flow -> whose it is."""
 
 
 class CollectiveLog(TorchDispatchMode):
@@ -87,7 +93,8 @@ class CollectiveLog(TorchDispatchMode):
         self._calls: Counter[tuple[str, int]] = Counter()
         self._bytes: Counter[tuple[str, int]] = Counter()
         self.whose = ""
-        """Put before the kind, while a router's own forward runs or the optimizer's step."""
+        """Put before the kind, while a router's own forward runs or the optimizer's step: what they send is held against what they
+        say (`RouterConfig.messages`, `OptimizerConfig.step_traffic`)."""
         self.unknown: Counter[str] = Counter()
         """Collectives that the table does not know; a dry run refuses to compare while there are any."""
 
@@ -99,7 +106,7 @@ class CollectiveLog(TorchDispatchMode):
             ranks = _size(args[group])
             if ranks > 1:
                 self._calls[kind, ranks] += 1
-                self._bytes[kind, ranks] += _nbytes(args[buffer])
+                self._bytes[kind, ranks] += _nbytes(args[buffer]) * (ranks if name == _OF_ONE_RANK else 1)
         elif "c10d" in name and name not in _NO_BYTES:
             self.unknown[name] += 1
         return func(*args, **(kwargs or {}))
@@ -287,15 +294,12 @@ def compare(plan: Plan, ran: DryRun) -> tuple[Difference, ...]:
     cfg, parameters = plan.cfg, plan.parameters
     layout = dataclasses.replace(plan.cost.layout, microbatches=1)
     flows = [flow for flow in traffic.per_step(cfg, parameters, layout) if flow.kind not in AFTER_BACKWARD]
-    kind_of = {f: f"{OF_OPTIMIZER}{f.kind}" if f.purpose == traffic.OPTIMIZER else f.kind for f in flows}
-    kinds = sorted({*kind_of.values(), *(c.kind for c in ran.collectives)})
+    planned: dict[str, float] = defaultdict(float)
+    for flow in flows:
+        planned[f"{SENT_BY.get(flow.purpose, '')}{flow.kind}"] += flow.message
+    kinds = sorted({*planned, *(c.kind for c in ran.collectives)})
     sent = {kind: float(sum(c.bytes for c in ran.collectives if c.kind == kind)) for kind in kinds}
-    planned = {kind: float(sum(f.message for f in flows if kind_of[f] == kind)) for kind in kinds}
-    rows = [
-        # No formula knows what a router of one's own sends: there the dry run itself is the plan.
-        Difference(name=kind, formula=sent[kind] if kind.startswith(OF_ROUTERS) else planned[kind], measured=sent[kind])
-        for kind in kinds
-    ]
+    rows = [Difference(name=kind, formula=planned[kind], measured=sent[kind]) for kind in kinds]
     m, root = memory.estimate(cfg, parameters, layout), units(cfg, parameters, layout)[0]
     running = m.parameters + m.gradients + m.gathered + m.communication + m.activations - m.never_together
     between = root.gathered_bytes if layout.reshard_after_forward else m.gathered

@@ -48,8 +48,10 @@ class Layout(Degrees):
     """Forward passes per optimizer step (gradient accumulation)."""
 
     def group(self, axis: str) -> Group:
-        """The group of rank 0 along `axis`: tp, dp_shard, dp_replicate, ep, edp or world."""
-        stride = {"dp_shard": self.tp, "edp": self.ep, "dp_replicate": self.tp * self.dp_shard}.get(axis, 1)
+        """The group of rank 0 along `axis`: tp, dp, dp_shard, dp_replicate, ep, edp or world."""
+        stride = {"dp": self.tp, "dp_shard": self.tp, "edp": self.ep, "dp_replicate": self.tp * self.dp_shard}.get(
+            axis, 1
+        )
         return self.group_of(getattr(self, axis), stride=stride)
 
     def group_of(self, size: int, *, stride: int = 1) -> Group:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from ecdit_train.config.schema import RunConfig
-from ecdit_train.config.slots import Held, RouterSizes
+from ecdit_train.config.slots import Held, Message, RouterSizes
 from ecdit_train.model.dit import DiT
 
 EXPERT_CHOICE = "ecdit_train.model.routers.expert_choice.ExpertChoice"
@@ -91,6 +91,12 @@ def router_activation_bytes_per_token(cfg: RunConfig) -> float:
         return 0.0
     size = COMPUTE_BYTES[cfg.train.precision]
     return router.kept_bytes_per_token(router_sizes(cfg), compute_bytes=size)
+
+
+def router_messages(cfg: RunConfig, *, ranks: int) -> tuple[Message, ...]:
+    """What a sparse block's router sends among the data-parallel ranks in one forward pass, as it says."""
+    router = cfg.moe.router
+    return router.messages(router_sizes(cfg), image_tokens=cfg.tokens_per_image, ranks=ranks) if router else ()
 
 
 def router_sizes(cfg: RunConfig) -> RouterSizes:

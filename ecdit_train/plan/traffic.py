@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 
 from ecdit_train.config.schema import HEAD_DIM, RunConfig
 
@@ -28,6 +29,9 @@ from .parameters import Parameters
 
 OPTIMIZER = "matrices to the ranks that update them, and back"
 """Purpose of what the optimizer sends."""
+
+ROUTER_SELECTION = "router selection"
+"""Purpose of what routers send in their own forward pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,13 +57,15 @@ class Flow:
 
 
 def per_step(cfg: RunConfig, parameters: Parameters, layout: Layout) -> tuple[Flow, ...]:
-    """Every flow that carries bytes between ranks: weights and gradients unit by unit, tensors, agreement, experts."""
+    """Every flow that carries bytes between ranks: weights and gradients unit by unit, tensors, agreement, experts, and
+    what routers tell each other."""
     flows = (
         *_weights(cfg, parameters, layout),
         *_tensor_parallel(cfg, layout),
         *_agreement(cfg, parameters, layout),
         *_experts(cfg, layout),
         *_optimizer(cfg, parameters, layout),
+        *_selection(cfg, layout),
     )
     return tuple(flow for flow in flows if flow.ranks > 1 and flow.calls)
 
@@ -150,6 +156,17 @@ def update(cfg: RunConfig, parameters: Parameters, layout: Layout) -> Update:
         flops = slots.optimizer_flops(cfg, held, world=layout.world)
         parameters.updates[key] = Update(flops=flops, calls=calls, message=message)
     return parameters.updates[key]
+
+
+def _selection(cfg: RunConfig, layout: Layout) -> Iterator[Flow]:
+    """Routers that select over the tokens of all ranks, as they say; full checkpointing repeats the forward's."""
+    forwards = 2 if layout.activation_checkpointing == "full" else 1
+    calls = forwards * slots.sparse_blocks(cfg) * layout.microbatches
+    messages = sorted(slots.router_messages(cfg, ranks=layout.dp), key=lambda message: message.kind)
+    for kind, sent in groupby(messages, key=lambda message: message.kind):
+        each = [message.bytes for message in sent]
+        mean = sum(each) / len(each)
+        yield _flow(kind, ROUTER_SELECTION, "dp", layout.group("dp"), calls=calls * len(each), message=mean)
 
 
 def exchange_bytes(cfg: RunConfig, layout: Layout) -> float:

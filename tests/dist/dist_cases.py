@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from dist_poisons import POISONS
+from moe_configs import expert_race, selection
 from torch import Tensor, nn
 
 from ecdit_train.config.schema import ModelConfig, MoEConfig, ParallelConfig
@@ -19,6 +20,7 @@ from ecdit_train.model.experts.gelu import Gelu
 from ecdit_train.model.routers.expert_choice import ExpertChoice
 from ecdit_train.model.routers.threshold import Threshold
 from ecdit_train.model.routers.token_choice import TokenChoice
+from ecdit_train.parallel.context import ParallelContext
 from ecdit_train.parallel.apply import full_tensors, load_full, parallelize
 from ecdit_train.parallel.expert_parallel import sparse_layers
 from ecdit_train.parallel.fsdp import accumulate
@@ -27,6 +29,7 @@ from ecdit_train.parallel.mesh import Mesh, make_mesh
 from ecdit_train.parallel.owners import Sharding
 from ecdit_train.parallel.placement import ParamPlacement, pieces
 from ecdit_train.train.optimizers.muon import Muon
+from ecdit_train.train.step import update_buffers
 
 IMAGES, CHANNELS, SIDE, KEPT, TEXT_TOKENS, TEXT_FEATURES = 16, 4, 8, 8, 5, 24
 GROUP = 16
@@ -55,6 +58,9 @@ THRESHOLD = replace(MOE, router=Threshold(capacity_factor=2.0, momentum=0.9, see
 """A varying number of rows: counts first, then uneven exchange."""
 CAPPED = replace(THRESHOLD, dispatcher=IndexAdd(cap=0.75))
 """The same under a static cap that drops some."""
+RACE = replace(MOE, router=expert_race(capacity_factor=2.0))
+"""Everything on all ranks competes; two losses and a buffer."""
+FAMILY = {name: replace(MOE, router=selection(name, capacity_factor=2.0)) for name in ("ec_image", "bl", "be", "le", "tc")}
 PARALLEL = ParallelConfig(
     dp_replicate=1,
     dp_shard=-1,
@@ -113,7 +119,7 @@ class Case:
             if k not in ("tp", "ep", "dp_replicate") and v != getattr(PARALLEL, k)
         ]
         if self.moe.router != EXPERT_CHOICE:
-            extra.append(type(self.moe.router).__name__)
+            extra.append(type(self.moe.router).__name__ + str(getattr(self.moe.router, "apart", "")))
         if self.moe.dispatcher != MOE.dispatcher:
             extra.append(str(self.moe.dispatcher))
         if self.model.kv_heads != MODEL.kv_heads:
@@ -160,6 +166,8 @@ class Trace:
     weights: dict[str, Tensor] = field(default_factory=dict)
     chosen: list[list[Tensor]] = field(default_factory=list)
     """Per step, per sparse layer: (groups, S, E), how often an expert took each token of a group."""
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+    """After the last step."""
     copies_agree: bool = True
     """This rank's shards are the bits of the global tensors (which were gathered from one of each set of copies)."""
 
@@ -251,7 +259,10 @@ def run_reference(c: Case) -> Trace:
         trace.chosen.append(chosen_in_group(prediction))
         optim.step()
         optim.zero_grad()
+        for router, a in zip(model.routers, prediction.assignments, strict=True):
+            router.update_buffers({name: value.float() for name, value in a.observed.items()})
     trace.weights = {n: p.detach().clone() for n, p in model.named_parameters()}
+    trace.buffers = {n: b.clone() for n, b in model.named_buffers()}
     return trace
 
 
@@ -269,9 +280,10 @@ def run_parallel(c: Case, mesh: Mesh) -> Trace:
             moe.experts.set_gradient_divide_factor(expert_gradient_divisor(mesh) ** 0.5)
     POISONS[c.poison](model, mesh)
     optim, trace = optimizer(c, model, Sharding(mesh=mesh, placements=placements)), Trace()
+    context = ParallelContext(runtime=None, mesh=mesh, model=model, placements=placements)
     for step in range(c.steps):
         mine = {k: v.chunk(mesh.dp_size)[mesh.dp_rank] for k, v in batch(step).items()}
-        losses, chosen = [], []
+        losses, chosen, assignments = [], [], []
         for m in range(c.microbatches):
             part = {k: v.chunk(c.microbatches)[m] for k, v in mine.items()}
             with accumulate(model, last=m == c.microbatches - 1):
@@ -279,6 +291,7 @@ def run_parallel(c: Case, mesh: Mesh) -> Trace:
                 (loss / c.microbatches).backward()
             losses.append(loss.detach())
             chosen.append(chosen_in_group(prediction))
+            assignments.append(prediction.assignments)
         total = torch.stack(losses).mean()
         if mesh.dp_group is not None:
             dist.all_reduce(total, group=mesh.dp_group)
@@ -290,6 +303,8 @@ def run_parallel(c: Case, mesh: Mesh) -> Trace:
         trace.chosen.append([gather_groups(torch.cat(layer), mesh) for layer in zip(*chosen, strict=True)])
         optim.step()
         optim.zero_grad()
+        update_buffers(context, assignments)
+    trace.buffers = {n: b.clone() for n, b in model.named_buffers()}
     trace.weights = full_tensors(dict(model.named_parameters()), placements, mesh)
     trace.copies_agree &= same_bits(dict(model.named_parameters()), trace.weights, placements)
     return trace
@@ -314,6 +329,10 @@ def gather_groups(index: Tensor, mesh: Mesh) -> Tensor:
     return torch.cat(parts)
 
 
+BUFFER_BOUND = 1e-6
+"""What routers observe is averaged in fp32 whatever the network's type is; absolute."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Errors:
     """Largest relative differences from the reference."""
@@ -323,6 +342,7 @@ class Errors:
     grad_name: str
     norm: float
     weight: float
+    buffer: float
     same_choices: bool
     copies_agree: bool
 
@@ -330,6 +350,7 @@ class Errors:
         """`grad`: a bound of its own for gradients."""
         return (
             max(self.loss, self.norm, self.weight) <= bound
+            and self.buffer <= max(bound, BUFFER_BOUND)
             and self.grad <= (grad or bound)
             and self.same_choices
             and self.copies_agree
@@ -350,6 +371,7 @@ def compare(trace: Trace, reference: Trace) -> Errors:
         weight=max(((trace.weights[n] - w).norm() / w.norm()).item() for n, w in reference.weights.items()),
         grad=grad,
         grad_name=grad_name,
+        buffer=max((float((trace.buffers[n] - b).abs().max()) for n, b in reference.buffers.items()), default=0.0),
         copies_agree=trace.copies_agree,
         same_choices=all(
             torch.equal(a, b)

@@ -87,6 +87,21 @@ def poison_stale_copy(model: DiT, mesh: Mesh) -> None:
     MatrixOwners._exchange = deaf  # type: ignore[method-assign]
 
 
+def poison_skipped_counts(model: DiT, mesh: Mesh) -> None:
+    """One rank's counts are missing from the sums by which the K-th largest score is found."""
+    for moe in sparse_layers(model).values():
+        if mesh.dp_rank == 1:
+            add = moe.router.ranks.sum
+            moe.router.ranks.sum = lambda x, add=add: add(x if x.shape[0] == x.shape[-1] else torch.zeros_like(x))
+
+
+def poison_local_similarity(model: DiT, mesh: Mesh) -> None:
+    """The similarity loss weighs experts by what this rank chose."""
+    for moe in sparse_layers(model).values():
+        add, E = moe.router.ranks.sum, moe.router.weight.shape[1]
+        moe.router.ranks.sum = lambda x, add=add, E=E: mesh.dp_size * x if x.shape == (E, E) else add(x)
+
+
 POISONS: dict[str, Any] = {
     "": lambda model, mesh: None,
     "expert_scale": poison_expert_scale,
@@ -96,4 +111,6 @@ POISONS: dict[str, Any] = {
     "drifted_copy": poison_drifted_copy,
     "lost_piece": poison_lost_piece,
     "stale_copy": poison_stale_copy,
+    "skipped_counts": poison_skipped_counts,
+    "local_similarity": poison_local_similarity,
 }

@@ -37,4 +37,4 @@ def test_more_ranks_than_rows() -> None:
     """2 experts on 4 ranks of one expert mesh: they are cut along another dim; biases of 16 rows over 4, and so on."""
     few = replace(MOE, num_experts=2)
     assert_equal(4, [case(moe=few), case(ep=2, moe=replace(MOE, num_experts=4)),
-                     case(tp=2, moe=replace(MOE, num_experts=6, router=ExpertChoice(capacity_factor=1.5)))])
+                     case(tp=2, moe=replace(MOE, num_experts=6, router=ExpertChoice(capacity_factor=1.5, sees="modulated")))])

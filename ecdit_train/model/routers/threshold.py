@@ -21,6 +21,7 @@ from ecdit_train.config.slots import RouterConfig, RouterSizes, Sees
 
 from ..assignment import Selection
 from ..router import AffinityRouter, RouterInput
+from ..selecting import decided
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +74,7 @@ class ThresholdRouter(AffinityRouter):
         _, S, E = a_GSE.shape
         wanted = min(max(round(S * self.config.capacity_factor), 1), S * E)
         last_G = a_GSE.detach().flatten(1).topk(wanted, dim=1).values[:, -1]
-        selected_GSE = a_GSE.detach() > self.threshold
+        selected_GSE = decided(a_GSE.detach() > self.threshold)
         return Selection(
             selected_GSE=selected_GSE,
             gate_GSE=a_GSE,

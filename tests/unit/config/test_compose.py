@@ -112,7 +112,7 @@ def test_explain_names_type_class_and_meaning(base):
     text = explain("moe.num_experts", base, groups=groups())
     assert text == "moe.num_experts = 8: a whole number [identity]\nExperts in every sparse layer (E)."
     assert explain("moe/router", base, groups=groups()).startswith(
-        "moe/router: one of expert_choice, threshold, token_choice"
+        "moe/router: one of be, bl, ec_image, expert_choice, expert_race, le, tc, threshold, token_choice"
     )
     assert "encoders.text.width" in explain("encoders.text", base, groups={})
     message = messages(explain, "moe.num_expert", base, groups=groups())
