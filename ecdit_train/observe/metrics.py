@@ -162,7 +162,8 @@ class MetricWindow:
         self._device = torch.device(device)
         self._images_per_step = images_per_step
         self._tokens_per_step = tokens_per_step
-        self._flops_per_step = flops_per_step
+        self.flops_per_step = flops_per_step
+        """May be set anew while the run goes on."""
         self._peak_flops = peak_flops
         self._reset()
 
@@ -249,8 +250,8 @@ class MetricWindow:
             record["perf/step_s"] = step_s
             record["perf/images_per_s"] = self._images_per_step / step_s
             record["perf/tokens_per_s"] = self._tokens_per_step / step_s
-            if self._flops_per_step is not None and self._peak_flops is not None:
-                record["perf/mfu"] = self._flops_per_step / step_s / self._peak_flops
+            if self.flops_per_step is not None and self._peak_flops is not None:
+                record["perf/mfu"] = self.flops_per_step / step_s / self._peak_flops
         self._reset()
         return record
 

@@ -72,7 +72,12 @@ class Cost:
 
 
 def cost(cfg: RunConfig, parameters: Parameters, layout: Layout) -> Cost:
-    """Pure arithmetic; microseconds."""
+    """Of several stages the one that needs the most memory: what a layout must fit."""
+    return max((of_stage(stage, parameters, layout) for _, stage in cfg.stages()), key=lambda c: c.memory.total)
+
+
+def of_stage(cfg: RunConfig, parameters: Parameters, layout: Layout) -> Cost:
+    """Pure arithmetic; microseconds. `cfg` has one stage."""
     flops = flops_.per_step(cfg, checkpointing=layout.activation_checkpointing)
     memory = memory_.estimate(cfg, parameters, layout)
     flows = traffic.per_step(cfg, parameters, layout)
