@@ -53,6 +53,20 @@ class Evaluate:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RoutingStudy:
+    """What `ecdit study routing` trains and measures."""
+
+    out: str = word("FOLDER", default="runs/study")
+    size: Literal["small", "gpu"] = word("small|gpu", default="small")
+    arms: tuple[str, ...] = word("[A,B,...]", default=())
+    """Empty: all routers. A name that is none of them is a choice of the group `moe`."""
+    seeds: tuple[int, ...] = word("[1,2,...]", default=())
+    """Empty: the size's."""
+    nproc: int = word("N", least=1, default=2)
+    """Ranks of each run."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Shapes:
     """What `ecdit data shapes` makes."""
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from ecdit_train import arguments, errors
 from ecdit_train.errors import EcditError, PeerLostError, PeerRefusedError
+from ecdit_train.study import study_routing
 from ecdit_train.verbs import (
     checkpoint_list,
     checkpoint_verify,
@@ -167,6 +168,23 @@ def make_parser() -> argparse.ArgumentParser:
         "  ecdit evaluate run=runs/demo tasks=colors repeat=4",
     )
     p.add_argument("words", nargs="+", metavar="WORD", help=f"{arguments.forms(arguments.Evaluate)}, and {DRAWING}")
+    _config_dir(p)
+
+    study = parser_group(verbs, "study", "train and measure many small models, and tell what came out")
+    p = verb(
+        "routing",
+        study_routing,
+        "every router at equal activated FLOPs, with seeds: a table and a plot; the same command goes on where it was stopped\n\n"
+        "  ecdit study routing\n"
+        "  ecdit study routing arms='[dense, expert_choice, expert_race]' seeds='[1,2,3]' train.steps=500 out=runs/mine",
+        parent=study,
+    )
+    p.add_argument(
+        "words",
+        nargs="*",
+        metavar="WORD",
+        help=f"{arguments.forms(arguments.RoutingStudy)}; any other word is about the configuration of all runs",
+    )
     _config_dir(p)
 
     p = verb(

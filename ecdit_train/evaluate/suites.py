@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.shapes.draw import ShapesSpec, shape_sample
+from data_pipeline.shapes.draw import BACKGROUND, ShapesSpec, shape_sample
 from data_pipeline.shapes.grader import grade
 from data_pipeline.shapes.prompts import TASKS, Split, all_prompts
 from ecdit_train.errors import ConfigError, Problem
 
+from .routing_probe import KnownPictures
 from .shapes import Grader
 
 
@@ -44,3 +45,16 @@ def shapes_suite(*, resolution: int, tasks: Sequence[str] | None, repeat: int, s
     specs = {task: ShapesSpec(resolution=resolution, mix={task: 1.0}) for task in TASKS}
     others = [shape_sample(i, spec=specs[m["tag"]], seed=0).image for i, m in enumerate(metadata)]
     return Suite(metadata=metadata, others=np.stack(others), grade=lambda image, wanted: grade(image, wanted).correct)
+
+
+def known_shapes(spec: ShapesSpec, *, count: int, patch_pixels: int, seed: int) -> KnownPictures:
+    """`count` pictures of the set that (spec, seed) names. A patch of `patch_pixels` each way shows an object where at least half
+    of its pixels are not background. A seed that no training data was made with gives pictures that no model has seen."""
+    samples = [shape_sample(i, spec=spec, seed=seed) for i in range(count)]
+    images = np.stack([s.image for s in samples])
+    side = spec.resolution // patch_pixels
+    painted = (images != np.array(BACKGROUND, np.uint8)).any(-1)
+    share = painted.reshape(count, side, patch_pixels, side, patch_pixels).mean((2, 4))
+    return KnownPictures(
+        images=images, captions=tuple(s.caption for s in samples), on_object=(share >= 0.5).reshape(count, -1)
+    )

@@ -125,6 +125,19 @@ def taken(assignment: Assignment) -> tuple[Tensor, Tensor, Tensor]:
     return index, assignment.gate_EGC.flatten(), one
 
 
+def chosen(assignment: Assignment) -> Tensor:
+    """1.0 where an expert works on a token, else 0.0: (N, E) fp32. For a settled assignment; metrics only, nothing
+    is computed from it."""
+    N, E = assignment.probability_GSE.flatten(0, 1).shape
+    index_R, _, one_R = taken(assignment)
+    if isinstance(assignment, Rows):
+        expert_R = assignment.expert_R
+    else:
+        expert_R = torch.arange(E, device=index_R.device).repeat_interleave(len(index_R) // E)
+    flat = torch.zeros(N * E, device=index_R.device).index_add(0, index_R * E + expert_R, one_R.float())
+    return flat.view(N, E).clamp(max=1.0)
+
+
 def experts_per_token(assignment: Assignment) -> Tensor:
     """How many experts took each token: (G, S) int64. The sum over S is E * C for expert choice, by construction."""
     G, S, _ = assignment.probability_GSE.shape

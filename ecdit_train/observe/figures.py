@@ -183,7 +183,7 @@ def _heatmaps(
     rows, columns = len(panels), len(panels[0]) + 1
     width, height = columns * size + 2 * margin, rows * size + above + below
     left, right, top, bottom = margin / width, 1 - margin / width, 1 - above / height, below / height
-    figure = _figure(width, height)
+    figure = new_figure(width, height)
     grid = figure.subplots(rows, columns, squeeze=False)
     figure.subplots_adjust(left, bottom, right, top, wspace=gap, hspace=gap)
 
@@ -215,7 +215,7 @@ def _heatmaps(
     short = title if len(title) <= limit else title[: limit - 1] + "…"
     figure.text(left, 1 - 0.1 / height, short, size=11, color=INK, va="top", weight="bold", parse_math=False)
     figure.text(left, 0.1 / height, caption, size=8, color=MUTED, va="bottom", parse_math=False)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _pale(picture: np.ndarray) -> np.ndarray:
@@ -224,7 +224,7 @@ def _pale(picture: np.ndarray) -> np.ndarray:
     return (150 + grey * (105 / 255)).astype(np.uint8)
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     """A figure outside pyplot: no display, no global state, safe in any thread. Inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -234,7 +234,7 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save(figure: Figure, path: Path) -> Path:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", bbox_inches="tight", pad_inches=0.08)
     atomic.write(path, buffer.getvalue())

@@ -71,6 +71,20 @@ METRICS: dict[str, Metric] = {
         "share of choices", "mean", "Token choice only: how many choices found their expert full?"
     ),
     "moe/load_cv": _metric("std / mean", "mean", "Token choice only: how unequal is the load of experts? 0: equal."),
+    "moe/max_violation": _metric(
+        "share of mean load",
+        "mean",
+        "By how much is the busiest expert over the mean load (MaxVio)? 0: loads are equal.",
+    ),
+    "moe/combination_usage": _metric(
+        "share of pairs",
+        "mean",
+        "How many pairs of experts cover 95 % of all pairs that work on one token? Near 0: collapse.",
+    ),
+    "moe/L{n}/max_violation": _metric("share of mean load", "mean", "Overload of layer n's busiest expert."),
+    "moe/L{n}/combination_usage": _metric(
+        "share of pairs", "mean", "Pairs of layer n that cover 95 % of co-activations."
+    ),
     "moe/L{n}/dropped_frac": _metric("share of tokens", "mean", "Tokens that no expert of layer n takes."),
     "moe/L{n}/experts_per_token_std": _metric("experts", "mean", "Spread of compute over tokens in layer n."),
     "moe/L{n}/experts_per_token_max": _metric("experts", "max", "Largest compute of one token in layer n."),

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ecdit_train import atomic
 from ecdit_train.errors import RunFolderError
-from ecdit_train.model.assignment import Assignment, experts_per_token, taken
+from ecdit_train.model.assignment import Assignment, chosen, experts_per_token, taken
 
 
 def routing_scalars(assignments: Sequence[Assignment], *, layers: Sequence[int]) -> dict[str, Tensor]:
@@ -51,15 +51,41 @@ def routing_scalars(assignments: Sequence[Assignment], *, layers: Sequence[int])
 def _layer_scalars(assignment: Assignment, *, counts_N: Tensor) -> dict[str, Tensor]:
     probability = assignment.probability_GSE.float()
     _, gate, one = taken(assignment)
-    counts = counts_N.float()
+    counts, chosen_NE = counts_N.float(), chosen(assignment)
     return {
         "dropped_frac": (counts_N == 0).float().mean(),
         "experts_per_token_std": counts.std(correction=0),
         "experts_per_token_max": counts.max(),
         "entropy": torch.special.entr(probability).sum(-1).mean() / math.log(max(2, probability.shape[-1])),
         "gate_mean": gate.detach().float().sum() / one.sum().clamp(min=1),  # gates are 0 in empty slots
+        "max_violation": max_violation(chosen_NE),
+        "combination_usage": combination_usage(chosen_NE),
         **{name: value.detach().float() for name, value in assignment.metrics.items()},
     }
+
+
+def max_violation(chosen_NE: Tensor) -> Tensor:
+    """MaxVio: the busiest expert's load over the mean load, less 1; 0 where loads are equal (Race-DiT, arXiv 2503.16057)."""
+    load_E = chosen_NE.sum(0)
+    return load_E.max() / load_E.mean().clamp(min=1e-9) - 1
+
+
+COVERED = 0.95
+"""Share of co-activations that the counted pairs of experts cover."""
+
+
+def combination_usage(chosen_NE: Tensor) -> Tensor:
+    """Share of the E (E - 1) / 2 pairs of experts that are needed to cover 95 % of all co-activations, most frequent first
+    (Race-DiT, arXiv 2503.16057): 0.95 where all pairs occur alike, near 0 where a few experts always work together. 0 where no
+    token has two experts."""
+    E = chosen_NE.shape[1]
+    if E < 2:
+        return chosen_NE.new_zeros(())
+    first, second = torch.triu_indices(E, E, offset=1, device=chosen_NE.device).unbind(0)
+    pairs = (chosen_NE.t() @ chosen_NE)[first, second].sort(descending=True).values
+    covered = pairs.cumsum(0) / pairs.sum().clamp(min=1)
+    needed = (covered < COVERED).sum() + 1
+    return torch.where(pairs.sum() > 0, needed / len(pairs), 0.0)
 
 
 def count_maps(assignments: Sequence[Assignment], *, batch: int, side: int, keep: Tensor | None = None) -> Tensor:

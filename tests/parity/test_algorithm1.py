@@ -167,7 +167,7 @@ def test_capacity_never_exceeds_the_pool():
     ("pool", "factor", "experts", "capacity"), [(100, 1.1, 10, 11), (100, 1.1, 5, 22), (64, 0.25, 4, 4)]
 )
 def test_capacity_is_whole_up_to_rounding(pool, factor, experts, capacity):
-    exact = ExpertChoice(capacity_factor=factor).capacity(group_tokens=pool, num_experts=experts)
+    exact = ExpertChoice(capacity_factor=factor, sees="modulated").capacity(group_tokens=pool, num_experts=experts)
     assert whole_capacity(exact, tokens=pool) == capacity
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from ecdit_train.config.slots import RouterSizes
 from ecdit_train.model.assignment import Selection, experts_per_token
 from ecdit_train.model.moe import MoE
+from ecdit_train.model.router import RouterInput
 
 GROUPS, TOKENS, WIDTH, EXPERTS = 3, 20, 10, 4
 FACTOR = 1.5
@@ -94,8 +95,8 @@ def test_the_threshold_aims_at_the_wanted_rows():
     """In the long run the bound lets capacity_factor experts per token pass."""
     ours = layer(combine="index_add", cap=None, bound=0.9)
     x = torch.randn(1, 400, WIDTH, dtype=torch.float64)
-    assert isinstance(ours.router(x), Selection)
+    assert isinstance(ours.router(RouterInput.of(x)), Selection)
     for _ in range(200):
-        ours.router.update_buffers(ours.router(x).observed)
-    rows = ours.router(x).selected_GSE.sum().item()
+        ours.router.update_buffers(ours.router(RouterInput.of(x)).observed)
+    rows = ours.router(RouterInput.of(x)).selected_GSE.sum().item()
     assert rows == pytest.approx(400 * FACTOR, abs=2)

@@ -1,0 +1,265 @@
+"""`ecdit study routing`: one small model under every router, at equal activated FLOPs, with seeds, told as a table and a plot.
+
+Each arm is `moe=NAME` with words that make it cost what the dense network costs: experts half as wide as the dense feed-forward,
+two per token. Every job trains in a process of its own into `OUT/ARM-SEED`; what is done is not done again, so the same command
+goes on where it was stopped. Nothing is left out of the table, and nothing is chosen after looking.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ecdit_train import arguments, atomic, errors, study_report, sweep
+from ecdit_train.comparison import final_loss
+from ecdit_train.config import compose
+from ecdit_train.config.overrides import quoted
+from ecdit_train.config.resolve import declarations_only
+from ecdit_train.config.schema import RunConfig
+from ecdit_train.errors import ConfigError, Problem
+from ecdit_train.run_folder import metrics_path
+
+from .study_report import Measured
+
+COST_OF_DENSE = (
+    "moe.layers=even",
+    "moe.num_experts=8",
+    "moe.expert_ratio=2.0",
+    "moe.shared_experts=0",
+    "moe/experts=gelu",
+)
+"""Experts half as wide as the dense feed-forward (ratio 4): two of them are one."""
+
+ROUTERS: Mapping[str, tuple[str, ...]] = {
+    "dense": (),
+    "token_choice": COST_OF_DENSE,
+    "expert_choice": COST_OF_DENSE,
+}
+"""Name of the group `moe` -> its words. An arm that is not here is `moe=ARM` as it stands."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """How large the models and how long the runs are."""
+
+    words: tuple[str, ...]
+    pictures: int
+    """In the training set."""
+    resolution: int
+    seeds: tuple[int, ...]
+
+
+SIZES: Mapping[str, Size] = {
+    "small": Size(
+        words=(
+            *("experiment=shapes_tiny", "train.steps=150", "optim.warmup_steps=20", "optim.ema_decay=0.98"),
+            *("observe.log_every=10", "observe.sample_every=0"),
+        ),
+        pictures=4000,
+        resolution=24,
+        seeds=(1, 2),
+    ),
+    "gpu": Size(words=("experiment=shapes_small",), pictures=200_000, resolution=64, seeds=(1, 2, 3)),
+}
+MIX = {"single_object": 1.0, "colors": 4.0}
+SCALE = (0.55, 0.8)
+"""Of the pictures, as in the demo: what a model of this size can learn."""
+SET_SEED, UNSEEN_SEED = 0, 1
+"""Of the training pictures, and of those that are only looked at."""
+PROBED = 64
+GRADED = {"tasks": ("colors",), "repeat": 4}
+
+REPORT, PLOT, RESULTS = "study.md", "study.png", "results.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    arm: str
+    seed: int
+    words: tuple[str, ...]
+    run: Path
+    config: RunConfig
+
+
+class Study:
+    """A study in a folder.
+
+    Raises:
+        ConfigError: whatever is wrong with any job; nothing has been made.
+    """
+
+    def __init__(
+        self, out: Path, *, size: str, arms: Sequence[str], seeds: Sequence[int], words: Sequence[str], nproc: int,
+        config_dir: str | None,
+    ) -> None:  # fmt: skip
+        self.out, self.size, self.nproc, self.config_dir = out, SIZES[size], nproc, config_dir
+        self.arms, self.seeds = list(arms or ROUTERS), list(seeds or self.size.seeds)
+        own_data = not any(w.startswith("data.shards=") for w in words)
+        self.data = out / "pictures" if own_data else None
+        where = [f"data.shards={quoted(str(self.data))}"] if own_data else []
+        asked = [(arm, seed) for seed in self.seeds for arm in self.arms]
+        lines = [
+            [*self.size.words, f"moe={arm}", *ROUTERS.get(arm, ()), *where, f"train.seed={seed}", *words]
+            for arm, seed in asked
+        ]
+        runs = [out / f"{arm}-{seed}" for arm, seed in asked]
+        lines = [[*line, f"run={quoted(str(run))}"] for line, run in zip(lines, runs, strict=True)]
+        made = sweep.check_each(words, lines, world=nproc, config_dir=config_dir)
+        self.jobs = [
+            Job(arm=arm, seed=seed, words=tuple(line), run=run, config=m.config)
+            for (arm, seed), line, run, m in zip(asked, lines, runs, made, strict=True)
+        ]
+        self.results = self._earlier()
+
+    def run(self) -> int:
+        """0; 75 when it was stopped on request; else the exit code of the first job that failed."""
+        self._pictures()
+        failed = 0
+        for number, job in enumerate(self.jobs, 1):
+            name = f"[{number}/{len(self.jobs)}] {job.arm}, seed {job.seed}"
+            if (job.arm, job.seed) in self.results:
+                print(f"{name}: done before", flush=True)
+                continue
+            print(f"{name}: {job.run}", flush=True)
+            code = self._train(job)
+            if code == errors.EXIT_REQUEUE:
+                print(f"stopped; the same command goes on: {self.out}", file=sys.stderr)
+                return code
+            if code:
+                print(f"{name}: ended with exit code {code}", file=sys.stderr, flush=True)
+                failed = failed or code
+                continue
+            self.results[job.arm, job.seed] = self._measure(job)
+            self.write()
+        if self.results:
+            print("\n" + self.write())
+        return failed
+
+    def write(self) -> str:
+        """Results, table and plot as they are now; the table's text."""
+        from ecdit_train.observe import study_plot
+
+        found = [self.results[j.arm, j.seed] for j in self.jobs if (j.arm, j.seed) in self.results]
+        atomic.write(self.out / RESULTS, (json.dumps([asdict(m) for m in found], indent=1) + "\n").encode())
+        text = study_report.text(
+            found, steps=self.jobs[0].config.train.steps, batch=self.jobs[0].config.train.global_batch
+        )
+        atomic.write(self.out / REPORT, text.encode())
+        study_plot.write(self.out / PLOT, study_report.panels(found))
+        return text
+
+    # --- one job -------------------------------------------------------------------------------------------------------
+
+    def _earlier(self) -> dict[tuple[str, int], Measured]:
+        """What an earlier start measured with the same words."""
+        try:
+            found = json.loads((self.out / RESULTS).read_text(encoding="utf-8"))
+            told = [Measured(**{**m, "words": tuple(m["words"])}) for m in found]
+        except FileNotFoundError:
+            return {}
+        except (ValueError, TypeError, KeyError) as error:
+            rule = f"{RESULTS} in it is not what a study writes ({error}); give another folder, or delete that file"
+            raise ConfigError(Problem(field="out", value=str(self.out), rule=rule)) from error
+        words = {(j.arm, j.seed): j.words for j in self.jobs}
+        return {(m.arm, m.seed): m for m in told if words.get((m.arm, m.seed)) == m.words}
+
+    def _pictures(self) -> None:
+        from data_pipeline.shapes.make import make_shapes
+
+        if self.data is not None and not (self.data / "manifest.json").exists():
+            make_shapes(
+                self.data,
+                count=self.size.pictures,
+                resolution=self.size.resolution,
+                seed=SET_SEED,
+                mix=MIX,
+                scale=SCALE,
+                samples_per_shard=500,
+                image_format="png",
+            )
+
+    def _train(self, job: Job) -> int:
+        from launch.local import run_command
+
+        ranks = ["--nproc", str(self.nproc)] if self.nproc > 1 else []
+        own = ["--config-dir", self.config_dir] if self.config_dir else []
+        ended = run_command([*ranks, "train", *own, *job.words])
+        return errors.EXIT_REQUEUE if ended.stopped else ended.code
+
+    def _measure(self, job: Job) -> Measured:
+        """On one process, with the averaged weights."""
+        import torch
+
+        from data_pipeline.shapes.draw import ShapesSpec
+        from ecdit_train import build
+        from ecdit_train.evaluate import routing_probe, shapes, suites
+        from ecdit_train.parallel import runtime
+        from ecdit_train.plan.flops import per_step
+
+        config = compose.configure(
+            [*job.words, "parallel.ep=1", "parallel.tp=1", "parallel.dp_replicate=1", "parallel.dp_shard=-1"],
+            config_dir=self.config_dir,
+        ).config
+        here = runtime.start("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            pipeline, step = build.build_pipeline(config, here, kind="ema", step=None)
+            suite = suites.shapes_suite(resolution=config.data.resolution, split="all", **GRADED)  # type: ignore[arg-type]
+            pictures = pipeline.draw([m["prompt"] for m in suite.metadata], how=config.sample, step=step)
+            graded = shapes.score(pictures.images, suite.metadata, grade=suite.grade, others=suite.others)
+            spec = ShapesSpec(resolution=config.data.resolution, mix=MIX, scale=SCALE)
+            pixels = config.encoders.image.factor * config.model.patch
+            known = suites.known_shapes(spec, count=PROBED, patch_pixels=pixels, seed=UNSEEN_SEED)
+            probe = routing_probe.probe(pipeline, known)
+        finally:
+            here.shutdown()
+        final, router = final_loss(job.run), config.moe.router
+        assert final is not None, f"{job.run} ended well and logged no loss"
+
+        def mean(values: Sequence[float]) -> float | None:
+            return statistics.fmean(values) if values else None
+
+        return Measured(
+            arm=job.arm,
+            seed=job.seed,
+            words=job.words,
+            flops=per_step(config, checkpointing="none").model,
+            train_loss=final.loss,
+            unseen_loss=statistics.fmean(probe.loss),
+            right=graded.overall,
+            chance=graded.chance,
+            experts_drawn=None if pictures.maps is None else float(pictures.maps.counts.mean()),
+            budget=None if router is None else router.experts_per_token(),
+            on_object=probe.experts_on_object,
+            on_background=probe.experts_on_background,
+            max_violation=mean(probe.max_violation),
+            combination_usage=mean(probe.combination_usage),
+            timestep_sensitivity=mean(probe.timestep_sensitivity),
+            step_seconds=_step_seconds(job.run),
+        )
+
+
+def _step_seconds(run: Path) -> float:
+    records = [json.loads(line) for line in metrics_path(run).read_text(encoding="utf-8").splitlines()]
+    return statistics.median(r["perf/step_s"] for r in records if "perf/step_s" in r)
+
+
+def study_routing(args: argparse.Namespace) -> int:
+    """The verb."""
+    request = arguments.read(arguments.RoutingStudy, args.words)
+    asked = request.build(arguments.RoutingStudy)
+    with declarations_only():
+        study = Study(
+            Path(asked.out),
+            size=asked.size,
+            arms=asked.arms,
+            seeds=asked.seeds,
+            words=request.rest,
+            nproc=asked.nproc,
+            config_dir=args.config_dir,
+        )
+    return study.run()

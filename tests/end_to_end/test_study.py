@@ -1,0 +1,73 @@
+"""`ecdit study routing` with two routers and seconds of training: it trains, measures, tells, and goes on where it was."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from tiny_runs import WORDS
+
+from ecdit_train import cli
+from ecdit_train.errors import ConfigError
+from ecdit_train.study import ROUTERS, Study
+
+OWN = ("experiment", "moe.num_experts")
+TINY = [w for w in WORDS if not w.startswith(OWN)] + ["train.steps=4", "sample.steps=2", "observe.log_every=1"]
+
+
+def study(out, shards, *words: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["study", "routing", f"out={out}", "nproc=1", f"data.shards={shards}", *TINY, *words])
+    return int(ended.value.code or 0)
+
+
+def test_two_arms_and_the_rest_later(tiny_shards, tmp_path, capsys) -> None:
+    out = tmp_path / "study"
+    assert study(out, tiny_shards, "arms=[dense,expert_choice]", "seeds=[1]") == 0
+    first = json.loads((out / "results.json").read_text())
+    assert [m["arm"] for m in first] == ["dense", "expert_choice"]
+    dense, chosen = first
+    assert chosen["flops"] / dense["flops"] == pytest.approx(1.0, abs=0.02), "arms do not cost alike"
+    assert (dense["experts_drawn"], chosen["experts_drawn"], chosen["budget"]) == (None, 2.0, 2.0)
+    assert dense["unseen_loss"] != chosen["unseen_loss"]
+    told = capsys.readouterr().out
+    assert (out / "study.md").read_text() in told
+    assert (out / "study.png").read_bytes().startswith(b"\x89PNG")
+
+    assert study(out, tiny_shards, "arms=[dense,expert_choice]", "seeds=[1,2]") == 0
+    assert capsys.readouterr().out.count("done before") == 2
+    both = json.loads((out / "results.json").read_text())
+    assert [(m["arm"], m["seed"]) for m in both] == [
+        ("dense", 1),
+        ("expert_choice", 1),
+        ("dense", 2),
+        ("expert_choice", 2),
+    ]
+    assert [m for m in both if m["seed"] == 1] == first
+    assert "±" in (out / "study.md").read_text()
+
+
+def plan(out, *words: str, arms=()) -> Study:
+    return Study(out, size="small", arms=arms, seeds=[1], words=words, nproc=2, config_dir=None)
+
+
+def test_every_router_composes_and_costs_what_dense_costs(tmp_path) -> None:
+    from ecdit_train.plan.flops import per_step
+
+    jobs = plan(tmp_path / "study").jobs
+    assert [j.arm for j in jobs] == list(ROUTERS)
+    cost = [per_step(j.config, checkpointing="none").model for j in jobs]
+    assert cost == pytest.approx([cost[0]] * len(cost), rel=0.02)
+    assert not (tmp_path / "study").exists()
+
+
+def test_what_is_wrong_is_said_before_anything_is_made(tmp_path) -> None:
+    with pytest.raises(ConfigError, match=r"'expert_choise'.*nearest valid: expert_choice"):
+        plan(tmp_path / "study", arms=["dense", "expert_choise"])
+    with pytest.raises(ConfigError, match=r"train\.steps = 0"):
+        plan(tmp_path / "study", "train.steps=0")
+    assert not (tmp_path / "study").exists()
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study" / "results.json").write_text("[1]")
+    with pytest.raises(ConfigError, match="not what a study writes"):
+        plan(tmp_path / "study")
