@@ -25,8 +25,8 @@ traffic_per_step.<kind>      bytes of one rank and step: message, intra_node, in
 traffic_per_step.flows       the same by purpose: kind, purpose, axis, ranks, calls, message, intra_node, inter_node
 exchange_bytes               bytes one rank sends in one direction of one sparse layer and microbatch
 stages                       first, last (updates made), experts_per_token, flops_per_step, seconds (of a step) and
-                             memory_total of each stretch without a change of shapes; everything else here is of the one
-                             that needs the most memory, parameters.activated of the last
+                             memory_total of each stretch without a change of shapes; everything else here is of the
+                             slowest, with the largest memory of any; parameters.activated is of the last
 step_time                    seconds and its parts, bounds best and worst, mfu, mfu_ceiling, tokens_per_second,
                              images_per_second_per_gpu (plan/cost.py)
 checkpoint_bytes             bytes of one committed checkpoint
@@ -127,7 +127,7 @@ def render(plan: Plan) -> str:
             "layout": _layout(plan.cost),
             "memory per rank": _memory(plan),
             "step": _step(plan.cost),
-            "stages (the sections above are of the one that needs the most memory)": _stages(plan),
+            "stages (what else is said is of the slowest, with the largest memory of any)": _stages(plan),
             "traffic per rank and step": _traffic(plan),
             "faster layout on the same ranks": _suggestion(plan),
             "warnings": [f"- {line}" for line in plan.warnings],

@@ -9,7 +9,7 @@ from ecdit_train.config.schema import RunConfig
 
 from . import parameters as parameters_
 from . import search, slots
-from .cost import Cost, of_stage
+from .cost import Cost, cost, of_stage
 from .layout import resolve
 from .memory import MASTER
 from .parameters import Parameters, Table1, table1
@@ -41,11 +41,11 @@ class Plan:
     """A run planned on `cost.layout.world` ranks."""
 
     cfg: RunConfig
-    """The run in the stage that `cost` is of."""
+    """The run in its slowest stage."""
     parameters: Parameters
     """Activated as in the last stage."""
     cost: Cost
-    """Of the stage that needs the most memory."""
+    """Of the slowest stage, with the largest memory of any."""
     stages: tuple[Stage, ...]
     """First to last; one where no shape changes during the run."""
     checkpoint_bytes: float
@@ -89,8 +89,8 @@ def estimate(cfg: RunConfig, *, world: int | None = None) -> Plan:
         )
         for (first, run), last in zip(runs, ends, strict=True)
     )
-    heaviest = max(range(len(stages)), key=lambda n: stages[n].cost.memory.total)
-    configured, at_most = stages[heaviest].cost, runs[heaviest][1]
+    slowest = max(range(len(stages)), key=lambda n: stages[n].cost.step_time.seconds)
+    configured, at_most = cost(cfg, parameters, layout), runs[slowest][1]
     best = search.best(cfg, parameters, world=world)
     faster = best is not None and (not configured.fits or best.step_time.seconds < 0.98 * configured.step_time.seconds)
     suggested = best if faster else None
