@@ -92,6 +92,8 @@ def build_pipeline(
     encoders = runtime.together(lambda: make_encoders(config, runtime.device))
     parallel = spread(config, runtime)
     step = load_weights(config.run, parallel, kind=kind, step=step)
+    for router in parallel.model.routers:
+        router.at_step(step)
     pipeline = make_pipeline(config, parallel, encoders=encoders)
     if pipeline is None:
         raise ConfigError(

@@ -139,3 +139,18 @@ def test_every_stage_is_the_constant_router_of_its_factor():
         assert a.index_EGC.shape == (EXPERTS, IMAGES, capacity), step
         expected, _ = reference(z, w, scores="softmax", sees="timestep", capacity=capacity)
         torch.testing.assert_close(y, expected, rtol=1e-11, atol=1e-12)
+
+
+def test_a_stage_is_one_static_graph():
+    """Compiled, each stage is traced once, with its capacity as a constant; going back needs no new graph."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    ours, plain, z = (*(layer(schedule=((10, 4.0), (20, 2.0))) for _ in range(2)), inputs())
+    ours.compile(backend="aot_eager", fullgraph=True)
+    graphs = []
+    for step in (0, 1, 9, 10, 19, 20, 0):
+        for moe in (ours, plain):
+            moe.router.at_step(step)
+        torch.testing.assert_close(run(ours, z)[0], run(plain, z)[0])
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs == [1, 1, 1, 2, 2, 3, 3]
