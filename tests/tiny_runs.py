@@ -46,6 +46,8 @@ ROUTERS = {
     "expert_choice": ("moe=expert_choice",),
     "token_choice": ("moe=token_choice",),
     "threshold": ("moe=threshold",),
+    "nucleus": ("moe=nucleus",),
+    "diffmoe": ("moe=diffmoe",),
     "dense": ("moe=dense",),
 }
 VOLATILE = ("time", "perf/", "data/stall_frac")

@@ -39,7 +39,7 @@ def messages(call, *args, **kwargs) -> list[str]:
 
 
 def test_there_is_every_preset():
-    assert set(EXPERIMENTS) == PAPER | {"shapes_tiny", "shapes_small"}
+    assert set(EXPERIMENTS) == PAPER | {"shapes_tiny", "shapes_small", "nucleus_17b"}
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
