@@ -130,15 +130,20 @@ class ExpertsConfig(SlotConfig):
         raise NotImplementedError
 
 
+@dataclass(frozen=True, kw_only=True)
 class DispatcherConfig(SlotConfig):
     """How rows are gathered for the experts and their results summed (`model.moe.Dispatcher`)."""
 
     same_result: ClassVar[bool] = False
     """Whether it computes what any other such class computes, up to rounding, so that a resume may change from one to the other."""
 
-    cap: float | None = None
-    """For routers whose number of rows varies. None: counts are exchanged, then just these rows. A number: a static table of `cap`
+    cap: float | None
+    """For routers whose number of rows varies. null: counts are exchanged, then just these rows. A number: a static table of cap
     times the mean rows per expert and group; rows beyond it are dropped, lowest gates first, and counted."""
+
+    def check(self, run: RunConfig, check: Checker, *, key: str) -> None:
+        if self.cap is not None:
+            check.positive([f"{key}.cap"])
 
     def build(self) -> Any:
         """A `model.moe.Dispatcher` for one device; `parallel.expert_parallel` carries its rows over ranks."""

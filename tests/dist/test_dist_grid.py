@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from dist_cases import CAPPED, DENSE, IMAGES, KEPT, MODEL, MOE, THRESHOLD, TOKEN_CHOICE, Case, case, check_cases
+from dist_cases import CAPPED, DENSE, EXPERT_CHOICE, IMAGES, KEPT, MODEL, MOE, THRESHOLD, TOKEN_CHOICE, Case, case, check_cases
 from dist_harness import run_distributed
 
 from ecdit_train.model.dispatchers.deterministic import Deterministic
@@ -78,6 +78,24 @@ def test_a_varying_number_of_rows() -> None:
         if world == 2:
             cases += [case(moe=CAPPED, ep=2, chunks=2), case(moe=replace(THRESHOLD, dispatcher=Deterministic(cap=None)), tp=2, ep=2)]
             cases += [case(moe=moe, tp=2, ep=2, dtype="float32") for moe in (THRESHOLD, CAPPED)]
+        assert_equal(world, cases)
+
+
+def test_models_after_dit_and_what_routers_look_at() -> None:
+    """Blocks with their own modulation and no cross-attention, experts in all of them and of another width, a shared
+    expert; routers that look at the residual stream or at the timestep."""
+    after_dit = replace(MODEL, modulation="block", cross_attention=False)
+    fine = replace(MOE, layers="all", expert_ratio=0.5, shared_experts=3)
+    layouts: tuple[tuple[int, list[dict[str, int]]], ...] = (
+        (2, [{}, {"tp": 2}, {"ep": 2}, {"tp": 2, "ep": 2}]),
+        (4, [{"tp": 2, "ep": 2}, {"ep": 4}, {"tp": 2, "rep": 2}]),
+    )
+    for world, axes in layouts:
+        cases = [case(moe=fine, model=after_dit, **layout) for layout in axes]
+        for sees in ("hidden", "timestep"):
+            moe = replace(MOE, router=replace(EXPERT_CHOICE, sees=sees))
+            cases += [case(moe=moe, model=model, **axes[-1]) for model in (MODEL, after_dit)]
+        cases.append(case(moe=fine, model=after_dit, dtype="float32", ac="selective", **axes[-1]))
         assert_equal(world, cases)
 
 

@@ -11,8 +11,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ecdit_train.config.rules import Checker
-from ecdit_train.config.schema import RunConfig
 from ecdit_train.config.slots import DispatcherConfig
 
 from ..moe import Dispatcher
@@ -23,14 +21,6 @@ class Deterministic(DispatcherConfig):
     """Sums in a fixed order, without atomics."""
 
     same_result: ClassVar[bool] = True
-    cap: float | None
-    """For routers whose number of rows varies. null: counts are exchanged, then just these rows. A number:
-    a static table of cap times the mean rows per expert and group; rows beyond it are dropped, lowest
-    gates first, and counted."""
-
-    def check(self, run: RunConfig, check: Checker, *, key: str) -> None:
-        if self.cap is not None:
-            check.positive([f"{key}.cap"])
 
     def build(self) -> DeterministicDispatcher:
         return DeterministicDispatcher(cap=self.cap)
