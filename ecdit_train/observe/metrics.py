@@ -102,6 +102,14 @@ METRICS: dict[str, Metric] = {
     "moe/capped_frac": _metric(
         "share of rows", "mean", "Routers of varying load under a static cap only: how many rows are dropped?"
     ),
+    "moe/predictor_accuracy": _metric(
+        "share of choices", "mean", "DiffMoE only: how much of the selection does its predictor foresee?"
+    ),
+    "moe/predicted_experts_per_token": _metric(
+        "experts",
+        "mean",
+        "DiffMoE only: what would drawing take of these tokens? The budget is moe.router.capacity_factor.",
+    ),
     "moe/{name}": _metric(
         "the router's", "mean", "What a router reports of itself (`Assignment.metrics`), over layers."
     ),

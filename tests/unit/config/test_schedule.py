@@ -13,7 +13,7 @@ from ecdit_train.config.compose import compose
 from ecdit_train.config.convert import with_values
 from ecdit_train.config.schedule import as_yaml
 from ecdit_train.config.schema import sparse_layers
-from ecdit_train.errors import RunFolderError
+from ecdit_train.errors import ConfigError, RunFolderError
 
 KEY = "moe.router.schedule"
 
@@ -130,3 +130,15 @@ def test_blocks_with_experts(base):
     assert broken(with_values(base, {"moe.layers": "after_3", "model.layers": 3})) == [
         "model.layers = 3: must be at least 4 with moe.layers = after_3: layers 4, 5, ... carry experts; nearest valid: 4"
     ]
+
+
+def test_what_is_no_list_of_pairs_is_answered():
+    def said(words: str) -> str:
+        with pytest.raises(ConfigError) as caught:
+            compose([words], local=False)
+        return str(caught.value.problems[0])
+
+    assert said(f"{KEY}=[400,1.0]") == f"{KEY}[0] = 400: must be [a whole number, a number]"
+    assert said(f"{KEY}=[[400,1.0,2]]") == f"{KEY}[0] = [400, 1.0, 2]: must be [a whole number, a number]"
+    assert said(f"{KEY}=[[1.5,1.0]]") == f"{KEY}[0] = [1.5, 1.0]: must be [a whole number, a number]"
+    assert said(f"{KEY}=3").startswith(f"{KEY} = 3: must be a list of [a whole number, a number]")
