@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Self
 
-from ecdit_train.config.slots import RouterConfig
+from ecdit_train.config.slots import RouterConfig, Sees
 
 if TYPE_CHECKING:
     from ecdit_train.config.rules import Checker
@@ -24,6 +24,10 @@ class ScheduledCapacity(RouterConfig):
 
     schedule: tuple[tuple[int, float], ...] = ()
     """Later stages, [[step, f_c], ...]: after `step` updates capacity_factor is f_c. Empty: one value for the whole run."""
+
+    sees: Sees
+    """What affinities are computed from: modulated (what the experts see), hidden (x', the residual stream) or timestep (the
+    unmodulated token and its timestep)."""
 
     def experts_per_token(self) -> float:
         return self.capacity_factor

@@ -134,8 +134,8 @@ def affinity_flops(sizes: RouterSizes, *, sees: Sees, mixes: bool = False) -> fl
 class ScheduledRouter(AffinityRouter):
     """An `AffinityRouter` whose experts take C tokens of a group, with the capacity factor of the stage that it was told last."""
 
-    def __init__(self, sizes: RouterSizes, *, config: ScheduledCapacity, sees: Sees) -> None:
-        super().__init__(sizes, sees=sees)
+    def __init__(self, sizes: RouterSizes, *, config: ScheduledCapacity) -> None:
+        super().__init__(sizes, sees=config.sees)
         self.config = config
         self.stage = config.at(0)
 

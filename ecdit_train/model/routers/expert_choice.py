@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from ecdit_train.config.schedule import ScheduledCapacity
-from ecdit_train.config.slots import RouterSizes, Sees
+from ecdit_train.config.slots import RouterSizes
 
 from ..assignment import Table
 from ..router import RouterInput, ScheduledRouter
@@ -20,12 +20,8 @@ from ..router import RouterInput, ScheduledRouter
 class ExpertChoice(ScheduledCapacity):
     """Each expert takes its best C tokens of a group, so load is equal by construction and no balancing loss exists."""
 
-    sees: Sees
-    """What affinities are computed from: modulated (what the experts see), hidden (x', the residual stream) or timestep (the
-    unmodulated token and its timestep)."""
-
     def build(self, sizes: RouterSizes) -> ExpertChoiceRouter:
-        return ExpertChoiceRouter(sizes, config=self, sees=self.sees)
+        return ExpertChoiceRouter(sizes, config=self)
 
 
 class ExpertChoiceRouter(ScheduledRouter):

@@ -17,7 +17,7 @@ import torch
 from ecdit_train.config.rules import Checker
 from ecdit_train.config.schedule import ScheduledCapacity
 from ecdit_train.config.schema import RunConfig
-from ecdit_train.config.slots import RouterSizes, Sees
+from ecdit_train.config.slots import RouterSizes
 
 from ..assignment import Table
 from ..router import RouterInput, ScheduledRouter
@@ -30,9 +30,6 @@ TINY = 1e-12
 class Nucleus(ScheduledCapacity):
     """Expert choice with gates normalised over the experts that took a token. C must be whole; Nucleus-Image rounds it up."""
 
-    sees: Sees
-    """What scores are computed from: modulated (what the experts see), hidden (x', the residual stream) or timestep (the
-    unmodulated token and its timestep)."""
     scores: Literal["softmax", "sigmoid"]
     """Of the logits: softmax over experts, or each expert's own sigmoid."""
     route_scale: float
@@ -52,9 +49,6 @@ class Nucleus(ScheduledCapacity):
 
 class NucleusRouter(ScheduledRouter):
     config: Nucleus
-
-    def __init__(self, sizes: RouterSizes, *, config: Nucleus) -> None:
-        super().__init__(sizes, config=config, sees=config.sees)
 
     def forward(self, tokens: RouterInput) -> Table:
         G, S, _ = tokens.x_GSD.shape
