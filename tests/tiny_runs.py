@@ -47,7 +47,7 @@ ROUTERS = {
     "token_choice": ("moe=token_choice",),
     "threshold": ("moe=threshold",),
     "nucleus": ("moe=nucleus",),
-    "diffmoe": ("moe=diffmoe",),
+    "diffmoe": ("moe=diffmoe", "moe.scope=group"),  # groups that do not depend on the microbatch, as the others'
     "dense": ("moe=dense",),
 }
 VOLATILE = ("time", "perf/", "data/stall_frac")

@@ -156,7 +156,7 @@ def test_the_rate_is_the_one_that_is_asked_for():
 def test_auxiliary_losses_go_by_name(router):
     config, model, flow = make(router)
     result = take(config, model, flow, [batch()], TrainState.fresh(model, config.optim))
-    assert list(result.auxiliary) == (["balance"] if router == "token_choice" else [])
+    assert list(result.auxiliary) == {"token_choice": ["balance"], "diffmoe": ["predictor"]}.get(router, [])
 
 
 OPTIMIZERS = {
