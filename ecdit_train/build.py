@@ -64,6 +64,7 @@ def build_trainer(config: RunConfig, runtime: Runtime, *, stop_after: int | None
         sinks=Sinks(),
         drawer=PromptGrid(pipeline=pipeline, run=run) if pipeline is not None and config.observe.prompts else None,
         stop_after=stop_after,
+        flops=tuple((first, model_flops(stage)) for first, stage in config.stages()),
     )
     # The newest sound checkpoint of this folder, else another run's weights (`train.init_from`), else first weights.
     resumed = trainer.resume()
@@ -91,6 +92,8 @@ def build_pipeline(
     encoders = runtime.together(lambda: make_encoders(config, runtime.device))
     parallel = spread(config, runtime)
     step = load_weights(config.run, parallel, kind=kind, step=step)
+    for router in parallel.model.routers:
+        router.at_step(step)
     pipeline = make_pipeline(config, parallel, encoders=encoders)
     if pipeline is None:
         raise ConfigError(
@@ -111,13 +114,18 @@ def make_pipeline(config: RunConfig, parallel: ParallelContext, *, encoders: Enc
     return SamplePipeline(parallel=parallel, text=encoders.text, codec=encoders.image, config=config)
 
 
+def model_flops(config: RunConfig) -> float:
+    """Of one optimizer step over all ranks."""
+    return per_step(config, checkpointing=config.parallel.activation_checkpointing).model
+
+
 def make_window(config: RunConfig, runtime: Runtime) -> MetricWindow:
     """Utilisation needs a known peak, which only a GPU has."""
     return MetricWindow(
         device=runtime.device,
         images_per_step=config.train.global_batch,
         tokens_per_step=config.train.global_batch * config.tokens_per_image,
-        flops_per_step=per_step(config, checkpointing=config.parallel.activation_checkpointing).model,
+        flops_per_step=model_flops(config),
         peak_flops=config.cluster.peak_flops * runtime.world if runtime.device.type == "cuda" else None,
     )
 

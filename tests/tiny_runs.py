@@ -47,6 +47,8 @@ ROUTERS = {
     "token_choice": ("moe=token_choice",),
     "threshold": ("moe=threshold",),
     "expert_race": ("moe=expert_race", "moe.num_experts=4", "moe.router.capacity_factor=1.0"),
+    "nucleus": ("moe=nucleus",),
+    "diffmoe": ("moe=diffmoe", "moe.scope=group"),  # groups that do not depend on the microbatch, as the others'
     "dense": ("moe=dense",),
 }
 VOLATILE = ("time", "perf/", "data/stall_frac")

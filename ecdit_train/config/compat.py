@@ -23,6 +23,7 @@ _CLASSES: dict[str, Kind] = {
     "config_dir": "free",
     "model": "identity",
     "moe": "identity",
+    "moe.router.schedule": "schedule",
     "moe.dispatcher._target_": "free",  # identity where one of the two changes the result, see `kind`
     "diffusion": "identity",
     "sample": "free",

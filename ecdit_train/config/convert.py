@@ -160,7 +160,7 @@ def _misfit(hint: Any, value: Any, *, field: str) -> Problem:
     inner = _without_none(hint)
     if get_origin(inner) is Literal:
         nearest = closest(str(value), get_args(inner))
-    elif get_origin(inner) is tuple and not isinstance(value, list | Mapping):
+    elif get_args(inner)[1:] == (...,) and not isinstance(value, list | Mapping):
         nearest = f"[{value}]"
     elif inner is int and isinstance(value, float) and math.isfinite(value):
         nearest = round(value)
@@ -183,7 +183,8 @@ def type_name(hint: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(type_name(a) for a in args)
     if origin is tuple:
-        return f"a list of {type_name(args[0])}"
+        each = f"a list of {type_name(args[0])}"
+        return each if args[1:] == (...,) else f"[{', '.join(map(type_name, args))}]"
     return {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}.get(
         getattr(hint, "__name__", ""), str(hint)
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import gcd
+
 from ecdit_train.config.nearest import divisors, nearest_divisor, nearest_multiple
 from ecdit_train.config.rules import Checker, is_whole
 from ecdit_train.config.schema import RunConfig
@@ -23,10 +25,17 @@ def check_layout(cfg: RunConfig, check: Checker, *, world: int | None) -> None:
 
 
 def _slots(cfg: RunConfig, check: Checker) -> int:
-    """Slots of an expert in a group; 0 without experts, or when their rows vary (every number divides 0)."""
+    """Largest divisor of an expert's slots in a group, over all stages; 0 without experts, or when rows vary (all divide 0)."""
     if not _capacity_is_sane(cfg, check):
         return 0
-    return 0 if cfg.capacity is None else round(cfg.capacity)
+    return gcd(*(0 if stage.capacity is None else round(stage.capacity) for _, stage in cfg.stages()))
+
+
+def _shared_hidden(cfg: RunConfig, check: Checker) -> int:
+    """Hidden width of the shared experts; 0 without."""
+    if cfg.moe.router is None or not check.sane("moe.shared_experts", "moe.expert_ratio"):
+        return 0
+    return cfg.moe.shared_experts * round(cfg.expert_ratio * cfg.model.width)
 
 
 def _fitting_tp(cfg: RunConfig, check: Checker) -> list[int]:
@@ -39,6 +48,7 @@ def _fitting_tp(cfg: RunConfig, check: Checker) -> list[int]:
         d
         for d in divisors(model.heads)
         if model.width * model.ffn_ratio % d == 0
+        and _shared_hidden(cfg, check) % d == 0
         and _slots(cfg, check) % d == 0
         and (d % model.kv_heads == 0 or model.kv_heads % d == 0)
     ]
@@ -62,6 +72,9 @@ def _tensor(cfg: RunConfig, check: Checker) -> None:
     check.require(even, "parallel.tp", rule=rule, nearest=nearest)
     rule = f"must divide the feed-forward width = {model.width} * {model.ffn_ratio} = {hidden}"
     check.require(hidden % tp == 0, "parallel.tp", rule=rule, nearest=nearest)
+    if shared := _shared_hidden(cfg, check):
+        rule = f"must divide the hidden width of the shared experts = {shared}"
+        check.require(shared % tp == 0, "parallel.tp", rule=rule, nearest=nearest)
     rule = f"must divide the capacity = {slots}: each tp rank carries its share of an expert's slots"
     check.require(slots % tp == 0, "parallel.tp", rule=rule, nearest=nearest)
 
@@ -73,7 +86,11 @@ def _capacity_is_sane(cfg: RunConfig, check: Checker) -> bool:
         *("encoders.image.factor", "model.patch", "diffusion.mask_ratio"),
         *(key for key in check.values if key.startswith("moe.router.")),
     )
-    return check.sane(*fields) and cfg.group_tokens > 0 and (cfg.capacity is None or is_whole(cfg.capacity))
+    return (
+        check.sane(*fields)
+        and cfg.group_tokens > 0
+        and all(stage.capacity is None or is_whole(stage.capacity) for _, stage in cfg.stages())
+    )
 
 
 def _sequence(cfg: RunConfig, check: Checker) -> None:

@@ -8,7 +8,7 @@ below a field is its description everywhere: `ecdit config keys`, docs/reference
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ecdit_train.config.slots import (
@@ -26,9 +26,14 @@ HEAD_DIM = 64
 """Channels per attention head in every configuration of the paper's Table 1."""
 
 
-def sparse_layers(layers: int, *, which: Literal["even", "all"]) -> tuple[int, ...]:
-    """Numbers of the blocks that carry experts where there are any, counted from 1: every second (paper section 3.1) or all."""
-    return tuple(range(2, layers + 1, 2) if which == "even" else range(1, layers + 1))
+SparseLayers = Literal["even", "all", "after_3"]
+
+
+def sparse_layers(layers: int, *, which: SparseLayers) -> tuple[int, ...]:
+    """Numbers of the blocks that carry experts where there are any, counted from 1: every second (paper section 3.1), all, or all
+    but the first three (Nucleus-Image)."""
+    first, stride = {"even": (2, 2), "all": (1, 1), "after_3": (4, 1)}[which]
+    return tuple(range(first, layers + 1, stride))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +82,8 @@ class MoEConfig:
     """Tokens that compete for an expert: `group_size` consecutive tokens, one image, or one microbatch."""
     group_size: int
     """Tokens per group when scope is group; whole images (paper: 1024 = 8 half-masked images)."""
-    layers: Literal["even", "all"]
-    """Blocks that carry experts: 2, 4, ... (the paper) or all."""
+    layers: SparseLayers
+    """Blocks that carry experts: 2, 4, ... (the paper), all, or all after the third (Nucleus-Image)."""
     expert_ratio: float | None
     """Hidden width of an expert over d; null: `model.ffn_ratio`, an expert as wide as the dense feed-forward."""
     shared_experts: int
@@ -355,3 +360,12 @@ class RunConfig:
         if self.moe.router is None:
             return None
         return self.moe.router.capacity(group_tokens=self.group_tokens, num_experts=self.moe.num_experts)
+
+    def stages(self) -> tuple[tuple[int, RunConfig], ...]:
+        """(first step, the run with the router that holds from there on), ascending from step 0 (`RouterConfig.stages`)."""
+        if self.moe.router is None:
+            return ((0, self),)
+        stages = self.moe.router.stages()
+        if len(stages) == 1:
+            return ((0, self),)
+        return tuple((first, replace(self, moe=replace(self.moe, router=router))) for first, router in stages)

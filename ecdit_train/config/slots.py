@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 if TYPE_CHECKING:
     import torch
@@ -110,10 +110,18 @@ class RouterConfig(SlotConfig):
         whole is refused by the configuration's rules."""
         raise NotImplementedError
 
-    def stages(self) -> tuple[tuple[int, RouterConfig], ...]:
+    def sampling_capacity(self, *, group_tokens: int, num_experts: int) -> float | None:
+        """The same while pictures are drawn, where a router may count another way."""
+        return self.capacity(group_tokens=group_tokens, num_experts=num_experts)
+
+    def stages(self) -> tuple[tuple[int, Self], ...]:
         """(first step, what holds from there on), ascending from step 0: shapes change only between two stages. The plan, the
         rules of the layout and the checks are asked for each."""
         return ((0, self),)
+
+    def at(self, step: int) -> Self:
+        """The stage that holds once `step` updates were made."""
+        return [stage for first, stage in self.stages() if first <= step][-1]
 
     def flops_per_token(self, sizes: RouterSizes) -> float:
         """Forward FLOPs: the product with a (width, num_experts) matrix."""

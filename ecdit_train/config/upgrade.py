@@ -28,7 +28,7 @@ ADDED: Mapping[str, Any] = {
 """Keys since format 3 and what was there before them."""
 
 ADDED_TO: Mapping[str, Mapping[str, Any]] = {
-    "ecdit_train.model.routers.expert_choice.ExpertChoice": {"sees": "modulated"},
+    "ecdit_train.model.routers.expert_choice.ExpertChoice": {"sees": "modulated", "schedule": []},
     "ecdit_train.model.routers.token_choice.TokenChoice": {"sees": "modulated"},
     "ecdit_train.model.routers.threshold.Threshold": {"sees": "modulated"},
 }

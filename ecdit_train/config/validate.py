@@ -16,6 +16,7 @@ from ecdit_train.config.convert import flatten, with_values
 from ecdit_train.config.layout import check_layout
 from ecdit_train.config.nearest import divisors, nearest_divisor, nearest_multiple
 from ecdit_train.config.rules import Checker, is_whole, short
+from ecdit_train.config.schedule import as_yaml
 from ecdit_train.config.schema import HEAD_DIM, RunConfig
 from ecdit_train.config.slots import SlotConfig
 from ecdit_train.errors import ConfigError, Problem
@@ -65,7 +66,10 @@ def _parsed(hints: Mapping[str, object], known: Mapping[str, object]) -> dict[st
         if equals and key in known:
             values[key] = yaml.safe_load(text)
         elif field in known:
-            values[field] = {"true": True, "false": False}.get(str(nearest), nearest)
+            listed = isinstance(nearest, str) and nearest.startswith("[")
+            values[field] = (
+                yaml.safe_load(str(nearest)) if listed else {"true": True, "false": False}.get(str(nearest), nearest)
+            )
     return values
 
 
@@ -196,6 +200,9 @@ def _experts(cfg: RunConfig, check: Checker) -> None:
     if cfg.moe.layers == "even":
         rule = "must be at least 2 with experts: layers 2, 4, ... carry them"
         check.require(cfg.model.layers >= 2, "model.layers", rule=rule, nearest=2)
+    if cfg.moe.layers == "after_3":
+        rule = "must be at least 4 with moe.layers = after_3: layers 4, 5, ... carry experts"
+        check.require(cfg.model.layers >= 4, "model.layers", rule=rule, nearest=4)
     if check.sane("moe.expert_ratio", "model.width", "model.ffn_ratio"):
         hidden, width = cfg.expert_ratio * cfg.model.width, cfg.model.width
         rule = (
@@ -224,22 +231,32 @@ def _training_group(cfg: RunConfig, check: Checker) -> None:
         nearest=nearest_multiple(moe.group_size, tokens),
     ):
         return
-    if cfg.capacity is None or is_whole(cfg.capacity):
-        return
     # What fits this unit fits the training group and the sampling group.
     unit = gcd(cfg.group_tokens, cfg.sample.group_size if cfg.sample.scope == "group" else cfg.patches_per_image)
+    for first, stage in cfg.stages():
+        if stage.capacity is not None and not is_whole(stage.capacity):
+            _not_whole(stage, check, of=cfg, first=first, unit=unit)
+
+
+def _not_whole(stage: RunConfig, check: Checker, *, of: RunConfig, first: int, unit: int) -> None:
+    """Names what would give whole capacities: the factor of a later stage; of the first one, experts if a number of them does."""
+    E, per_token = of.moe.num_experts, _rows_per_token(stage)
     formula = (
-        f"capacity = group * experts per token / experts = {cfg.group_tokens} * {short(_rows_per_token(cfg))} / "
-        f"{moe.num_experts} = {short(cfg.capacity)} must be whole"
+        f"capacity{f' from step {first} on' if first else ''} = group * experts per token / experts = "
+        f"{of.group_tokens} * {short(per_token)} / {E} = {short(stage.capacity or 0)} must be whole"
     )
-    fitting = [n for n in range(1, 2 * moe.num_experts + 1) if _fits(cfg, unit, num_experts=n)]
-    key = "moe.router.capacity_factor"
-    if fitting or key not in check.values:
-        nearest = min(fitting, key=lambda n: (abs(n - moe.num_experts), n), default=None)
+    nearest_factor = max(round(unit * per_token / E), 1) * E / unit
+    later, factor = "moe.router.schedule", "moe.router.capacity_factor"
+    if first and later in check.values:
+        mended = [(step, nearest_factor if step == first else value) for step, value in check.values[later]]
+        check.require(False, later, rule=formula, nearest=as_yaml(mended))
+        return
+    fitting = [n for n in range(1, 2 * E + 1) if _fits(of, unit, num_experts=n)]
+    if fitting or factor not in check.values:
+        nearest = min(fitting, key=lambda n: (abs(n - E), n), default=None)
         check.require(False, "moe.num_experts", rule=formula, nearest=nearest)
     else:
-        rows = max(round(unit * _rows_per_token(cfg) / moe.num_experts), 1)
-        check.require(False, key, rule=formula, nearest=rows * moe.num_experts / unit)
+        check.require(False, factor, rule=formula, nearest=nearest_factor)
 
 
 def _router_keys(check: Checker) -> list[str]:
@@ -252,14 +269,15 @@ def _rows_per_token(cfg: RunConfig) -> float:
     return cfg.moe.router.experts_per_token()
 
 
-def _capacity(cfg: RunConfig, group_tokens: int, *, num_experts: int) -> float | None:
+def _fits(cfg: RunConfig, group_tokens: int, *, num_experts: int, drawing: bool = False) -> bool:
+    """Whether an expert takes a whole number of rows in every stage, at least one and no more than there are tokens."""
+    return all(_fits_stage(c, group_tokens, num_experts=num_experts, drawing=drawing) for _, c in cfg.stages())
+
+
+def _fits_stage(cfg: RunConfig, group_tokens: int, *, num_experts: int, drawing: bool) -> bool:
     assert cfg.moe.router is not None
-    return cfg.moe.router.capacity(group_tokens=group_tokens, num_experts=num_experts)
-
-
-def _fits(cfg: RunConfig, group_tokens: int, *, num_experts: int) -> bool:
-    """Whether an expert takes a whole number of rows, at least one and no more than there are tokens."""
-    rows = _capacity(cfg, group_tokens, num_experts=num_experts)
+    capacity = cfg.moe.router.sampling_capacity if drawing else cfg.moe.router.capacity
+    rows = capacity(group_tokens=group_tokens, num_experts=num_experts)
     return rows is None or (is_whole(rows) and 1 <= round(rows) <= group_tokens)
 
 
@@ -271,14 +289,19 @@ def _sampling_group(cfg: RunConfig, check: Checker) -> None:
     patches = cfg.patches_per_image
 
     def formula(group: int) -> str:
-        rows = _capacity(cfg, group, num_experts=moe.num_experts)
+        kind = {"group_tokens": group, "num_experts": moe.num_experts}
+        first, stage = next(
+            (n, c) for n, c in cfg.stages() if not _fits_stage(c, group, num_experts=moe.num_experts, drawing=True)
+        )
+        assert stage.moe.router is not None
+        rows = stage.moe.router.sampling_capacity(**kind)
         return (
-            f"sampling capacity = group * experts per token / experts = {group} * {short(_rows_per_token(cfg))} / "
-            f"{moe.num_experts} = {short(rows or 0)} must be whole"
+            f"sampling capacity{f' from step {first} on' if first else ''} = group * experts per token / experts = "
+            f"{group} * {short(_rows_per_token(stage))} / {moe.num_experts} = {short(rows or 0)} must be whole"
         )
 
     def fits(group: int) -> bool:
-        return _fits(cfg, group, num_experts=moe.num_experts)
+        return _fits(cfg, group, num_experts=moe.num_experts, drawing=True)
 
     if sample.scope != "group":  # any number of images: one image's share must be whole already
         if not fits(patches):

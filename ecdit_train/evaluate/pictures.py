@@ -95,8 +95,9 @@ class SamplePipeline:
         return {"image": n, "group": how.group_size, "batch": batch * n}[how.scope]
 
     def draw(self, prompts: Sequence[str], *, how: SampleConfig, step: int, batch: int = 64) -> Pictures:
-        """At most `batch` pictures are in flight on a rank, rounded down to whole groups but one at least. Missing places
-        of a group or of a rank are filled with copies of the last prompt, which are thrown away."""
+        """`step`: updates behind the weights, which say the routers' stage. At most `batch` pictures are in flight on a rank,
+        rounded down to whole groups but one at least. Missing places of a group or of a rank are filled with copies of the last
+        prompt, which are thrown away."""
         c, n, mesh, model = self.config, len(prompts), self.parallel.mesh, self.parallel.model
         images_per_group = self.group_tokens(how, batch=1) // c.patches_per_image
         batch = max(1, batch // images_per_group) * images_per_group
@@ -106,6 +107,8 @@ class SamplePipeline:
         images, counts = [], []
         was_training = model.training
         model.eval()
+        for router in model.routers:
+            router.at_step(step)
         for start in range(0, share, batch):
             part = mine[start : start + batch]
             recorder = _Recorder(how, side=c.latent_side // c.model.patch, batch=len(part))
@@ -135,7 +138,7 @@ class SamplePipeline:
                 scope=how.scope,
                 group_size=how.group_size,
                 experts=c.moe.num_experts,
-                capacity_factor=c.moe.router.experts_per_token(),
+                capacity_factor=c.moe.router.at(step).experts_per_token(),
                 step=step,
             )
         return Pictures(images=pixels, prompts=tuple(prompts), maps=maps)

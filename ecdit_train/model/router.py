@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import register_dataclass
 
+from ecdit_train.config.schedule import ScheduledCapacity
 from ecdit_train.config.slots import RouterSizes, Sees
 
 from .assignment import Assignment
@@ -128,6 +129,22 @@ class AffinityRouter(Router):
 def affinity_flops(sizes: RouterSizes, *, sees: Sees, mixes: bool = False) -> float:
     """Forward FLOPs per token of an `AffinityRouter`; the timestep's product is per image and not counted."""
     return 2.0 * sizes.width * (sizes.num_experts + (sizes.width if mixes else 0))
+
+
+class ScheduledRouter(AffinityRouter):
+    """An `AffinityRouter` whose experts take C tokens of a group, with the capacity factor of the stage that it was told last."""
+
+    def __init__(self, sizes: RouterSizes, *, config: ScheduledCapacity) -> None:
+        super().__init__(sizes, sees=config.sees)
+        self.config = config
+        self.stage = config.at(0)
+
+    def at_step(self, step: int) -> None:
+        self.stage = self.config.at(step)
+
+    def capacity(self, tokens: int) -> int:
+        """C in a group of so many tokens."""
+        return whole_capacity(self.stage.capacity(group_tokens=tokens, num_experts=self.weight.shape[1]), tokens=tokens)
 
 
 def whole_capacity(exact: float, *, tokens: int) -> int:

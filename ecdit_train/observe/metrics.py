@@ -102,6 +102,14 @@ METRICS: dict[str, Metric] = {
     "moe/capped_frac": _metric(
         "share of rows", "mean", "Routers of varying load under a static cap only: how many rows are dropped?"
     ),
+    "moe/predictor_accuracy": _metric(
+        "share of choices", "mean", "DiffMoE only: how much of the selection does its predictor foresee?"
+    ),
+    "moe/predicted_experts_per_token": _metric(
+        "experts",
+        "mean",
+        "DiffMoE only: what would drawing take of these tokens? The budget is moe.router.capacity_factor.",
+    ),
     "moe/{name}": _metric(
         "the router's", "mean", "What a router reports of itself (`Assignment.metrics`), over layers."
     ),
@@ -176,7 +184,8 @@ class MetricWindow:
         self._device = torch.device(device)
         self._images_per_step = images_per_step
         self._tokens_per_step = tokens_per_step
-        self._flops_per_step = flops_per_step
+        self.flops_per_step = flops_per_step
+        """May be set anew while the run goes on."""
         self._peak_flops = peak_flops
         self._reset()
 
@@ -263,8 +272,8 @@ class MetricWindow:
             record["perf/step_s"] = step_s
             record["perf/images_per_s"] = self._images_per_step / step_s
             record["perf/tokens_per_s"] = self._tokens_per_step / step_s
-            if self._flops_per_step is not None and self._peak_flops is not None:
-                record["perf/mfu"] = self._flops_per_step / step_s / self._peak_flops
+            if self.flops_per_step is not None and self._peak_flops is not None:
+                record["perf/mfu"] = self.flops_per_step / step_s / self._peak_flops
         self._reset()
         return record
 

@@ -17,6 +17,7 @@ The seconds are an estimate between two bounds, from the rates that the cluster 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -75,7 +76,15 @@ class Cost:
 
 
 def cost(cfg: RunConfig, parameters: Parameters, layout: Layout) -> Cost:
-    """Pure arithmetic; microseconds."""
+    """Pure arithmetic; microseconds. Of several stages the slowest, with the largest memory of any: what a layout must bear."""
+    stages = [of_stage(stage, parameters, layout) for _, stage in cfg.stages()]
+    memory = max((stage.memory for stage in stages), key=lambda m: m.total)
+    slowest = max(stages, key=lambda stage: stage.step_time.seconds)
+    return dataclasses.replace(slowest, memory=memory, fits=all(stage.fits for stage in stages))
+
+
+def of_stage(cfg: RunConfig, parameters: Parameters, layout: Layout) -> Cost:
+    """What `layout` costs a run of one stage."""
     flops = flops_.per_step(cfg, checkpointing=layout.activation_checkpointing)
     memory = memory_.estimate(cfg, parameters, layout)
     flows = traffic.per_step(cfg, parameters, layout)

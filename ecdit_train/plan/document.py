@@ -25,6 +25,9 @@ traffic_per_step.<kind>      bytes of one rank and step: message, intra_node, in
                              reduce_scatter, all_reduce, all_to_all, broadcast
 traffic_per_step.flows       the same by purpose: kind, purpose, axis, ranks, calls, message, intra_node, inter_node
 exchange_bytes               bytes one rank sends in one direction of one sparse layer and microbatch
+stages                       first, last (updates made), experts_per_token, flops_per_step, seconds (of a step) and
+                             memory_total of each stretch without a change of shapes; everything else here is of the
+                             slowest, with the largest memory of any; parameters.activated is of the last
 step_time                    seconds and its parts, bounds best and worst, mfu, mfu_ceiling, tokens_per_second,
                              images_per_second_per_gpu (plan/cost.py)
 checkpoint_bytes             bytes of one committed checkpoint
@@ -84,6 +87,15 @@ def to_json(plan: Plan) -> dict[str, Any]:
             "flows": [dataclasses.asdict(flow) for flow in cost.traffic],
         },
         "exchange_bytes": exchange_bytes(cfg, cost.layout) if cost.layout.ep > 1 else 0.0,
+        "stages": [
+            _pick(stage, "first", "last", "experts_per_token")
+            | {
+                "flops_per_step": stage.cost.flops.model,
+                "seconds": stage.cost.step_time.seconds,
+                "memory_total": stage.cost.memory.total,
+            }
+            for stage in plan.stages
+        ],
         "step_time": dataclasses.asdict(cost.step_time),
         "checkpoint_bytes": plan.checkpoint_bytes,
         "suggested_layout": None
@@ -107,7 +119,7 @@ def _pick(source: object, *names: str) -> dict[str, Any]:
 
 
 def render(plan: Plan) -> str:
-    """Sections: verdict, parameters, layout, memory, step, traffic, suggestion, warnings."""
+    """Sections: verdict, parameters, layout, memory, step, stages, traffic, suggestion, warnings."""
     cfg, at = plan.cfg, plan.cost.layout
     title = f"{cfg.experiment} on {_count(at.world, 'rank')}, {_count(-(-at.world // at.gpus_per_node), 'node')}"
     return show(
@@ -117,6 +129,7 @@ def render(plan: Plan) -> str:
             "layout": _layout(plan.cost),
             "memory per rank": _memory(plan),
             "step": _step(plan.cost),
+            "stages (what else is said is of the slowest, with the largest memory of any)": _stages(plan),
             "traffic per rank and step": _traffic(plan),
             "faster layout on the same ranks": _suggestion(plan),
             "warnings": [f"- {line}" for line in plan.warnings],
@@ -152,7 +165,7 @@ def verdict(plan: Plan) -> str:
     rate = f"{step.images_per_second_per_gpu:.3g} images/s/GPU"
     return (
         f"{head}; {seconds(step.seconds)} a step, {step.mfu:.0%} MFU, {rate}; "
-        f"{plan.cfg.train.steps:,} steps in {duration(step.seconds * plan.cfg.train.steps)}"
+        f"{plan.cfg.train.steps:,} steps in {duration(plan.seconds)}"
     )
 
 
@@ -220,6 +233,25 @@ def _step(cost: Cost) -> list[Line]:
         + (f"; optimizer {_pflop(cost.optimizer_flops)} on the busiest rank" if cost.optimizer_flops else ""),
         table([(what, seconds(all_), "" if out is None else f"{seconds(out)} exposed") for what, all_, out in rows]),
     ]
+
+
+def _stages(plan: Plan) -> list[Line]:
+    if len(plan.stages) == 1:
+        return []
+    header = ("steps", "experts per token", "model FLOPs", "a step", "MFU", "memory", "in all")
+    rows = [
+        (
+            f"{at.first:,} to {at.last:,}",
+            f"{at.experts_per_token:g}",
+            _pflop(at.cost.flops.model),
+            seconds(at.cost.step_time.seconds),
+            f"{at.cost.step_time.mfu:.0%}",
+            size(at.cost.memory.total),
+            duration(at.seconds),
+        )
+        for at in plan.stages
+    ]
+    return [table(rows, header=header)]
 
 
 def _traffic(plan: Plan) -> list[Line]:

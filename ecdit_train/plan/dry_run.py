@@ -93,8 +93,8 @@ class CollectiveLog(TorchDispatchMode):
         self._calls: Counter[tuple[str, int]] = Counter()
         self._bytes: Counter[tuple[str, int]] = Counter()
         self.whose = ""
-        """Put before the kind, while a router's own forward runs or the optimizer's step: what they send is held against what they
-        say (`RouterConfig.messages`, `OptimizerConfig.step_traffic`)."""
+        """Put before the kind, while a router's own forward runs or the optimizer's step: what they send is held
+        against what they say (`RouterConfig.messages`, `OptimizerConfig.step_traffic`)."""
         self.unknown: Counter[str] = Counter()
         """Collectives that the table does not know; a dry run refuses to compare while there are any."""
 

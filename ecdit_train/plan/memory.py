@@ -84,7 +84,11 @@ class Memory:
 
 
 def estimate(cfg: RunConfig, parameters: Parameters, layout: Layout) -> Memory:
-    """Memory of one rank under `layout`."""
+    """Memory of one rank under `layout`; of several stages the largest."""
+    return max((_of_stage(stage, parameters, layout) for _, stage in cfg.stages()), key=lambda m: m.total)
+
+
+def _of_stage(cfg: RunConfig, parameters: Parameters, layout: Layout) -> Memory:
     kinds = {unit.name: unit for unit in units(cfg, parameters, layout)}
     held = sum(unit.held for unit in kinds.values())
     c = element_bytes(cfg)

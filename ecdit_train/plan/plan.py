@@ -9,7 +9,7 @@ from ecdit_train.config.schema import RunConfig
 
 from . import parameters as parameters_
 from . import search, slots
-from .cost import Cost, cost
+from .cost import Cost, cost, of_stage
 from .layout import resolve
 from .memory import MASTER
 from .parameters import Parameters, Table1, table1
@@ -20,12 +20,34 @@ instead of 559 TFLOP/s)."""
 
 
 @dataclass(frozen=True, kw_only=True)
+class Stage:
+    """Steps between which no shape changes (`RouterConfig.stages`)."""
+
+    first: int
+    """Updates that were made before it."""
+    last: int
+    """Updates that were made at its end."""
+    experts_per_token: float
+    cost: Cost
+
+    @property
+    def seconds(self) -> float:
+        """Of all its steps."""
+        return (self.last - self.first) * self.cost.step_time.seconds
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """A run planned on `cost.layout.world` ranks."""
 
     cfg: RunConfig
+    """The run in its slowest stage."""
     parameters: Parameters
+    """Activated as in the last stage."""
     cost: Cost
+    """Of the slowest stage, with the largest memory of any."""
+    stages: tuple[Stage, ...]
+    """First to last; one where no shape changes during the run."""
     checkpoint_bytes: float
     """One committed checkpoint: fp32 weights, optimizer state and average."""
     min_nodes: int | None
@@ -41,6 +63,11 @@ class Plan:
     def fits(self) -> bool:
         return self.cost.fits
 
+    @property
+    def seconds(self) -> float:
+        """Of the whole run."""
+        return sum(stage.seconds for stage in self.stages)
+
 
 def estimate(cfg: RunConfig, *, world: int | None = None) -> Plan:
     """Plan `cfg` on `world` ranks (default: the cluster's nodes times its GPUs per node).
@@ -50,21 +77,34 @@ def estimate(cfg: RunConfig, *, world: int | None = None) -> Plan:
     """
     world = cfg.cluster.nodes * cfg.cluster.gpus_per_node if world is None else world
     layout = resolve(cfg, world=world)
-    parameters = parameters_.count(cfg)
-    configured = cost(cfg, parameters, layout)
+    runs = cfg.stages()
+    parameters = parameters_.count(runs[-1][1])
+    ends = [first for first, _ in runs[1:]] + [cfg.train.steps]
+    stages = tuple(
+        Stage(
+            first=first,
+            last=last,
+            experts_per_token=slots.experts_per_token(run),
+            cost=of_stage(run, parameters, layout),
+        )
+        for (first, run), last in zip(runs, ends, strict=True)
+    )
+    slowest = max(range(len(stages)), key=lambda n: stages[n].cost.step_time.seconds)
+    configured, at_most = cost(cfg, parameters, layout), runs[slowest][1]
     best = search.best(cfg, parameters, world=world)
     faster = best is not None and (not configured.fits or best.step_time.seconds < 0.98 * configured.step_time.seconds)
     suggested = best if faster else None
     return Plan(
-        cfg=cfg,
+        cfg=at_most,
         parameters=parameters,
         cost=configured,
+        stages=stages,
         checkpoint_bytes=parameters.network * (MASTER + slots.average_bytes(cfg)) + parameters.state_bytes,
         min_nodes=search.min_nodes(cfg, parameters),
         suggested=suggested,
         suggested_min_nodes=search.min_nodes_any(cfg, parameters),
         table1=table1(cfg, parameters),
-        warnings=warnings(cfg, configured),
+        warnings=warnings(at_most, configured),
     )
 
 

@@ -76,6 +76,8 @@ class Trainer:
     """None where nothing can be drawn."""
     stop_after: int | None = None
     """Stop as if a signal had come once this many updates are done (drills, demo)."""
+    flops: tuple[tuple[int, float], ...] = ()
+    """(first step, the model's FLOPs of a step from there on): they change between two stages of a router."""
     saved: int = -1
     """The newest step that is committed."""
 
@@ -152,6 +154,9 @@ class Trainer:
         self.window.add("optim/lr", lr)
         for router in self.parallel.model.routers:
             router.at_step(state.step)
+        for first, flops in self.flops:
+            if first <= state.step:
+                self.window.flops_per_step = flops
         try:
             return train_step(
                 list(split(batch, size=c.train.microbatch)),

@@ -16,7 +16,7 @@ from tiny_runs import records
 
 LAB = Path(__file__).parents[1] / "open_slots" / "lab"
 STEPS = 20
-LAB_RUN = ("moe/router=corrected", "moe/experts=swiglu", "encoders/text=letters", "encoders.text.width=32",
+LAB_RUN = ("moe/router=corrected", "moe/experts=gated", "encoders/text=letters", "encoders.text.width=32",
            "encoders.text.max_tokens=8", "sample/sampler=midpoint", "cluster=desk", f"--config-dir={LAB}")  # fmt: skip
 RUN = (*LAB_RUN, f"train.steps={STEPS}", "train.global_batch=8", "train.microbatch=2", "optim.warmup_steps=4",
        "checkpoint.every_steps=10", "observe.log_every=5")  # fmt: skip
@@ -80,17 +80,17 @@ def test_buffer_and_everything_else_survive_another_layout(runs, tiny_shards):
 
 def test_misspelt_keys_are_answered(tmp_path):
     lab = ("--config-dir", str(LAB), "experiment=toy")
-    answer = ecdit("config", "show", *lab, "moe.router.spred_weight=1", "moe/experts=swiglo", "moe.router.momentum=2", cwd=tmp_path)
+    answer = ecdit("config", "show", *lab, "moe.router.spred_weight=1", "moe/experts=gatde", "moe.router.momentum=2", cwd=tmp_path)
     assert answer.returncode == 77
     said = answer.stderr
     assert "moe.router.spred_weight = 1: unknown key; nearest valid: moe.router.spread_weight" in said
-    assert "moe/experts = 'swiglo': unknown choice of moe/experts; there are gelu, swiglu; nearest valid: swiglu" in said
+    assert "moe/experts = 'gatde': unknown choice of moe/experts; there are gated, gelu, swiglu; nearest valid: gated" in said
     assert "moe.router.momentum = 2.0: must be at least 0 and below 1" in said
 
 
 def test_listed_with_its_keys(tmp_path):
     said = ecdit("slots", "--config-dir", str(LAB), cwd=tmp_path).stdout
-    for words in ("corrected", "toy_router.Corrected", "spread_weight = 0.1: a number. Weight of the loss", "swiglu", "letters", "midpoint"):
+    for words in ("corrected", "toy_router.Corrected", "spread_weight = 0.1: a number. Weight of the loss", "gated", "letters", "midpoint"):
         assert words in said
     assert "corrected" not in ecdit("slots", cwd=tmp_path).stdout
 

@@ -1,5 +1,5 @@
-"""Routers that select over all ranks equal one process on every layout: loss with its auxiliary parts, every gradient, norm, weights
-after 3 steps, who was chosen, buffers."""
+"""Routers that select over all ranks equal one process on every layout: loss with its auxiliary parts, every gradient,
+norm, weights after 3 steps, who was chosen, buffers."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def messages(call, *args, **kwargs) -> list[str]:
 
 
 def test_there_is_every_preset():
-    assert set(EXPERIMENTS) == PAPER | {"shapes_tiny", "shapes_small"}
+    assert set(EXPERIMENTS) == PAPER | {"shapes_tiny", "shapes_small", "nucleus_17b"}
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -111,9 +111,8 @@ def test_every_file_says_what_it_is():
 def test_explain_names_type_class_and_meaning(base):
     text = explain("moe.num_experts", base, groups=groups())
     assert text == "moe.num_experts = 8: a whole number [identity]\nExperts in every sparse layer (E)."
-    assert explain("moe/router", base, groups=groups()).startswith(
-        "moe/router: one of be, bl, ec_image, expert_choice, expert_race, le, tc, threshold, token_choice"
-    )
+    shipped = "be, bl, diffmoe, ec_image, expert_choice, expert_race, le, nucleus, tc, threshold, token_choice"
+    assert explain("moe/router", base, groups=groups()).startswith(f"moe/router: one of {shipped}")
     assert "encoders.text.width" in explain("encoders.text", base, groups={})
     message = messages(explain, "moe.num_expert", base, groups=groups())
     assert message == ["moe.num_expert = None: unknown key; nearest valid: moe.num_experts"]

@@ -61,6 +61,24 @@ def test_eight_ranks(layout):
 
 
 @pytest.mark.parametrize(
+    "moe", [("moe=nucleus", "moe.router.schedule=[[9,4.0]]"), ("moe=diffmoe",)], ids=lambda w: w[0]
+)
+def test_routers_shared_and_gated_experts(moe):
+    """What they keep and send, on every axis; of two stages the one with more experts per token is run."""
+    words = (
+        "experiment=ec_dit_xl_8e",
+        "model.layers=4",
+        "train.microbatch=32",
+        "train.global_batch=256",
+        "parallel.tp=2",
+    )
+    tree = dry_run(*words, "parallel.activation_checkpointing=none", *moe, world=8)
+    for name in ("all_gather", "reduce_scatter", "all_to_all", "all_reduce", "parameters", "gradients", "optimizer"):
+        assert abs(by_name(tree)[name]["relative"]) < 0.005, name
+    assert abs(by_name(tree)["activations kept"]["relative"]) < 0.03
+
+
+@pytest.mark.parametrize(
     "optim", [("optim/optimizer=rmsprop", "optim.optimizer.momentum=0"), ("optim/optimizer=adamw",)]
 )
 def test_the_optimizer_is_the_runs_own(optim):

@@ -90,7 +90,7 @@ def test_utilisation_compares_model_flops_with_the_peak_of_all_gpus(tiny_shards,
     assert build.make_window(config, here)._peak_flops is None
     window = build.make_window(config, replace(here, world=3, device=torch.device("cuda", 0)))
     assert window._peak_flops == 3 * config.cluster.peak_flops
-    assert window._flops_per_step == per_step(config, checkpointing="none").model > 0
+    assert window.flops_per_step == per_step(config, checkpointing="none").model > 0
 
 
 def test_norms_images_and_clipping(tiny_shards, tmp_path):

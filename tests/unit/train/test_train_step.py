@@ -156,9 +156,8 @@ def test_the_rate_is_the_one_that_is_asked_for():
 def test_auxiliary_losses_go_by_name(router):
     config, model, flow = make(router)
     result = take(config, model, flow, [batch()], TrainState.fresh(model, config.optim))
-    assert list(result.auxiliary) == {"token_choice": ["balance"], "expert_race": ["similarity", "layer_target"]}.get(
-        router, []
-    )
+    own = {"token_choice": ["balance"], "expert_race": ["similarity", "layer_target"], "diffmoe": ["predictor"]}
+    assert list(result.auxiliary) == own.get(router, [])
 
 
 OPTIMIZERS = {
