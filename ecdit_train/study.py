@@ -1,8 +1,9 @@
 """`ecdit study routing`: one small model under every router, at equal activated FLOPs, with seeds, told as a table and a plot.
 
-Each arm is `moe=NAME` with words that make it cost what the dense network costs: experts half as wide as the dense feed-forward,
-two per token. Every job trains in a process of its own into `OUT/ARM-SEED`; what is done is not done again, so the same command
-goes on where it was stopped. Nothing is left out of the table, and nothing is chosen after looking.
+Each arm is `moe=NAME` with words that make its layers cost what the dense network's cost: experts half as wide as the
+dense feed-forward, two per token. What a router itself costs comes on top and is in the table. Every job trains in a
+process of its own into `OUT/ARM-SEED`; what is done is not done again, so the same command goes on where it was
+stopped. Nothing is left out of the table, and nothing is chosen after looking.
 """
 
 from __future__ import annotations
@@ -27,20 +28,18 @@ from ecdit_train.run_folder import metrics_path
 from .study_report import Measured
 
 COST_OF_DENSE = (
-    "moe.layers=even",
-    "moe.num_experts=8",
-    "moe.expert_ratio=2.0",
-    "moe.shared_experts=0",
-    "moe/experts=gelu",
+    *("moe.layers=even", "moe.expert_ratio=2.0", "moe.shared_experts=0", "moe/experts=gelu"),
+    "moe.router.capacity_factor=2.0",
 )
-"""Experts half as wide as the dense feed-forward (ratio 4): two of them are one."""
+"""Experts half as wide as the dense feed-forward (ratio 4), two per token: they cost what it costs. Routers differ
+by their names alone."""
 
 ROUTERS: Mapping[str, tuple[str, ...]] = {
     "dense": (),
-    "token_choice": COST_OF_DENSE,
-    "expert_choice": COST_OF_DENSE,
+    **dict.fromkeys(("expert_choice", "ec_image", "bl", "be", "le", "expert_race"), COST_OF_DENSE),
+    **dict.fromkeys(("token_choice", "tc", "threshold", "nucleus", "diffmoe"), COST_OF_DENSE),
 }
-"""Name of the group `moe` -> its words. An arm that is not here is `moe=ARM` as it stands."""
+"""Choice of the group `moe` -> its words. An arm that is not here is `moe=ARM` as it stands."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +47,8 @@ class Size:
     """How large the models and how long the runs are."""
 
     words: tuple[str, ...]
+    experts: int
+    """Of every sparse layer; what each takes of an image is whole."""
     pictures: int
     """In the training set."""
     resolution: int
@@ -60,11 +61,12 @@ SIZES: Mapping[str, Size] = {
             *("experiment=shapes_tiny", "train.steps=150", "optim.warmup_steps=20", "optim.ema_decay=0.98"),
             *("observe.log_every=10", "observe.sample_every=0"),
         ),
+        experts=9,
         pictures=4000,
         resolution=24,
         seeds=(1, 2),
     ),
-    "gpu": Size(words=("experiment=shapes_small",), pictures=200_000, resolution=64, seeds=(1, 2, 3)),
+    "gpu": Size(words=("experiment=shapes_small",), experts=8, pictures=200_000, resolution=64, seeds=(1, 2, 3)),
 }
 MIX = {"single_object": 1.0, "colors": 4.0}
 SCALE = (0.55, 0.8)
@@ -104,7 +106,7 @@ class Study:
         where = [f"data.shards={quoted(str(self.data))}"] if own_data else []
         asked = [(arm, seed) for seed in self.seeds for arm in self.arms]
         lines = [
-            [*self.size.words, f"moe={arm}", *ROUTERS.get(arm, ()), *where, f"train.seed={seed}", *words]
+            [*self.size.words, f"moe={arm}", *self._words_of(arm), *where, f"train.seed={seed}", *words]
             for arm, seed in asked
         ]
         runs = [out / f"{arm}-{seed}" for arm, seed in asked]
@@ -152,6 +154,10 @@ class Study:
         atomic.write(self.out / REPORT, text.encode())
         study_plot.write(self.out / PLOT, study_report.panels(found))
         return text
+
+    def _words_of(self, arm: str) -> list[str]:
+        words = [*ROUTERS.get(arm, ())]
+        return [*words, f"moe.num_experts={self.size.experts}"] if words else words
 
     # --- one job -------------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,12 @@ from ecdit_train.errors import ConfigError
 from ecdit_train.study import ROUTERS, Study
 
 OWN = ("experiment", "moe.num_experts")
-TINY = [w for w in WORDS if not w.startswith(OWN)] + ["train.steps=4", "sample.steps=2", "observe.log_every=1"]
+TINY = [w for w in WORDS if not w.startswith(OWN)] + [
+    "moe.num_experts=8",
+    "train.steps=4",
+    "sample.steps=2",
+    "observe.log_every=1",
+]
 
 
 def study(out, shards, *words: str) -> int:
@@ -56,8 +61,11 @@ def test_every_router_composes_and_costs_what_dense_costs(tmp_path) -> None:
 
     jobs = plan(tmp_path / "study").jobs
     assert [j.arm for j in jobs] == list(ROUTERS)
-    cost = [per_step(j.config, checkpointing="none").model for j in jobs]
-    assert cost == pytest.approx([cost[0]] * len(cost), rel=0.02)
+    flops = [per_step(j.config, checkpointing="none") for j in jobs]
+    cost = [f.model - f.by_part["router"] for f in flops]
+    assert cost == pytest.approx([cost[0]] * len(cost), rel=1e-12)
+    # A router of its own with a layer or a predictor costs what it costs; the table says so.
+    assert all(f.by_part["router"] < 0.05 * c for f, c in zip(flops, cost, strict=True))
     assert not (tmp_path / "study").exists()
 
 

@@ -109,8 +109,10 @@ def test_the_table_describes_what_observe_logs_and_nothing_else_of_it() -> None:
     )
     assert undocumented(routing) == set()
     of_others = {
-        k for k in METRICS if "{name}" in k or k.endswith("capped_frac")
-    }  # a router of one's own, a static cap
+        k
+        for k in METRICS
+        if "{name}" in k or k.endswith(("capped_frac", "predictor_accuracy", "predicted_experts_per_token"))
+    }  # a router of one's own, a static cap, DiffMoE's
     assert {metric_key(k) for k in routing} == {k for k in METRICS if k.startswith("moe/")} - of_others
     assert metric_key("moe/L4/mine_max") == "moe/L{n}/{name}_max"
     assert metric_key("moe/mine") == "moe/{name}"

@@ -84,7 +84,7 @@ def test_all_panels_share_one_colour_scale_from_zero(tmp_path: Path, monkeypatch
         drawn.append(figure)
         return path
 
-    monkeypatch.setattr(figures, "_save", keep)
+    monkeypatch.setattr(figures, "save", keep)
     maps = routing_maps(100)
     for most, limits in ((6, (-0.5, 6.5)), (40, (0, 40))):  # one colour per count, then a continuous scale
         maps.counts[:] = 1
