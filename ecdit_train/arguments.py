@@ -97,7 +97,7 @@ def forms(kind: type) -> str:
     every = {f.name: f"{f.name}={f.metadata['form']}" for f in dataclasses.fields(kind)}
     needed = [every[name] for name in _required(kind)]
     rest = [text for name, text in every.items() if text not in needed]
-    return ", ".join(needed) + "; optional: " + ", ".join(rest)
+    return "; ".join([*([", ".join(needed)] if needed else []), "optional: " + ", ".join(rest)])
 
 
 def types(kind: type) -> dict[str, Any]:

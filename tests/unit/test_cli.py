@@ -21,6 +21,8 @@ VERBS = {
     "resume": ["run", "WORD", "--stop-after", "--config-dir"],
     "sample": ["WORD", "prompts=@FILE", "sample.guidance", "weights=ema|raw", "encoders sections", "--config-dir"],
     "evaluate": ["WORD", "split=all|train|heldout", "tasks=[A,B,...]", "encoders sections"],
+    "study": ["routing"],
+    "study routing": ["arms=[A,B,...]", "size=small|gpu", "--config-dir"],
     "compare": ["run folders and sweep folders"],
     "slots": ["routers", "--config-dir"],
     "report": ["report.html", "run"],
