@@ -39,7 +39,12 @@ def messages(call, *args, **kwargs) -> list[str]:
 
 
 def test_there_is_every_preset():
-    assert set(EXPERIMENTS) == PAPER | {"shapes_tiny", "shapes_small", "nucleus_17b"}
+    assert set(EXPERIMENTS) == PAPER | {
+        "shapes_tiny",
+        "shapes_small",
+        "nucleus_17b",
+        *(f"race_{size}" for size in ("b", "m", "l", "xl")),
+    }
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
