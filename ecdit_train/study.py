@@ -58,8 +58,8 @@ class Size:
 SIZES: Mapping[str, Size] = {
     "small": Size(
         words=(
-            *("experiment=shapes_tiny", "train.steps=150", "optim.warmup_steps=20", "optim.ema_decay=0.98"),
-            *("observe.log_every=10", "observe.sample_every=0"),
+            *("experiment=shapes_tiny", "train.steps=200", "train.global_batch=64", "train.microbatch=32"),
+            *("optim.warmup_steps=20", "optim.ema_decay=0.98", "observe.log_every=10", "observe.sample_every=0"),
         ),
         experts=9,
         pictures=4000,
@@ -238,7 +238,7 @@ class Study:
             unseen_loss=statistics.fmean(probe.loss),
             right=graded.overall,
             chance=graded.chance,
-            experts_drawn=None if pictures.maps is None else float(pictures.maps.counts.mean()),
+            experts_drawn=None if pictures.maps is None else pictures.maps.experts_per_token,
             budget=None if router is None else router.experts_per_token(),
             on_object=probe.experts_on_object,
             on_background=probe.experts_on_background,

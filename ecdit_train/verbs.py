@@ -124,11 +124,15 @@ def evaluate(args: argparse.Namespace) -> int:
     pictures, step, writes = _draw(asked, config, [m["prompt"] for m in suite.metadata])
     if writes:
         result = shapes.score(pictures.images, suite.metadata, grade=suite.grade, others=suite.others)
-        shapes.write(result, evaluation_path(Path(asked.run), suite="shapes", step=step), step=step)
+        maps = pictures.maps
+        spent = {} if maps is None else {"experts_per_token": maps.experts_per_token, "budget": maps.capacity_factor}
+        shapes.write(result, evaluation_path(Path(asked.run), suite="shapes", step=step), step=step, **spent)
         print(f"{'task':<16}{'correct':>9}{'chance':>9}   ({result.num_images} pictures, step {step})")
         for task, share in result.by_task.items():
             print(f"{task:<16}{share:>9.1%}{result.chance_by_task[task]:>9.1%}")
         print(f"{'overall':<16}{result.overall:>9.1%}{result.chance:>9.1%}")
+        if spent:
+            print("experts per token while drawing: {experts_per_token:.2f}, planned {budget:g}".format(**spent))
     return errors.EXIT_OK
 
 

@@ -53,7 +53,7 @@ class SelectionConfig(RouterConfig):
 
     pool_images: int | None
     """Images that compete when the pool is all ranks: data-parallel ranks * train.microbatch must be as many on every layout. null:
-    as many as there are; then another number of ranks is another selection, and a resume may not change train.microbatch."""
+    as many as there are when the run begins; a resume with another number is refused."""
 
     selects_at_inference: ClassVar[bool] = True
     """Whether pictures are drawn by the same selection, in their routing groups."""

@@ -52,6 +52,7 @@ def score(images: np.ndarray, metadata: Sequence[dict[str, Any]], *, grade: Grad
     )
 
 
-def write(result: ShapesScore, path: Path, *, step: int) -> None:
+def write(result: ShapesScore, path: Path, *, step: int, **more: float) -> None:
+    """`more`: other numbers of the same pictures."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"step": step, **asdict(result)}, indent=2) + "\n")
+    path.write_text(json.dumps({"step": step, **asdict(result), **more}, indent=2) + "\n")

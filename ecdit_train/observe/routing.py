@@ -140,6 +140,12 @@ class RoutingMaps:
         assert (len(self.timesteps), len(self.layers), len(self.prompts)) == (T, L, B)
         assert (self.images.shape[0], *self.images.shape[3:]) == (B, 3), self.images.shape
 
+    @property
+    def experts_per_token(self) -> float:
+        """What drawing spent, over pictures, layers and timesteps: `capacity_factor` is what it should be. Routers with a
+        threshold or a predictor are right on average only."""
+        return float(self.counts.mean())
+
     def caption(self) -> str:
         """Everything that a heatmap cannot be read without."""
         group = f"groups of {self.group_size} tokens" if self.scope == "group" else f"one group per {self.scope}"

@@ -92,11 +92,33 @@ class Trainer:
             raise ConfigError(
                 Problem(field="train.steps", value=self.config.train.steps, rule=rule, nearest=resumed.step)
             )
+        self._check_pool(resumed.objects.get("pool"))
         self.state.restore_step(resumed.step)
         self.batches.load_state_dict(resumed.objects["loader"])
         self.window.load_state_dict(resumed.objects.get("window", {}), first=self.parallel.mesh.dp_rank == 0)
         self.saved = resumed.step
         return resumed
+
+    @property
+    def _pool(self) -> int:
+        """Images of one microbatch on all ranks."""
+        return self.parallel.mesh.dp_size * self.config.train.microbatch
+
+    def _check_pool(self, before: int | None) -> None:
+        """A router that lets all of them compete must find as many as before: with another number it is another router.
+
+        Raises ConfigError. Checkpoints of older versions do not say (None).
+        """
+        router = self.config.moe.router
+        if router is None or not router.whole_batch or before in (None, self._pool):
+            return
+        rule = (
+            f"experts of {self.config.run} were chosen among {before} images, data-parallel ranks * train.microbatch; "
+            f"here they are {self._pool}. Go on with as many ranks as before, or say the number when a run begins, so that other "
+            "layouts keep it"
+        )
+        field = "moe.router.pool_images"
+        raise ConfigError(Problem(field=field, value=None, rule=rule, nearest=before))
 
     def placed(self) -> dict[str, Placed]:
         """Every tensor of the state with its place in the global tensor."""
@@ -200,6 +222,7 @@ class Trainer:
                 # Metrics of two tp ranks may differ in a last bit; a checkpoint holds one truth.
                 "window": self.parallel.runtime.broadcast_object(window),
                 "config": to_dict(self.config),
+                "pool": self._pool,
             },
         )
         self.saved = step

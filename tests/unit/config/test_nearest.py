@@ -74,9 +74,12 @@ def test_nothing_similar_gives_nothing():
 
 
 def choice_typos() -> list[tuple[str, str]]:
-    """The last letter lost, or the middle one doubled."""
+    """The last letter lost, where it alone does not tell two apart, or the middle one doubled."""
     choices = groups()["experiment"]
-    edits = [(c[:-1], c) for c in choices] + [(c[: len(c) // 2] + c[len(c) // 2 - 1 :], c) for c in choices]
+    stems = [c[:-1] for c in choices]
+    edits = [(stem, c) for stem, c in zip(stems, choices, strict=True) if stems.count(stem) == 1] + [
+        (c[: len(c) // 2] + c[len(c) // 2 - 1 :], c) for c in choices
+    ]
     return [(typo, choice) for typo, choice in edits if typo not in choices]
 
 

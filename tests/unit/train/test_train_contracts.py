@@ -196,3 +196,20 @@ def test_what_changes_the_result_is_identity():
     whole = replace(base, moe=replace(base.moe, router=Whole(capacity_factor=2.0, sees="modulated")))
     assert kind("train.microbatch", old=base, new=base) == "free"
     assert kind("train.microbatch", old=whole, new=whole) == "identity"
+
+
+def test_a_race_goes_on_among_as_many_images_as_it_began_with(tiny_shards, tmp_path):
+    """Another number of ranks or another microbatch would silently be another selection."""
+    race = ("moe=expert_race", "moe.num_experts=4", "moe.router.capacity_factor=1.0")
+    begun = configure(tmp_path / "race", tiny_shards, *race, "train.steps=2", "train.microbatch=4")
+    live(begun)
+    longer = replace(begun, train=replace(begun.train, steps=4))
+    other = replace(longer, train=replace(longer.train, microbatch=8))
+    with pytest.raises(ConfigError, match=r"chosen among 4 images.*here they are 8.*nearest valid: 4"):
+        live(other)
+    assert live(longer).finished
+    fixed = configure(
+        tmp_path / "fixed", tiny_shards, *race, "moe.router.pool_images=8", "train.microbatch=8", "train.steps=2"
+    )
+    live(fixed)
+    assert live(replace(fixed, train=replace(fixed.train, steps=4))).finished
