@@ -73,8 +73,8 @@ class RoutingStudy:
     """Empty: all routers. A name that is none of them is a choice of the group `moe`."""
     seeds: tuple[int, ...] = word("[1,2,...]", default=())
     """Empty: the size's."""
-    nproc: int = word("N", least=1, default=2)
-    """Ranks of each run."""
+    nproc: int | None = word("N", least=1, default=None)
+    """Ranks of each run; None: the size's."""
 
 
 @dataclass(frozen=True, kw_only=True)

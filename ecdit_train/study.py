@@ -2,13 +2,14 @@
 
 Each arm is `moe=NAME` with words that make its layers cost what the dense network's cost: experts half as wide as the
 dense feed-forward, two per token. What a router itself costs comes on top and is in the table. Every job trains in a
-process of its own into `OUT/ARM-SEED`; what is done is not done again, so the same command goes on where it was
+process of its own into `OUT/ARM-SEED-WORDS`; what is done is not done again, so the same command goes on where it was
 stopped. Nothing is left out of the table, and nothing is chosen after looking.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import statistics
 import sys
@@ -53,6 +54,8 @@ class Size:
     """In the training set."""
     resolution: int
     seeds: tuple[int, ...]
+    nproc: int
+    """Ranks of each run, if nobody says."""
 
 
 SIZES: Mapping[str, Size] = {
@@ -65,8 +68,11 @@ SIZES: Mapping[str, Size] = {
         pictures=4000,
         resolution=24,
         seeds=(1, 2),
+        nproc=2,
     ),
-    "gpu": Size(words=("experiment=shapes_small",), experts=8, pictures=200_000, resolution=64, seeds=(1, 2, 3)),
+    "gpu": Size(
+        words=("experiment=shapes_small",), experts=8, pictures=200_000, resolution=64, seeds=(1, 2, 3), nproc=1
+    ),
 }
 MIX = {"single_object": 1.0, "colors": 4.0}
 SCALE = (0.55, 0.8)
@@ -77,6 +83,10 @@ PROBED = 64
 GRADED = {"tasks": ("colors",), "repeat": 4}
 
 REPORT, PLOT, RESULTS = "study.md", "study.png", "results.json"
+
+
+def digest(words: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(words).encode()).hexdigest()[:8]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,27 +106,51 @@ class Study:
     """
 
     def __init__(
-        self, out: Path, *, size: str, arms: Sequence[str], seeds: Sequence[int], words: Sequence[str], nproc: int,
+        self,
+        out: Path,
+        *,
+        size: str,
+        arms: Sequence[str],
+        seeds: Sequence[int],
+        words: Sequence[str],
+        nproc: int | None,
         config_dir: str | None,
-    ) -> None:  # fmt: skip
-        self.out, self.size, self.nproc, self.config_dir = out, SIZES[size], nproc, config_dir
-        self.arms, self.seeds = list(arms or ROUTERS), list(seeds or self.size.seeds)
-        own_data = not any(w.startswith("data.shards=") for w in words)
-        self.data = out / "pictures" if own_data else None
-        where = [f"data.shards={quoted(str(self.data))}"] if own_data else []
+    ) -> None:
+        taken = [w for w in words if w.lstrip("+~").partition("=")[0] in ("moe", "train.seed", "run", "experiment")]
+        if taken:
+            rule = "is what the study itself sets: say arms, seeds, out or size"
+            raise ConfigError([Problem(field=w.partition("=")[0], value=w.partition("=")[2], rule=rule) for w in taken])
+        self.out, self.size, self.config_dir = out, SIZES[size], config_dir
+        self.nproc = nproc or self.size.nproc
+        self.arms, self.seeds = dict.fromkeys(arms or ROUTERS), dict.fromkeys(seeds or self.size.seeds)
+        self.own_data = not any(w.startswith("data.shards=") for w in words)
+        self.jobs = self._jobs(words)
+        self.results = self._earlier()
+        self.failed: list[str] = []
+
+    def _jobs(self, words: Sequence[str]) -> list[Job]:
         asked = [(arm, seed) for seed in self.seeds for arm in self.arms]
         lines = [
-            [*self.size.words, f"moe={arm}", *self._words_of(arm), *where, f"train.seed={seed}", *words]
-            for arm, seed in asked
+            [*self.size.words, f"moe={arm}", *self._words_of(arm), f"train.seed={seed}", *words] for arm, seed in asked
         ]
-        runs = [out / f"{arm}-{seed}" for arm, seed in asked]
-        lines = [[*line, f"run={quoted(str(run))}"] for line, run in zip(lines, runs, strict=True)]
-        made = sweep.check_each(words, lines, world=nproc, config_dir=config_dir)
-        self.jobs = [
+        # What is trained otherwise lies elsewhere: a run of other words is another run.
+        runs = [self.out / f"{arm}-{seed}-{digest(line)}" for (arm, seed), line in zip(asked, lines, strict=True)]
+        where = [f"data.shards={quoted(str(self._data(self.size.resolution)))}"] if self.own_data else []
+        lines = [[*line, *where, f"run={quoted(str(run))}"] for line, run in zip(lines, runs, strict=True)]
+        made = sweep.check_each(words, lines, world=self.nproc, config_dir=self.config_dir)
+        sides = {m.config.data.resolution for m in made}
+        if self.own_data and sides != {self.size.resolution}:
+            rule = f"the study's pictures have {self.size.resolution} pixels: give data.shards=FOLDER for others"
+            raise ConfigError(
+                Problem(field="data.resolution", value=max(sides), rule=rule, nearest=self.size.resolution)
+            )
+        return [
             Job(arm=arm, seed=seed, words=tuple(line), run=run, config=m.config)
             for (arm, seed), line, run, m in zip(asked, lines, runs, made, strict=True)
         ]
-        self.results = self._earlier()
+
+    def _data(self, resolution: int) -> Path:
+        return self.out / f"pictures-{resolution}-{self.size.pictures}"
 
     def run(self) -> int:
         """0; 75 when it was stopped on request; else the exit code of the first job that failed."""
@@ -124,7 +158,7 @@ class Study:
         failed = 0
         for number, job in enumerate(self.jobs, 1):
             name = f"[{number}/{len(self.jobs)}] {job.arm}, seed {job.seed}"
-            if (job.arm, job.seed) in self.results:
+            if job.words in self.results:
                 print(f"{name}: done before", flush=True)
                 continue
             print(f"{name}: {job.run}", flush=True)
@@ -135,8 +169,9 @@ class Study:
             if code:
                 print(f"{name}: ended with exit code {code}", file=sys.stderr, flush=True)
                 failed = failed or code
+                self.failed.append(f"{job.arm}, seed {job.seed}: exit code {code}")
                 continue
-            self.results[job.arm, job.seed] = self._measure(job)
+            self.results[job.words] = self._measure(job)
             self.write()
         if self.results:
             print("\n" + self.write())
@@ -146,11 +181,11 @@ class Study:
         """Results, table and plot as they are now; the table's text."""
         from ecdit_train.observe import study_plot
 
-        found = [self.results[j.arm, j.seed] for j in self.jobs if (j.arm, j.seed) in self.results]
-        atomic.write(self.out / RESULTS, (json.dumps([asdict(m) for m in found], indent=1) + "\n").encode())
-        text = study_report.text(
-            found, steps=self.jobs[0].config.train.steps, batch=self.jobs[0].config.train.global_batch
-        )
+        every = [asdict(m) for m in self.results.values()]  # also what this call did not ask for
+        atomic.write(self.out / RESULTS, (json.dumps(every, indent=1) + "\n").encode())
+        found = [self.results[j.words] for j in self.jobs if j.words in self.results]
+        train = self.jobs[0].config.train
+        text = study_report.text(found, steps=train.steps, batch=train.global_batch, failed=self.failed)
         atomic.write(self.out / REPORT, text.encode())
         study_plot.write(self.out / PLOT, study_report.panels(found))
         return text
@@ -161,8 +196,8 @@ class Study:
 
     # --- one job -------------------------------------------------------------------------------------------------------
 
-    def _earlier(self) -> dict[tuple[str, int], Measured]:
-        """What an earlier start measured with the same words."""
+    def _earlier(self) -> dict[tuple[str, ...], Measured]:
+        """What earlier calls measured, by the words of the run."""
         try:
             found = json.loads((self.out / RESULTS).read_text(encoding="utf-8"))
             told = [Measured(**{**m, "words": tuple(m["words"])}) for m in found]
@@ -171,15 +206,15 @@ class Study:
         except (ValueError, TypeError, KeyError) as error:
             rule = f"{RESULTS} in it is not what a study writes ({error}); give another folder, or delete that file"
             raise ConfigError(Problem(field="out", value=str(self.out), rule=rule)) from error
-        words = {(j.arm, j.seed): j.words for j in self.jobs}
-        return {(m.arm, m.seed): m for m in told if words.get((m.arm, m.seed)) == m.words}
+        return {m.words: m for m in told}
 
     def _pictures(self) -> None:
         from data_pipeline.shapes.make import make_shapes
 
-        if self.data is not None and not (self.data / "manifest.json").exists():
+        folder = self._data(self.size.resolution)
+        if self.own_data and not (folder / "manifest.json").exists():
             make_shapes(
-                self.data,
+                folder,
                 count=self.size.pictures,
                 resolution=self.size.resolution,
                 seed=SET_SEED,
@@ -237,6 +272,7 @@ class Study:
             train_loss=final.loss,
             unseen_loss=statistics.fmean(probe.loss),
             right=graded.overall,
+            drawn=graded.num_images,
             chance=graded.chance,
             experts_drawn=None if pictures.maps is None else pictures.maps.experts_per_token,
             budget=None if router is None else router.experts_per_token(),

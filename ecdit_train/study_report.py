@@ -22,6 +22,8 @@ class Measured:
     """On unseen pictures, averaged weights, mean over timesteps."""
     right: float
     """Share of drawn pictures that are what their prompt says."""
+    drawn: int
+    """Pictures that were graded."""
     chance: float
     """What true pictures of other prompts would get."""
     experts_drawn: float | None
@@ -50,11 +52,11 @@ COLUMNS: Mapping[str, tuple[str, str]] = {
 }
 
 
-def text(found: Sequence[Measured], *, steps: int, batch: int) -> str:
+def text(found: Sequence[Measured], *, steps: int, batch: int, failed: Sequence[str] = ()) -> str:
     """Markdown: mean and, from two seeds on, sample standard deviation over seeds; costs relative to the first arm."""
     by_arm = _by_arm(found)
     first = next(iter(by_arm.values()))
-    heads = ["router", "seeds", "FLOPs", *(head for head, _ in COLUMNS.values()), "time"]
+    heads = ["router", "seeds", "planned FLOPs", *(head for head, _ in COLUMNS.values()), "time"]
     rows = [heads, ["---", *["---:"] * (len(heads) - 1)]]
     time = statistics.fmean(m.step_seconds for m in first)
     for arm, runs in by_arm.items():
@@ -64,17 +66,24 @@ def text(found: Sequence[Measured], *, steps: int, batch: int) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(heads))]
     table = ["| " + " | ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)) + " |" for row in rows]
     chance = statistics.fmean(m.chance for m in found)
+    drawn = found[0].drawn
     budget = ", ".join(sorted({f"{m.budget:g}" for m in found if m.budget is not None})) or "none"
     notes = f"""
-{steps} steps of {batch} images; mean ± standard deviation over seeds. FLOPs of a step and time per step are relative to
-{found[0].arm}; times are of one machine, one run after another.
+{steps} steps of {batch} images; mean ± standard deviation over seeds. FLOPs of a step, as planned, and time per step are relative
+to {found[0].arm}; times are of one machine, one run after another.
 
+- Pictures are drawn and looked at one by one, all patches (`sample.scope=image`), whatever competed in training: there
+  expert_choice and bl choose as ec_image does, and be, with one image, as tc. What is fixed then says nothing of what was learned.
 - loss, unseen: mean squared velocity error on pictures that were not trained on, at t = 0.1 to 0.9, averaged weights
-- right: drawn pictures of a coloured shape that are what their prompt says ({chance:.1%} by chance)
-- experts drawn: per token while drawing (budget {budget}); on objects, on background: per patch of the unseen pictures
+- right: drawn pictures of a coloured shape that are what their prompt says ({chance:.1%} by chance); {drawn} pictures
+  a run, so a share p has a standard error of sqrt(p (1 - p) / {drawn})
+- experts drawn: per token while drawing, captioned half, some timesteps (budget {budget}); on objects, on background: per patch of
+  the unseen pictures
 - MaxVio, pairs used: overload of the busiest expert; share of expert pairs that cover 95 % of co-activations
-- t share: variance of affinities that the timestep makes while picture, place and noise stay
+- t share: variance of affinities that the timestep alone makes, tokens staying
 """
+    if failed:
+        notes += "\nNot in the table, for they failed:\n\n" + "".join(f"- {line}\n" for line in failed)
     return "\n".join(table) + "\n" + notes
 
 
@@ -88,7 +97,7 @@ def panels(found: Sequence[Measured]) -> list[tuple[str, dict[str, list[float]]]
         (
             "experts on objects / on background",
             {
-                arm: [m.on_object / max(m.on_background or 0, 1e-9) for m in runs if m.on_object is not None]
+                arm: [m.on_object / m.on_background for m in runs if m.on_object is not None and m.on_background]
                 for arm, runs in by_arm.items()
             },
         ),

@@ -132,7 +132,11 @@ def evaluate(args: argparse.Namespace) -> int:
             print(f"{task:<16}{share:>9.1%}{result.chance_by_task[task]:>9.1%}")
         print(f"{'overall':<16}{result.overall:>9.1%}{result.chance:>9.1%}")
         if spent:
-            print("experts per token while drawing: {experts_per_token:.2f}, planned {budget:g}".format(**spent))
+            print(
+                "experts per token while drawing (captioned half): {experts_per_token:.2f}, planned {budget:g}".format(
+                    **spent
+                )
+            )
     return errors.EXIT_OK
 
 

@@ -31,7 +31,7 @@ Kind = Literal["uniform", "linear"]
 
 @dataclass(frozen=True, kw_only=True)
 class Average:
-    """Some steps, oldest first, and what each counts. Also what an export reads."""
+    """Some steps, oldest first, and what each counts."""
 
     paths: tuple[Path, ...]
     sources: tuple[Manifest, ...]

@@ -13,7 +13,6 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from ecdit_train.config.nearest import nearest_divisor
 from ecdit_train.config.rules import Checker, is_whole, short
 from ecdit_train.config.schema import RunConfig
 from ecdit_train.config.slots import Message, RouterConfig, RouterSizes, Sees
@@ -52,8 +51,9 @@ class SelectionConfig(RouterConfig):
     unmodulated token and its timestep)."""
 
     pool_images: int | None
-    """Images that compete when the pool is all ranks: data-parallel ranks * train.microbatch must be as many on every layout. null:
-    as many as there are when the run begins; a resume with another number is refused."""
+    """Images that compete when the pool is all ranks, the same on every layout: all of train.global_batch, so that
+    data-parallel ranks * train.microbatch must be as many. null: the microbatches that the run begins with; a resume
+    that puts other images together is refused."""
 
     selects_at_inference: ClassVar[bool] = True
     """Whether pictures are drawn by the same selection, in their routing groups."""
@@ -125,11 +125,10 @@ class SelectionConfig(RouterConfig):
             rule, nearest = "must name each axis once and leave one that competes", list(dict.fromkeys(self.apart))[:2]
             check.require(False, f"{key}.apart", rule=rule, nearest=nearest)
             return
-        if self.pool_images is not None and check.sane("train.global_batch"):
+        if self.pool_images is not None and self.over_ranks and check.sane("train.global_batch"):
             batch = run.train.global_batch
-            fits = self.pool_images >= 1 and batch % self.pool_images == 0
-            rule, nearest_pool = f"must divide train.global_batch = {batch}", nearest_divisor(self.pool_images, batch)
-            check.require(fits, f"{key}.pool_images", rule=rule, nearest=nearest_pool)
+            rule = f"must be train.global_batch = {batch}: of several microbatches, other layouts would put other images together"
+            check.require(self.pool_images == batch, f"{key}.pool_images", rule=rule, nearest=batch)
         if f"{key}.pool" in check.values and "batch" in self.apart:
             rule = f"must be group: with images kept apart ({key}.apart) there is no pool of them"
             check.require(self.pool == "group", f"{key}.pool", rule=rule, nearest="group")

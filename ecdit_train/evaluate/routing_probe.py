@@ -16,6 +16,7 @@ from ecdit_train import keyed
 from ecdit_train.diffusion.flow import as_velocity, interpolate
 from ecdit_train.keyed import Purpose
 from ecdit_train.model.assignment import Assignment, chosen, experts_per_token
+from ecdit_train.model.dit import Prediction
 from ecdit_train.model.embed import Text, unpatchify
 from ecdit_train.observe.routing import combination_usage, max_violation
 
@@ -23,6 +24,8 @@ from .pictures import SamplePipeline
 
 TIMESTEPS = (0.1, 0.3, 0.5, 0.7, 0.9)
 """Where routing is looked at; t = 0 is noise, t = 1 is data."""
+FIXED = 0.5
+"""Timestep of the pictures that are shown while another timestep is told."""
 NOISE_SEED = 20_000
 """Of the pictures' noise: the same for every model that is probed."""
 
@@ -49,8 +52,9 @@ class RoutingProbe:
     on_background: tuple[tuple[float, ...], ...]
     """(T, L): experts per patch that shows none."""
     timestep_sensitivity: tuple[float, ...]
-    """(L,): share of the variance of affinities that the timestep makes while picture, place and noise stay: 0 is a router that
-    does not see the time, 1 one that sees nothing else."""
+    """(L,): share of the variance of affinities that the timestep alone makes: the network is given the same
+    noisy pictures (those of `FIXED`) and told another timestep. 0 is a router that does not see the time, 1 one
+    that sees nothing else."""
     max_violation: tuple[float, ...]
     """(L,): mean over timesteps, see `observe.routing.max_violation`."""
     combination_usage: tuple[float, ...]
@@ -83,10 +87,16 @@ def probe(pipeline: SamplePipeline, known: KnownPictures, *, timesteps: Sequence
     spread = _Spread()
     was_training = model.training
     model.eval()
+
+    def run(x_t: Tensor, t_B: Tensor) -> Prediction:
+        return model(x_t, t_B=t_B, text=text, keep_BK=None, group_tokens=group_tokens)
+
+    half = interpolate(latents, eps, torch.full((n,), FIXED, device=device))
     for t in timesteps:
         t_B = torch.full((n,), t, device=device)
+        spread.add(run(half, t_B).assignments)
         x_t = interpolate(latents, eps, t_B)
-        out = model(x_t, t_B=t_B, text=text, keep_BK=None, group_tokens=group_tokens)
+        out = run(x_t, t_B)
         raw = unpatchify(out.patches_BKP.float(), patch=model.patch, side=c.latent_side // c.model.patch)
         velocity = as_velocity(raw, x_t, t_B, prediction=c.diffusion.prediction, floor=1e-3)
         losses.append((velocity - (latents - eps)).square().mean().item())
@@ -96,7 +106,6 @@ def probe(pipeline: SamplePipeline, known: KnownPictures, *, timesteps: Sequence
         who = [chosen(a) for a in out.assignments]
         violations.append([max_violation(x).item() for x in who])
         usages.append([combination_usage(x).item() for x in who])
-        spread.add(out.assignments)
     model.train(was_training)
     return RoutingProbe(
         loss=tuple(losses),

@@ -126,11 +126,6 @@ class AffinityRouter(Router):
         return self.logits(tokens).softmax(dim=-1)
 
 
-def affinity_flops(sizes: RouterSizes, *, sees: Sees, mixes: bool = False) -> float:
-    """Forward FLOPs per token of an `AffinityRouter`; the timestep's product is per image and not counted."""
-    return 2.0 * sizes.width * (sizes.num_experts + (sizes.width if mixes else 0))
-
-
 class ScheduledRouter(AffinityRouter):
     """An `AffinityRouter` whose experts take C tokens of a group, with the capacity factor of the stage that it was told last."""
 

@@ -74,12 +74,12 @@ METRICS: dict[str, Metric] = {
     "moe/max_violation": _metric(
         "share of mean load",
         "mean",
-        "By how much is the busiest expert over the mean load (MaxVio)? 0: loads are equal.",
+        "By how much is the busiest expert of a rank's last microbatch over its mean load (MaxVio)? 0: loads are equal.",
     ),
     "moe/combination_usage": _metric(
         "share of pairs",
         "mean",
-        "How many pairs of experts cover 95 % of all pairs that work on one token? Near 0: collapse.",
+        "How many pairs of experts cover 95 % of all that work on one token, in a rank's last microbatch? Near 0: collapse.",
     ),
     "moe/L{n}/max_violation": _metric("share of mean load", "mean", "Overload of layer n's busiest expert."),
     "moe/L{n}/combination_usage": _metric(

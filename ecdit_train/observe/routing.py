@@ -142,8 +142,8 @@ class RoutingMaps:
 
     @property
     def experts_per_token(self) -> float:
-        """What drawing spent, over pictures, layers and timesteps: `capacity_factor` is what it should be. Routers with a
-        threshold or a predictor are right on average only."""
+        """What drawing spent on these maps (the captioned half, a few timesteps): `capacity_factor` is what it should be. Routers
+        with a threshold or a predictor are right on average only."""
         return float(self.counts.mean())
 
     def caption(self) -> str:

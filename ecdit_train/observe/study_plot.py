@@ -15,7 +15,7 @@ Panel = tuple[str, Mapping[str, Sequence[float]]]
 def write(path: Path, panels: Sequence[Panel]) -> Path:
     """Arms are in the order of the first panel, from the top."""
     arms = list(panels[0][1])
-    figure = new_figure(3.0 * len(panels) + 1.2, 0.34 * len(arms) + 1.1)
+    figure = new_figure(3.3 * len(panels) + 1.2, 0.34 * len(arms) + 1.1)
     axes_row = figure.subplots(1, len(panels), sharey=True)
     for axes, (title, values) in zip(axes_row, panels, strict=True):
         for place, arm in enumerate(arms):
@@ -32,5 +32,5 @@ def write(path: Path, panels: Sequence[Panel]) -> Path:
             axes.spines[side].set_visible(False)
     axes_row[0].set_yticks(range(len(arms)), arms, fontsize=9, color=INK)
     axes_row[0].set_ylim(len(arms) - 0.5, -0.5)
-    figure.tight_layout()
+    figure.tight_layout(w_pad=3.0)
     return save(figure, path)

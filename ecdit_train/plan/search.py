@@ -74,7 +74,7 @@ def candidates(
         dp = world // tp
         if batch % dp or (batch // dp) % images:
             continue
-        micros = [n for n in divisors(batch // dp) if n % images == 0 and n <= 512]
+        micros = [n for n in divisors(batch // dp) if n % images == 0 and n <= 512 and _same_router(cfg, dp, n, world)]
         replicas = [n for n in divisors(dp) if n == 1 or ((world // n) % gpus == 0 and n <= 8)]
         for ep, copies, micro, chunks, mode in product(divisors(experts), replicas, micros, (1, 2), modes):
             if chunks > 1 and ep == 1:
@@ -92,6 +92,16 @@ def candidates(
                 microbatch=micro,
                 microbatches=batch // (dp * micro),
             )
+
+
+def _same_router(cfg: RunConfig, dp: int, microbatch: int, world: int) -> bool:
+    """Where a microbatch is what competes, another one is another network and no layout."""
+    configured = cfg.train.microbatch
+    if cfg.moe.router is None:
+        return True
+    if cfg.moe.router.whole_batch:
+        return dp * microbatch == world // cfg.parallel.tp * configured
+    return cfg.moe.scope != "batch" or microbatch == configured
 
 
 def with_layout(cfg: RunConfig, layout: Layout) -> RunConfig:

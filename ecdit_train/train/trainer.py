@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,25 +101,29 @@ class Trainer:
         return resumed
 
     @property
-    def _pool(self) -> int:
-        """Images of one microbatch on all ranks."""
-        return self.parallel.mesh.dp_size * self.config.train.microbatch
+    def _pool(self) -> list[int]:
+        """Data-parallel ranks and the images that each has of one microbatch."""
+        return [self.parallel.mesh.dp_size, self.config.train.microbatch]
 
-    def _check_pool(self, before: int | None) -> None:
-        """A router that lets all of them compete must find as many as before: with another number it is another router.
+    def _check_pool(self, before: list[int] | None) -> None:
+        """A router that lets all of them compete must find the same images together as before, or it is another router: the
+        whole global batch, or microbatches cut as they were.
 
         Raises ConfigError. Checkpoints of older versions do not say (None).
         """
-        router = self.config.moe.router
-        if router is None or not router.whole_batch or before in (None, self._pool):
+        router, whole = self.config.moe.router, self.config.train.global_batch
+        if router is None or not router.whole_batch or before is None or before == self._pool:
             return
+        if math.prod(before) == math.prod(self._pool) == whole:
+            return
+        (ranks, images), (here, _) = before, self._pool
         rule = (
-            f"experts of {self.config.run} were chosen among {before} images, data-parallel ranks * train.microbatch; "
-            f"here they are {self._pool}. Go on with as many ranks as before, or say the number when a run begins, so that other "
-            "layouts keep it"
+            f"experts of {self.config.run} compete within a microbatch of all ranks, which was {ranks} data-parallel ranks * "
+            f"{images} images; on {here} ranks other images would meet: go on with {ranks} ranks"
         )
-        field = "moe.router.pool_images"
-        raise ConfigError(Problem(field=field, value=None, rule=rule, nearest=before))
+        raise ConfigError(
+            Problem(field="train.microbatch", value=self.config.train.microbatch, rule=rule, nearest=images)
+        )
 
     def placed(self) -> dict[str, Placed]:
         """Every tensor of the state with its place in the global tensor."""

@@ -52,6 +52,41 @@ def test_two_arms_and_the_rest_later(tiny_shards, tmp_path, capsys) -> None:
     assert "±" in (out / "study.md").read_text()
 
 
+def test_other_words_are_other_runs_and_nothing_is_forgotten(tiny_shards, tmp_path, capsys) -> None:
+    out = tmp_path / "study"
+    assert study(out, tiny_shards, "arms=[dense,expert_choice]", "seeds=[1]") == 0
+    before = json.loads((out / "results.json").read_text())
+    runs = set(out.glob("*-1-*"))
+    assert study(out, tiny_shards, "arms=[dense]", "seeds=[1]", "optim.lr=1e-4") == 0
+    assert len(set(out.glob("*-1-*")) - runs) == 1, "the new words trained in the old folder"
+    after = json.loads((out / "results.json").read_text())
+    assert after[:2] == before
+    assert after[2]["unseen_loss"] != before[0]["unseen_loss"]
+    assert study(out, tiny_shards, "arms=[expert_choice]", "seeds=[1]") == 0
+    assert "done before" in capsys.readouterr().out
+    assert json.loads((out / "results.json").read_text()) == after
+
+
+def test_a_stopped_job_goes_on_and_a_failed_one_is_told(tiny_shards, tmp_path, monkeypatch, capsys) -> None:
+    from launch import local
+    from launch.local import Ended, run_command
+
+    def stopped_in_the_middle(argv):
+        ended = run_command([*argv, "--stop-after", "2"])
+        return Ended(code=ended.code, stopped=True)
+
+    out, words = tmp_path / "study", ("arms=[dense]", "seeds=[1]")
+    monkeypatch.setattr(local, "run_command", stopped_in_the_middle)
+    assert study(out, tiny_shards, *words) == 75
+    assert not (out / "results.json").exists()
+    monkeypatch.setattr(local, "run_command", run_command)
+    assert study(out, tiny_shards, *words) == 0
+    assert json.loads((out / "results.json").read_text())[0]["arm"] == "dense"
+    monkeypatch.setattr(local, "run_command", lambda argv: Ended(code=80, stopped=False))
+    assert study(out, tiny_shards, "arms=[dense,expert_choice]", "seeds=[1]") == 80
+    assert "expert_choice, seed 1: exit code 80" in (out / "study.md").read_text()
+
+
 def plan(out, *words: str, arms=()) -> Study:
     return Study(out, size="small", arms=arms, seeds=[1], words=words, nproc=2, config_dir=None)
 
@@ -74,6 +109,11 @@ def test_what_is_wrong_is_said_before_anything_is_made(tmp_path) -> None:
         plan(tmp_path / "study", arms=["dense", "expert_choise"])
     with pytest.raises(ConfigError, match=r"train\.steps = 0"):
         plan(tmp_path / "study", "train.steps=0")
+    for word in ("moe=dense", "train.seed=3", "run=here"):
+        with pytest.raises(ConfigError, match="is what the study itself sets"):
+            plan(tmp_path / "study", word)
+    with pytest.raises(ConfigError, match=r"data\.resolution = 48: the study's pictures have 24 pixels"):
+        plan(tmp_path / "study", "data.resolution=48", "moe.group_size=576")
     assert not (tmp_path / "study").exists()
     (tmp_path / "study").mkdir()
     (tmp_path / "study" / "results.json").write_text("[1]")

@@ -52,8 +52,8 @@ def test_presets_are_one_override_apart(moe):
     (("moe=le", "moe.router.pool_images=64"), "moe.router.pool_images = 64: must be null: images compete in "
      "their routing group, which "
      "moe.scope sizes; nearest valid: null"),
-    (("moe=expert_race", "moe.router.pool_images=100"), "moe.router.pool_images = 100: must divide "
-     "train.global_batch = 128; "
+    (("moe=expert_race", "moe.router.pool_images=100"), "moe.router.pool_images = 100: must be "
+     "train.global_batch = 128: of several microbatches, other layouts would put other images together; "
      "nearest valid: 128"),
     (("moe=expert_race", "moe.router.pool_images=128"), "train.microbatch = 16: dp * microbatch = 4 * 16 = 64 "
      "must be the 128 images "
@@ -71,10 +71,10 @@ def test_refused(words, said):
 
 def test_a_fixed_pool_frees_the_microbatch():
     """With pool_images the layout's rule holds the selection together; without, microbatch and ranks decide it."""
-    loose, fixed = configured("moe=expert_race"), configured("moe=expert_race", "moe.router.pool_images=64")
+    loose, fixed = configured("moe=expert_race"), configured("moe=expert_race", "moe.router.pool_images=128")
     apart = configured("moe=le")
     assert kind("train.microbatch", old=loose, new=loose) == "identity"
     assert kind("train.microbatch", old=fixed, new=fixed) == "free"
     assert kind("train.microbatch", old=apart, new=apart) == "free"
-    for world, micro in ((1, 64), (2, 32), (8, 8)):
-        assert problems("moe=expert_race", "moe.router.pool_images=64", f"train.microbatch={micro}", world=world) == []
+    for world, micro in ((1, 128), (2, 64), (8, 16)):
+        assert problems("moe=expert_race", "moe.router.pool_images=128", f"train.microbatch={micro}", world=world) == []

@@ -64,6 +64,21 @@ def test_a_router_that_does_not_see_the_time_has_no_sensitivity(pipeline, known)
     assert probe(pipeline, known).timestep_sensitivity == pytest.approx((0.0,), abs=1e-12)
 
 
+def test_what_follows_the_tokens_alone_is_not_told_to_be_the_time(pipeline, known) -> None:
+    """With modulations and the timestep's embedding silenced, nothing but the tokens decides; they vary, and
+    the time does nothing."""
+    with torch.no_grad():
+        model = pipeline.parallel.model
+        for name, p in model.named_parameters():
+            if "modulation" in name:
+                p.zero_()
+        for router in model.routers:
+            router.weight.normal_(generator=torch.Generator().manual_seed(0))
+    found = probe(pipeline, known)
+    assert found.timestep_sensitivity == pytest.approx((0.0,), abs=1e-12)
+    assert np.std(found.on_object) > 0
+
+
 def test_a_worse_network_has_a_larger_loss(pipeline, known) -> None:
     before = probe(pipeline, known).loss
     with torch.no_grad():

@@ -200,12 +200,14 @@ def test_what_changes_the_result_is_identity():
 
 def test_a_race_goes_on_among_as_many_images_as_it_began_with(tiny_shards, tmp_path):
     """Another number of ranks or another microbatch would silently be another selection."""
-    race = ("moe=expert_race", "moe.num_experts=4", "moe.router.capacity_factor=1.0")
+    race = ("moe=expert_race", "moe.num_experts=4", "moe.router.capacity_factor=1.0", "optim.warmup_steps=1")
     begun = configure(tmp_path / "race", tiny_shards, *race, "train.steps=2", "train.microbatch=4")
     live(begun)
     longer = replace(begun, train=replace(begun.train, steps=4))
     other = replace(longer, train=replace(longer.train, microbatch=8))
-    with pytest.raises(ConfigError, match=r"chosen among 4 images.*here they are 8.*nearest valid: 4"):
+    with pytest.raises(
+        ConfigError, match=r"train\.microbatch = 8: .*was 1 data-parallel ranks \* 4 images.*nearest valid: 4"
+    ):
         live(other)
     assert live(longer).finished
     fixed = configure(
