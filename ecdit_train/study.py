@@ -77,9 +77,8 @@ SIZES: Mapping[str, Size] = {
 MIX = {"single_object": 1.0, "colors": 4.0}
 SCALE = (0.55, 0.8)
 """Of the pictures, as in the demo: what a model of this size can learn."""
-SET_SEED, UNSEEN_SEED = 0, 1
-"""Of the training pictures, and of those that are only looked at."""
-PROBED = 64
+SET_SEED = 0
+"""Of the training pictures; those that are only looked at have another."""
 GRADED = {"tasks": ("colors",), "repeat": 4}
 
 REPORT, PLOT, RESULTS = "study.md", "study.png", "results.json"
@@ -253,8 +252,7 @@ class Study:
             pictures = pipeline.draw([m["prompt"] for m in suite.metadata], how=config.sample, step=step)
             graded = shapes.score(pictures.images, suite.metadata, grade=suite.grade, others=suite.others)
             spec = ShapesSpec(resolution=config.data.resolution, mix=MIX, scale=SCALE)
-            pixels = config.encoders.image.factor * config.model.patch
-            known = suites.known_shapes(spec, count=PROBED, patch_pixels=pixels, seed=UNSEEN_SEED)
+            known = suites.shapes_for(pipeline, spec=spec)
             probe = routing_probe.probe(pipeline, known)
         finally:
             here.shutdown()

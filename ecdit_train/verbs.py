@@ -102,7 +102,8 @@ def _ranks() -> Iterator[Any]:
 def sample(args: argparse.Namespace) -> int:
     asked, config = _drawing_request(arguments.Sample, args)
     prompts = [*asked.prompts] * asked.repeat
-    pictures, step, writes = _draw(asked, config, prompts)
+    with _pipeline(asked, config) as (pipeline, step, writes):
+        pictures = pipeline.draw(prompts, how=pipeline.config.sample, step=step)
     if writes:
         from ecdit_train.observe import figures
 
@@ -116,27 +117,30 @@ def sample(args: argparse.Namespace) -> int:
 def evaluate(args: argparse.Namespace) -> int:
     asked, config = _drawing_request(arguments.Evaluate, args)
 
-    from ecdit_train.evaluate import shapes, suites
+    from ecdit_train.evaluate import routing_probe, shapes, suites
 
     suite = suites.shapes_suite(
         resolution=config.data.resolution, tasks=asked.tasks or None, repeat=asked.repeat, split=asked.split
     )
-    pictures, step, writes = _draw(asked, config, [m["prompt"] for m in suite.metadata])
+    with _pipeline(asked, config) as (pipeline, step, writes):
+        pictures = pipeline.draw([m["prompt"] for m in suite.metadata], how=pipeline.config.sample, step=step)
+        probe = routing_probe.probe(pipeline, suites.shapes_for(pipeline))
     if writes:
         result = shapes.score(pictures.images, suite.metadata, grade=suite.grade, others=suite.others)
         maps = pictures.maps
         spent = {} if maps is None else {"experts_per_token": maps.experts_per_token, "budget": maps.capacity_factor}
+        shares = dict(zip(config.sparse_layers, probe.timestep_sensitivity, strict=True))
+        spent |= {f"timestep_share_L{layer}": share for layer, share in shares.items()}
         shapes.write(result, evaluation_path(Path(asked.run), suite="shapes", step=step), step=step, **spent)
         print(f"{'task':<16}{'correct':>9}{'chance':>9}   ({result.num_images} pictures, step {step})")
         for task, share in result.by_task.items():
             print(f"{task:<16}{share:>9.1%}{result.chance_by_task[task]:>9.1%}")
         print(f"{'overall':<16}{result.overall:>9.1%}{result.chance:>9.1%}")
-        if spent:
-            print(
-                "experts per token while drawing (captioned half): {experts_per_token:.2f}, planned {budget:g}".format(
-                    **spent
-                )
-            )
+        if maps is not None:
+            per_token = f"{maps.experts_per_token:.2f}, planned {maps.capacity_factor:g}"
+            print(f"experts per token while drawing (captioned half): {per_token}")
+            by_layer = ", ".join(f"L{layer} {share:.2f}" for layer, share in shares.items())
+            print(f"share of the affinities' variance that the timestep alone makes: {by_layer}")
     return errors.EXIT_OK
 
 
@@ -167,8 +171,9 @@ def _drawing_request(kind: type, args: argparse.Namespace) -> tuple[Any, Any]:
     return request.build(kind, *problems), config
 
 
-def _draw(asked: Any, config: Any, prompts: list[str]) -> tuple[Any, int, bool]:
-    """Pictures, the step of the weights, and whether this rank is the one that writes."""
+@contextmanager
+def _pipeline(asked: Any, config: Any) -> Iterator[tuple[Any, int, bool]]:
+    """What draws with a run's weights, their step, and whether this rank is the one that writes."""
     config = replace(config, parallel=_drawing_layout(config.parallel, world=_world()))
 
     from ecdit_train import build
@@ -176,7 +181,7 @@ def _draw(asked: Any, config: Any, prompts: list[str]) -> tuple[Any, int, bool]:
     with _ranks() as runtime:
         config = _agreed(config, runtime)
         pipeline, step = build.build_pipeline(config, runtime, kind=asked.weights, step=asked.step)
-        return pipeline.draw(prompts, how=config.sample, step=step), step, runtime.rank == 0
+        yield pipeline, step, runtime.rank == 0
 
 
 def _drawing_layout(trained: Any, *, world: int) -> Any:

@@ -13,6 +13,7 @@ from data_pipeline.shapes.grader import grade
 from data_pipeline.shapes.prompts import TASKS, Split, all_prompts
 from ecdit_train.errors import ConfigError, Problem
 
+from .pictures import SamplePipeline
 from .routing_probe import KnownPictures
 from .shapes import Grader
 
@@ -57,4 +58,21 @@ def known_shapes(spec: ShapesSpec, *, count: int, patch_pixels: int, seed: int) 
     share = painted.reshape(count, side, patch_pixels, side, patch_pixels).mean((2, 4))
     return KnownPictures(
         images=images, captions=tuple(s.caption for s in samples), on_object=(share >= 0.5).reshape(count, -1)
+    )
+
+
+PROBED, UNSEEN_SEED = 64, 1
+"""Pictures that routing is looked at on, at least, and the seed of their set; training sets have seed 0
+unless somebody says another."""
+
+
+def shapes_for(pipeline: SamplePipeline, *, spec: ShapesSpec | None = None) -> KnownPictures:
+    """Known pictures of the size and the patches of a run, as many as are whole routing groups. None: all six tasks alike."""
+    c = pipeline.config
+    together = max(pipeline.group_tokens(c.sample, batch=1) // c.patches_per_image, 1)
+    return known_shapes(
+        spec or ShapesSpec(resolution=c.data.resolution),
+        count=-(-PROBED // together) * together,
+        patch_pixels=c.encoders.image.factor * c.model.patch,
+        seed=UNSEEN_SEED,
     )

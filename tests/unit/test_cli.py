@@ -156,6 +156,7 @@ def test_from_shapes_to_report(tmp_path, capsys):
     assert ecdit("evaluate", f"run={run}", "tasks=single_object", "sample.steps=1") == 0
     result = json.loads(next((run / "evaluation").glob("*.json")).read_text())
     assert result["step"] == 6
+    assert 0 < result["timestep_share_L2"] < 1
     assert result["experts_per_token"] == result["budget"] == 2.0  # expert choice spends exactly what is planned
     assert ecdit("report", run) == 0
     assert "single_object" in (run / "report.html").read_text()
