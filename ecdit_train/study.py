@@ -133,7 +133,10 @@ class Study:
             [*self.size.words, f"moe={arm}", *self._words_of(arm), f"train.seed={seed}", *words] for arm, seed in asked
         ]
         # What is trained otherwise lies elsewhere: a run of other words is another run.
-        runs = [self.out / f"{arm}-{seed}-{digest(line)}" for (arm, seed), line in zip(asked, lines, strict=True)]
+        runs = [
+            self.out / f"{arm}-{seed}-{digest([*line, str(self.nproc)])}"
+            for (arm, seed), line in zip(asked, lines, strict=True)
+        ]
         where = [f"data.shards={quoted(str(self._data(self.size.resolution)))}"] if self.own_data else []
         lines = [[*line, *where, f"run={quoted(str(run))}"] for line, run in zip(lines, runs, strict=True)]
         made = sweep.check_each(words, lines, world=self.nproc, config_dir=self.config_dir)
@@ -172,7 +175,7 @@ class Study:
                 continue
             self.results[job.words] = self._measure(job)
             self.write()
-        if self.results:
+        if any(job.words in self.results for job in self.jobs):
             print("\n" + self.write())
         return failed
 

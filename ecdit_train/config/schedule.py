@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Self
 
-from ecdit_train.config.slots import RouterConfig, Sees
+from ecdit_train.config.slots import AffinityConfig
 
 if TYPE_CHECKING:
     from ecdit_train.config.rules import Checker
@@ -16,21 +16,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScheduledCapacity(RouterConfig):
+class ScheduledCapacity(AffinityConfig):
     """Routers whose experts take C = group * f_c / E tokens of a group. Extend it; ask `at(step)` for the f_c of a step."""
-
-    capacity_factor: float
-    """f_c: mean experts per token; each expert takes C = group * f_c / E tokens, which must be whole."""
 
     schedule: tuple[tuple[int, float], ...] = ()
     """Later stages, [[step, f_c], ...]: after `step` updates capacity_factor is f_c. Empty: one value for the whole run."""
-
-    sees: Sees
-    """What affinities are computed from: modulated (what the experts see), hidden (x', the residual stream) or timestep (the
-    unmodulated token and its timestep)."""
-
-    def experts_per_token(self) -> float:
-        return self.capacity_factor
 
     def capacity(self, *, group_tokens: int, num_experts: int) -> float:
         return group_tokens * self.capacity_factor / num_experts
@@ -43,9 +33,7 @@ class ScheduledCapacity(RouterConfig):
 
     def check(self, run: RunConfig, check: Checker, *, key: str) -> None:
         E, field, schedule = run.moe.num_experts, f"{key}.schedule", self.schedule
-        if check.positive([f"{key}.capacity_factor"]) and check.sane("moe.num_experts"):
-            rule = f"must not exceed moe.num_experts = {E}: an expert cannot take a token twice"
-            check.require(self.capacity_factor <= E, f"{key}.capacity_factor", rule=rule, nearest=float(E))
+        if self.check_factor(run, check, key=key):
             rule = f"factors must be greater than 0 and at most moe.num_experts = {E}"
             nearest = as_yaml((step, min(factor, float(E))) for step, factor in schedule if factor > 0)
             check.require(all(0 < factor <= E for _, factor in schedule), field, rule=rule, nearest=nearest)

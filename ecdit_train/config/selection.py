@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ecdit_train.config.rules import Checker, is_whole, short
 from ecdit_train.config.schema import RunConfig
-from ecdit_train.config.slots import Message, RouterConfig, RouterSizes, Sees
+from ecdit_train.config.slots import AffinityConfig, Message, RouterSizes
 
 LARGEST_TABLE = 2**16
 """Counts in one message of a selection, at most: 512 KiB."""
@@ -40,15 +40,8 @@ def selection_messages(problems: int, *, ranks: int, bits: int = 32) -> tuple[Me
 
 
 @dataclass(frozen=True, kw_only=True)
-class SelectionConfig(RouterConfig):
+class SelectionConfig(AffinityConfig):
     """The largest scores of every problem win."""
-
-    capacity_factor: float
-    """f_c: mean experts per token. In every problem f_c * candidates / E scores win, which must be whole."""
-
-    sees: Sees
-    """What affinities are computed from: modulated (what the experts see), hidden (x', the residual stream) or timestep (the
-    unmodulated token and its timestep)."""
 
     pool_images: int | None
     """Images that compete when the pool is all ranks, the same on every layout: all of train.global_batch, so that
@@ -93,9 +86,6 @@ class SelectionConfig(RouterConfig):
     def images_together(self) -> int | None:
         return self.pool_images if self.over_ranks else None
 
-    def experts_per_token(self) -> float:
-        return self.capacity_factor
-
     def capacity(self, *, group_tokens: int, num_experts: int) -> float | None:
         return group_tokens * self.capacity_factor / num_experts if self.equal_loads else None
 
@@ -119,7 +109,6 @@ class SelectionConfig(RouterConfig):
         return selection_messages(math.prod(apart[axis] for axis in self.apart if axis in apart), ranks=ranks)
 
     def check(self, run: RunConfig, check: Checker, *, key: str) -> None:
-        E = run.moe.num_experts
         named = len(set(self.apart))
         if named < len(self.apart) or named == 3:
             rule, nearest = "must name each axis once and leave one that competes", list(dict.fromkeys(self.apart))[:2]
@@ -135,10 +124,7 @@ class SelectionConfig(RouterConfig):
         if self.pool_images is not None and not self.over_ranks:
             rule = "must be null: images compete in their routing group, which moe.scope sizes"
             check.require(False, f"{key}.pool_images", rule=rule, nearest="null")
-        if not check.positive([f"{key}.capacity_factor"]) or not check.sane("moe.num_experts"):
-            return
-        rule = f"must not exceed moe.num_experts = {E}: an expert cannot take a token twice"
-        if check.require(self.capacity_factor <= E, f"{key}.capacity_factor", rule=rule, nearest=float(E)):
+        if self.check_factor(run, check, key=key):
             self._whole(run, check, key=key)
 
     def _whole(self, run: RunConfig, check: Checker, *, key: str) -> None:

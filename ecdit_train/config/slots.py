@@ -140,6 +140,29 @@ class RouterConfig(SlotConfig):
         raise NotImplementedError
 
 
+@dataclass(frozen=True, kw_only=True)
+class AffinityConfig(RouterConfig):
+    """What routers have in common that pick by affinity (`model.router.AffinityRouter`), f_c experts per token on average."""
+
+    capacity_factor: float
+    """f_c: mean experts per token."""
+
+    sees: Sees
+    """What affinities are computed from: modulated (what the experts see), hidden (x', the residual stream) or timestep (the
+    unmodulated token and its timestep)."""
+
+    def experts_per_token(self) -> float:
+        return self.capacity_factor
+
+    def check_factor(self, run: RunConfig, check: Checker, *, key: str) -> bool:
+        """Whether capacity_factor is one that some token can have."""
+        E = run.moe.num_experts
+        if not check.positive([f"{key}.capacity_factor"]) or not check.sane("moe.num_experts"):
+            return False
+        rule = f"must not exceed moe.num_experts = {E}: an expert cannot take a token twice"
+        return check.require(self.capacity_factor <= E, f"{key}.capacity_factor", rule=rule, nearest=float(E))
+
+
 class ExpertsConfig(SlotConfig):
     """The arithmetic of the experts' feed-forward (`model.moe.Experts`). A row is one token at one expert."""
 

@@ -22,28 +22,20 @@ from torch import Tensor, nn
 
 from ecdit_train.config.rules import Checker
 from ecdit_train.config.schema import RunConfig
-from ecdit_train.config.slots import RouterConfig, RouterSizes, Sees
+from ecdit_train.config.slots import AffinityConfig, RouterSizes
 
 from ..assignment import Selection, Table
 from ..router import AffinityRouter, RouterInput, whole_capacity
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiffMoE(RouterConfig):
+class DiffMoE(AffinityConfig):
     """Expert choice in training; in inference as many tokens per expert as a predictor asks for."""
 
-    capacity_factor: float
-    """f_c: mean experts per token in training, and what inference aims at; C = group * f_c / E must be whole in training."""
     predictor_weight: float
     """Weight of the predictor's loss, binary cross-entropy against the selection, summed over layers."""
     momentum: float
     """Share of the old threshold that an optimizer step keeps."""
-    sees: Sees
-    """What affinities are computed from: modulated (what the experts see), hidden (x', the residual stream) or timestep (the
-    unmodulated token and its timestep). The predictor sees the same token, without a timestep beside it."""
-
-    def experts_per_token(self) -> float:
-        return self.capacity_factor
 
     def capacity(self, *, group_tokens: int, num_experts: int) -> float:
         return group_tokens * self.capacity_factor / num_experts
@@ -61,12 +53,9 @@ class DiffMoE(RouterConfig):
         return affinities + 8.0 * sizes.width + 8.0 * sizes.num_experts
 
     def check(self, run: RunConfig, check: Checker, *, key: str) -> None:
-        E = run.moe.num_experts
         check.share([f"{key}.momentum"], below_one=True)
         check.at_least(0, [f"{key}.predictor_weight"])
-        if check.positive([f"{key}.capacity_factor"]) and check.sane("moe.num_experts"):
-            rule = f"must not exceed moe.num_experts = {E}: an expert cannot take a token twice"
-            check.require(self.capacity_factor <= E, f"{key}.capacity_factor", rule=rule, nearest=float(E))
+        self.check_factor(run, check, key=key)
 
     def build(self, sizes: RouterSizes) -> DiffMoERouter:
         return DiffMoERouter(sizes, config=self)

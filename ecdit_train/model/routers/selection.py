@@ -103,7 +103,8 @@ class SelectionRouter(AffinityRouter):
         ranks = self.ranks if self._over_ranks else None
         score_PN = problems.cut(score_GSE.detach())
         size = 1 if ranks is None else ranks.size
-        winners = whole_winners(self.config.capacity_factor * score_PN.shape[1] * size / score_GSE.shape[2])
+        candidates = score_PN.shape[1] * size
+        winners = whole_capacity(self.config.capacity_factor * candidates / score_GSE.shape[2], tokens=candidates)
         found = largest(score_PN, winners, ranks=ranks)
         return problems.join(found.won_PN), found
 
@@ -122,11 +123,3 @@ class SelectionRouter(AffinityRouter):
             gate_EGC=gate_EGPK.flatten(2),
             probability_GSE=chances_GSE,
         )
-
-
-def whole_winners(exact: float) -> int:
-    """K as a Python int; the configuration's rules have checked that it is whole."""
-    winners = round(exact)
-    assert winners >= 1, f"{exact} winners are less than one"
-    assert abs(exact - winners) < 1e-6 * max(exact, 1.0), f"{exact} winners are not whole"
-    return winners

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ecdit_train.config.rules import Checker
 from ecdit_train.config.schema import RunConfig
-from ecdit_train.config.slots import RouterConfig, RouterSizes, Sees
+from ecdit_train.config.slots import AffinityConfig, RouterSizes
 
 from ..assignment import Selection
 from ..router import AffinityRouter, RouterInput
@@ -25,30 +25,18 @@ from ..selecting import decided
 
 
 @dataclass(frozen=True, kw_only=True)
-class Threshold(RouterConfig):
+class Threshold(AffinityConfig):
     """Each expert takes the tokens whose affinity exceeds a running threshold."""
 
-    capacity_factor: float
-    """f_c: mean experts per token that the threshold aims at."""
     momentum: float
     """Share of the old threshold that an optimizer step keeps."""
-
-    sees: Sees
-    """What affinities are computed from: modulated (what the experts see), hidden (x', the residual stream) or timestep (the
-    unmodulated token and its timestep)."""
-
-    def experts_per_token(self) -> float:
-        return self.capacity_factor
 
     def capacity(self, *, group_tokens: int, num_experts: int) -> None:
         return None
 
     def check(self, run: RunConfig, check: Checker, *, key: str) -> None:
-        E = run.moe.num_experts
         check.share([f"{key}.momentum"], below_one=True)
-        if check.positive([f"{key}.capacity_factor"]) and check.sane("moe.num_experts"):
-            rule = f"must not exceed moe.num_experts = {E}: an expert cannot take a token twice"
-            check.require(self.capacity_factor <= E, f"{key}.capacity_factor", rule=rule, nearest=float(E))
+        self.check_factor(run, check, key=key)
 
     def build(self, sizes: RouterSizes) -> ThresholdRouter:
         return ThresholdRouter(sizes, config=self)
