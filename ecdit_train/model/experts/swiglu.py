@@ -42,7 +42,7 @@ class SwiGLU(ExpertsConfig):
 
 class SwiGLUExperts(Experts):
     """Gate and value are parameters of their own, not one of twice the width: first values and optimizers that work matrix by
-    matrix see each as what it is, and rows per expert are many enough that one wider product gains little."""
+    matrix see each as what it is."""
 
     def __init__(self, width: int, *, hidden: int, num_experts: int) -> None:
         super().__init__(num_experts)
