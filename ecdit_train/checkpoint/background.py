@@ -82,8 +82,6 @@ class Saver:
         self._id = ""
         """Of the save that is being written: an answer about another one is not ours."""
         self._since = 0.0
-        self.seconds = 0.0
-        """What the last part took to write."""
 
     @property
     def pid(self) -> int | None:
@@ -173,7 +171,7 @@ class Saver:
         try:
             answer, _ = saver.receive(self._channel)
             if answer.get("id") == self._id:
-                self._answer, self.seconds = answer, time.monotonic() - self._since
+                self._answer = answer
         except (EOFError, OSError) as error:
             self._answer = {"lost": f"the saver left in the middle of its answer ({error!r})"}
         finally:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -93,11 +92,6 @@ class Description(ABC):
     def nbytes(self) -> int:
         """Bytes of all files but the manifest."""
         return sum(self.files.values())
-
-
-def tensor_bytes(described: Description) -> int:
-    """Bytes of all tensors, each counted once."""
-    return sum(math.prod(e.info.shape) * e.info.itemsize for e in described.tensors.values())
 
 
 def listed(names: Iterable[str]) -> str:

@@ -35,6 +35,7 @@ SAFETENSORS_NAME: Mapping[str, str] = {
     "float8_e4m3fn": "F8_E4M3",
     "float8_e5m2": "F8_E5M2",
 }
+"""The format's names of the types that a checkpoint may hold."""
 
 HEADER_MULTIPLE = 64
 MAX_HEADER_BYTES = 100 * 10**6

@@ -1,4 +1,4 @@
-"""The process that writes a rank's files while training goes on: `python -m ecdit_train.checkpoint.saver`.
+"""The process that writes a rank's files while training goes on; `background.Saver` starts it.
 
 Jobs and answers are JSON frames on one socket; the bytes lie in memory that both processes map, whose descriptor comes with the
 job. It takes part in no exchange between ranks and commits nothing: a temporary folder is all it can fill. It ends with the

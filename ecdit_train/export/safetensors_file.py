@@ -15,24 +15,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ecdit_train.checkpoint.plan import TensorInfo
+from ecdit_train.checkpoint.rank_file import SAFETENSORS_NAME, TensorInfo
 from ecdit_train.checkpoint.store import as_bytes
-
-DTYPES = {
-    "bool": "BOOL",
-    "uint8": "U8",
-    "int8": "I8",
-    "int16": "I16",
-    "int32": "I32",
-    "int64": "I64",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "float32": "F32",
-    "float64": "F64",
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2",
-}
-"""The format's names of the types that a checkpoint may hold."""
 
 _ALIGNMENT = 8
 
@@ -58,7 +42,7 @@ def write(
     for name in order:
         info = tensors[name]
         end = cursor + math.prod(info.shape) * info.itemsize
-        header[name] = {"dtype": DTYPES[info.dtype], "shape": list(info.shape), "data_offsets": [cursor, end]}
+        header[name] = {"dtype": SAFETENSORS_NAME[info.dtype], "shape": list(info.shape), "data_offsets": [cursor, end]}
         cursor = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
