@@ -1,7 +1,8 @@
 """Writing beside the training: this rank's bytes are copied into shared memory, a process of its own (`saver`) does the rest.
 
-What training waits for is the copy. One save is in flight at a time, in one buffer that is kept from save to save. The
-copy stays until the save is committed, so that a saver that died or fell silent is replaced and writes it again.
+The copy is made while the next step computes its gradients, which changes none of what is saved; `Saver.copied` stands before
+its update. One save is in flight at a time, in one buffer that is kept from save to save. The copy stays until the save is
+committed, so that a saver that died or fell silent is replaced and writes it again.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -49,13 +51,18 @@ class Memory:
         """Registered with CUDA, copies from the device run at the bus's speed; a refusal only costs speed."""
         return int(torch.cuda.cudart().cudaHostRegister(self._bytes.data_ptr(), self.nbytes, 0)) == 0
 
-    def put(self, views: list[torch.Tensor], *, starts: list[int]) -> None:
-        """Copy each view, row-major, to its start."""
-        for view, start in zip(views, starts, strict=True):
-            place = self._bytes[start : start + view.numel() * view.element_size()]
-            place.view(view.dtype).view(view.shape).copy_(view.detach(), non_blocking=self._pinned)
-        if self._pinned:
-            torch.cuda.synchronize()
+    def places(self, views: list[torch.Tensor], *, starts: list[int]) -> list[torch.Tensor]:
+        """A view of this memory for each of `views`: its dtype and shape, row-major, from its start."""
+        return [
+            self._bytes[start : start + view.numel() * view.element_size()].view(view.dtype).view(view.shape)
+            for view, start in zip(views, starts, strict=True)
+        ]
+
+    @torch.no_grad()
+    def put(self, views: list[torch.Tensor], places: list[torch.Tensor]) -> None:
+        """Copy each view to its place; in one call, which lets the training's Python run meanwhile."""
+        if views:
+            torch._foreach_copy_(places, views, non_blocking=self._pinned)
 
     def put_bytes(self, data: bytes, *, start: int) -> None:
         self._map[start : start + len(data)] = data
@@ -69,8 +76,42 @@ class Memory:
         os.close(self.descriptor)
 
 
+class Copy:
+    """Bytes on their way into memory, in a thread and, of a device, on a stream of its own: behind what the device was asked for
+    before, beside what it is asked for from now on."""
+
+    def __init__(self, memory: Memory, views: list[torch.Tensor], *, starts: list[int]) -> None:
+        self._error: Exception | None = None
+        places = memory.places(views, starts=starts)
+        # Asked here: streams and the current device belong to a thread.
+        device = next((view.device for view in views if view.is_cuda), None)
+        asked = None if device is None else torch.cuda.current_stream(device).record_event()
+
+        def put() -> None:
+            try:
+                if device is None:
+                    memory.put(views, places)
+                    return
+                beside = torch.cuda.Stream(device)
+                with torch.cuda.stream(beside):
+                    beside.wait_event(asked)
+                    memory.put(views, places)
+                beside.synchronize()
+            except Exception as error:
+                self._error = error
+
+        self._thread = threading.Thread(target=put, name="checkpoint-copy", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> Exception | None:
+        """Until all is there; what went wrong instead."""
+        self._thread.join()
+        return self._error
+
+
 class Saver:
-    """This rank's saver process and the memory it reads. One part at a time: `start`, then `report` once it is not `busy`."""
+    """This rank's saver process and the memory it reads. One part at a time: `start`, `copied`, then `report` once it is not
+    `busy`."""
 
     def __init__(self, *, patience: float) -> None:
         """`patience`: seconds after which a part that is not written counts as lost."""
@@ -78,6 +119,7 @@ class Saver:
         self._process: subprocess.Popen | None = None
         self._channel: socket.socket | None = None
         self._memory: Memory | None = None
+        self._copying: tuple[Copy, Part] | None = None
         self._answer: Json = None
         self._id = ""
         """Of the save that is being written: an answer about another one is not ours."""
@@ -88,7 +130,8 @@ class Saver:
         return self._process.pid if self._process else None
 
     def start(self, part: Part, views: list[torch.Tensor]) -> None:
-        """Copy `views` (one for each chunk of `part`) and hand them over. Raises MemoryError where the host has no room."""
+        """Begin to copy `views` (one for each chunk of `part`); they must not change before `copied` returns. Raises MemoryError
+        where the host has no room."""
         starts, size = saver.offsets(part), saver.room(part) + len(saver.encoded(part)) + SPARE
         if self._memory is None or self._memory.nbytes < size:
             if self._memory is not None:
@@ -101,8 +144,19 @@ class Saver:
                     f"a copy for saving in the background takes {size} bytes, this rank's share of free memory is {share:.0f}"
                 )
             self._memory = Memory(size)
-        self._memory.put(views, starts=starts)
-        self._send(part)
+        self._answer = None
+        self._copying = Copy(self._memory, views, starts=starts), part
+
+    def copied(self) -> None:
+        """Wait for the copy and hand it to the process that writes; nothing where that is done."""
+        copying, self._copying = self._copying, None
+        if copying is None:
+            return
+        copy, part = copying
+        if (error := copy.wait()) is None:
+            self._send(part)
+        else:
+            self._answer = {"failed": [type(error).__name__, getattr(error, "errno", None), str(error)]}
 
     def again(self, part: Part) -> None:
         """Hand the same bytes to a new saver, for another folder."""
@@ -140,7 +194,9 @@ class Saver:
 
     @property
     def busy(self) -> bool:
-        """Whether the part is still being written; False when it is written, failed or lost. Never waits."""
+        """Whether the part is still being copied or written; False when it is written, failed or lost. Never waits."""
+        if self._copying is not None:
+            return True
         if self._answer is not None or self._channel is None:
             return False
         assert self._process is not None
@@ -179,6 +235,7 @@ class Saver:
 
     def report(self) -> Json:
         """What `store.write` returned there. Raises OSError (what the disk said) or SaverLostError."""
+        self.copied()
         while self.busy:
             time.sleep(0.01)
         answer = self._answer
@@ -204,6 +261,9 @@ class Saver:
 
     def close(self) -> None:
         """End the saver, whatever it does."""
+        if self._copying is not None:
+            self._copying[0].wait()
+            self._copying = None
         self._end()
         if self._memory is not None:
             self._memory.close()

@@ -68,6 +68,36 @@ def describe_all(tensors: Mapping[str, Value]) -> list[TensorSlice]:
     return slices
 
 
+class Memo:
+    """The slices of the last save, which are those of the next one as long as every tensor lies where it lay."""
+
+    def __init__(self) -> None:
+        self._places: list[object] = []
+        self._held: dict[str, Value] = {}
+        """What the places are of: while it lives, nothing else can lie there."""
+        self._slices: list[TensorSlice] = []
+
+    def describe_all(self, tensors: Mapping[str, Value]) -> list[TensorSlice]:
+        """As `describe_all`."""
+        with torch.no_grad():
+            places = [_place(name, value=tensors[name]) for name in sorted(tensors)]
+        if places != self._places:
+            self._slices = describe_all(tensors)
+            self._places, self._held = places, dict(tensors)
+        return self._slices
+
+
+def _place(name: str, *, value: Value) -> object:
+    """All that a description depends on; equal to nothing where there is no memory."""
+    if isinstance(value, TensorSlice):
+        return name, id(value)
+    tensor, placement = (value.tensor, id(value.placement)) if isinstance(value, Placed) else (value, None)
+    here = local(tensor)
+    if here.layout != torch.strided or here.is_meta:
+        return object()
+    return name, placement, tensor.shape, here.data_ptr(), here.shape, here.stride(), here.dtype, here.device
+
+
 def describe(name: str, *, value: Value) -> TensorSlice:
     """The slice of one tensor on this rank; views share memory with `value`. Raises CheckpointError.
 

@@ -13,7 +13,7 @@ from typing import Any
 from ecdit_train.checkpoint import folder, restore, store
 from ecdit_train.checkpoint.background import Saver, SaverLostError
 from ecdit_train.checkpoint.failures import CheckpointDamagedError, together
-from ecdit_train.checkpoint.layout import Value
+from ecdit_train.checkpoint.layout import Memo, Value
 from ecdit_train.checkpoint.plan import SavePlan
 from ecdit_train.checkpoint.retention import Retention
 from ecdit_train.errors import CheckpointError, EcditError
@@ -85,6 +85,7 @@ class CheckpointManager:
         self.saver = saver
         self.still_ours = still_ours
         self._plan: SavePlan | None = None
+        self._memo = Memo()
         self._home: folder.Home | None = None
         self._flying: _InFlight | None = None
         self._sweeper: threading.Thread | None = None
@@ -113,8 +114,8 @@ class CheckpointManager:
     def begin(
         self, step: int, *, tensors: Mapping[str, Value], objects: Mapping[str, Json], lineage: Json = None
     ) -> Committed | None:
-        """Copy `step` into host memory and let the savers write it; `settle` commits it. None; or, where a host has no room for the
-        copy, the step as `save` has committed it."""
+        """Begin to copy `step` into host memory, from where the savers write it; `settle` commits it. No tensor may change before
+        `copied` returns. None; or, where a host has no room for the copy, the step as `save` has committed it."""
         assert self._flying is None, "settle the save in flight first"
         assert self.saver is not None
         start = time.monotonic()
@@ -146,6 +147,13 @@ class CheckpointManager:
     def in_flight(self) -> int | None:
         """The step that is being written; the same on all ranks."""
         return self._flying.begun.step if self._flying else None
+
+    def copied(self) -> None:
+        """Wait until the copy of the step in flight is made, so that its tensors may change; not collective."""
+        if self._flying is not None and self.saver is not None:
+            start = time.monotonic()
+            self.saver.copied()
+            self._flying.blocked += time.monotonic() - start
 
     @property
     def writing(self) -> bool:
@@ -204,6 +212,7 @@ class CheckpointManager:
             comm=self.comm,
             replicas=self.replicas,
             plan=self._plan,
+            memo=self._memo,
         )
         self._plan = begun.plan
         return begun

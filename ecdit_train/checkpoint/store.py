@@ -30,7 +30,7 @@ from ecdit_train.checkpoint import plan as planning
 from ecdit_train.checkpoint import sums as sums_module
 from ecdit_train.checkpoint.failures import CheckpointExistsError, CheckpointStorageError, together
 from ecdit_train.checkpoint.folder import Home
-from ecdit_train.checkpoint.layout import TensorSlice, Value, describe_all
+from ecdit_train.checkpoint.layout import Memo, TensorSlice, Value
 from ecdit_train.checkpoint.objects import object_digests, same_everywhere
 from ecdit_train.checkpoint.plan import PlannedChunk, SavePlan, agree_on_plan
 from ecdit_train.checkpoint.rank_file import TensorInfo
@@ -98,7 +98,7 @@ class Save:
         found = []
         for chunk in self.part.chunks:
             piece = next(piece for piece in boxes_of[chunk.name] if piece.box.meet(chunk.box) is not None)
-            found.append(piece.box.within(piece.view, chunk.box))
+            found.append(piece.view if piece.box == chunk.box else piece.box.within(piece.view, chunk.box))
         return found
 
 
@@ -136,8 +136,10 @@ def begin(
     comm: Peers | None = None,
     replicas: Replicas = "refuse",
     plan: SavePlan | None = None,
+    memo: Memo | None = None,
 ) -> Save:
-    """The first of three steps, by all ranks: agree on who writes what and make the temporary folder. Errors as `save`."""
+    """The first of three steps, by all ranks: agree on who writes what and make the temporary folder. Errors as `save`.
+    `plan` and `memo`: of the save before, so that what is as it was is not worked out again."""
     comm = comm or alone()
     slices: list[TensorSlice] = []
 
@@ -146,7 +148,7 @@ def begin(
             raise CheckpointError("checkpoints are little-endian; this machine is not")
         if replicas not in ("refuse", "report", "trust"):
             raise CheckpointError(f"replicas = {replicas!r}: must be refuse, report or trust")
-        slices.extend(describe_all(tensors))
+        slices.extend((memo or Memo()).describe_all(tensors))
         object_digests({"lineage": lineage})
         return [str(step), object_digests(objects)]
 

@@ -64,6 +64,10 @@ class Saves:
             return step % self._config.every_steps == 0
         return step >= self._next and self.manager.in_flight is None
 
+    def copied(self) -> None:
+        """Wait until what is being saved may change; called before each update."""
+        self.manager.copied()
+
     @property
     def writing(self) -> bool:
         """Whether this rank's part of a save is still being written."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 from collections import Counter
@@ -144,6 +145,7 @@ class Trainer:
         """
         c, state, window = self.config, self.state, self.window
         substituted, first, names = 0, state.step, set(state.tensors())
+        gc.freeze()  # what is built stays: a collection in the middle of a step need not look at it
         while state.step < c.train.steps:
             self.heart.enter("data", step=state.step + 1)
             with window.waiting():
@@ -207,6 +209,7 @@ class Trainer:
         said: list[tuple[Verdict, tuple[bool, ...]]] = []
 
         def accept(numbers: Numbers) -> bool:
+            self.saves.copied()
             stopping = stop.name is not None or state.step + 1 == self.stop_after
             lost = self.ownership.lost_to is not None
             said.append(self.guard.judge(numbers, asked=(stopping, self.saves.writing, lost)))
@@ -356,6 +359,7 @@ class Trainer:
     def close(self) -> None:
         """Flush what people see, end the loader's threads and give the run folder free; also after an error."""
         self.heart.enter("close")
+        gc.unfreeze()
         with ExitStack() as last:  # each of them, whatever another meets
             last.callback(self.ownership.release)
             if self.validation is not None:

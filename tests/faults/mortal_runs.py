@@ -107,7 +107,7 @@ class Mortal(Heart):
 
 def arm(heart: Mortal) -> None:
     """Let calls of this process meet the moments that no phase begins with. The process ends with the life."""
-    rename, fsync, start, resume = os.rename, os.fsync, Saver.start, CheckpointManager.resume
+    rename, fsync, start, copied, resume = os.rename, os.fsync, Saver.start, Saver.copied, CheckpointManager.resume
 
     def renamed(source: Any, target: Any, **more: Any) -> None:
         away = STEP.fullmatch(Path(os.fspath(source)).name)
@@ -125,13 +125,18 @@ def arm(heart: Mortal) -> None:
         start(saver, *args)
         heart.meet("write")
 
+    def handed_over(saver: Saver) -> None:
+        copying = saver._copying is not None
+        copied(saver)
+        heart.meet("write" if copying else "")
+
     def loaded(manager: CheckpointManager, *args: Any, **more: Any) -> Any:
         answer = resume(manager, *args, **more)
         heart.meet("loaded")
         return answer
 
     os.rename, os.fsync = renamed, synced
-    Saver.start, CheckpointManager.resume = started, loaded  # type: ignore[method-assign]
+    Saver.start, Saver.copied, CheckpointManager.resume = started, handed_over, loaded  # type: ignore[method-assign]
 
 
 def life(here: Any, run: Path, shards: Path, words: tuple[str, ...], kill: Kill | None, notes: Path) -> Any:

@@ -19,6 +19,7 @@ from ecdit_train import checkpoint
 from ecdit_train.checkpoint import CheckpointManager, background
 from ecdit_train.checkpoint.background import Saver
 from ecdit_train.checkpoint.failures import CheckpointStorageError
+from ecdit_train.errors import CheckpointError
 
 
 @pytest.fixture
@@ -53,11 +54,51 @@ def test_what_is_committed_is_what_was_there_when_it_was_asked_for(tmp_path, sav
     assert manager.begin(7, tensors=tensors, objects={"a": 1}) is None
     assert manager.in_flight == 7
     assert checkpoint.find(tmp_path) == [], "not committed before `settle` says so"
+    manager.copied()
     tensors["w"].fill_(99)
     done = manager.settle()
     assert (done.step, done.told, manager.in_flight) == (7, (), None)
     assert loaded(tmp_path) == (7, 1.0)
     assert manager.settle() is None
+
+
+def test_a_slow_copy_is_waited_for_where_tensors_are_about_to_change(tmp_path, savers, monkeypatch):
+    put = background.Memory.put
+
+    def slow(memory, *args):
+        time.sleep(0.5)
+        put(memory, *args)
+
+    monkeypatch.setattr(background.Memory, "put", slow)
+    manager = CheckpointManager(tmp_path, saver=savers())
+    manager.copied()  # of nothing
+    tensors = large(1)
+    manager.begin(1, tensors=tensors, objects={})
+    assert manager.writing
+    manager.copied()
+    tensors["w"].fill_(99)
+    assert manager.settle().blocked >= 0.3
+    assert loaded(tmp_path) == (1, 1.0)
+
+    tensors = large(2)
+    manager.begin(2, tensors=tensors, objects={})
+    assert manager.settle().step == 2  # which waits for the copy itself
+    assert loaded(tmp_path) == (2, 2.0)
+    manager.begin(3, tensors=tensors, objects={})
+    manager.close()  # in the middle of it
+
+
+def test_a_copy_that_fails_is_said_by_the_commit(tmp_path, savers, monkeypatch):
+    manager = CheckpointManager(tmp_path, saver=savers())
+    with monkeypatch.context() as broken:
+        broken.setattr(background.Memory, "put", lambda *args, **more: 1 / 0)
+        manager.begin(1, tensors=large(1), objects={})
+        manager.copied()
+    with pytest.raises(CheckpointError, match="RuntimeError: ZeroDivisionError"):
+        manager.settle()
+    assert checkpoint.find(tmp_path) == []
+    manager.begin(1, tensors=large(1), objects={})
+    assert manager.settle().step == 1
 
 
 def test_every_layout_is_written_beside_the_training_as_it_is_while_it_waits(tmp_path, savers):
@@ -68,6 +109,7 @@ def test_every_layout_is_written_beside_the_training_as_it_is_while_it_waits(tmp
         for step in (1, 2):
             values = shards(tensors, mesh=mesh, rank=comm.rank)
             manager.begin(step, tensors=values, objects={"step": step})
+            manager.copied()
             for value in values.values():
                 for piece in value.pieces:
                     piece.view.zero_()
@@ -93,6 +135,7 @@ def test_a_saver_that_is_lost_is_replaced_and_its_part_written_again(tmp_path, s
     saver = savers(patience=12.0 if how == signal.SIGSTOP else 60.0)
     manager = CheckpointManager(tmp_path, saver=saver)
     manager.begin(1, tensors=large(1), objects={})
+    manager.copied()
     first = saver.pid
     os.kill(first, how)
     deadline = time.monotonic() + 60
@@ -153,6 +196,7 @@ from ecdit_train.checkpoint import CheckpointManager
 from ecdit_train.checkpoint.background import Saver
 manager = CheckpointManager(sys.argv[1], saver=Saver(patience=60))
 manager.begin(1, tensors={"w": torch.ones(64, 1 << 20)}, objects={})
+manager.copied()
 print(manager.saver.pid, flush=True)
 time.sleep(60)
 """

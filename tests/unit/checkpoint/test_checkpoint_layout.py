@@ -14,7 +14,7 @@ from torch.distributed.tensor.placement_types import Partial, _StridedShard
 
 from ecdit_train.checkpoint import Placed, pattern
 from ecdit_train.checkpoint import plan as plan_module
-from ecdit_train.checkpoint.layout import describe, describe_all
+from ecdit_train.checkpoint.layout import Memo, describe, describe_all
 from ecdit_train.checkpoint.plan import make_plan, split_box, to_table
 from ecdit_train.errors import CheckpointError
 from ecdit_train.parallel.placement import Box, ParamPlacement, pieces_of
@@ -152,6 +152,30 @@ def test_every_problem_is_listed():
         describe_all({name: torch.zeros(1, dtype=torch.complex64) for name in ("a.w", "b.w")})
     assert "a.w" in str(caught.value)
     assert "b.w" in str(caught.value)
+
+
+def test_what_lies_where_it_lay_is_described_once_and_anything_else_anew():
+    place = ParamPlacement(global_shape=(8, 3), index=0, count=2)
+    tensor, other = torch.zeros(4, 3), torch.ones(4, 3)
+    memo = Memo()
+
+    def described(value):
+        return memo.describe_all({"w": value, "n": tensor[0]})
+
+    first = described(Placed(tensor=tensor, placement=place))
+    assert described(Placed(tensor=tensor, placement=place)) is first
+    tensor.add_(1)
+    assert described(Placed(tensor=tensor, placement=place)) is first
+
+    second = ParamPlacement(global_shape=(8, 3), index=1, count=2)
+    assert described(Placed(tensor=tensor, placement=second))[1].pieces[0].box.offset == (4, 0)
+    assert described(tensor)[1].global_shape == (4, 3)
+    assert described(other)[1].pieces[0].view.data_ptr() == other.data_ptr()
+    tensor.data = other.t().contiguous().t()
+    assert described(tensor)[1].pieces[0].view.data_ptr() == tensor.data_ptr()
+    with pytest.raises(CheckpointError, match="dense"):
+        described(other.to_sparse())
+    assert described(tensor)[0].name == "n"
 
 
 def test_partial_sums_are_refused():
