@@ -89,7 +89,7 @@ class Copy:
 
         def put() -> None:
             try:
-                if device is None:
+                if asked is None:
                     memory.put(views, places)
                     return
                 beside = torch.cuda.Stream(device)
@@ -110,8 +110,8 @@ class Copy:
 
 
 class Saver:
-    """This rank's saver process and the memory it reads. One part at a time: `start`, `copied`, then `report` once it is not
-    `busy`."""
+    """This rank's saver process and the memory it reads. One part at a time: `start`, `copied`, then `report` once
+    it is not `busy`."""
 
     def __init__(self, *, patience: float) -> None:
         """`patience`: seconds after which a part that is not written counts as lost."""
