@@ -49,13 +49,16 @@ demo: setup  ## draw shapes into shards, train a small EC-DiT on 2 ranks, resume
 	@echo "Try next  $(BIN)/ecdit sample run=$(RUN) prompts='a photo of a purple square' sample.guidance=3 repeat=8"
 	@echo "          $(BIN)/ecdit plan experiment=ec_dit_m_64e cluster=h100_ib400 cluster.nodes=8"
 
+# Files of tests at a time; many tests start ranks of their own.
+JOBS ?= 2
+
 test: setup  ## the default test suite: everything but what takes minutes (under 20 minutes on 2 cores)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test-slow: setup  ## the slow suites: 8-rank grids, 512 fake ranks
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n $(JOBS) --dist loadfile
 
-test-faults: setup  ## the long fault drills: crash states, kills, stops, flips, disks (about 40 minutes)
+test-faults: setup  ## the long fault drills: crash states, kills, stops, flips, disks (about an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults
 
 lint: setup  ## format check, lint, types, import rules, house rules
