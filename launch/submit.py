@@ -22,7 +22,7 @@ from ecdit_train.errors import ConfigError, EcditError, Problem, RunOwnedError, 
 from ecdit_train.run_folder import CODE, JOB_FILE, JOB_SCRIPT, LOGS, RANKS_SCRIPT, RESOLVED
 from ecdit_train.secrets import hide_forms
 from ecdit_train.supervise import lease
-from launch import cluster_check, cluster_facts, inputs, job_file
+from launch import cluster_check, cluster_facts, description, inputs
 from launch.render import log_path, render
 from launch.snapshot import Snapshot, take
 
@@ -45,7 +45,7 @@ class Job:
     """Absolute."""
     snapshot: Snapshot
     script: str
-    files: job_file.JobFiles
+    files: description.JobFiles
     problems: tuple[Problem, ...]
     """Why it should not be submitted here; found by looking at the cluster, the data and the plan."""
     notes: tuple[str, ...]
@@ -90,7 +90,7 @@ def compose_job(cfg: RunConfig, *, run: str | Path | None = None, look: bool = T
         planned = inputs.plan(cfg)
         problems += planned.problems
         notes += [planned.note] if planned.note else []
-    files = job_file.describe(
+    files = description.describe(
         cfg,
         run=str(place),
         code=code,

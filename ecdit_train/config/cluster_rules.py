@@ -154,19 +154,16 @@ def _check_flag(flag: str, cluster: ClusterConfig, check: Checker) -> None:
     """One further flag of sbatch."""
     bare = flag.lstrip("-")
     name, equals, value = bare.partition("=")
-    shown = f"{name}=..." if equals and is_secret_name(name) else flag
     if flag.startswith("-") or (equals and not value):
         rule = "must be name=value or name, without dashes before it"
-        check.require(False, "cluster.sbatch", shown=shown, rule=rule, nearest=f"[{bare}]" if value else None)
+        check.require(False, "cluster.sbatch", shown=flag, rule=rule, nearest=f"[{bare}]" if value else None)
         return
     if (key := OURS.get(_SHORT.get(name, name))) is not None:
-        check.require(False, "cluster.sbatch", shown=shown, rule=f"is set by {key}")
+        check.require(False, "cluster.sbatch", shown=flag, rule=f"is set by {key}")
     elif _FLAG.fullmatch(flag) is None:
         rule = "must be name=value or name, as sbatch's long flags, without spaces, quotes or shell signs"
         near = closest(name, OURS)
-        check.require(False, "cluster.sbatch", shown=shown, rule=rule, nearest=near and OURS[near].partition(":")[0])
-    elif is_secret_name(name):
-        check.require(False, "cluster.sbatch", shown=shown, rule=f"looks like a secret; {INSTEAD}")
+        check.require(False, "cluster.sbatch", shown=flag, rule=rule, nearest=near and OURS[near].partition(":")[0])
     elif name == "gres" and (number := gpu_request(cluster)[1]) not in (0, cluster.gpus_per_node):
         rule = f"must ask for cluster.gpus_per_node = {cluster.gpus_per_node} GPUs, not {number}"
         check.require(False, "cluster.sbatch", shown=flag, rule=rule)
