@@ -68,7 +68,7 @@ def notes(config: ClusterConfig, cluster: Cluster) -> list[str]:
     default = next((p.name for p in cluster.partitions if p.is_default), None)
     said = []
     for name in (config.partition or default or "").split(","):
-        ask = _ask(config)
+        ask = _ask(config, cluster)
         fitting = [node for node in cluster.of(name) if ask.fits(node) and not _only_a_name(node)]
         up = [node for node in fitting if not any(word in node.state for word in AWAY)]
         if len(fitting) >= config.nodes > len(up):
@@ -83,7 +83,9 @@ def _best(config: ClusterConfig, cluster: Cluster) -> str | None:
     return next((p.name for p in cluster.partitions if not list(_partition(config, p, cluster))), None)
 
 
-def _ask(config: ClusterConfig) -> Ask:
+def _ask(config: ClusterConfig, cluster: Cluster) -> Ask:
+    """A feature that nobody has is a problem of its own, and no reason to call every node unfit."""
+    known = {name for node in cluster.nodes for name in node.features}
     kind, number = gpu_request(config)
     simple = config.constraint and re.fullmatch(r"[\w.+-]+(&[\w.+-]+)*", config.constraint)
     return Ask(
@@ -91,7 +93,7 @@ def _ask(config: ClusterConfig) -> Ask:
         memory=None if config.mem is None else megabytes(config.mem),
         gpus=0 if config.gpu == "cpu" else number or config.gpus_per_node,
         gpu_type=kind,
-        features=tuple(config.constraint.split("&")) if config.constraint and simple else (),
+        features=tuple(known.intersection(config.constraint.split("&"))) if config.constraint and simple else (),
         away=_away(config),
     )
 
@@ -139,7 +141,7 @@ def _partition(config: ClusterConfig, p: Partition, cluster: Cluster) -> Iterato
         longer = [q.name for q in elsewhere if q.limit is None or q.limit >= limit]
         rule = f"{where} allows {clock(p.limit)}" + (f"; more do {', '.join(longer)}" if longer else "")
         yield Problem(field="cluster.time_limit", value=config.time_limit, rule=rule, nearest=clock(p.limit))
-    ask = _ask(config)
+    ask = _ask(config, cluster)
     if ask.memory is not None and p.max_memory is not None and ask.memory > p.max_memory:
         near = f"{int(p.max_memory)}M"
         yield Problem(field="cluster.mem", value=config.mem, rule=f"{where} allows {near} a node", nearest=near)

@@ -9,6 +9,8 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from ecdit_train.config.cluster_rules import gpus_of
+
 SECONDS = 30.0
 """How long a controller may take to answer; a busy one is no reason not to submit."""
 NODES = "%N|%R|%c|%m|%G|%f|%t"
@@ -185,14 +187,6 @@ def _node(line: str) -> Node | None:
         features=() if features == "(null)" else tuple(features.split(",")),
         state=state,
     )
-
-
-def gpus_of(gres: str) -> dict[str, int]:
-    """`gpu:h100:8(S:0-1),nvme:1` -> {"h100": 8}; `gpu:4` -> {"": 4}."""
-    found: dict[str, int] = {}
-    for kind, number in re.findall(r"(?:^|,)gpu(?::([^:,()]*[A-Za-z_][^:,()]*))?(?::(\d+))?", gres):
-        found[kind] = found.get(kind, 0) + int(number or 1)
-    return found
 
 
 def seconds_of(text: str) -> int | None:

@@ -87,10 +87,20 @@ def megabytes(mem: str) -> float | None:
 
 def gpu_request(cluster: ClusterConfig) -> tuple[str | None, int]:
     """(type, number) of GPUs per node that `--gres=gpu:TYPE:N` among the further flags asks for; no type and 0 where none does."""
-    for flag in cluster.sbatch:
-        if match := re.fullmatch(r"gres=gpu(?::([^:,()]+))??(?::(\d+))?(?:,.*)?", flag):
-            return match[1], int(match[2] or 1)
-    return None, 0
+    asked = (gpus_of(flag.removeprefix("gres=")) for flag in cluster.sbatch if flag.startswith("gres="))
+    return next(((kind or None, number) for gpus in asked for kind, number in gpus.items()), (None, 0))
+
+
+def gpus_of(gres: str) -> dict[str, int]:
+    """`gpu:h100:8(S:0-1),nvme:1` -> {"h100": 8}; `gpu:4` -> {"": 4}: GPUs by type in Slurm's notation."""
+    found: dict[str, int] = {}
+    for item in re.sub(r"\([^)]*\)", "", gres).split(","):
+        name, *rest = item.split(":")
+        if name == "gpu":
+            number = int(rest.pop()) if rest and rest[-1].isdecimal() else 1
+            kind = rest[0] if rest else ""
+            found[kind] = found.get(kind, 0) + number
+    return found
 
 
 def check_cluster(cfg: RunConfig, check: Checker) -> None:
