@@ -236,7 +236,7 @@ def make_parser() -> argparse.ArgumentParser:
     p = verb(
         "launch",
         launch,
-        "check a run against the cluster, freeze its configuration and code in its folder, submit the job\n\n"
+        "check a run against the cluster, freeze its configuration and code in its folder, submit it with sbatch\n\n"
         "  ecdit launch experiment=ec_dit_m_64e cluster=h100_ib400 cluster.nodes=8 run=/scratch/m64e --render-only",
     )
     _composes(p)

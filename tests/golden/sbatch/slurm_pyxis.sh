@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Written by `ecdit launch` for the run in /runs/slurm_pyxis; launch again instead of editing it.
-# Every rank and every requeue reads resolved.yaml there, so this script carries no setting of the training.
+# Every rank and every life reads resolved.yaml there, so this script carries no setting of the training.
 #SBATCH --job-name=ec_dit_3xl_32e
 #SBATCH --nodes=8
 #SBATCH --ntasks-per-node=1
@@ -12,11 +12,18 @@
 #SBATCH --qos=normal
 #SBATCH --output=/runs/slurm_pyxis/logs/%x-%j.out
 #SBATCH --open-mode=append
-#SBATCH --signal=USR2@600
+#SBATCH --signal=B:USR2@600
 #SBATCH --requeue
 
-set -euo pipefail
-cd "$SLURM_SUBMIT_DIR"
+# Slurm warns this shell alone (USR2, 600 s before the limit; TERM when the job is preempted or cancelled). What comes before the
+# supervisor listens is kept for it, what comes later is passed on.
+early="" supervisor=""
+pass_on() { if [[ -n $supervisor ]]; then kill -s "$1" "$supervisor"; else early=$1; fi; }
+trap 'pass_on USR2' USR2
+trap 'pass_on TERM' TERM
+
+set -uo pipefail
+cd "$SLURM_SUBMIT_DIR" || exit 1
 
 set +u  # module scripts read unset variables
 module load slurm
@@ -28,39 +35,61 @@ export TORCH_NCCL_ASYNC_ERROR_HANDLING=1
 export NCCL_IB_HCA=mlx5
 
 run=/runs/slurm_pyxis
-restart=${SLURM_RESTART_COUNT:-0}
+code=/runs/slurm_pyxis/code/0123456789ab
+# A launch.py or torch.py in this folder must not be imported in place of ours; a code snapshot comes before what is installed.
+export PYTHONSAFEPATH=1
+if [[ -n $code ]]; then export PYTHONPATH="$code${PYTHONPATH:+:$PYTHONPATH}"; fi
 
-# Rendezvous on the first host. The port follows from job and restart, so neighbours and past lives do not collide.
-mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-endpoint="${hosts[0]}:$((20000 + (SLURM_JOB_ID * 8 + restart) % 10000))"
-
-# torchrun answers 1 whatever its workers answer, so a worker leaves its own exit code in this file.
-export ECDIT_EXIT_FILE="$run/logs/exit-$SLURM_JOB_ID-$restart"
-rm -f "$ECDIT_EXIT_FILE"
-
-# PYTHONSAFEPATH: a launch.py or torch.py in this folder must not be imported in place of ours. PYTHONPATH still counts.
-# Slurm's warning (USR2, 600 s before the limit) reaches every process of the step: torchrun must ignore it, or it dies
-# of it; the ranks install their own handler, save and stop. On SIGTERM torchrun passes it on and kills what is left after
-# --shutdown-timeout (30 s if not said): the ranks get as long as before the limit. The flag came in March 2026 (pytorch pull
-# request 172596): torch 2.13 has it, 2.11 may refuse it.
+ECDIT_WARNED=$early /opt/ecdit/bin/python -m launch.job "$run/job.json" &
+supervisor=$!
 status=0
-srun \
-  --cpus-per-task=96 \
-  --kill-on-bad-exit=1 \
-  --container-image='registry.example.org#ecdit/train:0.1.0' \
-  --container-mounts="$PWD:$PWD","$run:$run",/lustre/shared/images:/lustre/shared/images \
-  --container-workdir="$PWD" \
-  bash -c 'trap "" USR2; export PYTHONSAFEPATH=1; exec "$@"' worker \
-  python -m torch.distributed.run \
-    --nnodes=8 --nproc-per-node=8 --max-restarts=0 --shutdown-timeout=600 \
-    --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID.$restart" --rdzv-endpoint="$endpoint" \
-    -m ecdit_train.cli resume "$run" || status=$?
-
-if [[ $status -ne 0 && -s "$ECDIT_EXIT_FILE" ]]; then
-  status=$(<"$ECDIT_EXIT_FILE")
-fi
-if [[ $status -eq 75 ]]; then
-  echo "ecdit: saved and stopped on request; putting job $SLURM_JOB_ID back into the queue" >&2
-  scontrol requeue "$SLURM_JOB_ID" || echo "ecdit: requeue failed; run: sbatch $run/job.sh" >&2
-fi
+wait "$supervisor" || status=$?
+while kill -0 "$supervisor" 2>/dev/null; do  # a signal ended the wait, not the supervisor
+  status=0
+  wait "$supervisor" || status=$?
+done
 exit "$status"
+
+# /runs/slurm_pyxis/job.json
+# {
+#  "format": 1,
+#  "run": "/runs/slurm_pyxis",
+#  "code": "/runs/slurm_pyxis/code/0123456789ab",
+#  "python": "python",
+#  "srun": [
+#   "--cpus-per-task=96",
+#   "--container-image=registry.example.org#ecdit/train:0.1.0",
+#   "--container-mounts=/home/me:/home/me,/runs/slurm_pyxis:/runs/slurm_pyxis,/lustre/shared/images:/lustre/shared/images",
+#   "--container-workdir=/home/me"
+#  ],
+#  "nodes": 8,
+#  "ranks_per_node": 8,
+#  "gpu": true,
+#  "words": [],
+#  "lead": 600,
+#  "lives": {
+#   "without_progress": 3,
+#   "total": 100,
+#   "back_off": [
+#    15.0,
+#    60.0,
+#    240.0
+#   ]
+#  },
+#  "bad_node": "exclude",
+#  "interface": null,
+#  "preflight": {
+#   "gpus": 8,
+#   "free_bytes": 0,
+#   "clock_seconds": 5.0,
+#   "bandwidth": 0.0,
+#   "folders": [
+#    "/runs/slurm_pyxis",
+#    "/lustre/shared/images",
+#    "/home/me/encoders/t5",
+#    "/home/me/encoders/vae"
+#   ]
+#  }
+# }
+
+# code: N files in /runs/slurm_pyxis/code/0123456789ab
