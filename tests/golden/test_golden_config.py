@@ -20,7 +20,12 @@ SBATCH = {
     "h100_ib400": ["experiment=ec_dit_xl_8e"],
     "h200_ib400": ["experiment=ec_dit_m_64e", "cluster=h200_ib400"],
     "slurm_pyxis": ["experiment=ec_dit_3xl_32e", "cluster=slurm_pyxis", "data.shards=/lustre/shared/images"],
-    "m_64e_on_64_h100": ["experiment=ec_dit_m_64e", "cluster=h100_ib400", "cluster.nodes=8", "data.shards=/lustre/shared/images"],
+    "m_64e_on_64_h100": [
+        "experiment=ec_dit_m_64e",
+        "cluster=h100_ib400",
+        "cluster.nodes=8",
+        "data.shards=/lustre/shared/images",
+    ],
 }
 
 
@@ -65,7 +70,10 @@ def test_no_golden_file_without_its_experiment():
 def test_what_is_submitted(name, request, monkeypatch):
     """What `ecdit launch --render-only` shows: the script, and what its supervisor is told. The code's own name is left open."""
     monkeypatch.setattr("os.getcwd", lambda: "/home/me")
-    own = ["cluster.job_python=/opt/ecdit/bin/python", *([] if name == "slurm_pyxis" else ["cluster.python=/opt/ecdit/bin/python"])]
+    own = [
+        "cluster.job_python=/opt/ecdit/bin/python",
+        *([] if name == "slurm_pyxis" else ["cluster.python=/opt/ecdit/bin/python"]),
+    ]
     job = compose_job(compose([*SBATCH[name], *own], local=False), run=f"/runs/{name}", look=False)
     text = re.sub(r"code: \d+ files", "code: N files", job.text().replace(job.snapshot.id, "0123456789ab"))
     path = HERE / "sbatch" / f"{name}.sh"

@@ -14,8 +14,18 @@ from ecdit_train.secrets import REDACTED, form_of, hide_forms, in_file, is_secre
 
 ROOT = Path(__file__).parents[2]
 INNOCENT = (
-    *("a photo of a red circle", "runs/ask-the-expert-with-long-hyphens", "sk-learn-something-else-entirely", "hf_cache"),
-    *("registry.example.org#ecdit/train:0.1.0", "docker://nvcr.io/nvidia/pytorch:25.01-py3", "s3://bucket/a@b", "a:b@c"),
+    *(
+        "a photo of a red circle",
+        "runs/ask-the-expert-with-long-hyphens",
+        "sk-learn-something-else-entirely",
+        "hf_cache",
+    ),
+    *(
+        "registry.example.org#ecdit/train:0.1.0",
+        "docker://nvcr.io/nvidia/pytorch:25.01-py3",
+        "s3://bucket/a@b",
+        "a:b@c",
+    ),
     "image@sha256:" + "0123456789abcdef" * 4,
     "/cache/models--t5/snapshots/" + "0123456789abcdef" * 2 + "01234567",
     "https://github.com/x/y/commit/" + "0123456789abcdef" * 2 + "01234567",
@@ -50,8 +60,12 @@ def test_files_are_searched_by_line_and_may_name_commits():
 
 def test_nothing_of_ours_looks_like_one():
     """A snapshot would be refused; and documentation is copied from."""
-    names = subprocess.run(["git", "-C", ROOT, "ls-files"], capture_output=True, text=True, check=True).stdout.split("\n")
-    texts = {n: (ROOT / n).read_text(errors="replace") for n in names if n and (ROOT / n).is_file() and n[:5] != "tests"}
+    names = subprocess.run(["git", "-C", ROOT, "ls-files"], capture_output=True, text=True, check=True).stdout.split(
+        "\n"
+    )
+    texts = {
+        n: (ROOT / n).read_text(errors="replace") for n in names if n and (ROOT / n).is_file() and n[:5] != "tests"
+    }
     assert {n: found for n, text in texts.items() if (found := in_file(text))} == {}
 
 
@@ -61,7 +75,9 @@ def test_names_of_secrets(name):
     assert is_secret_name(name)
 
 
-@pytest.mark.parametrize("name", ["TOKENIZERS_PARALLELISM", "PATH", "PWD", "OLDPWD", "NCCL_IB_HCA", "AUTHOR", "COMPASS", "PATTERN"])
+@pytest.mark.parametrize(
+    "name", ["TOKENIZERS_PARALLELISM", "PATH", "PWD", "OLDPWD", "NCCL_IB_HCA", "AUTHOR", "COMPASS", "PATTERN"]
+)
 def test_names_that_only_look_alike(name):
     assert not is_secret_name(name)
 

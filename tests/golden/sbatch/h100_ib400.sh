@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Written by `ecdit launch` for the run in /runs/h100_ib400; launch again instead of editing it.
-# Every rank and every life reads resolved.yaml there, so this script carries no setting of the training.
+# The supervisor reads job.json beside it, and every life resolved.yaml, so this script carries no setting of the training.
 #SBATCH --job-name=ec_dit_xl_8e
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -12,33 +12,36 @@
 #SBATCH --signal=B:USR2@600
 #SBATCH --requeue
 
-# Slurm warns this shell alone (USR2, 600 s before the limit; TERM when the job is preempted or cancelled). What comes before the
-# supervisor listens is kept for it, what comes later is passed on.
-early="" supervisor=""
-pass_on() { if [[ -n $supervisor ]]; then kill -s "$1" "$supervisor"; else early=$1; fi; }
-trap 'pass_on USR2' USR2
-trap 'pass_on TERM' TERM
+# Slurm's warning (USR2, 600 s before the limit) and SIGTERM come to this shell. They are kept from here on, and told to the
+# supervisor through its standard input, so that none is lost while modules are loaded or Python starts.
+supervisor_hears='' kept=''
+tell() { if [[ -n $supervisor_hears ]]; then echo "$1" >&"$supervisor_hears"; else kept+="$1"$'\n'; fi; }
+for signal in USR2 TERM INT; do trap "tell $signal" "$signal"; done
+trap '' PIPE
 
-set -uo pipefail
-cd "$SLURM_SUBMIT_DIR" || exit 1
+set -euo pipefail
+cd "$SLURM_SUBMIT_DIR"
 
 export OMP_NUM_THREADS=8
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=1
 
 run=/runs/h100_ib400
 code=/runs/h100_ib400/code/0123456789ab
-# A launch.py or torch.py in this folder must not be imported in place of ours; a code snapshot comes before what is installed.
-export PYTHONSAFEPATH=1
+export PYTHONSAFEPATH=1  # a launch.py or torch.py in this folder must not be imported in place of ours; PYTHONPATH still counts
 if [[ -n $code ]]; then export PYTHONPATH="$code${PYTHONPATH:+:$PYTHONPATH}"; fi
 
-ECDIT_WARNED=$early /opt/ecdit/bin/python -m launch.job "$run/job.json" &
+exec {supervisor_hears}> >(trap '' USR2 TERM INT; exec /opt/ecdit/bin/python -m launch.job "$run/job.json")
 supervisor=$!
+printf '%s' "$kept" >&"$supervisor_hears"
+
+# A trap ends `wait` early. The supervisor's exit code is the job's; it has said in the log what it decided, and why.
+while kill -0 "$supervisor" 2>/dev/null; do wait "$supervisor" || true; done
+trap '' USR2 TERM INT
 status=0
 wait "$supervisor" || status=$?
-while kill -0 "$supervisor" 2>/dev/null; do  # a signal ended the wait, not the supervisor
-  status=0
-  wait "$supervisor" || status=$?
-done
+if ((status > 128)); then
+  echo "ecdit: the supervisor was killed (exit code $status), and its ranks end with it; go on with: sbatch $run/job.sh" >&2
+fi
 exit "$status"
 
 # /runs/h100_ib400/job.json

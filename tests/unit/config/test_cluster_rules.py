@@ -98,7 +98,9 @@ def test_a_cluster_of_ones_own_takes_four_lines(tmp_path):
 @pytest.mark.parametrize("name", ["WANDB_API_KEY", "HF_TOKEN", "MY_SECRET", "DB_PASSWORD", "MY_PW", "PAT"])
 def test_a_name_that_says_secret(config, name):
     (line,) = refused(config, env=("OK=1", f"{name}=planted"))
-    assert line.startswith(f"cluster.env = '{name}=...': looks like a secret; configs and job scripts are copied around")
+    assert line.startswith(
+        f"cluster.env = '{name}=...': looks like a secret; configs and job scripts are copied around"
+    )
 
 
 @pytest.mark.parametrize("shape", TOKENS)

@@ -31,7 +31,12 @@ def said(h100, tmp_path, monkeypatch):
 
 
 def test_what_fits_is_not_talked_about(said):
-    everything = {"cluster.mem": "900G", "cluster.constraint": "hbm80&ib", "cluster.account": "mine", "cluster.qos": "high"}
+    everything = {
+        "cluster.mem": "900G",
+        "cluster.constraint": "hbm80&ib",
+        "cluster.account": "mine",
+        "cluster.qos": "high",
+    }
     assert said({**GPU, **everything, "cluster.time_limit": "2-00:00:00"}) == []
     assert said({**GPU, "cluster.nodes": 6, "cluster.exclude": "g1,g8", "cluster.mem": "0"}) == []
     assert said({**GPU, "cluster.sbatch": ("gres=gpu:h100:8",)}) == []

@@ -74,7 +74,9 @@ def test_the_ranks_interpreter(values, python):
 
 
 def test_pyxis():
-    srun = told({**PYXIS, "train.init_from": "runs/old", "cluster.mounts": ("/scratch:/tmp", "/opt/tools")}).description["srun"]
+    srun = told(
+        {**PYXIS, "train.init_from": "runs/old", "cluster.mounts": ("/scratch:/tmp", "/opt/tools")}
+    ).description["srun"]
     assert srun == [
         "--cpus-per-task=96",
         "--container-image=registry.example.org#ecdit:1",
@@ -115,7 +117,9 @@ def seen(values: dict[str, object], *, run: str = "/runs/x", cwd: str = "/home/m
 
 def test_every_path_of_the_run():
     kl, t5 = "/models/kl", "../models/t5"
-    encoders = compose(["experiment=ec_dit_xl_8e", f"encoders.image.path={kl}", f"encoders.text.path={t5}"], local=False)
+    encoders = compose(
+        ["experiment=ec_dit_xl_8e", f"encoders.image.path={kl}", f"encoders.text.path={t5}"], local=False
+    )
     found = mounts(with_values(encoders, {"data.shards": "/lustre/set", "train.init_from": "/runs/old"}),
                    run="/runs/x", cwd="/home/me")  # fmt: skip
     assert [inside for _, inside in found] == ["/home/me", "/runs/x", "/lustre/set", "/runs/old", "/home/models/t5", kl]

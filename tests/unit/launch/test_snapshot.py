@@ -75,7 +75,9 @@ def mine(tmp_path) -> Path:
 
 def git(folder: Path, *words: str) -> str:
     own = ["-c", "user.name=x", "-c", "user.email=x@example.org", "-c", "commit.gpgsign=false"]
-    return subprocess.run(["git", *own, "-C", folder, *words], check=True, capture_output=True, text=True).stdout.strip()
+    return subprocess.run(
+        ["git", *own, "-C", folder, *words], check=True, capture_output=True, text=True
+    ).stdout.strip()
 
 
 def test_what_is_copied(source, mine):
