@@ -112,6 +112,7 @@ def test_every_error_says_what_it_means():
         ["config", "explain", "moe/router"],
         ["slots"],
         ["train", "--info", "defaults"],
+        ["launch", "experiment=shapes_tiny", "cluster=local", "--render-only"],
     ],
     ids=str,
 )
