@@ -13,6 +13,7 @@ from ecdit_train.config.compose import compose, conf_folder, groups, override
 from ecdit_train.config.convert import flatten, from_dict, key_types, to_dict, with_values
 from ecdit_train.config.describe import differences, explain, meanings
 from ecdit_train.config.stored import freeze, load, to_yaml
+from ecdit_train.config.upgrade import FORMAT
 from ecdit_train.config.validate import validate
 from ecdit_train.errors import ConfigError, RunFolderError
 
@@ -249,7 +250,7 @@ def test_freeze_and_load(name, tmp_path):
     path = freeze(cfg, tmp_path / "new" / "run")
     assert path.name == "resolved.yaml"
     assert load(path.parent) == cfg
-    assert path.read_text() == "format: 4\n" + to_yaml(cfg)
+    assert path.read_text() == f"format: {FORMAT}\n" + to_yaml(cfg)
     assert os.listdir(path.parent) == ["resolved.yaml"]
 
 
