@@ -1,7 +1,8 @@
 """Where things lie in a run folder. The only place that spells these names; below every room, so that all use it.
 
 <run>/resolved.yaml                   the frozen configuration
-<run>/job.sh, <run>/logs/             job script of `ecdit launch`, what its jobs say
+<run>/job.sh, <run>/job.json          job script of `ecdit launch`, and what its supervisor is told
+<run>/logs/, <run>/jobs/              what its jobs say; what they did and decided (launch.record)
 <run>/metrics/0001.jsonl              one JSON object per step that the first life logged: the truth, W&B is a copy
 <run>/metrics.jsonl                   each step once, made from them
 <run>/lease/, <run>/lives/, <run>/beats/   whose the folder is, its lives, what its ranks do (ecdit_train.supervise)
@@ -22,6 +23,8 @@ from pathlib import Path
 
 RESOLVED = "resolved.yaml"
 JOB_SCRIPT = "job.sh"
+JOB_FILE = "job.json"
+JOBS = "jobs"
 LOGS = "logs"
 METRICS_FILE = "metrics.jsonl"
 METRICS = "metrics"

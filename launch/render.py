@@ -12,7 +12,7 @@ from string import Template
 from ecdit_train.config.cluster_rules import is_secret_name
 from ecdit_train.config.schema import ClusterConfig, RunConfig
 from ecdit_train.config.validate import slots_of
-from ecdit_train.errors import EXIT_REQUEUE, ConfigError, Problem
+from ecdit_train.errors import ConfigError, Problem
 
 
 def render(cfg: RunConfig, *, run_folder: str | Path, overrides: Sequence[str] = (), python: str = "python") -> str:
@@ -39,12 +39,8 @@ def render(cfg: RunConfig, *, run_folder: str | Path, overrides: Sequence[str] =
         setup="".join(f"{line}\n" for line in _setup(cluster)),
         run=shlex.quote(run),
         lead=cluster.signal_lead,
-        srun_options=" \\\n  ".join(_srun_options(cfg)),
-        python=shlex.quote(python),
-        nodes=cluster.nodes,
-        gpus_per_node=cluster.gpus_per_node,
-        overrides="".join(f" {shlex.quote(word)}" for word in (*_config_dir(cfg), *overrides)),
-        requeue_code=EXIT_REQUEUE,
+        job_python=shlex.quote(python),
+        code=shlex.quote(""),
     )
 
 
@@ -82,7 +78,7 @@ def _directives(cfg: RunConfig, *, run: str) -> list[str]:
         f"qos={cluster.qos}" if cluster.qos else None,
         f'output="{log}"' if re.search(r"[^\w./%@:+=,-]", log) else f"output={log}",
         "open-mode=append",
-        f"signal=USR2@{cluster.signal_lead}",
+        f"signal=B:USR2@{cluster.signal_lead}",
         "requeue",
     ]
     return [line for line in lines if line is not None]
