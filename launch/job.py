@@ -7,8 +7,10 @@ one in RUN/jobs/<job>.jsonl. Standard library and supervision only: no torch.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +22,7 @@ from ecdit_train.supervise.exit_file import EXIT_FILE_VARIABLE
 from launch import interface, job_file, life, preflight, record, reports
 from launch.decide import AGAIN, DONE, LEAVE, REQUEUE, STOP, Decision, Ending, decide
 from launch.job_file import JobFile
-from launch.outside import Outside
+from launch.outside import WARNINGS, Outside
 from launch.place import expand, port_of
 from launch.slurm import Slurm
 
@@ -77,6 +79,8 @@ class Supervisor:
                 ending = Ending(code=EXIT_REQUEUE, lived=False)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                folder.parent.rmdir()
         return self._decide(ending)
 
     def _fit(self, folder: Path, *, environ: Mapping[str, str]) -> Ending:
@@ -133,7 +137,7 @@ class Supervisor:
         if number is None:
             self._say(f"sbatch refused: {refused}")
             return False
-        self._note("resubmitted", job=number, exclude=exclude)
+        self._note("resubmitted", to=number, exclude=exclude)
         without = f" without {', '.join(exclude)}" if exclude else ""
         self._say(f"the job goes on as job {number}{without}")
         return True
@@ -242,6 +246,8 @@ def main(argv: Sequence[str]) -> int:
         for line in str(error).splitlines():
             print(f"ecdit: {type(error).__name__}: {line}", file=sys.stderr)
         return error.exit_code
+    finally:  # Slurm ends what it has requeued; an interpreter that is leaving has no handlers any more
+        signal.pthread_sigmask(signal.SIG_BLOCK, WARNINGS)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from launch.reports import Report
 LOOK_SECONDS = 0.5
 AGAIN_SECONDS = 5.0
 """Between two warnings to the ranks, until they end: one that comes before a process listens is lost."""
-SETTLE_SECONDS = 30.0
+SETTLE_SECONDS = 20.0
 """For the other nodes after one has failed: they lose it in their next exchange, or have been lost themselves."""
 LINGER_SECONDS = 180.0
 """For the other nodes after one has left in good order: the first rank may still send its log to W&B."""

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.slurm import host_here
+from launch.reports import host_here
 
 MARK = "ecdit-preflight "
 GPU_SECONDS = 30.0

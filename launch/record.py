@@ -3,7 +3,7 @@ attempt, which counts from it.
 
     {"what": "life", "life": 3, "step": 400, ...}          a life begins; newest committed step then
     {"what": "decision", "then": "again", "code": 137, ...}  what came of it, and what happens next
-    {"what": "resubmitted", "job": "4712"}                 the job goes on under this number
+    {"what": "resubmitted", "to": "4712"}                  the job goes on under this number
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def newest(run: Path) -> str | None:
 def _before(run: Path, job: str) -> str | None:
     for path in (run / JOBS).glob("*.jsonl"):
         last = (_lines(path) or [{}])[-1]
-        if last.get("what") == "resubmitted" and str(last.get("job")) == job:
+        if last.get("what") == "resubmitted" and str(last.get("to")) == job:
             return path.stem
     return None
 

@@ -35,7 +35,7 @@ def tell(node: int, *, code: int | None = None, why: str = "", environ: Mapping[
     """This node has begun, or its ranks have ended. Nothing where no supervisor asks; a disk that refuses ends nothing."""
     folder = environ.get(VARIABLE)
     if folder:
-        host = environ.get("SLURMD_NODENAME") or socket.gethostname()
+        host = host_here(environ)
         with contextlib.suppress(OSError):
             beats.write_json(Path(folder) / f"node-{node:04d}.json", {"host": host, "code": code, "why": why[:2000]})
 
@@ -58,3 +58,8 @@ def first_cause(folder: Path) -> tuple[int, str] | None:
         return int(code), why
     except (OSError, ValueError):
         return None
+
+
+def host_here(environ: Mapping[str, str] = os.environ) -> str:
+    """This machine's name in Slurm, or its own."""
+    return environ.get("SLURMD_NODENAME") or socket.gethostname()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,8 +107,3 @@ class Slurm:
     def _with_excluded(self, nodes: Iterable[str]) -> str:
         known = self.state()
         return ",".join(filter(None, [known.excluded if known else "", *nodes]))
-
-
-def host_here(environ: Mapping[str, str] = os.environ) -> str:
-    """This node's name in Slurm."""
-    return environ.get("SLURMD_NODENAME") or os.uname().nodename
