@@ -86,8 +86,8 @@ class Slurm:
         return (number, "") if answer.code == 0 and number.isdigit() else (None, answer.words)
 
     def silent(self, hosts: Iterable[str]) -> list[str]:
-        """Those that do not run a program within `PROBE_SECONDS`. One srun a node: one for all of them fails for all when one
-        node is gone."""
+        """Those that do not run a program within `PROBE_SECONDS`. One srun a node: one for all of them fails for all
+        when one node is gone."""
         left, lost = list(hosts), []
         while left:
             batch, left = left[:PROBES_AT_ONCE], left[PROBES_AT_ONCE:]
