@@ -248,11 +248,15 @@ def make_parser() -> argparse.ArgumentParser:
     p = verb(
         "launch",
         launch,
-        "render the sbatch script of a run, freeze its configuration and submit it\n\n"
+        "check a run against the cluster, freeze its configuration and code in its folder, submit it with sbatch\n\n"
         "  ecdit launch experiment=ec_dit_m_64e cluster=h100_ib400 cluster.nodes=8 run=/scratch/m64e --render-only",
     )
     _composes(p)
-    p.add_argument("--render-only", action="store_true", help="print the script; write and submit nothing")
+    p.add_argument(
+        "--render-only",
+        action="store_true",
+        help="print all that would be submitted and why it would be refused; write and submit nothing",
+    )
 
     p = verb(
         "slots",

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ecdit_train.secrets import hide_forms
+
 EXIT_OK = 0
 EXIT_REQUEUE = 75
 """Stopped on request with everything saved: run me again (matches Slurm's RequeueExit)."""
@@ -32,7 +34,8 @@ class Problem:
 
     def __str__(self) -> str:
         hint = f"; nearest valid: {self.nearest}" if self.nearest is not None else ""
-        return f"{self.field} = {self.value!r}: {self.rule}{hint}"
+        # What was typed may be a token in the wrong place, and a message ends up in logs.
+        return hide_forms(f"{self.field} = {self.value!r}: {self.rule}{hint}")
 
 
 class NoProgressError(EcditError):

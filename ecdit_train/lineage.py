@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 import subprocess
 from collections.abc import Mapping
@@ -12,6 +13,11 @@ from typing import Any
 
 LIBRARIES = ("ecdit", "torch", "numpy", "megatron-core", "deepspeed", "transformers", "diffusers", "safetensors")
 
+SNAPSHOT = "snapshot.json"
+"""Beside the packages that `ecdit launch` copied: which commit they are of."""
+PATCH = "diff.patch"
+"""Beside it: how they differ from that commit."""
+
 
 def here(*, attempt: int) -> dict[str, Any]:
     """JSON: `git` (commit, whether files differ from it, a digest of the difference; null outside
@@ -20,8 +26,11 @@ def here(*, attempt: int) -> dict[str, Any]:
 
 
 def git(folder: Path | None = None) -> dict[str, Any] | None:
-    """Of the source tree that runs; None for an installed package."""
+    """Of the source tree that runs, or that the running copy was made of; None for an installed package."""
     folder = folder or Path(__file__).parents[1]
+    if (folder / SNAPSHOT).exists():
+        known: dict[str, Any] = json.loads((folder / SNAPSHOT).read_bytes())
+        return known["git"]
     if not (folder / ".git").exists():
         return None
     commit, diff = _git(folder, "rev-parse", "HEAD"), _git(folder, "diff", "HEAD")
@@ -36,8 +45,11 @@ def git(folder: Path | None = None) -> dict[str, Any] | None:
 
 
 def diff(folder: Path | None = None) -> bytes:
-    """The difference itself, of files that git knows."""
-    return _git(folder or Path(__file__).parents[1], "diff", "HEAD") or b""
+    """The difference itself, of files that git knows; empty for a copy whose difference holds a secret."""
+    folder = folder or Path(__file__).parents[1]
+    if (folder / SNAPSHOT).exists():
+        return (folder / PATCH).read_bytes() if (folder / PATCH).exists() else b""
+    return _git(folder, "diff", "HEAD") or b""
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

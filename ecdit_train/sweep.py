@@ -140,9 +140,9 @@ class Sweep:
             job.slurm_job = earlier
             print(f"job {earlier} submitted before: {job.run}; again: sbatch {job.run / JOB_SCRIPT}", flush=True)
         else:
-            script = submit.prepare(replace(job.config, run=str(job.run)), allow=job.explicit)
-            job.slurm_job = submit.submit(script)
-            print(f"job {job.slurm_job} submitted: {script}", flush=True)
+            made = submit.launch(replace(job.config, run=str(job.run)), allow=job.explicit)
+            job.slurm_job = made.job
+            print(made.text(), flush=True)
         self._write()
 
     # --- jobs and their folders ----------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -234,11 +235,13 @@ def launch(args: argparse.Namespace) -> int:
 
     with declarations_only():
         made = compose.configure(args.overrides, world=compose.cluster_world, config_dir=args.config_dir)
-        if args.render_only:
-            print(submit.job_script(made.config), end="")
+        if not args.render_only:
+            print(submit.launch(made.config, allow=made.explicit).text())
             return errors.EXIT_OK
-        script = submit.prepare(made.config, allow=made.explicit)
-    print(f"job {submit.submit(script)} submitted: {script}")
+        job = submit.compose_job(made.config)
+    print(job.text(), end="", flush=True)
+    for line in [*job.notes, *(f"would be refused: {problem}" for problem in job.problems)]:
+        print(f"ecdit: {line}", file=sys.stderr)
     return errors.EXIT_OK
 
 

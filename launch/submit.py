@@ -1,23 +1,33 @@
-"""Prepares a run folder on the login node and hands its script to Slurm."""
+"""Prepares a run folder on the login node and hands its script to Slurm. A submission that is refused leaves nothing behind."""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Collection
-from dataclasses import replace
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from textwrap import indent
 
 from ecdit_train import atomic
 from ecdit_train.config.compat import check_resume
 from ecdit_train.config.schema import RunConfig
 from ecdit_train.config.stored import freeze, load
 from ecdit_train.config.validate import validate
-from ecdit_train.errors import EcditError, RunOwnedError
-from ecdit_train.run_folder import JOB_SCRIPT, LOGS, RESOLVED
+from ecdit_train.errors import ConfigError, EcditError, Problem, RunOwnedError, StorageError
+from ecdit_train.run_folder import CODE, JOB_FILE, JOB_SCRIPT, LOGS, RANKS_SCRIPT, RESOLVED
+from ecdit_train.secrets import hide_forms
 from ecdit_train.supervise import lease
-from launch.render import render
+from launch import cluster_check, cluster_facts, description, inputs
+from launch.render import log_path, render
+from launch.snapshot import Snapshot, take
+
+SBATCH_SECONDS = 120.0
+"""How long sbatch may take; a busy controller makes it try again by itself."""
 
 
 class SubmitError(EcditError):
@@ -26,70 +36,277 @@ class SubmitError(EcditError):
     exit_code = 83
 
 
-def job_script(cfg: RunConfig, *, run: str | Path | None = None, python: str | None = None) -> str:
-    """The script that `prepare` writes, and the one that is shown before.
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What would be submitted."""
+
+    cfg: RunConfig
+    run: Path
+    """Absolute."""
+    snapshot: Snapshot
+    script: str
+    files: description.JobFiles
+    problems: tuple[Problem, ...]
+    """Why it should not be submitted here; found by looking at the cluster, the data and the plan."""
+    notes: tuple[str, ...]
+    cluster: tuple[str, ...] = ()
+    """What the cluster has, for people."""
+
+    def text(self) -> str:
+        """All of it: the script, and the rest below it as comments."""
+        parts = [(JOB_FILE, self.files.text), (RANKS_SCRIPT, self.files.ranks)]
+        below = [f"{self.run / name}\n{text}" for name, text in parts if text is not None]
+        below.append(f"code: {len(self.snapshot.files)} files in {self.snapshot.folder(self.run)}\n")
+        return self.script + "".join("\n" + indent(text, "# ") for text in below)
+
+
+def compose_job(cfg: RunConfig, *, run: str | Path | None = None, look: bool = True) -> Job:
+    """Everything that `submit` writes and submits; writes nothing.
 
     Args:
-        cfg: a validated configuration.
+        cfg: what the user asks for.
         run: run folder on the nodes; default `cfg.run`, seen from here.
-        python: interpreter on the nodes; default this one, or the container's.
+        look: whether to look at the cluster, the data and the plan, too.
+
+    Raises:
+        ConfigError: the configuration does not fit the cluster's nodes, holds a secret, or the code does.
     """
-    if python is None:
-        python = "python" if cfg.cluster.container else sys.executable
-    return render(cfg, run_folder=cfg.run if run is None else run, python=python)
+    validate(cfg, world=cfg.cluster.nodes * cfg.cluster.gpus_per_node)
+    place = Path(cfg.run if run is None else run).absolute()
+    snapshot = take(config_dir=cfg.config_dir)
+    code = str(snapshot.folder(place))
+    problems: list[Problem] = []
+    notes: list[str] = []
+    planned, cluster = inputs.Planned(), tuple[str, ...]()
+    if look:
+        problems += inputs.problems(cfg)
+        try:
+            facts = cluster_facts.ask()
+            cluster = facts.lines()
+            problems += cluster_check.problems(cfg.cluster, facts)
+            notes += cluster_check.notes(cfg.cluster, facts)
+        except cluster_facts.UnknownClusterError as error:
+            notes.append(f"the cluster was not checked: {error}")
+        planned = inputs.plan(cfg)
+        problems += planned.problems
+        notes += [planned.note] if planned.note else []
+    files = description.describe(
+        cfg,
+        run=str(place),
+        code=code,
+        cwd=os.getcwd(),
+        words=snapshot.words(place),
+        checkpoint_bytes=planned.checkpoint_bytes,
+    )
+    script = render(cfg, run=str(place), code=code, job_python=cfg.cluster.job_python or sys.executable)
+    return Job(
+        cfg=cfg,
+        run=place,
+        snapshot=snapshot,
+        script=script,
+        files=files,
+        problems=tuple(problems),
+        notes=tuple(notes),
+        cluster=cluster,
+    )
 
 
-def prepare(cfg: RunConfig, *, allow: Collection[str] = ()) -> Path:
-    """Makes `<run>/` with `resolved.yaml`, `logs/` and `job.sh`; returns the script's path.
+@dataclass(frozen=True, kw_only=True)
+class Submitted:
+    """A job that Slurm has taken."""
 
-    The folder may exist: launching again is resuming, and may change what a resume may change. Both files
-    are then written anew.
+    job: int
+    run: str
+    """As the user named it."""
+    log: str
+
+    def text(self) -> str:
+        run = shlex.quote(self.run)
+        return (
+            f"job {self.job} submitted: {self.run}\n"
+            f"  log          {self.log}\n"
+            f"  how it goes  ecdit status {run}\n"
+            f"  save, stop   ecdit stop {run}\n"
+            f"  take it out  scancel {self.job}"
+        )
+
+
+def launch(cfg: RunConfig, *, allow: Collection[str] = ()) -> Submitted:
+    """Checks, writes the run folder and submits.
+
+    The folder may exist: launching again is resuming, and may change what a resume may change. If Slurm refuses, the
+    folder is as it was before.
 
     Args:
         cfg: what the user asks for.
         allow: dotted keys given explicitly on the command line; only they may change the schedule.
 
     Raises:
-        ConfigError: the configuration does not fit the cluster's nodes.
-        RunOwnedError: a job that may still run owns the folder.
+        ConfigError: what `compose_job` raises, or the cluster cannot run the job, or something that it needs is not there.
+        RunOwnedError: a job that runs, may still run or waits has the folder.
         RunFolderError: the folder belongs to another run, or to another schedule that was not asked for.
+        SubmitError: there is no Slurm, or it refused the job.
     """
-    validate(cfg, world=cfg.cluster.nodes * cfg.cluster.gpus_per_node)
+    if shutil.which("sbatch") is None:
+        raise SubmitError(
+            "sbatch was not found; launch on a Slurm login node, look with --render-only, or train here: ecdit train"
+        )
     run = Path(cfg.run).absolute()
-    script = job_script(cfg)
+    _refuse_owned(cfg, run)
+    if (run / RESOLVED).exists():
+        check_resume(replace(load(run), run=cfg.run), cfg, allow)  # the folder was found: its old name says nothing
+    job = compose_job(cfg)
+    for note in job.notes:
+        print(f"ecdit: {note}", file=sys.stderr)
+    if job.problems:
+        raise ConfigError(job.problems)
+    with _put_back(run) as changes:
+        number = submit(changes.write_all(job), cwd=os.getcwd(), cluster=job.cluster, cfg=cfg)
+    return Submitted(job=number, run=cfg.run, log=log_path(cfg, run=str(job.run), job=number))
+
+
+def _refuse_owned(cfg: RunConfig, run: Path) -> None:
+    """Two jobs on one folder: the second would end with the same words, an hour later."""
     held = lease.read(run)
     owner = None if held is None else held.owner
     gone = True if owner is None else lease.is_gone(owner)
     if gone is False or (gone is None and owner is not None and owner.job is not None):
         raise RunOwnedError(f"{cfg.run} is owned by {owner}; stop it first: ecdit stop {cfg.run}")
-    if (run / RESOLVED).exists():
-        check_resume(replace(load(run), run=cfg.run), cfg, allow)  # the folder was found: its old name says nothing
-    (run / LOGS).mkdir(parents=True, exist_ok=True)
-    freeze(cfg, run)
-    return write_script(script, run=run)
+    if cfg.cluster.dependency is not None:
+        return  # asked for: it comes after the other
+    with contextlib.suppress(cluster_facts.UnknownClusterError):
+        for line in cluster_facts.output("squeue", "--me", "-h", "-o", "%i|%T|%o").splitlines():
+            number, _, rest = line.strip().partition("|")
+            state, _, command = rest.partition("|")
+            if command.strip() == str(run / JOB_SCRIPT) and state not in lease.ENDED - {"PENDING"}:
+                raise RunOwnedError(
+                    f"{cfg.run}: job {number} of this folder is {state}; take it out first (scancel {number}), "
+                    f"or come after it: cluster.dependency=afterany:{number}"
+                )
 
 
-def write_script(script: str, *, run: Path) -> Path:
-    """Writes `<run>/job.sh` by one rename, executable."""
-    path = run / JOB_SCRIPT
-    atomic.write(path, script.encode(), mode=0o755)
-    return path
+# --- the run folder, and how it was before ---------------------------------------------------------------------------
 
 
-def submit(script: str | Path) -> int:
-    """Hands a prepared script to `sbatch`; returns the job id.
+@dataclass(kw_only=True)
+class _Changes:
+    """What this call changed in a run folder. A job that Slurm may have taken keeps it."""
 
-    Raises:
-        SubmitError: `sbatch` is not on this machine, or refused the job (with its own words).
-    """
-    sbatch = shutil.which("sbatch")
-    if sbatch is None:
-        raise SubmitError(
-            f"sbatch was not found: {script} is ready; submit it on a Slurm login node, or train here: ecdit train"
+    new: list[Path] = field(default_factory=list)
+    """Files and folders that were not there, in the order of their making."""
+    code: Path | None = None
+    """The snapshot, if it was not there."""
+    before: dict[Path, tuple[bytes, int]] = field(default_factory=dict)
+    """Content and mode of files that were."""
+
+    def folder(self, path: Path) -> None:
+        missing = [path, *path.parents][: next(n for n, p in enumerate([path, *path.parents]) if p.exists())]
+        for one in reversed(missing):
+            one.mkdir(exist_ok=True)
+            self.new.append(one)
+
+    def about_to_write(self, path: Path) -> None:
+        if path.exists():
+            self.before[path] = (path.read_bytes(), path.stat().st_mode & 0o777)
+        else:
+            self.new.append(path)
+
+    def write_all(self, job: Job) -> Path:
+        """The code, the frozen configuration, what the supervisor reads, and the script, whose path it returns."""
+        self.folder(job.run / CODE)
+        self.folder(job.run / LOGS)
+        self.code = job.snapshot.write(job.run)
+        self.about_to_write(job.run / RESOLVED)
+        freeze(job.cfg, job.run)
+        texts = {
+            JOB_FILE: (job.files.text, 0o644),
+            RANKS_SCRIPT: (job.files.ranks, 0o755),
+            JOB_SCRIPT: (job.script, 0o755),
+        }
+        for name, (text, mode) in texts.items():
+            if text is not None:
+                self.about_to_write(job.run / name)
+                atomic.write(job.run / name, text.encode(), mode=mode)
+        return job.run / JOB_SCRIPT
+
+    def undo(self) -> None:
+        """What others put beside it meanwhile stays, and so do the folders that hold it."""
+        for path, (content, mode) in self.before.items():
+            atomic.write(path, content, mode=mode)
+        if self.code is not None:
+            shutil.rmtree(self.code, ignore_errors=True)
+        for path in reversed(self.new):
+            with contextlib.suppress(OSError):
+                if path.is_dir():
+                    path.rmdir()
+                else:
+                    path.unlink()
+
+
+@contextlib.contextmanager
+def _put_back(run: Path) -> Iterator[_Changes]:
+    """Undoes what was changed inside, if it fails before Slurm may have taken the job."""
+    changes = _Changes()
+    try:
+        yield changes
+    except _UnclearError as error:
+        raise SubmitError(str(error)) from error
+    except OSError as error:
+        changes.undo()
+        raise StorageError(f"{run} cannot be written: {error}") from error
+    except BaseException:
+        changes.undo()
+        raise
+
+
+class _UnclearError(Exception):
+    """sbatch ended in a way that leaves open whether there is a job: what it would run must stay."""
+
+
+# --- Slurm -------------------------------------------------------------------------------------------------------------
+
+
+def submit(script: Path, *, cwd: str, cluster: Collection[str], cfg: RunConfig) -> int:
+    """Hands a written script to `sbatch`; returns the job id."""
+    command = ["sbatch", "--parsable", str(script)]
+    try:
+        answer = subprocess.run(
+            command, cwd=cwd, env=_environment(cfg), capture_output=True, text=True, timeout=SBATCH_SECONDS, check=False
         )
-    answer = subprocess.run([sbatch, "--parsable", str(script)], capture_output=True, text=True, check=False)
+    except (subprocess.TimeoutExpired, KeyboardInterrupt) as error:
+        why = (
+            "was interrupted" if isinstance(error, KeyboardInterrupt) else f"has not answered for {SBATCH_SECONDS:g} s"
+        )
+        raise _UnclearError(f"sbatch {why}: look with `squeue --me` whether there is a job of {script}") from error
     number = answer.stdout.strip().partition(";")[0]  # `--parsable` answers "id" or "id;cluster"
-    if answer.returncode != 0 or not number.isdigit():
-        said = (answer.stderr or answer.stdout).strip()
-        raise SubmitError(f"sbatch refused {script} (exit code {answer.returncode}): {said}")
+    said = hide_forms(" ".join((answer.stderr or answer.stdout).split()))
+    if answer.returncode != 0:
+        there = "".join(f"\n  there is {line}" for line in cluster)
+        raise SubmitError(f"sbatch refused the job (exit code {answer.returncode}): {said}{there}")
+    if not number.isdigit():
+        raise _UnclearError(f"sbatch answered {said!r}: look with `squeue --me` whether there is a job of {script}")
     return int(number)
+
+
+def _environment(cfg: RunConfig) -> dict[str, str]:
+    """sbatch's environment. Its own variables (SBATCH_TIMELIMIT ...) would win over the script's lines without a word,
+    so those about what the configuration says are left out."""
+    said = {name for name, key in OPTIONAL.items() if getattr(cfg.cluster, key) not in (None, False)} | ALWAYS_SAID
+    return {name: value for name, value in os.environ.items() if not (name[:7] == "SBATCH_" and name[7:] in said)}
+
+
+OPTIONAL = {
+    "ACCOUNT": "account",
+    "ARRAY_INX": "array",
+    "CONSTRAINT": "constraint",
+    "EXCLUSIVE": "exclusive",
+    "MEM_PER_NODE": "mem",
+    "PARTITION": "partition",
+    "QOS": "qos",
+    "RESERVATION": "reservation",
+}
+"""sbatch's variables (without SBATCH_) -> keys that say the same, where they say something."""
+ALWAYS_SAID = {
+    *("GPUS", "GPUS_PER_NODE", "GPUS_PER_TASK", "JOB_NAME", "NO_REQUEUE", "OPEN_MODE", "OUTPUT", "ERROR", "REQUEUE"),
+    *("SIGNAL", "TIMELIMIT"),
+}

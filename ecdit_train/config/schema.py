@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from ecdit_train.config.cluster import ClusterConfig
 from ecdit_train.config.life import CheckpointConfig, HealthConfig, ValidationConfig, WatchConfig
 from ecdit_train.config.slots import (
     DispatcherConfig,
@@ -232,50 +233,6 @@ class ObserveConfig:
     """Prompts of the sample grids; same noise every time, so grids compare over steps."""
     sinks: Mapping[str, SinkConfig]
     """Where records and pictures are copied to, by name; metrics.jsonl is written anyway."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClusterConfig:
-    """A machine room: what `ecdit plan` computes with and `ecdit launch` submits to."""
-
-    name: str
-    """Name in plans and logs."""
-    nodes: int
-    """Nodes of a job; experiments set their own."""
-    gpus_per_node: int
-    """GPUs (processes) per node."""
-    gpu: str
-    """GPU model; cpu asks Slurm for no GPU."""
-    gpu_memory: float
-    """Bytes per GPU."""
-    peak_flops: float
-    """Dense bf16 FLOP/s per GPU."""
-    gemm_efficiency: float
-    """Share of the peak that a large matrix product reaches."""
-    memory_bandwidth: float
-    """Bytes/s of device memory (reached, not printed on the box)."""
-    intra_bandwidth: float
-    """Bytes/s one way per GPU inside a node (NVLink)."""
-    inter_bandwidth: float
-    """Bytes/s one way per GPU between nodes (InfiniBand)."""
-    partition: str | None
-    """Slurm partition; null leaves the line out."""
-    account: str | None
-    """Slurm account; null leaves the line out."""
-    qos: str | None
-    """Slurm quality of service; null leaves the line out."""
-    time_limit: str
-    """Slurm time limit of one attempt of the job, HH:MM:SS or D-HH:MM:SS."""
-    signal_lead: int
-    """Seconds before the limit at which Slurm sends USR2, so that the run saves and asks to be requeued."""
-    cpus_per_gpu: int
-    """CPU cores per GPU."""
-    container: str | None
-    """Image for srun --container-image (pyxis/enroot); null runs on the node itself."""
-    modules: tuple[str, ...]
-    """`module load` lines of the job script."""
-    env: tuple[str, ...]
-    """NAME=value lines exported in the job script; never a secret."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from ecdit_train import atomic
 from ecdit_train.config.convert import from_dict, to_dict
 from ecdit_train.config.schema import RunConfig
 from ecdit_train.config.upgrade import FORMAT, KEY, upgrade
-from ecdit_train.config.user_folder import trust, use_folder
+from ecdit_train.config.user_folder import as_given, trust, use_folder
 from ecdit_train.errors import RunFolderError
 from ecdit_train.run_folder import RESOLVED
 
@@ -26,6 +27,8 @@ def to_yaml(cfg: RunConfig) -> str:
 def freeze(cfg: RunConfig, folder: str | Path) -> Path:
     """Writes `folder/resolved.yaml` with its format number by one rename, so that no reader ever sees half of it."""
     path = Path(folder) / RESOLVED
+    if cfg.config_dir is not None:
+        cfg = replace(cfg, config_dir=as_given(cfg.config_dir, run=Path(folder)))
     atomic.write(path, f"{KEY}: {FORMAT}\n{to_yaml(cfg)}".encode())
     return path
 

@@ -1,7 +1,8 @@
 """Run folders of older versions, read as this version would have written them.
 
 `resolved.yaml` says its format since format 2; format 1 (ecdit 0.1, before slots) says nothing. Format 3 has keys that format 2 had
-not, format 4 has the sections that keep a run alive: each new key gets the value that says what the code did before it (`ADDED`).
+not, format 4 has the sections that keep a run alive, format 5 what a job asks of Slurm and how it comes back: each new key gets the
+value that says what the code did before it (`ADDED`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 from ecdit_train.config.slots import TARGET
 from ecdit_train.errors import RunFolderError
 
-FORMAT = 4
+FORMAT = 5
 """What this version writes."""
 
 KEY = "format"
@@ -45,6 +46,17 @@ ADDED: Mapping[str, Any] = {
     "health.digest_every": 0,
     "validation.images": 0,
     "validation.every_steps": 1000,
+    # Since format 5. How often a job comes back by itself is new; nothing is lost by it.
+    **{f"cluster.{key}": None for key in ("mem", "exclude", "constraint", "reservation", "dependency", "array")},
+    **{f"cluster.{key}": None for key in ("mail_user", "mail_type", "python", "job_python", "interface")},
+    **{f"cluster.{key}": [] for key in ("sbatch", "mounts")},
+    "cluster.exclusive": False,
+    "cluster.container_kind": "pyxis",
+    "cluster.lives_without_progress": 3,
+    "cluster.lives": 100,
+    "cluster.back_off": [15.0, 60.0, 240.0],
+    "cluster.bad_node": "exclude",
+    "cluster.preflight_bandwidth": 0.0,
 }
 """Keys since format 3 and what was there before them."""
 

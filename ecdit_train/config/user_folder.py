@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 import sys
 from pathlib import Path
 
 from ecdit_train.errors import ConfigError, Problem, RunFolderError
-from ecdit_train.run_folder import RESOLVED
+from ecdit_train.lineage import SNAPSHOT
+from ecdit_train.run_folder import CODE, RESOLVED
 
 
 def use_folder(folder: str | Path, *, conf: Path | None = None) -> Path:
@@ -55,6 +57,15 @@ def trust(stored: str, *, run: Path) -> None:
         raise RunFolderError(
             f"{run} was made with --config-dir {stored}, which is gone: say where it is now"
         ) from error
+
+
+def as_given(folder: str, *, run: Path) -> str:
+    """Where the user has the folder. A job reads the copy in its run's code snapshot, and that is not what the run
+    remembers: nobody trusts modules that lie inside a run folder."""
+    code, path = (run / CODE).resolve(), Path(folder).resolve()
+    if not path.is_relative_to(code) or path == code:
+        return folder
+    return str(json.loads((code / path.relative_to(code).parts[0] / SNAPSHOT).read_bytes())["config_dir"])
 
 
 def _is_own(path: Path) -> bool:

@@ -11,7 +11,7 @@ from math import gcd
 
 import yaml  # type: ignore[import-untyped]
 
-from ecdit_train.config.cluster_rules import check_cluster
+from ecdit_train.config.cluster_rules import check_cluster, check_secrets
 from ecdit_train.config.convert import flatten, with_values
 from ecdit_train.config.layout import check_layout
 from ecdit_train.config.life_rules import check_life
@@ -89,6 +89,7 @@ def _problems(cfg: RunConfig, *, world: int | None) -> list[Problem]:
     _schedule(cfg, check)
     check_layout(cfg, check, world=world)
     check_cluster(cfg, check)
+    check_secrets(check)
     check_life(cfg, check)
     return check.problems
 

@@ -99,13 +99,18 @@ def estimate(cfg: RunConfig, *, world: int | None = None) -> Plan:
         parameters=parameters,
         cost=configured,
         stages=stages,
-        checkpoint_bytes=parameters.network * (MASTER + slots.average_bytes(cfg)) + parameters.state_bytes,
+        checkpoint_bytes=checkpoint_bytes(cfg, parameters),
         min_nodes=search.min_nodes(cfg, parameters),
         suggested=suggested,
         suggested_min_nodes=search.min_nodes_any(cfg, parameters),
         table1=table1(cfg, parameters),
         warnings=warnings(at_most, configured),
     )
+
+
+def checkpoint_bytes(cfg: RunConfig, parameters: Parameters) -> float:
+    """Of one committed checkpoint: fp32 weights, optimizer state and average."""
+    return parameters.network * (MASTER + slots.average_bytes(cfg)) + parameters.state_bytes
 
 
 # --- warnings: choices that run but waste the machine ------------------------------------------------------------

@@ -1,11 +1,11 @@
 """A working directory may hold modules of our names, or of our vendors' names: no command and no job imports them.
 
-Each hostile file leaves its name in `executed` and raises. What is started is the installed command, the job script with Slurm
-played by stubs, and `-m ecdit_train.cli` typed by hand (where only an `ecdit_train.py` of one's own cannot be passed over).
+Each hostile file leaves its name in `executed` and raises. What is started is the installed command, what a job starts, and `-m ecdit_train.cli` typed by hand (where only an `ecdit_train.py` of one's own cannot be passed over).
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -93,26 +93,28 @@ def test_verbs_that_need_one_process(
     assert says in run([*program, *verb.split()], folder)
 
 
-def test_training_and_its_job_script(hostile: Path, tmp_path: Path, tiny_shards: Path) -> None:
-    """A step on two ranks of this machine; the job script's torchrun takes the next one, looking is free."""
-    line = words(
-        "run",
-        tiny_shards,
-        "train.steps=2",
-        "optim.warmup_steps=1",
-        "parallel=pair",
-        "cluster=local",
-        "cluster.gpus_per_node=2",
-    )
+def test_training_and_its_job(hostile: Path, tmp_path: Path, tiny_shards: Path) -> None:
+    """A step on two ranks of this machine; the job that `ecdit launch` submits takes the next one with the code that it copied."""
+    cluster = ("cluster=local", "cluster.gpus_per_node=2")
+    line = words("run", tiny_shards, "train.steps=2", "optim.warmup_steps=1", "parallel=pair", *cluster)
     run(["ecdit", "--nproc", "2", "train", *line, "--stop-after", "1"], hostile, code=75)
-    (tmp_path / "job.sh").write_text(run(["ecdit", "launch", *line, "--render-only"], hostile))
+    slurm = tmp_path / "bin"
+    slurm.mkdir()
+    (slurm / "sbatch").write_text("#!/bin/sh\necho 4711\n")
+    (slurm / "sbatch").chmod(0o755)
+    run(["ecdit", "launch", *line], hostile, env={"PATH": f"{slurm}:/usr/bin:/bin"})
+    job = json.loads((hostile / "run" / "job.json").read_text())
     own = tmp_path / "own"  # safe start passes over the working directory, not over what somebody put on the path
     own.mkdir()
     (own / "sitecustomize.py").write_text("import os; open(f'{__file__}.{os.environ.get(\"RANK\")}', 'w')")
-    job(tmp_path / "job.sh", hostile, path=f"{own}:{ROOT}")
+    ranks = [job["python"], "-m", "ecdit_train.cli", "--nproc", "2", "resume", job["run"], *job["words"]]
+    run(ranks, hostile, env={"PYTHONPATH": f"{job['code']}:{own}", "PYTHONSAFEPATH": "1"})
     assert {path.suffix for path in own.glob("sitecustomize.py.*")} == {".None", ".0", ".1"}
     run(["ecdit", "report", "run"], hostile)
     assert len((hostile / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+    git = json.loads(next(Path(job["code"]).glob("snapshot.json")).read_text())["git"]
+    made = json.loads((hostile / "run" / "checkpoints" / "step_00000002" / "manifest.json").read_text())
+    assert git is None or git["commit"] in json.dumps(made)  # a copy knows the commit that it is of
 
 
 def test_torchrun_by_hand(by_hand: Path, tiny_shards: Path) -> None:
@@ -120,17 +122,3 @@ def test_torchrun_by_hand(by_hand: Path, tiny_shards: Path) -> None:
     torchrun = str(Path(sys.executable).with_name("torchrun"))
     run([torchrun, "--standalone", "--nproc-per-node=2", "-m", "ecdit_train.cli", "train", *line], by_hand)
     assert len((by_hand / "run" / "metrics.jsonl").read_text().splitlines()) == 2
-
-
-def job(script: Path, folder: Path, *, path: str) -> None:
-    """Run a job script as Slurm's one node would, with this PYTHONPATH."""
-    stubs = script.parent / "bin"
-    stubs.mkdir()
-    for name, body in (
-        ("scontrol", "echo localhost"),
-        ("srun", 'while [[ $1 == --* ]]; do shift; done; exec "$@"'),
-    ):
-        (stubs / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
-        (stubs / name).chmod(0o755)
-    slurm = {"SLURM_SUBMIT_DIR": str(folder), "SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "localhost"}
-    run(["bash", str(script)], folder, env={**slurm, "PYTHONPATH": path, "PATH": f"{stubs}:{os.environ['PATH']}"})

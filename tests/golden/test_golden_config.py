@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from ecdit_train.config.compose import compose, groups
 from ecdit_train.config.describe import differences
 from ecdit_train.config.schema import RunConfig
 from ecdit_train.model.dit import DiT
-from launch.submit import job_script
+from launch.submit import compose_job
 
 HERE = Path(__file__).parent
 EXPERIMENTS = groups()["experiment"]
@@ -19,6 +20,12 @@ SBATCH = {
     "h100_ib400": ["experiment=ec_dit_xl_8e"],
     "h200_ib400": ["experiment=ec_dit_m_64e", "cluster=h200_ib400"],
     "slurm_pyxis": ["experiment=ec_dit_3xl_32e", "cluster=slurm_pyxis", "data.shards=/lustre/shared/images"],
+    "m_64e_on_64_h100": [
+        "experiment=ec_dit_m_64e",
+        "cluster=h100_ib400",
+        "cluster.nodes=8",
+        "data.shards=/lustre/shared/images",
+    ],
 }
 
 
@@ -59,10 +66,17 @@ def test_no_golden_file_without_its_experiment():
     assert {path.stem for path in (HERE / "experiments").glob("*.txt")} == set(EXPERIMENTS)
 
 
-@pytest.mark.parametrize("cluster", SBATCH)
-def test_job_script(cluster, request):
-    script = job_script(compose(SBATCH[cluster], local=False), run=f"/runs/{cluster}", python="python")
-    path = HERE / "sbatch" / f"{cluster}.sh"
+@pytest.mark.parametrize("name", SBATCH)
+def test_what_is_submitted(name, request, monkeypatch):
+    """What `ecdit launch --render-only` shows: the script, and what its supervisor is told. The code's own name is left open."""
+    monkeypatch.setattr("os.getcwd", lambda: "/home/me")
+    own = [
+        "cluster.job_python=/opt/ecdit/bin/python",
+        *([] if name == "slurm_pyxis" else ["cluster.python=/opt/ecdit/bin/python"]),
+    ]
+    job = compose_job(compose([*SBATCH[name], *own], local=False), run=f"/runs/{name}", look=False)
+    text = re.sub(r"code: \d+ files", "code: N files", job.text().replace(job.snapshot.id, "0123456789ab"))
+    path = HERE / "sbatch" / f"{name}.sh"
     if request.config.getoption("--update-golden", default=False):
-        path.write_text(script, encoding="utf-8")
-    assert path.read_text(encoding="utf-8") == script, f"{path} is out of date: run `make golden`, read the diff"
+        path.write_text(text, encoding="utf-8")
+    assert path.read_text(encoding="utf-8") == text, f"{path} is out of date: run `make golden`, read the diff"

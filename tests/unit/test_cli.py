@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -235,20 +236,58 @@ def test_keys_with_type_and_class(capsys):
     assert "moe.router.top_k" in capsys.readouterr().out
 
 
-def test_launch_shows_the_script_that_it_submits(tmp_path, monkeypatch, capsys):
-    """And launching again may change what a resume may."""
+@pytest.fixture
+def login(tmp_path, monkeypatch) -> Path:
+    """A working directory with a data set on a machine whose Slurm takes every job."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PATH", str(tmp_path))
+    for name, body in (("sbatch", "echo 4711"), ("scontrol", "echo away >&2; exit 1"), ("squeue", "true")):
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    (tmp_path / "data" / "shapes").mkdir(parents=True)
+    (tmp_path / "data" / "shapes" / "manifest.json").write_text("{}")
+    return tmp_path
+
+
+def test_launch_shows_what_it_submits(login, capsys):
+    """And launching again may change what a resume may."""
     words = ("experiment=shapes_tiny", "cluster.nodes=1", "cluster.gpus_per_node=2", "run=runs/r")
+    run = login / "runs" / "r"
     for more in ((), ("cluster.time_limit=01:00:00",), ("train.steps=3000",)):
         assert ecdit("launch", *words, *more, "--render-only") == 0
-        shown = capsys.readouterr().out
-        assert ecdit("launch", *words, *more) == 83  # no sbatch here
-        capsys.readouterr()
-        assert (tmp_path / "runs" / "r" / "job.sh").read_text() == shown
-    assert f"run={tmp_path}/runs/r\n" in shown
+        shown = capsys.readouterr()
+        assert "the cluster was not checked: scontrol said: away" in shown.err
+        assert ecdit("launch", *words, *more) == 0
+        assert capsys.readouterr().out.startswith("job 4711 submitted: runs/r\n")
+        assert shown.out.startswith((run / "job.sh").read_text())
+        assert all(f"# {line}".strip() in shown.out for line in (run / "job.json").read_text().splitlines())
+    assert f"run={run}\n" in shown.out
     assert "train.steps: 3000 -> " in refused(capsys, "launch", *words)[1][-1]
     assert refused(capsys, "launch", *words, "train.steps=3000", "train.seed=7")[0] == 79
+
+
+def test_launch_without_slurm_leaves_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    code, lines = refused(capsys, "launch", "experiment=shapes_tiny", "run=runs/r")
+    assert (code, len(lines)) == (83, 1)
+    assert "sbatch was not found; launch on a Slurm login node" in lines[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_launch_refuses_what_does_not_fit_into_the_gpus(login, capsys):
+    """As `ecdit plan` computes it; and a look says so too."""
+    words = ("experiment=ec_dit_m_64e", "cluster=h100_ib400", "cluster.nodes=1", "encoders=shards", "data.shards=data/shapes",
+             "parallel.ep=8")  # fmt: skip
+    code, lines = refused(capsys, "launch", *words)
+    assert code == 77
+    (line,) = [line for line in lines if "ConfigError" in line]
+    assert "cluster.gpu_memory = 80000000000.0: fits: NO" in line
+    assert "smallest that fits: 8 nodes" in line
+    assert ecdit("launch", *words, "--render-only") == 0
+    assert "would be refused: cluster.gpu_memory" in capsys.readouterr().err
+    assert not (login / "runs").exists()
 
 
 def test_launch_render_only_writes_nothing(tmp_path, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -133,7 +134,14 @@ def test_a_run_folder_for_all_jobs_is_refused(started, here, capsys):
 def test_slurm(here, monkeypatch, capsys):
     """Prepared and submitted as by `ecdit launch`, and not twice."""
     submitted = []
-    monkeypatch.setattr(submit, "submit", lambda script: submitted.append(script) or 100 + len(submitted))
+    monkeypatch.setenv("PATH", f"{here / 'bin'}:{os.environ['PATH']}")
+    for name, body in (("sbatch", ""), ("scontrol", "exit 1")):
+        (here / "bin").mkdir(exist_ok=True)
+        (here / "bin" / name).write_text(f"#!/bin/sh\n{body}\n")
+        (here / "bin" / name).chmod(0o755)
+    (here / "data" / "shapes").mkdir(parents=True)
+    (here / "data" / "shapes" / "manifest.json").write_text("{}")
+    monkeypatch.setattr(submit, "submit", lambda script, **_: submitted.append(script) or 100 + len(submitted))
     words = [
         "-m",
         "experiment=shapes_tiny",
@@ -145,7 +153,8 @@ def test_slurm(here, monkeypatch, capsys):
     assert ecdit("launch", *words) == 0
     assert "2 jobs submitted; when they have run: ecdit compare s" in capsys.readouterr().out
     assert submitted == [Path("s/train.seed-1/job.sh").absolute(), Path("s/train.seed-2/job.sh").absolute()]
-    assert "resume" in submitted[0].read_text()
+    assert "launch.job" in submitted[0].read_text()
+    assert (submitted[0].parent / "job.json").exists()
     assert "seed: 2" in (here / "s" / "train.seed-2" / "resolved.yaml").read_text()
     assert ecdit("train", *words, "hydra/launcher=slurm") == 0
     assert len(submitted) == 2

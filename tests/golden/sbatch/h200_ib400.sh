@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Written by `ecdit launch` for the run in /runs/h200_ib400; launch again instead of editing it.
-# Every rank and every requeue reads resolved.yaml there, so this script carries no setting of the training.
+# The supervisor reads job.json beside it, and every life resolved.yaml, so this script carries no setting of the training.
 #SBATCH --job-name=ec_dit_m_64e
 #SBATCH --nodes=8
 #SBATCH --ntasks-per-node=1
@@ -9,8 +9,15 @@
 #SBATCH --time=1-00:00:00
 #SBATCH --output=/runs/h200_ib400/logs/%x-%j.out
 #SBATCH --open-mode=append
-#SBATCH --signal=USR2@600
+#SBATCH --signal=B:USR2@600
 #SBATCH --requeue
+
+# Slurm's warning (USR2, 600 s before the limit) and SIGTERM come to this shell. They are kept from here on, and told to the
+# supervisor through its standard input, so that none is lost while modules are loaded or Python starts.
+supervisor_hears='' kept=''
+tell() { if [[ -n $supervisor_hears ]]; then echo "$1" >&"$supervisor_hears"; else kept+="$1"$'\n'; fi; }
+for signal in USR2 TERM INT; do trap "tell $signal" "$signal"; done
+trap '' PIPE
 
 set -euo pipefail
 cd "$SLURM_SUBMIT_DIR"
@@ -19,36 +26,61 @@ export OMP_NUM_THREADS=8
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=1
 
 run=/runs/h200_ib400
-restart=${SLURM_RESTART_COUNT:-0}
+code=/runs/h200_ib400/code/0123456789ab
+export PYTHONSAFEPATH=1  # a launch.py or torch.py in this folder must not be imported in place of ours; PYTHONPATH still counts
+if [[ -n $code ]]; then export PYTHONPATH="$code${PYTHONPATH:+:$PYTHONPATH}"; fi
 
-# Rendezvous on the first host. The port follows from job and restart, so neighbours and past lives do not collide.
-mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-endpoint="${hosts[0]}:$((20000 + (SLURM_JOB_ID * 8 + restart) % 10000))"
+exec {supervisor_hears}> >(trap '' USR2 TERM INT; exec /opt/ecdit/bin/python -m launch.job "$run/job.json")
+supervisor=$!
+printf '%s' "$kept" >&"$supervisor_hears"
 
-# torchrun answers 1 whatever its workers answer, so a worker leaves its own exit code in this file.
-export ECDIT_EXIT_FILE="$run/logs/exit-$SLURM_JOB_ID-$restart"
-rm -f "$ECDIT_EXIT_FILE"
-
-# PYTHONSAFEPATH: a launch.py or torch.py in this folder must not be imported in place of ours. PYTHONPATH still counts.
-# Slurm's warning (USR2, 600 s before the limit) reaches every process of the step: torchrun must ignore it, or it dies
-# of it; the ranks install their own handler, save and stop. On SIGTERM torchrun passes it on and kills what is left after
-# --shutdown-timeout (30 s if not said): the ranks get as long as before the limit. The flag came in March 2026 (pytorch pull
-# request 172596): torch 2.13 has it, 2.11 may refuse it.
+# A trap ends `wait` early. The supervisor's exit code is the job's; it has said in the log what it decided, and why.
+while kill -0 "$supervisor" 2>/dev/null; do wait "$supervisor" || true; done
+trap '' USR2 TERM INT
 status=0
-srun \
-  --cpus-per-task=96 \
-  --kill-on-bad-exit=1 \
-  bash -c 'trap "" USR2; export PYTHONSAFEPATH=1; exec "$@"' worker \
-  python -m torch.distributed.run \
-    --nnodes=8 --nproc-per-node=8 --max-restarts=0 --shutdown-timeout=600 \
-    --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID.$restart" --rdzv-endpoint="$endpoint" \
-    -m ecdit_train.cli resume "$run" || status=$?
-
-if [[ $status -ne 0 && -s "$ECDIT_EXIT_FILE" ]]; then
-  status=$(<"$ECDIT_EXIT_FILE")
-fi
-if [[ $status -eq 75 ]]; then
-  echo "ecdit: saved and stopped on request; putting job $SLURM_JOB_ID back into the queue" >&2
-  scontrol requeue "$SLURM_JOB_ID" || echo "ecdit: requeue failed; run: sbatch $run/job.sh" >&2
+wait "$supervisor" || status=$?
+if ((status > 128)); then
+  echo "ecdit: the supervisor was killed (exit code $status), and its ranks end with it; go on with: sbatch $run/job.sh" >&2
 fi
 exit "$status"
+
+# /runs/h200_ib400/job.json
+# {
+#  "format": 1,
+#  "run": "/runs/h200_ib400",
+#  "code": "/runs/h200_ib400/code/0123456789ab",
+#  "python": "/opt/ecdit/bin/python",
+#  "srun": [
+#   "--cpus-per-task=96"
+#  ],
+#  "nodes": 8,
+#  "ranks_per_node": 8,
+#  "gpu": true,
+#  "words": [],
+#  "lead": 600,
+#  "lives": {
+#   "without_progress": 3,
+#   "total": 100,
+#   "back_off": [
+#    15.0,
+#    60.0,
+#    240.0
+#   ]
+#  },
+#  "bad_node": "exclude",
+#  "interface": null,
+#  "preflight": {
+#   "gpus": 8,
+#   "free_bytes": 0,
+#   "clock_seconds": 5.0,
+#   "bandwidth": 0.0,
+#   "folders": [
+#    "/runs/h200_ib400",
+#    "/home/me/data/images",
+#    "/home/me/encoders/t5",
+#    "/home/me/encoders/vae"
+#   ]
+#  }
+# }
+
+# code: N files in /runs/h200_ib400/code/0123456789ab

@@ -6,11 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ecdit_train.config.cluster_rules import is_secret_name, seconds
+from ecdit_train.config.cluster_rules import seconds
 from ecdit_train.config.convert import with_values
 from ecdit_train.config.rules import is_whole
 from ecdit_train.config.validate import validate
 from ecdit_train.errors import ConfigError
+from ecdit_train.secrets import is_secret_name
 
 
 def broken(cfg, *, world=None) -> list[str]:

@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 from job_stage import ROOT, Stage
 
+from ecdit_train.config.compose import compose
 from ecdit_train.errors import ConfigError, EcditError, NoProgressError
 from ecdit_train.supervise import processes
-from launch import preflight
+from launch import job_file, preflight
 from launch.decide import Ending
+from launch.description import describe
 
 OK = {"all": "end=0"}
 
@@ -305,12 +307,10 @@ def test_a_damaged_job_file_is_one_typed_error(text, said, stage):
     path = stage.job()
     path.write_text(text)
     with pytest.raises(ConfigError, match=said):
-        __import__("launch.job_file").job_file.read(path)
+        job_file.read(path)
 
 
 def test_every_damaged_key_is_named(stage):
-    from launch import job_file
-
     path = stage.job(nodes=0, lives={"without_progress": 3, "total": 0, "back_off": []}, bad_node="burn")
     with pytest.raises(
         ConfigError, match=r"nodes = 0.*lives.total = 0.*bad_node = 'burn': must be one of exclude, drain, keep"
@@ -357,3 +357,13 @@ def test_a_killed_supervisor_takes_its_ranks_along(stage):
 def test_needs_neither_torch_nor_yaml_nor_hydra():
     code = "import sys, launch.job, launch.preflight_task; sys.exit(bool({'torch', 'yaml', 'hydra', 'numpy'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("cluster", ["local", "h100_ib400", "slurm_pyxis"])
+def test_what_launch_writes_is_what_the_supervisor_reads(cluster, tmp_path):
+    cfg = compose(["experiment=ec_dit_xl_8e", f"cluster={cluster}"], local=False)
+    path = tmp_path / "job.json"
+    path.write_text(describe(cfg, run=str(tmp_path), code="/code", cwd="/home/me", words=["a=1"]).text)
+    job = job_file.read(path)
+    assert (job.nodes, job.ranks_per_node) == (cfg.cluster.nodes, cfg.cluster.gpus_per_node)
+    assert (job.code, job.words, job.preflight.folders[0]) == ("/code", ("a=1",), str(tmp_path))

@@ -1,0 +1,85 @@
+"""What a job needs beside the cluster, looked at before it waits in a queue: data and encoders, a run folder that can be written, a
+plan that fits into the GPUs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ecdit_train.config.convert import to_dict
+from ecdit_train.config.schema import RunConfig
+from ecdit_train.config.validate import slots_of
+from ecdit_train.errors import Problem
+from ecdit_train.run_folder import CHECKPOINTS
+from launch.mounts import outside
+
+PLAN_SECONDS = 300.0
+"""How long the plan may take; most of it is the import of torch."""
+MANIFEST = "manifest.json"
+"""What makes a folder a data set (`data_pipeline.manifest`, which a login node need not import)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """What the plan said."""
+
+    problems: tuple[Problem, ...] = ()
+    checkpoint_bytes: float = 0.0
+    """0 where it is not known."""
+    note: str | None = None
+    """Why there is no plan, if there is none."""
+
+
+def problems(cfg: RunConfig) -> Iterator[Problem]:
+    """What is not there, seen from this machine and folder, where the job will look for it too."""
+    mounts = cfg.cluster.mounts if cfg.cluster.container else ()
+    shards = outside(cfg.data.shards, mounts=mounts)
+    if not (shards / MANIFEST).is_file():
+        what = f"has no {MANIFEST}" if shards.is_dir() else "is not a folder"
+        rule = f"{shards} {what}; `ecdit data` makes a data set, and all nodes must see it"
+        yield Problem(field="data.shards", value=cfg.data.shards, rule=rule)
+    for key, slot in slots_of(cfg).items():
+        for path in slot.paths():
+            if not (there := outside(path, mounts=mounts)).exists():
+                yield Problem(field=f"{key}.path", value=path, rule=f"{there} is not there; all nodes must see it")
+    first = cfg.train.init_from
+    if first is not None and not (there := outside(first, mounts=mounts) / CHECKPOINTS).is_dir():
+        yield Problem(field="train.init_from", value=first, rule=f"{there} is not there: not a run with checkpoints")
+    yield from _writable(cfg)
+
+
+def _writable(cfg: RunConfig) -> Iterator[Problem]:
+    folder = Path(cfg.run).absolute()
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if not folder.is_dir():
+        yield Problem(field="run", value=cfg.run, rule=f"{folder} is not a folder")
+    elif not os.access(folder, os.W_OK | os.X_OK):
+        yield Problem(field="run", value=cfg.run, rule=f"{folder} cannot be written by you")
+
+
+def plan(cfg: RunConfig) -> Planned:
+    """The run's memory as `ecdit plan` computes it, in a process of its own: this one imports no torch. Nothing on a CPU, where the
+    figures of the machine room are for plans only."""
+    if cfg.cluster.gpu == "cpu":
+        return Planned()
+    command = [sys.executable, "-P", "-m", "ecdit_train.plan.fits"]
+    try:
+        done = subprocess.run(
+            command, input=json.dumps(to_dict(cfg)), capture_output=True, text=True, timeout=PLAN_SECONDS, check=False
+        )
+        said = json.loads(done.stdout) if done.returncode == 0 else {}
+    except (OSError, ValueError, subprocess.TimeoutExpired) as error:
+        return Planned(note=f"the memory was not checked: {error}")
+    if not said:
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        return Planned(note=f"the memory was not checked: {last}")
+    if said["fits"]:
+        return Planned(checkpoint_bytes=said["checkpoint_bytes"])
+    rule = f"{said['verdict']} (`ecdit plan` with the same words shows layouts that do)"
+    return Planned(problems=(Problem(field="cluster.gpu_memory", value=cfg.cluster.gpu_memory, rule=rule),))

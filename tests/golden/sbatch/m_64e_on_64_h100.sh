@@ -1,0 +1,86 @@
+#!/usr/bin/env bash
+# Written by `ecdit launch` for the run in /runs/m_64e_on_64_h100; launch again instead of editing it.
+# The supervisor reads job.json beside it, and every life resolved.yaml, so this script carries no setting of the training.
+#SBATCH --job-name=ec_dit_m_64e
+#SBATCH --nodes=8
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=96
+#SBATCH --time=1-00:00:00
+#SBATCH --output=/runs/m_64e_on_64_h100/logs/%x-%j.out
+#SBATCH --open-mode=append
+#SBATCH --signal=B:USR2@600
+#SBATCH --requeue
+
+# Slurm's warning (USR2, 600 s before the limit) and SIGTERM come to this shell. They are kept from here on, and told to the
+# supervisor through its standard input, so that none is lost while modules are loaded or Python starts.
+supervisor_hears='' kept=''
+tell() { if [[ -n $supervisor_hears ]]; then echo "$1" >&"$supervisor_hears"; else kept+="$1"$'\n'; fi; }
+for signal in USR2 TERM INT; do trap "tell $signal" "$signal"; done
+trap '' PIPE
+
+set -euo pipefail
+cd "$SLURM_SUBMIT_DIR"
+
+export OMP_NUM_THREADS=8
+export TORCH_NCCL_ASYNC_ERROR_HANDLING=1
+
+run=/runs/m_64e_on_64_h100
+code=/runs/m_64e_on_64_h100/code/0123456789ab
+export PYTHONSAFEPATH=1  # a launch.py or torch.py in this folder must not be imported in place of ours; PYTHONPATH still counts
+if [[ -n $code ]]; then export PYTHONPATH="$code${PYTHONPATH:+:$PYTHONPATH}"; fi
+
+exec {supervisor_hears}> >(trap '' USR2 TERM INT; exec /opt/ecdit/bin/python -m launch.job "$run/job.json")
+supervisor=$!
+printf '%s' "$kept" >&"$supervisor_hears"
+
+# A trap ends `wait` early. The supervisor's exit code is the job's; it has said in the log what it decided, and why.
+while kill -0 "$supervisor" 2>/dev/null; do wait "$supervisor" || true; done
+trap '' USR2 TERM INT
+status=0
+wait "$supervisor" || status=$?
+if ((status > 128)); then
+  echo "ecdit: the supervisor was killed (exit code $status), and its ranks end with it; go on with: sbatch $run/job.sh" >&2
+fi
+exit "$status"
+
+# /runs/m_64e_on_64_h100/job.json
+# {
+#  "format": 1,
+#  "run": "/runs/m_64e_on_64_h100",
+#  "code": "/runs/m_64e_on_64_h100/code/0123456789ab",
+#  "python": "/opt/ecdit/bin/python",
+#  "srun": [
+#   "--cpus-per-task=96"
+#  ],
+#  "nodes": 8,
+#  "ranks_per_node": 8,
+#  "gpu": true,
+#  "words": [],
+#  "lead": 600,
+#  "lives": {
+#   "without_progress": 3,
+#   "total": 100,
+#   "back_off": [
+#    15.0,
+#    60.0,
+#    240.0
+#   ]
+#  },
+#  "bad_node": "exclude",
+#  "interface": null,
+#  "preflight": {
+#   "gpus": 8,
+#   "free_bytes": 0,
+#   "clock_seconds": 5.0,
+#   "bandwidth": 0.0,
+#   "folders": [
+#    "/runs/m_64e_on_64_h100",
+#    "/lustre/shared/images",
+#    "/home/me/encoders/t5",
+#    "/home/me/encoders/vae"
+#   ]
+#  }
+# }
+
+# code: N files in /runs/m_64e_on_64_h100/code/0123456789ab
