@@ -54,18 +54,26 @@ def run_ranks(argv: Sequence[str], *, nproc: int, place: Place | None = None) ->
     if place is not None:
         reports.tell(place.node)
     try:
-        code = _run(argv, nproc=nproc, place=place, folder=folder)
-        why = _why(folder, code)
+        end = _run(argv, nproc=nproc, place=place, folder=folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     if place is not None:
-        if code != PeerLostError.exit_code:
-            leave_exit_code(code, why=why)
-        reports.tell(place.node, code=code, why=why)
-    return code
+        if end.code != PeerLostError.exit_code:
+            leave_exit_code(end.code, why=end.why)
+        reports.tell(place.node, code=end.code, why=end.why)
+    return end.code
 
 
-def _run(argv: Sequence[str], *, nproc: int, place: Place | None, folder: Path) -> int:
+@dataclass(frozen=True, kw_only=True)
+class End:
+    """How the ranks of this machine ended."""
+
+    code: int
+    why: str
+    """Empty where nobody has said."""
+
+
+def _run(argv: Sequence[str], *, nproc: int, place: Place | None, folder: Path) -> End:
     common = _variables(nproc=nproc, place=place) | {VARIABLE: str(folder)}
     first = 0 if place is None else place.node * nproc
     prepare = _dies_with_parent(block=True)
@@ -83,7 +91,8 @@ def _run(argv: Sequence[str], *, nproc: int, place: Place | None, folder: Path) 
                 with contextlib.suppress(BrokenPipeError):
                     watchdog.stdin.write(f"{first + local_rank} {child.pid}\n".encode())
                     watchdog.stdin.flush()
-            return _wait(children, folder=folder, received=received, first=first)
+            code = _wait(children, folder=folder, received=received, first=first)
+            return End(code=code, why=_why(folder, code))  # now: the guard clears the folder when it is let go
         finally:
             with contextlib.suppress(BrokenPipeError):
                 watchdog.stdin.close()
