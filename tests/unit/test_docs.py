@@ -307,7 +307,8 @@ def example_files() -> dict[str, str]:
 def example_folder(tmp_path_factory) -> Path:
     """A working directory with those files."""
     folder = tmp_path_factory.mktemp("reader")
-    walk = re.findall(r"`(mylab/[\w./]+)`[^`]*```\w+\n(.*?)```", PAGES["CONTRIBUTING.md"], re.DOTALL)
+    pages = PAGES["CONTRIBUTING.md"] + PAGES["docs/how-to/write-a-cluster-file.md"]
+    walk = re.findall(r"`(mylab/[\w./]+)`[^`]*```\w+\n(.*?)```", pages, re.DOTALL)
     for path, text in [*example_files().items(), *walk]:
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(text)
