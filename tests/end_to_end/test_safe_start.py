@@ -1,6 +1,7 @@
 """A working directory may hold modules of our names, or of our vendors' names: no command and no job imports them.
 
-Each hostile file leaves its name in `executed` and raises. What is started is the installed command, what a job starts, and `-m ecdit_train.cli` typed by hand (where only an `ecdit_train.py` of one's own cannot be passed over).
+Each hostile file leaves its name in `executed` and raises. What is started is the installed command, what a job starts, and
+`-m ecdit_train.cli` typed by hand (where only an `ecdit_train.py` of one's own cannot be passed over).
 """
 
 from __future__ import annotations

@@ -106,8 +106,8 @@ def test_a_name_that_says_secret(config, name):
 @pytest.mark.parametrize("shape", TOKENS)
 @pytest.mark.parametrize(("key", "form"), [
     ("cluster.env", ["OK=1", "CITY={}"]), ("cluster.sbatch", ["comment={}"]), ("cluster.account", "{}"),
-    ("observe.prompts", ["a dog", "a {} cat"]), ("data.shards", "{}"), ("experiment", "x {}"), ("observe.sinks.wandb.project", "{}"),
-    ("train.init_from", "see {}"),
+    ("observe.prompts", ["a dog", "a {} cat"]), ("data.shards", "{}"), ("experiment", "x {}"),
+    ("observe.sinks.wandb.project", "{}"), ("train.init_from", "see {}"),
 ])  # fmt: skip
 def test_a_form_that_says_secret_under_any_name(config, shape, key, form):
     token = TOKENS[shape]

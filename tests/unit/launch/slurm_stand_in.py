@@ -1,4 +1,4 @@
-"""Executables that answer as Slurm's commands do, put first on PATH: a cluster of a few lines. Their texts are those of Slurm 22.05."""
+"""Executables that answer as Slurm's commands do (their texts are those of 22.05), put first on PATH: a cluster of a few lines."""
 
 from __future__ import annotations
 
@@ -36,9 +36,10 @@ class StandIn:
     def install(self, monkeypatch: pytest.MonkeyPatch) -> StandIn:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.log = self.folder / "submitted"
-        expand = r'echo "$4" | tr "," "\n"'
+        expand = r'echo "$3" | tr "," "\n"'
+        partitions = f"cat {self.folder}/partitions"
         answers = {
-            "scontrol": f'case "$*" in *hostnames*) {expand.replace("$4", "$3")};; *partition*) cat {self.folder}/partitions;; esac',
+            "scontrol": f'case "$*" in *hostnames*) {expand};; *partition*) {partitions};; esac',
             "sinfo": f"cat {self.folder}/nodes",
             "squeue": f"cat {self.folder}/queue",
             "sbatch": f'echo "$*" >> {self.log}; env | grep ^SBATCH_ >> {self.log}; {self.sbatch}',

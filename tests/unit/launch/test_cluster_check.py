@@ -50,7 +50,8 @@ def test_what_fits_is_not_talked_about(said):
     ({"cluster.gpus_per_node": 16, "cluster.cpus_per_gpu": 6},
      "cluster.gpus_per_node = 16: partition gpu has 8 h100 GPUs a node; nearest valid: 8"),
     ({"cluster.cpus_per_gpu": 64},
-     "cluster.cpus_per_gpu = 64: times cluster.gpus_per_node = 8 asks for 512 CPUs a node; partition gpu has 96; nearest valid: 12"),
+     "cluster.cpus_per_gpu = 64: times cluster.gpus_per_node = 8 asks for 512 CPUs a node; partition gpu has 96; "
+     "nearest valid: 12"),
     ({"cluster.mem": "1T"}, "cluster.mem = '1T': partition gpu has 1000000M a node; nearest valid: 1000000M"),
     ({"cluster.time_limit": "3-00:00:00"},
      "cluster.time_limit = '3-00:00:00': partition gpu allows 2-00:00:00; more do cpu; nearest valid: 2-00:00:00"),
