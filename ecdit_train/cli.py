@@ -14,6 +14,7 @@ from typing import Any
 from ecdit_train import arguments, checkpoint_verbs, errors, life_verbs
 from ecdit_train.errors import EcditError, PeerLostError, PeerRefusedError
 from ecdit_train.study import study_routing
+from ecdit_train.supervise.exit_file import leave_exit_code
 from ecdit_train.verbs import (
     compare,
     config_diff,
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         args.overrides += rest  # argparse stops collecting words at the first option
-    if args.nproc is not None and args.nproc > 1 and not args.ranks:
+    if (args.nproc or 1) > 1 and not args.ranks:
         parser.error(f"argument --nproc: only for {', '.join(RANKS)}")
     if args.nodes is not None and (args.nproc is None or not args.ranks):
         parser.error(f"argument --nodes: with --nproc (ranks of each node), and only for {', '.join(RANKS)}")
@@ -74,7 +75,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             from launch.local import run_ranks
 
             here = None if args.nodes is None else place.find(args.nodes)
-            # A rank passes over --nproc and --nodes.
             sys.exit(run_ranks(sys.argv[1:] if argv is None else argv, nproc=args.nproc, place=here))
         code = verb(args)
         sys.stdout.flush()
@@ -87,8 +87,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         _tell(e)
         code, why = e.exit_code, f"{type(e).__name__}: {e}"  # type: ignore[attr-defined]
     if code and code != PeerLostError.exit_code:  # the rank that was lost knows better
-        from ecdit_train.supervise.exit_file import leave_exit_code
-
         leave_exit_code(code, why=why)  # torchrun answers every failure with 1, srun that of a killed task
     sys.exit(code)
 
@@ -133,8 +131,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--nodes",
         type=_ranks,
         metavar="N",
-        help="with --nproc G: this is one of N machines with G ranks each, the same command on each of them (one task a node of "
-        "srun; else NODE_RANK, MASTER_ADDR and MASTER_PORT say which one and where they meet)",
+        help="this is one of N machines with --nproc ranks each: one task a node of srun, or NODE_RANK, MASTER_ADDR, MASTER_PORT",
     )
     parser.add_argument("--version", action="version", version=f"ecdit {_version()}", help="print the version and exit")
     verbs = parser.add_subparsers(required=True, metavar="VERB", parser_class=argparse.ArgumentParser)

@@ -19,7 +19,7 @@ from pathlib import Path
 from ecdit_train.errors import EXIT_OK, EXIT_REQUEUE, EcditError, StorageError
 from ecdit_train.run_folder import JOB_SCRIPT, JOBS
 from ecdit_train.supervise.exit_file import EXIT_FILE_VARIABLE
-from launch import interface, job_file, life, preflight, record, reports
+from launch import bandwidth, interface, job_file, life, preflight, record, reports
 from launch.decide import AGAIN, DONE, LEAVE, REQUEUE, STOP, Decision, Ending, decide
 from launch.job_file import JobFile
 from launch.outside import WARNINGS, Outside
@@ -91,7 +91,10 @@ class Supervisor:
             if lost and set(lost) < set(self.hosts):
                 why = f"{', '.join(lost)} {'do' if len(lost) > 1 else 'does'} not answer"
                 return Ending(code=preflight.UNKNOWN, why=why, lost=lost)
-        return preflight.check(self.job, hosts=self.hosts, slurm=self.slurm, environ=environ, folder=folder)
+        found = preflight.check(self.job, hosts=self.hosts, slurm=self.slurm, environ=environ, folder=folder)
+        if found.code != EXIT_OK:
+            return found
+        return bandwidth.check(self.job, hosts=self.hosts, slurm=self.slurm, environ=environ)
 
     def _decide(self, ending: Ending) -> tuple[Decision, Ending]:
         warned = tuple(self.outside.warned)

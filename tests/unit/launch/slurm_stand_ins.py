@@ -42,7 +42,7 @@ def main(program: str, argv: list[str]) -> int:
 def srun(argv: list[str]) -> int:
     flags = [word for word in argv if word.startswith("--")][: next(n for n, w in enumerate(argv) if w[:2] != "--")]
     command, nodes = argv[len(flags) :], words("nodes")
-    chosen = [flag.partition("=")[2] for flag in flags if flag.startswith("--nodelist=")] or nodes
+    chosen = [h for flag in flags if flag.startswith("--nodelist=") for h in flag[11:].split(",")] or nodes
     if "srun" in words("refuse") and command[0] == "sh":
         print("srun: error: Task launch for StepId=1.0 failed on node n2: Communication connection failure")
         return 233
