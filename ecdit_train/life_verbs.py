@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ecdit_train import errors
+from ecdit_train import errors, log_verb
 from ecdit_train.errors import ConfigError, Problem, RunFolderError
 from ecdit_train.run_folder import CHECKPOINTS, RESOLVED, by_step
 from ecdit_train.supervise import lease, lives, processes, summary
@@ -45,7 +45,7 @@ stopped, to be resumed), or 1 where it ended without a word."""
 
 
 def declare(verb: Callable[..., argparse.ArgumentParser]) -> None:
-    """The words of `status` and `stop`."""
+    """The words of `status`, `stop` and `logs`."""
     p = verb("status", status, STATUS)
     p.add_argument("run", help="run folder")
     p.add_argument(
@@ -56,6 +56,7 @@ def declare(verb: Callable[..., argparse.ArgumentParser]) -> None:
     )
     p.add_argument("run", help="run folder")
     p.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="wait no longer (default 600)")
+    log_verb.declare(verb)
 
 
 def status(args: argparse.Namespace) -> int:
