@@ -15,7 +15,10 @@
 # Slurm's warning (USR2, 600 s before the limit) and SIGTERM come to this shell. They are kept from here on, and told to the
 # supervisor through its standard input, so that none is lost while modules are loaded or Python starts.
 supervisor_hears='' kept=''
-tell() { if [[ -n $supervisor_hears ]]; then echo "$1" >&"$supervisor_hears"; else kept+="$1"$'\n'; fi; }
+tell() {
+  if [[ -z $supervisor_hears ]]; then kept+="$1"$'\n'; return; fi
+  echo "$1" 2>/dev/null >&"$supervisor_hears" || true  # it may have ended
+}
 for signal in USR2 TERM INT; do trap "tell $signal" "$signal"; done
 trap '' PIPE
 
@@ -32,7 +35,7 @@ if [[ -n $code ]]; then export PYTHONPATH="$code${PYTHONPATH:+:$PYTHONPATH}"; fi
 
 exec {supervisor_hears}> >(trap '' USR2 TERM INT; exec /opt/ecdit/bin/python -m launch.job "$run/job.json")
 supervisor=$!
-printf '%s' "$kept" >&"$supervisor_hears"
+printf '%s' "$kept" 2>/dev/null >&"$supervisor_hears" || true
 
 # A trap ends `wait` early. The supervisor's exit code is the job's; it has said in the log what it decided, and why.
 while kill -0 "$supervisor" 2>/dev/null; do wait "$supervisor" || true; done
