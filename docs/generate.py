@@ -261,6 +261,7 @@ def metrics() -> str:
 ERROR_MODULES = ("ecdit_train.errors", "data_pipeline.errors", "launch.submit")
 _SHARDS = "MissingShard TruncatedShard CorruptShard UndecodableImage BadCaption WrongView BadMember BadSplit TooManyBad BadArray DataError"
 RUNBOOK = dict.fromkeys(_SHARDS.split(), "bad-shards") | {
+    "NoProgressError": "no-progress",
     "ConfigError": "config-refused",
     "CheckpointError": "corrupt-checkpoint",
     "RunFolderError": "another-configuration",
@@ -323,8 +324,8 @@ def exit_codes() -> str:
             "`ecdit: CLASS: what, where, the rule, the nearest valid value`.\n\n",
             table(["code", "class", "meaning", "what to do"], rows),
             "\n`ecdit --nproc N` returns the code of the first rank that failed, or 128 + the number of the signal that ended it. torchrun "
-            "turns every failure into 1, so a rank also leaves its code in the file that `ECDIT_EXIT_FILE` names; the job script of "
-            "`ecdit launch` reads it.\n",
+            "turns every failure into 1, srun into that of a killed task, so the first process that fails also leaves its code in the file that `ECDIT_EXIT_FILE` "
+            "names; the supervisor of a job reads it.\n",
         ]
     )
 

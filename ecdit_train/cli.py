@@ -14,6 +14,7 @@ from typing import Any
 from ecdit_train import arguments, checkpoint_verbs, errors, life_verbs
 from ecdit_train.errors import EcditError, PeerLostError, PeerRefusedError
 from ecdit_train.study import study_routing
+from ecdit_train.supervise.exit_file import leave_exit_code
 from ecdit_train.verbs import (
     compare,
     config_diff,
@@ -52,13 +53,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         args.overrides += rest  # argparse stops collecting words at the first option
-    if args.nproc is not None and args.nproc > 1 and not args.ranks:
+    if (args.nproc or 1) > 1 and not args.ranks:
         parser.error(f"argument --nproc: only for {', '.join(RANKS)}")
+    if args.nodes is not None and (args.nproc is None or not args.ranks):
+        parser.error(f"argument --nodes: with --nproc (ranks of each node), and only for {', '.join(RANKS)}")
     verb = _instead(args, parser)
     if not hasattr(
         args, "stop_after"
     ):  # a launcher starts ranks with these blocked; training unblocks them when it listens
         signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2))
+    why = ""
     try:
         if args.nproc is None:
             args.nproc = (
@@ -66,11 +70,12 @@ def main(argv: Sequence[str] | None = None) -> None:
                 if verb is resume and "RANK" not in os.environ
                 else 1
             )
-        if args.nproc > 1 and "RANK" not in os.environ and verb is args.verb:
+        if (args.nproc > 1 or args.nodes is not None) and "RANK" not in os.environ and verb is args.verb:
+            from launch import place
             from launch.local import run_ranks
 
-            # A rank passes over --nproc.
-            sys.exit(run_ranks(sys.argv[1:] if argv is None else argv, nproc=args.nproc))
+            here = None if args.nodes is None else place.find(args.nodes)
+            sys.exit(run_ranks(sys.argv[1:] if argv is None else argv, nproc=args.nproc, place=here))
         code = verb(args)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of a pipe has seen enough, as in `ecdit plan ... | head`
@@ -80,11 +85,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not isinstance(getattr(e, "exit_code", None), int):
             raise
         _tell(e)
-        code = e.exit_code  # type: ignore[attr-defined]
+        code, why = e.exit_code, f"{type(e).__name__}: {e}"  # type: ignore[attr-defined]
     if code and code != PeerLostError.exit_code:  # the rank that was lost knows better
-        from ecdit_train.supervise.exit_file import leave_exit_code
-
-        leave_exit_code(code)  # torchrun answers every failure with 1; the job script reads this instead
+        leave_exit_code(code, why=why)  # torchrun answers every failure with 1, srun that of a killed task
     sys.exit(code)
 
 
@@ -122,7 +125,13 @@ def make_parser() -> argparse.ArgumentParser:
         type=_ranks,
         metavar="N",
         help=f"run the verb as N ranks on this machine (only {', '.join(RANKS)}; default 1, and for resume as many as the run was "
-        "trained on); on a cluster use `ecdit launch` or torchrun",
+        "trained on); on a cluster use `ecdit launch`, --nodes or torchrun",
+    )
+    parser.add_argument(
+        "--nodes",
+        type=_ranks,
+        metavar="N",
+        help="this is one of N machines with --nproc ranks each: one task a node of srun, or NODE_RANK, MASTER_ADDR, MASTER_PORT",
     )
     parser.add_argument("--version", action="version", version=f"ecdit {_version()}", help="print the version and exit")
     verbs = parser.add_subparsers(required=True, metavar="VERB", parser_class=argparse.ArgumentParser)

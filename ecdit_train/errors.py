@@ -38,6 +38,12 @@ class Problem:
         return hide_forms(f"{self.field} = {self.value!r}: {self.rule}{hint}")
 
 
+class NoProgressError(EcditError):
+    """Several lives of a job ended without a newer committed checkpoint: somebody must look."""
+
+    exit_code = 76
+
+
 class ConfigError(EcditError):
     """A configuration refused before anything started; lists every problem at once."""
 

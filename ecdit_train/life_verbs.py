@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ecdit_train import errors
+from ecdit_train import errors, log_verb
 from ecdit_train.errors import ConfigError, Problem, RunFolderError
 from ecdit_train.run_folder import CHECKPOINTS, RESOLVED, by_step
 from ecdit_train.supervise import lease, lives, processes, summary
 from ecdit_train.supervise.lease import BEATS, Holding
 from ecdit_train.supervise.verdict import Seen
+from launch import job_view
 
 LOOK_SECONDS = 15.0
 """How long `status` waits for the sign of life of an owner on another machine."""
@@ -44,7 +45,7 @@ stopped, to be resumed), or 1 where it ended without a word."""
 
 
 def declare(verb: Callable[..., argparse.ArgumentParser]) -> None:
-    """The words of `status` and `stop`."""
+    """The words of `status`, `stop` and `logs`."""
     p = verb("status", status, STATUS)
     p.add_argument("run", help="run folder")
     p.add_argument(
@@ -55,6 +56,7 @@ def declare(verb: Callable[..., argparse.ArgumentParser]) -> None:
     )
     p.add_argument("run", help="run folder")
     p.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="wait no longer (default 600)")
+    log_verb.declare(verb)
 
 
 def status(args: argparse.Namespace) -> int:
@@ -94,6 +96,9 @@ def look(run: Path) -> Status:
         lines.append(f"owner       {held.owner}{words}")
     if alive and ranks:
         lines.append(f"ranks       {_ranks(ranks)}")
+    if (job := job_view.look(run)) is not None:
+        lines.append(f"job         {job}")
+        lines += [f"decided     {words}" for words in job.decisions()]
     for life in known[-LISTED_LIVES:]:
         lines.append(f"life {life.number:<6} {_life(life)}")
     return Status(state=state, lines=tuple(lines), exit_code=code)
@@ -187,9 +192,10 @@ def stop(args: argparse.Namespace) -> int:
     if look_at is None and not (run / RESOLVED).exists():
         raise RunFolderError(f"{run} is not a run folder: it has no {RESOLVED}")
     if look_at is None or look_at.mark.token is None or (look_at.owner and lease.is_gone(look_at.owner)):
-        print(f"{run}: nothing runs there")
-        return errors.EXIT_OK
+        return _stop_job(run)
     token, owner = look_at.mark.token, look_at.owner
+    if owner is not None and owner.job is not None:  # else its supervisor would start the next life
+        job_view.ask_to_stop(run, owner.job)
     lease.ask_to_stop(run, token=token)
     print(f"asked {owner or 'the owner'} to save and stop", flush=True)
     deadline = time.monotonic() + args.timeout
@@ -201,6 +207,20 @@ def stop(args: argparse.Namespace) -> int:
         time.sleep(0.2)
     print(f"ecdit: it has not stopped within {args.timeout:g} s; it will after the step at work", file=sys.stderr)
     return errors.EXIT_REQUEUE
+
+
+def _stop_job(run: Path) -> int:
+    """No life runs. A job may wait in the queue, or between two lives."""
+    job = job_view.look(run)
+    if job is not None and job.waits:
+        print(f"{run}: nothing runs there; job {job} waits in the queue: scancel {job.number}")
+        return errors.EXIT_REQUEUE
+    if job is not None and job.runs:
+        job_view.ask_to_stop(run, job.number)
+        print(f"{run}: job {job.number} is between two lives; it will start no further one")
+        return errors.EXIT_OK
+    print(f"{run}: nothing runs there")
+    return errors.EXIT_OK
 
 
 def _came_of(run: Path, *, life: int) -> int:

@@ -3,7 +3,7 @@
 <run>/resolved.yaml                   the frozen configuration
 <run>/job.sh, <run>/job.json          job script of `ecdit launch`, and what its supervisor is told
 <run>/code/0123456789ab/              the code that jobs run: a copy, named by its content
-<run>/logs/                           what jobs say
+<run>/logs/, <run>/jobs/              what jobs say; what they did and decided (launch.record)
 <run>/metrics/0001.jsonl              one JSON object per step that the first life logged: the truth, W&B is a copy
 <run>/metrics.jsonl                   each step once, made from them
 <run>/lease/, <run>/lives/, <run>/beats/   whose the folder is, its lives, what its ranks do (ecdit_train.supervise)
@@ -28,6 +28,7 @@ JOB_FILE = "job.json"
 RANKS_SCRIPT = "ranks.sh"
 """The ranks' interpreter where it needs more words than a name: in an Apptainer image."""
 CODE = "code"
+JOBS = "jobs"
 LOGS = "logs"
 METRICS_FILE = "metrics.jsonl"
 METRICS = "metrics"

@@ -1,8 +1,9 @@
-"""Several ranks of one command on this machine, without Slurm or torchrun: what `ecdit --nproc N VERB ...` does.
+"""The ranks of one command on this machine, without torchrun: what `ecdit --nproc G [--nodes N] VERB ...` does, on each of N nodes.
 
 Children are told their place by the same variables that torchrun sets. Signals are passed on; the first rank that fails
 decides the exit code, which torchrun would turn into 1. No rank outlives the launcher: it ends what does not leave, the
-kernel asks the ranks to stop when it is killed, and the guard (`supervise.guard`) ends those that then stay.
+kernel asks the ranks to stop when it is killed, and the guard (`supervise.guard`) ends those that then stay. Launchers of
+several nodes do not talk: ranks lose a node that fails in their next exchange, and the guards tell each other of a hang.
 """
 
 from __future__ import annotations
@@ -24,8 +25,11 @@ from pathlib import Path
 
 from ecdit_train.errors import PeerLostError
 from ecdit_train.supervise import beats, guard, summary
+from ecdit_train.supervise.exit_file import leave_exit_code
 from ecdit_train.supervise.stop import AT_ONCE, StopRequest
 from ecdit_train.supervise.watched import VARIABLE, private, start_guard
+from launch import interface, reports
+from launch.place import Place
 
 COMMAND = (sys.executable, "-m", "ecdit_train.cli")
 """The program of a rank."""
@@ -40,47 +44,84 @@ STOPPED = (0, 75)
 """Exit codes of ranks that left in good order."""
 
 
-def run_ranks(argv: Sequence[str], *, nproc: int) -> int:
-    """Run `ecdit ARGV` as `nproc` ranks over loopback. Returns 0, or the exit code of the rank that failed first; that of the
-    guard, if it ended them."""
-    port, folder = free_port(), private()
-    threads = str(max(1, (os.cpu_count() or 1) // nproc))
-    prepare = _dies_with_parent(block=True)
-    watchdog = start_guard(folder, ranks=nproc, launcher=True)
-    assert watchdog.stdin is not None
+def run_ranks(argv: Sequence[str], *, nproc: int, place: Place | None = None) -> int:
+    """Run `ecdit ARGV` as `nproc` ranks of this machine: all that there are, over loopback, or those of one node (`place`).
+
+    Returns 0, or the exit code of the rank that failed first; that of the guard, if it ended them. A failure is also left
+    where the job's supervisor looks for the first cause, since Slurm may kill this launcher for that of another node.
+    """
+    folder = private()
+    if place is not None:
+        reports.tell(place.node)
     try:
-        with _signals_passed_on() as (children, received):
-            for rank in range(nproc):
-                place = {
-                    "PYTHONSAFEPATH": 1,  # a launch.py or torch.py in the working directory is the user's, not ours
-                    "RANK": rank,
-                    "LOCAL_RANK": rank,
-                    "WORLD_SIZE": nproc,
-                    "LOCAL_WORLD_SIZE": nproc,
-                    "MASTER_PORT": port,
-                    VARIABLE: folder,
-                }
-                env = (
-                    {"OMP_NUM_THREADS": threads, "MASTER_ADDR": "127.0.0.1"}
-                    | os.environ
-                    | {k: str(v) for k, v in place.items()}
-                )
+        end = _run(argv, nproc=nproc, place=place, folder=folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    if place is not None:
+        if end.code != PeerLostError.exit_code:
+            leave_exit_code(end.code, why=end.why)
+        reports.tell(place.node, code=end.code, why=end.why)
+    return end.code
+
+
+@dataclass(frozen=True, kw_only=True)
+class End:
+    """How the ranks of this machine ended."""
+
+    code: int
+    why: str
+    """Empty where nobody has said."""
+
+
+def _run(argv: Sequence[str], *, nproc: int, place: Place | None, folder: Path) -> End:
+    common = _variables(nproc=nproc, place=place) | {VARIABLE: str(folder)}
+    first = 0 if place is None else place.node * nproc
+    prepare = _dies_with_parent(block=True)
+    with _signals_passed_on() as (children, received):
+        watchdog = start_guard(folder, ranks=nproc, launcher=True)
+        assert watchdog.stdin is not None
+        try:
+            for local_rank in range(nproc):
+                env = common | {"RANK": str(first + local_rank), "LOCAL_RANK": str(local_rank)}
                 # A session of its own: Ctrl-C reaches a rank once, through `forward`.
                 child = subprocess.Popen([*COMMAND, *argv], env=env, start_new_session=True, preexec_fn=prepare)
                 children.append(child)
+                if received:  # while this one was made: its list of children was shorter
+                    child.send_signal(received[0])
                 with contextlib.suppress(BrokenPipeError):
-                    watchdog.stdin.write(f"{rank} {child.pid}\n".encode())
+                    watchdog.stdin.write(f"{first + local_rank} {child.pid}\n".encode())
                     watchdog.stdin.flush()
-            return _wait(children, folder=folder, received=received)
-    finally:
-        with contextlib.suppress(BrokenPipeError):
-            watchdog.stdin.close()
-        try:
-            watchdog.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            watchdog.kill()
-            watchdog.wait()
-        shutil.rmtree(folder, ignore_errors=True)
+            code = _wait(children, folder=folder, received=received, first=first)
+            return End(code=code, why=_why(folder, code))  # now: the guard clears the folder when it is let go
+        finally:
+            with contextlib.suppress(BrokenPipeError):
+                watchdog.stdin.close()
+            try:
+                watchdog.wait(timeout=5)
+            except subprocess.TimeoutExpired:
+                watchdog.kill()
+                watchdog.wait()
+
+
+def _variables(*, nproc: int, place: Place | None) -> dict[str, str]:
+    """The environment that all ranks of this machine share."""
+    threads = str(max(1, (os.cpu_count() or 1) // nproc))
+    env = {"OMP_NUM_THREADS": threads, "MASTER_ADDR": "127.0.0.1"} | os.environ
+    env |= {"PYTHONSAFEPATH": "1"}  # a launch.py or torch.py in the working directory is the user's, not ours
+    env |= {"WORLD_SIZE": str(nproc), "LOCAL_WORLD_SIZE": str(nproc)}
+    if place is None or place.nodes == 1:
+        return env | {"MASTER_PORT": str(free_port())}
+    name = interface.towards(place.address, port=place.port)
+    chosen = {} if name is None else interface.variables(name)
+    env = chosen | env | {"MASTER_ADDR": place.address, "MASTER_PORT": str(place.port)}
+    return env | {"WORLD_SIZE": str(place.nodes * nproc)}
+
+
+def _why(folder: Path, code: int) -> str:
+    """What is known of an end with this code, in one line."""
+    verdict = guard.read_verdict(folder)
+    told = [verdict] if verdict else [found for p in folder.glob("failed-*") if (found := beats.read_json(p))]
+    return next((str(found.get("why", "")) for found in told if found.get("exit_code") == code), "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,13 +170,13 @@ def _signals_passed_on() -> Iterator[tuple[list[subprocess.Popen], list[int]]]:
             signal.signal(s, handler)
 
 
-def _wait(children: Sequence[subprocess.Popen], *, folder: Path, received: Sequence[int]) -> int:
+def _wait(children: Sequence[subprocess.Popen], *, folder: Path, received: Sequence[int], first: int) -> int:
     """Until all have left, or until those that do not leave must be ended: after a failure, or after a request to stop."""
     failed: dict[int, int] = {}  # in the order of time
     asked: list[tuple[float, int]] = []
     ends_at = float("inf")
     while any(child.poll() is None for child in children) and time.monotonic() < ends_at:
-        _note(failed, children, folder=folder)
+        _note(failed, children, folder=folder, first=first)
         now = time.monotonic()
         asked += [(now, number) for number in received[len(asked) :]]
         if failed:
@@ -145,7 +186,7 @@ def _wait(children: Sequence[subprocess.Popen], *, folder: Path, received: Seque
             if any(number in AT_ONCE and at - asked[0][0] > AT_ONCE[number] for at, number in asked):
                 ends_at = min(ends_at, now + GRACE_SECONDS)
         time.sleep(0.05)
-    _note(failed, children, folder=folder)
+    _note(failed, children, folder=folder, first=first)
     if (found := guard.read_verdict(folder)) is not None:
         return int(found["exit_code"])
     if any(child.poll() is None for child in children) and not failed:
@@ -160,9 +201,9 @@ def _causes(failed: dict[int, int]) -> list[int]:
     return [code for code in failed.values() if code != PeerLostError.exit_code]
 
 
-def _note(failed: dict[int, int], children: Sequence[subprocess.Popen], *, folder: Path) -> None:
+def _note(failed: dict[int, int], children: Sequence[subprocess.Popen], *, folder: Path, first: int) -> None:
     """Remember who failed. That a rank was ended by a signal is told at once, if it is the cause: it could not say so itself."""
-    for rank, child in enumerate(children):
+    for rank, child in enumerate(children, start=first):
         code = child.poll()
         if code is None or code in STOPPED or rank in failed:
             continue

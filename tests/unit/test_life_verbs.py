@@ -21,6 +21,7 @@ from ecdit_train.supervise import lives, summary
 from ecdit_train.supervise.beats import Beat
 from ecdit_train.supervise.lease import acquire, read
 from ecdit_train.supervise.verdict import Seen
+from launch import record
 
 
 @pytest.fixture
@@ -170,3 +171,51 @@ def test_a_real_run_is_refused_twice_watched_and_stopped(tiny_shards, tmp_path):
     assert steps == list(range(1, len(steps) + 1))
     assert read(Path(tmp_path / "run")).mark.token is None
     assert lives.read(tmp_path / "run")[-1].facts["why"] == "stopped by ecdit stop, everything saved"
+
+
+@pytest.fixture
+def job(run, tmp_path_factory, monkeypatch):
+    """`job(state)`: Slurm has job 12 of this run like that, which has decided something."""
+
+    def say(state: str) -> None:
+        folder = tmp_path_factory.mktemp("bin")
+        (folder / "squeue").write_text(f"#!/bin/sh\n[ $3 = 12 ] && echo '{state}'\n")
+        (folder / "squeue").chmod(0o755)
+        monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+    record.add(run, "12", what="life", life=1, step=-1)
+    facts = {"then": "again", "reason": "a process was killed", "step": 60, "wait": 15.0, "lost": ["n2"]}
+    record.add(run, "12", what="decision", life=1, **facts)
+    return say
+
+
+def test_status_tells_what_the_job_does_and_decided(run, job):
+    job("PENDING|Priority|n2")
+    lines = life_verbs.look(run).lines
+    assert "job         12: PENDING (Priority)" in lines
+    (told,) = [line for line in lines if line.startswith("decided")]
+    assert told.endswith("life 1, step 60: a process was killed; bad nodes: n2: again in 15 s")
+    record.add(run, "12", what="resubmitted", to="13")
+    assert "job         13: not in the queue" in life_verbs.look(run).lines
+
+
+def test_stop_of_a_job_that_waits_says_scancel(run, job, capsys):
+    job("PENDING|Priority|")
+    assert life_verbs.stop(life_verbs.argparse.Namespace(run=str(run), timeout=1.0)) == 75
+    assert "waits in the queue: scancel 12" in capsys.readouterr().out
+    assert not record.stop_path(run, "12").exists()
+
+
+def test_stop_of_a_job_between_two_lives_tells_its_supervisor(run, job, capsys):
+    job("RUNNING|None|")
+    assert life_verbs.stop(life_verbs.argparse.Namespace(run=str(run), timeout=1.0)) == 0
+    assert "between two lives" in capsys.readouterr().out
+    assert record.stop_path(run, "12").exists()
+
+
+def test_stop_of_a_life_of_a_job_tells_its_supervisor_too(run, job, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    held = acquire(run, expires=60.0)
+    assert life_verbs.stop(life_verbs.argparse.Namespace(run=str(run), timeout=0.1)) == 75
+    assert record.stop_path(run, "12").exists()
+    held.release()

@@ -14,10 +14,8 @@
 
 # Slurm's warning (USR2, 600 s before the limit) and SIGTERM come to this shell. They are kept from here on, and told to the
 # supervisor through its standard input, so that none is lost while modules are loaded or Python starts.
-supervisor_hears='' kept=''
-tell() { if [[ -n $supervisor_hears ]]; then echo "$1" >&"$supervisor_hears"; else kept+="$1"$'\n'; fi; }
-for signal in USR2 TERM INT; do trap "tell $signal" "$signal"; done
-trap '' PIPE
+exec {pipe}<> <(:)  # a pipe of this shell's own
+for signal in USR2 TERM INT; do trap "echo $signal >&$pipe" "$signal"; done
 
 set -euo pipefail
 cd "$SLURM_SUBMIT_DIR"
@@ -30,9 +28,8 @@ code=/runs/m_64e_on_64_h100/code/0123456789ab
 export PYTHONSAFEPATH=1  # a launch.py or torch.py in this folder must not be imported in place of ours; PYTHONPATH still counts
 if [[ -n $code ]]; then export PYTHONPATH="$code${PYTHONPATH:+:$PYTHONPATH}"; fi
 
-exec {supervisor_hears}> >(trap '' USR2 TERM INT; exec /opt/ecdit/bin/python -m launch.job "$run/job.json")
+(trap '' USR2 TERM INT; exec /opt/ecdit/bin/python -m launch.job "$run/job.json") <&"$pipe" &
 supervisor=$!
-printf '%s' "$kept" >&"$supervisor_hears"
 
 # A trap ends `wait` early. The supervisor's exit code is the job's; it has said in the log what it decided, and why.
 while kill -0 "$supervisor" 2>/dev/null; do wait "$supervisor" || true; done

@@ -1,0 +1,257 @@
+"""The supervisor of a Slurm job, beside its batch shell: `python -m launch.job RUN/job.json`.
+
+It runs lives of the run, one after another: checks of every node, then one step of srun. By the class of a life's exit code it
+starts another one in the same allocation, puts the job back into the queue, or ends it. Every decision is a line in the log and
+one in RUN/jobs/<job>.jsonl. Standard library and supervision only: no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ecdit_train.errors import EXIT_OK, EXIT_REQUEUE, EcditError, StorageError
+from ecdit_train.run_folder import JOB_SCRIPT, JOBS
+from ecdit_train.supervise.exit_file import EXIT_FILE_VARIABLE
+from launch import bandwidth, interface, job_file, life, preflight, record, reports
+from launch.decide import AGAIN, DONE, LEAVE, REQUEUE, STOP, Decision, Ending, decide
+from launch.job_file import JobFile
+from launch.outside import WARNINGS, Outside
+from launch.place import expand, port_of
+from launch.slurm import Slurm
+
+
+@dataclass(kw_only=True)
+class Supervisor:
+    """See the module."""
+
+    job: JobFile
+    slurm: Slurm
+    hosts: list[str]
+    environ: Mapping[str, str]
+    outside: Outside
+    suspects: tuple[str, ...] = ()
+    """Nodes that never said how the last life ended for them."""
+    told_lead: bool = field(default=False)
+
+    def run(self) -> int:
+        """Lives until one of them is the last here. The exit code of the job."""
+        while True:
+            decision, ending = self._life()
+            self._tell(decision, ending)
+            if decision.then in (DONE, STOP, LEAVE):
+                self._stop_path.unlink(missing_ok=True)
+                return decision.code
+            if decision.then == REQUEUE:
+                return self._requeue(ending)
+            self._wait(decision.wait)
+
+    def _life(self) -> tuple[Decision, Ending]:
+        """One, if nothing is against it."""
+        run, number = Path(self.job.run), self._past().number + 1
+        if self.outside.warned or self._asked:
+            return self._decide(Ending(code=EXIT_REQUEUE, lived=False))
+        folder = run / JOBS / self.slurm.job / f"life-{number:04d}"
+        environ = self._variables(folder, number=number)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            return self._decide(Ending(code=StorageError.exit_code, why=f"{folder} cannot be made: {error}"))
+        try:
+            ending = self._fit(folder, environ=environ)
+            counts = ending.code == EXIT_OK or self.job.bad_node == "keep" or not (ending.bad or ending.lost)
+            if counts and not self.outside.warned:
+                step = record.committed_step(run)
+                self._note("life", life=number, step=step, nodes=self.hosts, attempt=self._attempt)
+            if ending.code == EXIT_OK and not self.outside.warned:
+                self._say(
+                    f"life {number} begins on {', '.join(self.hosts[:8])}{', ...' if len(self.hosts) > 8 else ''}"
+                )
+                lived = life.live(self.job, folder=folder, environ=environ, outside=self.outside)
+                ending, self.suspects = lived.ending, lived.unheard
+            elif ending.code == EXIT_OK:
+                ending = Ending(code=EXIT_REQUEUE, lived=False)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                folder.parent.rmdir()
+        return self._decide(ending)
+
+    def _fit(self, folder: Path, *, environ: Mapping[str, str]) -> Ending:
+        """Nodes that fell silent in the last life are asked first: the checks of all wait long for one that is gone."""
+        if self.suspects:
+            lost = tuple(self.slurm.silent(self.suspects))
+            self.suspects = ()
+            if lost and set(lost) < set(self.hosts):
+                why = f"{', '.join(lost)} {'do' if len(lost) > 1 else 'does'} not answer"
+                return Ending(code=preflight.UNKNOWN, why=why, lost=lost)
+        found = preflight.check(self.job, hosts=self.hosts, slurm=self.slurm, environ=environ, folder=folder)
+        if found.code != EXIT_OK:
+            return found
+        return bandwidth.check(self.job, hosts=self.hosts, slurm=self.slurm, environ=environ)
+
+    def _decide(self, ending: Ending) -> tuple[Decision, Ending]:
+        warned = tuple(self.outside.warned)
+        decision = decide(
+            ending,
+            past=self._past(),
+            limits=self.job.lives,
+            warned=warned,
+            asked=self._asked,
+            state=self.slurm.state() if "TERM" in warned else None,
+        )
+        return decision, ending
+
+    def _requeue(self, ending: Ending) -> int:
+        """The job comes back without what is wrong with its nodes, or says how to bring it back. The job's exit code."""
+        bad, keep = [host for host, _ in ending.bad], self.job.bad_node == "keep"
+        if ending.lost and not keep:
+            if self.job.bad_node == "drain" and self.slurm.set_nodes(ending.lost, state="down", why=ending.why) is None:
+                self._say(f"{', '.join(ending.lost)} set down: Slurm requeues the job itself")
+                return EXIT_REQUEUE
+            # A requeued job starts when all its nodes have answered; one that is gone never does.
+            if self._submit_again([*ending.lost, *bad]):
+                return EXIT_REQUEUE
+        drained = False
+        if bad and self.job.bad_node == "drain":
+            refused = self.slurm.set_nodes(bad, state="drain", why=ending.why)
+            drained = refused is None
+            self._say(f"{', '.join(bad)} drained" if drained else f"{', '.join(bad)} cannot be drained: {refused}")
+        refused = self.slurm.requeue()
+        if refused is not None:
+            self._say(f"Slurm does not requeue job {self.slurm.job}: {refused}")
+            if not self._submit_again([] if keep or drained else bad):
+                self._say(f"the job does not come back by itself; run: sbatch {self._script}")
+            return EXIT_REQUEUE
+        # Slurm ends this process now; it takes only a pending job's word about its nodes.
+        if (out := [*([] if drained else bad), *ending.lost]) and not keep:
+            refused = self.slurm.exclude(out)
+            self._say(f"the job comes back without {', '.join(out)}" if refused is None else f"not excluded: {refused}")
+        return EXIT_REQUEUE
+
+    def _submit_again(self, exclude: Sequence[str]) -> bool:
+        number, refused = self.slurm.submit_again(self._script, exclude=exclude)
+        if number is None:
+            self._say(f"sbatch refused: {refused}")
+            return False
+        self._note("resubmitted", to=number, exclude=exclude)
+        without = f" without {', '.join(exclude)}" if exclude else ""
+        self._say(f"the job goes on as job {number}{without}")
+        return True
+
+    def _wait(self, seconds: float) -> None:
+        """Back-off; a warning or a request to stop ends it."""
+        until = self.outside.now() + seconds
+        while (left := until - self.outside.now()) > 0 and not self.outside.warned and not self._asked:
+            self.outside.listen(min(left, 1.0))
+
+    def _tell(self, decision: Decision, ending: Ending) -> None:
+        """The decision, and whether the lead that Slurm gives is long enough."""
+        run = Path(self.job.run)
+        past, step, need = self._past(), record.committed_step(run), record.needed_lead(run)
+        facts = {"bad": dict(ending.bad), "lost": ending.lost, "warned": self.outside.warned, "wait": decision.wait}
+        self._note(
+            "decision",
+            life=past.number,
+            then=decision.then,
+            code=ending.code,
+            exit_code=decision.code,
+            reason=decision.reason,
+            step=step,
+            without_progress=past.without_progress,
+            **{name: value for name, value in facts.items() if value},
+            **({} if need is None else {"lead_needed": round(need, 1), "lead": self.job.lead}),
+        )
+        then = {
+            DONE: "done",
+            STOP: f"stop, exit code {decision.code}",
+            AGAIN: f"again in this allocation{f' in {decision.wait:g} s' if decision.wait else ''}",
+            REQUEUE: "back into the queue",
+            LEAVE: "end",
+        }[decision.then]
+        at = f"step {step}" if step >= 0 else "no checkpoint yet"
+        self._say(f"{decision.reason}; {at}: {then}")
+        if need is not None and need > self.job.lead and not self.told_lead:
+            self.told_lead = True
+            self._say(
+                f"a stop may take {need:.0f} s (slowest step, slowest save, margin), and Slurm's warning comes "
+                f"{self.job.lead} s before the end: set cluster.signal_lead={-(-need // 10) * 10:.0f}"
+            )
+
+    def _variables(self, folder: Path, *, number: int) -> dict[str, str]:
+        """The environment of a life's steps."""
+        env = {**self.environ, "PYTHONSAFEPATH": "1", reports.VARIABLE: str(folder)}
+        env[EXIT_FILE_VARIABLE] = str(folder / reports.EXIT)
+        env |= {"MASTER_ADDR": self.hosts[0], "MASTER_PORT": str(port_of(self.slurm.job, life=number))}
+        if self.job.code and self.job.code not in (known := env.get("PYTHONPATH", "").split(os.pathsep)):
+            env["PYTHONPATH"] = os.pathsep.join(filter(None, [self.job.code, *known]))
+        if self.job.interface:
+            env = interface.variables(self.job.interface) | env
+        return env
+
+    def _past(self) -> record.History:
+        run = Path(self.job.run)
+        return record.history(record.read(run, self.slurm.job), committed=record.committed_step(run))
+
+    @property
+    def _stop_path(self) -> Path:
+        return record.stop_path(Path(self.job.run), self.slurm.job)
+
+    @property
+    def _asked(self) -> bool:
+        return self._stop_path.exists()
+
+    @property
+    def _script(self) -> Path:
+        return Path(self.job.run) / JOB_SCRIPT
+
+    @property
+    def _attempt(self) -> int:
+        return int(self.environ.get("SLURM_RESTART_COUNT") or 0)
+
+    def _note(self, what: str, **facts: object) -> None:
+        record.add(Path(self.job.run), self.slurm.job, what=what, **facts)
+
+    def _say(self, words: str) -> None:
+        print(f"ecdit: job {self.slurm.job}: {words}", file=sys.stderr, flush=True)
+
+
+def supervise(path: Path, *, environ: Mapping[str, str], outside: Outside) -> int:
+    """Raises ConfigError for a damaged job file, EcditError outside of a Slurm job."""
+    job = job_file.read(path)
+    number, names = environ.get("SLURM_JOB_ID"), environ.get("SLURM_JOB_NODELIST", "")
+    if not number or not names:
+        raise EcditError(
+            f"SLURM_JOB_ID and SLURM_JOB_NODELIST are not set: this is what {JOB_SCRIPT} starts; run: sbatch"
+        )
+    hosts = [names] if not set(names) & set("[,") else expand(names)
+    if len(hosts) != job.nodes:
+        raise EcditError(f"{path} is about {job.nodes} nodes, and job {number} has {len(hosts)} ({names})")
+    slurm = Slurm(outside=outside, job=number, environ=environ)
+    return Supervisor(job=job, slurm=slurm, hosts=hosts, environ=environ, outside=outside).run()
+
+
+def main(argv: Sequence[str]) -> int:
+    outside = Outside()
+    outside.open_ears()
+    if len(argv) != 1:
+        print("usage: python -m launch.job RUN/job.json", file=sys.stderr)
+        return 2
+    try:
+        return supervise(Path(argv[0]), environ=os.environ, outside=outside)
+    except EcditError as error:
+        for line in str(error).splitlines():
+            print(f"ecdit: {type(error).__name__}: {line}", file=sys.stderr)
+        return error.exit_code
+    finally:  # Slurm ends what it has requeued; an interpreter that is leaving has no handlers any more
+        signal.pthread_sigmask(signal.SIG_BLOCK, WARNINGS)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

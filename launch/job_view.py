@@ -1,0 +1,70 @@
+"""The job of a run as people see it: what Slurm says of it now, and what it decided."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch import record
+from launch.outside import Outside
+from launch.slurm import JobState, Slurm
+
+SHOWN = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobView:
+    """The newest job of a run folder."""
+
+    number: str
+    state: JobState | None
+    """None: not in the queue, or nobody here can ask."""
+    lines: tuple[record.Line, ...]
+
+    @property
+    def waits(self) -> bool:
+        return self.state is not None and self.state.state == "PENDING"
+
+    @property
+    def runs(self) -> bool:
+        return self.state is not None and self.state.state == "RUNNING"
+
+    def __str__(self) -> str:
+        if self.state is None:
+            return f"{self.number}: {'not in the queue' if shutil.which('squeue') else 'no Slurm here to ask'}"
+        why = f" ({self.state.reason})" if self.state.reason not in ("None", "") else ""
+        return f"{self.number}: {self.state.state}{why}"
+
+    def decisions(self) -> list[str]:
+        """The last ones, a line each."""
+        return [_words(line) for line in self.lines if line.get("what") == "decision"][-SHOWN:]
+
+
+def look(run: Path) -> JobView | None:
+    """None where no job has written."""
+    number = record.newest(run)
+    if number is None:
+        return None
+    lines = record.read(run, number)
+    if lines and lines[-1].get("what") == "resubmitted":
+        number = str(lines[-1]["to"])
+    state = Slurm(outside=Outside(), job=number, environ=os.environ).state() if shutil.which("squeue") else None
+    return JobView(number=number, state=state, lines=tuple(lines))
+
+
+def ask_to_stop(run: Path, number: str) -> None:
+    """The supervisor starts no further life. Raises OSError."""
+    if record.path_of(run, number).exists():
+        record.stop_path(run, number).touch()
+
+
+def _words(line: record.Line) -> str:
+    at = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(float(line.get("time", 0))))
+    wait = f" in {line['wait']:g} s" if line.get("wait") else ""
+    names = ", ".join([*line.get("lost", []), *line.get("bad", {})])
+    bad = f"; bad nodes: {names}" if names else ""
+    place = f"life {line.get('life', '?')}, step {line.get('step', '?')}"
+    return f"{at}, {place}: {line.get('reason', '')}{bad}: {line.get('then')}{wait}"

@@ -1,0 +1,123 @@
+"""What a job did and decided, one JSON object a line, in RUN/jobs/<job>.jsonl: for people, and for the supervisor of the next
+attempt, which counts from it.
+
+    {"what": "life", "life": 3, "step": 400, ...}          a life begins; newest committed step then
+    {"what": "decision", "then": "again", "code": 137, ...}  what came of it, and what happens next
+    {"what": "resubmitted", "to": "4712"}                  the job goes on under this number
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ecdit_train.run_folder import CHECKPOINTS, JOBS, METRICS, by_step
+from launch.classes import STOP
+
+Line = dict[str, Any]
+MARGIN_SECONDS = 30.0
+"""For the ranks to agree and leave, besides the step at work and the save."""
+
+
+def path_of(run: Path, job: str) -> Path:
+    return run / JOBS / f"{job}.jsonl"
+
+
+def stop_path(run: Path, job: str) -> Path:
+    """Made by `ecdit stop`: no further life."""
+    return run / JOBS / f"{job}.stop"
+
+
+def add(run: Path, job: str, **facts: Any) -> None:
+    """A line more. A disk that refuses is not a reason to end a job: nothing is raised."""
+    line = json.dumps({"time": round(time.time(), 3), **facts}, default=str) + "\n"
+    with contextlib.suppress(OSError):
+        path_of(run, job).parent.mkdir(exist_ok=True)
+        handle = os.open(path_of(run, job), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(handle, line.encode())
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def read(run: Path, job: str) -> list[Line]:
+    """All lines of a job and of those that it goes on from, oldest first. What cannot be read is left out."""
+    lines, seen = _lines(path_of(run, job)), {job}
+    while (before := _before(run, job)) is not None and before not in seen:
+        seen.add(before)
+        lines, job = _lines(path_of(run, before)) + lines, before
+    return lines
+
+
+def newest(run: Path) -> str | None:
+    """The job that wrote last."""
+    paths = list((run / JOBS).glob("*.jsonl"))
+    return max(paths, key=lambda path: (path.stat().st_mtime, path.stem)).stem if paths else None
+
+
+def _before(run: Path, job: str) -> str | None:
+    for path in (run / JOBS).glob("*.jsonl"):
+        last = (_lines(path) or [{}])[-1]
+        if last.get("what") == "resubmitted" and str(last.get("to")) == job:
+            return path.stem
+    return None
+
+
+def _lines(path: Path) -> list[Line]:
+    found: list[Line] = []
+    with contextlib.suppress(OSError):
+        for text in path.read_bytes().splitlines():
+            with contextlib.suppress(ValueError):
+                line = json.loads(text)
+                if isinstance(line, dict):
+                    found.append(line)
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class History:
+    """The lives of a job so far."""
+
+    number: int
+    """Of the last life, ever."""
+    lives: int
+    """Since somebody looked: since the job was stopped last."""
+    without_progress: int
+    """Of these the last ones after which no newer step was committed."""
+
+
+def history(lines: list[Line], *, committed: int) -> History:
+    """`committed`: the newest step now, -1: none. Needs no ends of lives, which a lost batch host does not write."""
+    begins = [line for line in lines if line.get("what") == "life"]
+    stopped = [n for n, line in enumerate(lines) if line.get("what") == "decision" and line.get("then") == STOP]
+    recent = [line for line in lines[stopped[-1] + 1 if stopped else 0 :] if line.get("what") == "life"]
+    idle = 0
+    for line in reversed(recent):
+        if int(line.get("step", -1)) < committed:
+            break
+        idle += 1
+    number = max([int(line.get("life", 0)) for line in begins], default=0)
+    return History(number=number, lives=len(recent), without_progress=idle)
+
+
+def committed_step(run: Path) -> int:
+    """The newest committed step; -1: none."""
+    return max([step for step, path in by_step(run / CHECKPOINTS, suffix="") if path.is_dir()], default=-1)
+
+
+def needed_lead(run: Path) -> float | None:
+    """Seconds that a stop of the last life that logged may take: its slowest step, its slowest save, a margin. None: not known."""
+    files = sorted(path for path in (run / METRICS).glob("*.jsonl") if path.stem.isdigit())
+    for path in reversed(files):
+        records = _lines(path)
+        steps = [line["perf/step_s"] for line in records if isinstance(line.get("perf/step_s"), int | float)]
+        saves = [line["ckpt/save_s"] for line in records if isinstance(line.get("ckpt/save_s"), int | float)]
+        if steps or saves:
+            return float(max(steps, default=0.0) + max(saves, default=0.0) + MARGIN_SECONDS)
+    return None
