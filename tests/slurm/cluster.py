@@ -6,7 +6,7 @@
         cluster.kill_node("n2")
 
 The controller and each node have a network of their own, joined by a bridge (10.77.0.0/24, nothing of it on the machine's own
-network), so ports are free, clusters can live beside each other, and a cable can be pulled. Everything lies in one temporary folder.
+network), so ports are free, clusters can live beside each other, and a cable can be pulled. All files lie in one temporary folder.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
@@ -31,7 +30,9 @@ DAEMONS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol", "sinfo
 SUBNET = "10.77.0"
 CONF = Template((Path(__file__).parent / "slurm.conf.template").read_text(encoding="utf-8"))
 
-ETC = 'hostname "$0"; mount --bind "$1/hosts" /etc/hosts; mount --bind "$1/nsswitch" /etc/nsswitch.conf; mount -t tmpfs shm /dev/shm; ip link set lo up'
+ETC = """hostname "$0"
+mount --bind "$1/hosts" /etc/hosts; mount --bind "$1/nsswitch" /etc/nsswitch.conf; mount -t tmpfs shm /dev/shm
+ip link set lo up"""
 """Own host names, own shared memory, and no DNS: without a route each reverse look-up would take 5 s."""
 CONTROLLER = f"""{ETC}
 ip link add br0 type bridge forward_delay 0; ip addr add {SUBNET}.1/24 dev br0; ip link set br0 up
@@ -61,7 +62,8 @@ class Job:
     batch_host: str | None
     """None while it waits."""
     nodes: tuple[str, ...]
-    seconds_of_limit: str
+    minutes: int
+    """That it has run, rounded down."""
 
 
 class Cluster:
@@ -158,10 +160,11 @@ class Cluster:
         said = self.exec("scontrol", "show", "job", "-o", str(number))
         facts = dict(re.findall(r"(?:^| )(\w+)=(\S*)", said))
         code, _, killed_by = facts["ExitCode"].partition(":")
+        hours, minutes, _ = facts["RunTime"].rpartition("-")[2].split(":")
         return Job(
             id=number, state=facts["JobState"], reason=facts["Reason"], restarts=int(facts["Restarts"]),
             exit_code=int(code), signal=int(killed_by), batch_host=facts.get("BatchHost"),
-            nodes=self._hosts(facts.get("NodeList", "")), seconds_of_limit=facts["TimeLimit"],
+            nodes=self._hosts(facts.get("NodeList", "")), minutes=int(hours) * 60 + int(minutes),
         )  # fmt: skip
 
     def wait(self, number: int, *states: str, seconds: float = 120.0) -> Job:
@@ -224,6 +227,10 @@ class Cluster:
 
     def drain(self, name: str, *, reason: str = "drill") -> None:
         self.exec("scontrol", "update", f"nodename={name}", "state=drain", f"reason={reason}")
+
+    def on(self) -> set[str]:
+        """Nodes with power."""
+        return set(self._nodes)
 
     def processes_of(self, name: str) -> list[Process]:
         return self._nodes[name].processes()

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import re
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from cluster import Cluster, Job
+from cluster import ENDED, Cluster, Job
 from machines import Process, until
 from tiny_runs import records, steady, words
 
@@ -17,6 +16,8 @@ from ecdit_train.checkpoint import find, read_objects
 from ecdit_train.checkpoint.compare import compare
 
 STEPS = 160
+EARLY = 25
+"""The step at which things happen: one checkpoint is there, and some steps after it."""
 LAB = Path(__file__).parent / "lab"
 WORDS = (
     *("cluster=local", "cluster.nodes=2", "parallel=pair", "moe/experts=drill", f"--config-dir={LAB}"),
@@ -73,6 +74,10 @@ class Run:
         until(first, what=f"a step of a new life of {self.folder}", seconds=seconds, every=0.05)
         return round(min(first()) - after, 1)
 
+    @staticmethod
+    def all_steps() -> list[int]:
+        return list(range(1, STEPS + 1))
+
     def rank(self, job: int, number: int) -> tuple[str, Process]:
         """The node and the process of a rank."""
         found = [
@@ -85,21 +90,40 @@ class Run:
         return found[0]
 
     def decisions(self, job: int) -> list[dict]:
-        """What the job's supervisor decided, one after the other."""
+        """What the job's supervisor did and decided, one after the other."""
         path = self.folder / "jobs" / f"{job}.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()]
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def current(self, job: int) -> int:
+        """The number under which the job goes on: its own, unless the supervisor had to submit it again."""
+        while (to := [line["to"] for line in self.decisions(job) if line["what"] == "resubmitted"]) != []:
+            job = int(to[-1])
+        return job
+
+    def minutes(self, job: int) -> int:
+        return self.cluster.job(job).minutes
 
     def finished(self, job: int, *, seconds: float = START) -> Job:
-        """Waits for the job to end well."""
-        ended = self.cluster.wait(job, "COMPLETED", seconds=seconds)
-        assert (ended.exit_code, ended.signal) == (0, 0)
-        return ended
+        """Waits for the job, or what it goes on as, to end well."""
+
+        def ended() -> bool:
+            now = self.cluster.job(self.current(job))
+            assert now.state not in ENDED or now.state == "COMPLETED" or now.id != self.current(job), self._end(now)
+            return now.state == "COMPLETED"
+
+        until(ended, what=f"the end of job {job}", seconds=seconds, every=0.2)
+        last = self.cluster.job(self.current(job))
+        assert (last.exit_code, last.signal) == (0, 0)
+        return last
 
     def refused(self, job: int, code: int, *, seconds: float = START) -> Job:
         """Waits for the job to end with that code, and for good."""
         ended = self.cluster.wait(job, "FAILED", seconds=seconds)
         assert (ended.exit_code, ended.signal) == (code, 0), self.cluster.said(job)
         return ended
+
+    def _end(self, job: Job) -> str:
+        return f"{job}\n{self.cluster.said(job.id)}"
 
 
 def _keys(words: Sequence[str]) -> set[str]:
@@ -120,8 +144,3 @@ def assert_as_calm(run: Run, calm: Run) -> None:
     assert mine["loader"]["step"] == STEPS
     one = (run.folder / "wandb_id").read_text().strip()
     assert {path.name.rpartition("-")[2] for path in (run.folder / "wandb").glob("offline-run-*")} == {one}
-
-
-def moment() -> float:
-    """Now, as the records say it."""
-    return time.time()

@@ -54,20 +54,24 @@ def test_a_dead_node_and_a_cut_one(quick_cluster, tmp_path):
     """Power loss ends a node's processes, a cut cable does not; both come back, and the jobs are put back into the queue."""
     script = tmp_path / "sleep.sh"
     script.write_text('#!/bin/bash\n[ "${SLURM_RESTART_COUNT:-0}" -ge 1 ] && exit 0\nsrun sleep 1000\n')
+
+    def at_work() -> bool:
+        return quick_cluster.runs(other, "1000")
+
     for event in ("cut", "dead"):
         job = quick_cluster.submit("--nodes=2", "--requeue", "--output=/dev/null", script)
         *_, other = quick_cluster.wait(job, "RUNNING").nodes
-        until(lambda: quick_cluster.runs(other, "1000"), what="the step", seconds=10)
+        until(at_work, what="the step", seconds=10)
         if event == "cut":
             quick_cluster.link(other, up=False)
         else:
             quick_cluster.kill_node(other)
         assert quick_cluster.wait(job, "COMPLETED", seconds=60).restarts == 1
         if event == "cut":
-            assert quick_cluster.runs(other, "1000"), "the stale one lives on"
+            assert at_work(), "the stale one lives on"
         quick_cluster.reset()
         assert other in quick_cluster.idle()
-        assert not quick_cluster.runs(other, "1000")
+        assert not at_work()
 
 
 @pytest.mark.parametrize("what", ["lets go", pytest.param("keeps", marks=pytest.mark.slurm)])
@@ -109,7 +113,13 @@ def test_down_leaves_nothing(possible, tmp_path):
 
 def test_a_test_run_that_is_killed_leaves_no_daemon(possible):
     """The kernel ends the cluster with the process that made it."""
-    code = "import time; from cluster import Cluster; c = Cluster(nodes=1).up(); print(c.folder, *c.all_pids(), flush=True); time.sleep(99)"
+    code = """
+import time
+from cluster import Cluster
+cluster = Cluster(nodes=1).up()
+print(cluster.folder, *cluster.all_pids(), flush=True)
+time.sleep(100)
+"""
     env = {**environment(), "PYTHONPATH": str(HERE)}
     owner = subprocess.Popen([sys.executable, "-c", code], env=env, text=True, stdout=subprocess.PIPE)
     assert owner.stdout is not None
