@@ -22,7 +22,7 @@ LAB = Path(__file__).parent / "lab"
 WORDS = (
     *("cluster=local", "cluster.nodes=2", "parallel=pair", "moe/experts=drill", f"--config-dir={LAB}"),
     *(f"train.steps={STEPS}", "checkpoint.every_steps=20", "optim.schedule=constant"),
-    *("observe/sinks=wandb", "watch.lease=6", "watch.grace=30", "watch.data=10", "watch.step=10"),
+    *("observe/sinks=wandb", "watch.lease=6", "watch.grace=30", "watch.data=15", "watch.step=15"),
 )
 """Two ranks, eight seconds of steps of at least 50 ms."""
 START = 240.0
@@ -34,8 +34,9 @@ OBJECTS = ("loader", "guard", "quarantine", "pool", "window")
 class Run:
     """A run folder and the jobs that were submitted for it."""
 
-    def __init__(self, cluster: Cluster, *, folder: Path, shards: Path) -> None:
-        self.cluster, self.folder, self.shards = cluster, folder, shards
+    def __init__(self, cluster: Cluster, *, folder: Path, shards: Path, steps: int = STEPS) -> None:
+        """`steps`: as many as `launch` is given."""
+        self.cluster, self.folder, self.shards, self.steps = cluster, folder, shards, steps
 
     # --- what a user does ---------------------------------------------------------------------------------------------
 
@@ -74,9 +75,8 @@ class Run:
         until(first, what=f"a step of a new life of {self.folder}", seconds=seconds, every=0.05)
         return round(min(first()) - after, 1)
 
-    @staticmethod
-    def all_steps() -> list[int]:
-        return list(range(1, STEPS + 1))
+    def all_steps(self) -> list[int]:
+        return list(range(1, self.steps + 1))
 
     def rank(self, job: int, number: int) -> tuple[str, Process]:
         """The node and the process of a rank."""
@@ -133,7 +133,7 @@ def _keys(words: Sequence[str]) -> set[str]:
 def assert_as_calm(run: Run, calm: Run) -> None:
     """Bitwise: every record and the last checkpoint's tensors, data position included; one W&B run; no step twice or missing."""
     lines = records(run.folder)
-    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in lines] == run.all_steps()
     assert steady(lines) == steady(records(calm.folder))
     ours, theirs = (find(r.folder / "checkpoints")[-1].path for r in (run, calm))
     compared = list(compare(theirs, ours))
@@ -141,6 +141,6 @@ def assert_as_calm(run: Run, calm: Run) -> None:
     assert [tensor.name for tensor in compared if not tensor.same_bytes] == []
     mine, other = read_objects(ours), read_objects(theirs)
     assert {name: mine[name] for name in OBJECTS} == {name: other[name] for name in OBJECTS}
-    assert mine["loader"]["step"] == STEPS
+    assert mine["loader"]["step"] == run.steps
     one = (run.folder / "wandb_id").read_text().strip()
     assert {path.name.rpartition("-")[2] for path in (run.folder / "wandb").glob("offline-run-*")} == {one}
