@@ -100,9 +100,6 @@ class Run:
             job = int(to[-1])
         return job
 
-    def minutes(self, job: int) -> int:
-        return self.cluster.job(job).minutes
-
     def finished(self, job: int, *, seconds: float = START) -> Job:
         """Waits for the job, or what it goes on as, to end well."""
 

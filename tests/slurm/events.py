@@ -30,10 +30,10 @@ def preemption(run: Run, job: int) -> Mend:
 
 
 def time_limit(run: Run, job: int) -> Mend:
-    """The limit comes so close that Slurm warns at once. The job gets more time for its next attempt."""
+    """The limit comes so close that Slurm warns when it looks next, within 30 s. The job gets more time for its next attempt."""
     before = run.cluster.job(job).restarts
-    run.cluster.exec("scontrol", "update", f"jobid={job}", f"timelimit={run.minutes(job) + 2}")
-    until(lambda: run.cluster.job(job).restarts > before, what="the warning and the requeue", seconds=150, every=0.1)
+    run.cluster.exec("scontrol", "update", f"jobid={job}", f"timelimit={run.cluster.job(job).minutes + 2}")
+    until(lambda: run.cluster.job(job).restarts > before, what="the warning and the requeue", seconds=100, every=0.1)
     run.cluster.exec("scontrol", "update", f"jobid={job}", "timelimit=60")
     return nothing
 

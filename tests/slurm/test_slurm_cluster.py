@@ -50,6 +50,7 @@ def test_nodes_are_machines(cluster):
     assert not Path("/sys/class/net/br0").exists(), "nothing of it on this machine's own network"
 
 
+@pytest.mark.slurm
 def test_a_dead_node_and_a_cut_one(quick_cluster, tmp_path):
     """Power loss ends a node's processes, a cut cable does not; both come back, and the jobs are put back into the queue."""
     script = tmp_path / "sleep.sh"
@@ -74,10 +75,11 @@ def test_a_dead_node_and_a_cut_one(quick_cluster, tmp_path):
         assert not at_work()
 
 
-@pytest.mark.parametrize("what", ["lets go", pytest.param("keeps", marks=pytest.mark.slurm)])
+@pytest.mark.slurm
+@pytest.mark.parametrize("what", ["keeps", "lets go"])
 def test_a_requeue_waits_for_a_dead_node_that_the_job_still_has(what, cluster, tmp_path):
-    """What our supervisor relies on where SlurmdTimeout is long. A job that has let its dead node go, and then asks for as many
-    nodes as before without that one, is back after cred_expire (5 s)."""
+    """Why our supervisor does not requeue a job with a dead node, but submits it again: it comes back after SlurmdTimeout only.
+    The other way round this: a job that has let its dead node go, and then asks for another in its place, is back in seconds."""
     script = tmp_path / "lost.sh"
     script.write_text(LOST)
     job = cluster.submit(f"--output={tmp_path}/out", script, tmp_path, what)

@@ -18,9 +18,13 @@ BACK = 150.0
 """Seconds in which a run must be back where nothing has to be waited for; half of Slurm's default SlurmdTimeout."""
 
 
-def drill(run, calm, event, record_property, *, what: str) -> int:
+SLOW = ("moe.experts.pause=0.4", "cluster.signal_lead=120")
+"""A minute of steps, for what takes its time to happen; and a warning long before the limit."""
+
+
+def drill(run, calm, event, record_property, *, what: str, words: tuple[str, ...] = ()) -> int:
     """Launch, let `event` happen in the middle, wait for a new life's first step, mend, and compare. The job's first number."""
-    job = run.launch()
+    job = run.launch(*words)
     run.reach(EARLY)
     began = time.time()
     mend = event(run, job)
@@ -60,7 +64,8 @@ def test_comes_back_in_its_allocation(event, run, calm, record_property):
 @pytest.mark.parametrize("event", [events.preemption, events.time_limit, events.warning], ids=lambda e: e.__name__)
 def test_comes_back_after_a_word_before(event, run, calm, record_property):
     """Announced ends lose no step: what was done is saved, and the job is requeued."""
-    job = drill(run, calm, event, record_property, what=event.__name__)
+    words = SLOW if event is events.time_limit else ()
+    job = drill(run, calm, event, record_property, what=event.__name__, words=words)
     assert run.cluster.job(job).restarts == 1
     assert [line["step"] for life in run.lives() for line in life if "step" in line] == run.all_steps(), (
         "none done twice"
