@@ -37,13 +37,13 @@ def long_calm(hasty, tiny_shards, tmp_path_factory) -> Run:
 
 @pytest.mark.slurm
 def test_an_hour_of_faults(long_calm, hasty, tiny_shards, tmp_path, record_property):
-    draw, done, started = random.Random(SEED), Counter[str](), time.monotonic()
+    draw, done, ends = random.Random(SEED), Counter[str](), time.monotonic() + SECONDS
     number = 0
-    while time.monotonic() - started < SECONDS:
+    while time.monotonic() < ends:
         number += 1
         run = Run(hasty, folder=tmp_path / f"run-{number}", shards=tiny_shards, steps=STEPS)
         job = run.launch(*WORDS)
-        done += _faults(run, job, draw=draw)
+        done += _faults(run, job, draw=draw, ends=ends)
         run.finished(job, seconds=START + STEPS)
         assert_as_calm(run, long_calm)
         hasty.reset()
@@ -52,15 +52,15 @@ def test_an_hour_of_faults(long_calm, hasty, tiny_shards, tmp_path, record_prope
     assert done.total() >= SECONDS / EVERY / 2, done
 
 
-def _faults(run: Run, job: int, *, draw: random.Random) -> Counter[str]:
-    """One a minute until the run is nearly over, at a moment that has nothing to do with what the run does just then."""
+def _faults(run: Run, job: int, *, draw: random.Random, ends: float) -> Counter[str]:
+    """One a minute until the run or the hour is nearly over, at a moment that has nothing to do with what the run does just then."""
     done = Counter[str]()
     run.reach(1)
     while True:
         minute = time.monotonic()
         event = draw.choice(LIST)
         time.sleep(draw.uniform(0.0, 10.0))
-        if run.step() > STEPS - 100:
+        if run.step() > STEPS - 100 or time.monotonic() > ends:
             return done
         began = time.time()
         mend = event(run, run.current(job))
