@@ -53,7 +53,7 @@ def test_an_hour_of_faults(long_calm, hasty, tiny_shards, tmp_path, record_prope
 
 
 def _faults(run: Run, job: int, *, draw: random.Random, ends: float) -> Counter[str]:
-    """One a minute until the run or the hour is nearly over, at a moment that has nothing to do with what the run does just then."""
+    """One a minute until the run or the hour is nearly over, at a moment that has nothing to do with what the run does then."""
     done = Counter[str]()
     run.reach(1)
     while True:
