@@ -104,7 +104,8 @@ def test_a_node_is_lost(event, quick_run, calm, record_property):
 @slurm
 def test_a_stale_rank_writes_nothing(quick_run, calm):
     """The rank behind a cut cable is the one that writes. It lives while the next life runs to its end, and changes nothing."""
-    run, job = quick_run, quick_run.launch()
+    # Its own watchdog would end it, a few seconds after the others are gone.
+    run, job = quick_run, quick_run.launch("watch.step=180", "watch.data=180")
     run.reach(EARLY)
     node, rank = run.rank(job, 0)
     began = time.time()
