@@ -185,9 +185,9 @@ def folder_in_memory() -> tempfile.TemporaryDirectory:
 @pytest.mark.faults
 def test_twenty_thousand_crash_states(record_property):
     states = 0
-    for seed, world, scenario in itertools.product(range(3), (1, 2, 4), SCENARIOS):
+    for world, scenario in itertools.product((1, 2, 4), SCENARIOS):
         with folder_in_memory() as folder:
-            states += sweep(Path(folder), world=world, scenario=scenario, most=4000, seed=seed)
+            states += sweep(Path(folder), world=world, scenario=scenario, most=1500, seed=10 + world)
     assert states >= 20_000
     record_property("crash states", states)
 
