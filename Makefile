@@ -10,7 +10,7 @@ export HF_HUB_OFFLINE := 1
 export WANDB_MODE ?= offline
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-faults lint format golden docs bench gpu-check image clean
+.PHONY: help setup demo test test-slow test-faults test-slurm slurm-deps lint format golden docs bench gpu-check image clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -60,6 +60,12 @@ test-slow: setup  ## the slow suites: 8-rank grids, 512 fake ranks
 
 test-faults: setup  ## the long fault drills: crash states, kills, stops, flips, disks (about an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults
+
+test-slurm: setup  ## all drills on a real Slurm cluster of namespaces, with an hour of faults at the end (needs root; about two hours)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/slurm -m ''
+
+slurm-deps:  ## install what the Slurm tests need, where root and apt-get are; elsewhere those tests skip
+	tools/slurm_deps.sh
 
 lint: setup  ## format check, lint, types, import rules, house rules
 	$(BIN)/ruff format --check .
