@@ -126,6 +126,6 @@ def test_the_cluster_of_three_lines_renders_a_job(tmp_path, tiny_shards):
     words = ("--config-dir", str(LAB), "experiment=toy", "train.microbatch=32", f"data.shards={tiny_shards}", "--render-only")
     answer = ecdit("launch", *words, cwd=tmp_path)
     assert answer.returncode == 0, answer.stderr
-    assert "--nproc-per-node=4" in answer.stdout
+    assert '"ranks_per_node": 4' in answer.stdout
     assert f"--config-dir {LAB}" in answer.stdout
     assert not list(tmp_path.iterdir())
