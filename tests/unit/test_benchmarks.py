@@ -1,10 +1,10 @@
-"""The GPU check runs where there is no GPU: what it would measure is code that works, and without a device it skips."""
+"""Benchmarks are code that works: the GPU check runs where there is no GPU, those of checkpoints on something small."""
 
 from __future__ import annotations
 
 import torch
 
-from benchmarks import gpu_check
+from benchmarks import checkpoint_scale, gpu_check
 
 
 def test_skips_with_a_reason(monkeypatch, capsys):
@@ -23,3 +23,10 @@ def test_every_check_runs_on_the_cpu(capsys):
 def test_a_wrong_layer_fails_the_check(monkeypatch):
     monkeypatch.setattr(gpu_check, "parity", lambda device: 0.5)
     assert gpu_check.main(["--device", "cpu"]) == 1
+
+
+def test_planning_a_save_and_a_load_are_measured_on_a_few_ranks():
+    costs = checkpoint_scale.planning_and_load(checkpoint_scale.Network(), checkpoint_scale.degrees(4, ep=4), [0, 3])
+    assert {"planning", "save", "load"} < costs.keys()
+    assert all(costs[part]["peak_mb"] > 0 for part in ("planning", "save", "load"))
+    assert costs["manifest_mb"] > 0

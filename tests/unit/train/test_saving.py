@@ -7,12 +7,13 @@ import itertools
 import json
 import math
 import os
+import time
 
 import pytest
 from tiny_runs import assert_same, configure, live, records, steady
 
 from ecdit_train import checkpoint
-from ecdit_train.checkpoint import manifest, restore, store
+from ecdit_train.checkpoint import background, manifest, restore, store
 from ecdit_train.errors import StorageError
 from ecdit_train.run_folder import CHECKPOINTS
 from ecdit_train.train import saving
@@ -38,6 +39,23 @@ def test_saving_beside_the_training_changes_nothing_but_who_writes(tiny_shards, 
         assert a == b
         for name in checkpoint.verify(pair[0]).tensors:
             assert (checkpoint.load_full(pair[0], name=name) == checkpoint.load_full(pair[1], name=name)).all()
+
+
+def test_an_update_waits_for_a_slow_copy(tiny_shards, tmp_path, monkeypatch):
+    """What is committed is the state of its step, also where the copy is still being made when the next update is ready."""
+    put = background.Memory.put
+
+    def slow(*args):
+        time.sleep(0.4)
+        put(*args)
+
+    monkeypatch.setattr(background.Memory, "put", slow)
+    for how in ("background", "blocking"):
+        live(configure(tmp_path / how, tiny_shards, f"checkpoint.save={how}", "checkpoint.keep=9"))
+    for step in (4, 8):  # the last one always waits
+        pair = [tmp_path / how / CHECKPOINTS / f"step_{step:08d}" for how in ("background", "blocking")]
+        for name in checkpoint.verify(pair[0]).tensors:
+            assert (checkpoint.load_full(pair[0], name=name) == checkpoint.load_full(pair[1], name=name)).all(), name
 
 
 def test_the_last_save_of_a_stop_is_committed_when_the_run_returns(tiny_shards, tmp_path):
