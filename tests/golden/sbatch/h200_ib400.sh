@@ -28,14 +28,19 @@ code=/runs/h200_ib400/code/0123456789ab
 export PYTHONSAFEPATH=1  # a launch.py or torch.py in this folder must not be imported in place of ours; PYTHONPATH still counts
 if [[ -n $code ]]; then export PYTHONPATH="$code${PYTHONPATH:+:$PYTHONPATH}"; fi
 
-(trap '' USR2 TERM INT; exec /opt/ecdit/bin/python -m launch.job "$run/job.json") <&"$pipe" &
+# Its exit code is the job's, and comes through a pipe too: bash forgets that of a child now and then, where signals come as it ends.
+exec {told}<> <(:)
+(
+  trap '' USR2 TERM INT
+  /opt/ecdit/bin/python -m launch.job "$run/job.json" <&"$pipe" && status=0 || status=$?
+  echo "$status" >&"$told"
+) &
 supervisor=$!
 
-# A trap ends `wait` early. The supervisor's exit code is the job's; it has said in the log what it decided, and why.
+# A trap ends `wait` early.
 while kill -0 "$supervisor" 2>/dev/null; do wait "$supervisor" || true; done
 trap '' USR2 TERM INT
-status=0
-wait "$supervisor" || status=$?
+read -r -t 1 -u "$told" status || { wait "$supervisor" && status=0 || status=$?; }
 if ((status > 128)); then
   echo "ecdit: the supervisor was killed (exit code $status), and its ranks end with it; go on with: sbatch $run/job.sh" >&2
 fi
