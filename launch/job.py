@@ -20,11 +20,15 @@ from ecdit_train.errors import EXIT_OK, EXIT_REQUEUE, EcditError, StorageError
 from ecdit_train.run_folder import JOB_SCRIPT, JOBS
 from ecdit_train.supervise.exit_file import EXIT_FILE_VARIABLE
 from launch import bandwidth, interface, job_file, life, preflight, record, reports
+from launch.comeback import Comeback
 from launch.decide import AGAIN, DONE, LEAVE, REQUEUE, STOP, Decision, Ending, decide
 from launch.job_file import JobFile
 from launch.outside import WARNINGS, Outside
 from launch.place import expand, port_of
 from launch.slurm import Slurm
+
+SHORT = 3
+"""Attempts in a row with too few nodes, after which somebody must look."""
 
 
 @dataclass(kw_only=True)
@@ -42,6 +46,8 @@ class Supervisor:
 
     def run(self) -> int:
         """Lives until one of them is the last here. The exit code of the job."""
+        if len(self.hosts) < self.job.nodes:
+            return self._ask_for_all()
         while True:
             decision, ending = self._life()
             self._tell(decision, ending)
@@ -109,41 +115,22 @@ class Supervisor:
         return decision, ending
 
     def _requeue(self, ending: Ending) -> int:
-        """The job comes back without what is wrong with its nodes, or says how to bring it back. The job's exit code."""
-        bad, keep = [host for host, _ in ending.bad], self.job.bad_node == "keep"
-        if ending.lost and not keep:
-            if self.job.bad_node == "drain" and self.slurm.set_nodes(ending.lost, state="down", why=ending.why) is None:
-                self._say(f"{', '.join(ending.lost)} set down: Slurm requeues the job itself")
-                return EXIT_REQUEUE
-            # A requeued job starts when all its nodes have answered; one that is gone never does.
-            if self._submit_again([*ending.lost, *bad]):
-                return EXIT_REQUEUE
-        drained = False
-        if bad and self.job.bad_node == "drain":
-            refused = self.slurm.set_nodes(bad, state="drain", why=ending.why)
-            drained = refused is None
-            self._say(f"{', '.join(bad)} drained" if drained else f"{', '.join(bad)} cannot be drained: {refused}")
-        refused = self.slurm.requeue()
-        if refused is not None:
-            self._say(f"Slurm does not requeue job {self.slurm.job}: {refused}")
-            if not self._submit_again([] if keep or drained else bad):
-                self._say(f"the job does not come back by itself; run: sbatch {self._script}")
-            return EXIT_REQUEUE
-        # Slurm ends this process now; it takes only a pending job's word about its nodes.
-        if (out := [*([] if drained else bad), *ending.lost]) and not keep:
-            refused = self.slurm.exclude(out)
-            self._say(f"the job comes back without {', '.join(out)}" if refused is None else f"not excluded: {refused}")
+        """The job's exit code."""
+        host = self.environ.get("SLURMD_NODENAME", self.hosts[0])
+        Comeback(job=self.job, slurm=self.slurm, hosts=self.hosts, host=host, say=self._say).go(ending)
         return EXIT_REQUEUE
 
-    def _submit_again(self, exclude: Sequence[str]) -> bool:
-        number, refused = self.slurm.submit_again(self._script, exclude=exclude)
-        if number is None:
-            self._say(f"sbatch refused: {refused}")
-            return False
-        self._note("resubmitted", to=number, exclude=exclude)
-        without = f" without {', '.join(exclude)}" if exclude else ""
-        self._say(f"the job goes on as job {number}{without}")
-        return True
+    def _ask_for_all(self) -> int:
+        """A job that let a lost node go, and came back before it could ask for another one. The job's exit code."""
+        tries = record.short(record.read(Path(self.job.run), self.slurm.job))
+        if tries >= SHORT:
+            raise EcditError(
+                f"job {self.slurm.job} needs {self.job.nodes} nodes, and was given {len(self.hosts)} ({', '.join(self.hosts)}) "
+                f"{tries + 1} times in a row; run: sbatch {self.job.run}/{JOB_SCRIPT}"
+            )
+        self._note("short", nodes=self.hosts)
+        self._say(f"{len(self.hosts)} of {self.job.nodes} nodes: back into the queue")
+        return self._requeue(Ending(code=EXIT_REQUEUE, lived=False))
 
     def _wait(self, seconds: float) -> None:
         """Back-off; a warning or a request to stop ends it."""
@@ -208,12 +195,8 @@ class Supervisor:
         return self._stop_path.exists()
 
     @property
-    def _script(self) -> Path:
-        return Path(self.job.run) / JOB_SCRIPT
-
-    @property
     def _attempt(self) -> int:
-        return int(self.environ.get("SLURM_RESTART_COUNT") or 0)
+        return _restarts(self.environ)
 
     def _note(self, what: str, **facts: object) -> None:
         record.add(Path(self.job.run), self.slurm.job, what=what, **facts)
@@ -231,10 +214,14 @@ def supervise(path: Path, *, environ: Mapping[str, str], outside: Outside) -> in
             f"SLURM_JOB_ID and SLURM_JOB_NODELIST are not set: this is what {JOB_SCRIPT} starts; run: sbatch"
         )
     hosts = [names] if not set(names) & set("[,") else expand(names)
-    if len(hosts) != job.nodes:
+    if len(hosts) > job.nodes or (len(hosts) < job.nodes and not _restarts(environ)):
         raise EcditError(f"{path} is about {job.nodes} nodes, and job {number} has {len(hosts)} ({names})")
     slurm = Slurm(outside=outside, job=number, environ=environ)
     return Supervisor(job=job, slurm=slurm, hosts=hosts, environ=environ, outside=outside).run()
+
+
+def _restarts(environ: Mapping[str, str]) -> int:
+    return int(environ.get("SLURM_RESTART_COUNT") or 0)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -4,6 +4,9 @@ attempt, which counts from it.
     {"what": "life", "life": 3, "step": 400, ...}          a life begins; newest committed step then
     {"what": "decision", "then": "again", "code": 137, ...}  what came of it, and what happens next
     {"what": "resubmitted", "to": "4712"}                  the job goes on under this number
+    {"what": "excluded", "nodes": ["n2"], "lost": ["n2"]}  the job must not get these nodes; lost: they do not answer
+    {"what": "stuck", "step": 400}                         a node is bad, and there is no other; counts as a life
+    {"what": "short", "nodes": ["n1"]}                     an attempt that was given too few nodes
 """
 
 from __future__ import annotations
@@ -96,7 +99,7 @@ def history(lines: list[Line], *, committed: int) -> History:
     """`committed`: the newest step now, -1: none. Needs no ends of lives, which a lost batch host does not write."""
     begins = [line for line in lines if line.get("what") == "life"]
     stopped = [n for n, line in enumerate(lines) if line.get("what") == "decision" and line.get("then") == STOP]
-    recent = [line for line in lines[stopped[-1] + 1 if stopped else 0 :] if line.get("what") == "life"]
+    recent = [line for line in lines[stopped[-1] + 1 if stopped else 0 :] if line.get("what") in ("life", "stuck")]
     idle = 0
     for line in reversed(recent):
         if int(line.get("step", -1)) < committed:
@@ -104,6 +107,12 @@ def history(lines: list[Line], *, committed: int) -> History:
         idle += 1
     number = max([int(line.get("life", 0)) for line in begins], default=0)
     return History(number=number, lives=len(recent), without_progress=idle)
+
+
+def short(lines: list[Line]) -> int:
+    """Attempts in a row, up to now, that were given too few nodes."""
+    last = [n for n, line in enumerate(lines) if line.get("what") == "life"]
+    return sum(line.get("what") == "short" for line in lines[last[-1] + 1 if last else 0 :])
 
 
 def committed_step(run: Path) -> int:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.outside import Outside
+from launch.outside import Answer, Outside
+from launch.place import expand
 
 CALL_SECONDS = 60.0
 PROBE_SECONDS = 30.0
@@ -49,13 +51,33 @@ class Slurm:
         answer = self.outside.call(["scontrol", "requeue", self.job], seconds=CALL_SECONDS)
         return None if answer.code == 0 else answer.words
 
-    def exclude(self, nodes: Iterable[str]) -> str | None:
-        """The requeued job must not get these nodes, besides those it must not get already. None, or why not."""
-        names = self._with_excluded(nodes)
-        answer = self.outside.call(
-            ["scontrol", "update", f"JobId={self.job}", f"ExcNodeList={names}"], seconds=CALL_SECONDS
-        )
+    def let_go(self, living: Iterable[str]) -> str | None:
+        """The running job keeps these of its nodes alone. None, or why not."""
+        command = ["scontrol", "update", f"JobId={self.job}", f"NodeList={','.join(living)}"]
+        try:
+            # scontrol leaves scripts for a job that was resized where it runs.
+            with tempfile.TemporaryDirectory() as folder:
+                answer = self.outside.call(command, seconds=CALL_SECONDS, cwd=folder)
+        except OSError as error:
+            return str(error)
         return None if answer.code == 0 else answer.words
+
+    def ask(self, *, nodes: int | None, exclude: Iterable[str]) -> str | None:
+        """How many nodes (None: as before) the requeued job needs, and which it must not get. None, or why not."""
+        command = ["scontrol", "update", f"JobId={self.job}", f"ExcNodeList={','.join(exclude)}"]
+        answer = self.outside.call(command + [f"NumNodes={nodes}"] * (nodes is not None), seconds=CALL_SECONDS)
+        return None if answer.code == 0 else answer.words
+
+    def up(self, hosts: Iterable[str]) -> set[str]:
+        """Those that Slurm could give to a job now."""
+        command = ["sinfo", "--noheader", "--Node", "--nodes", ",".join(hosts), "--format", "%N %t"]
+        answer = self.outside.call(command, seconds=CALL_SECONDS)
+        rows = [line.split() for line in answer.out.splitlines()] if answer.code == 0 else []
+        # A `*` behind the state: it does not answer.
+        return {row[0] for row in rows if len(row) == 2 and row[1] in ("idle", "mix", "alloc")}
+
+    def expand(self, names: str) -> list[str]:
+        return expand(names, seconds=CALL_SECONDS)
 
     def set_nodes(self, nodes: Iterable[str], *, state: str, why: str) -> str | None:
         """`drain` or `down`, which only Slurm's operators may. None, or why not."""
@@ -64,26 +86,27 @@ class Slurm:
         return None if answer.code == 0 else answer.words
 
     def submit_again(self, script: Path, *, exclude: Iterable[str]) -> tuple[str | None, str]:
-        """The same script as a new job, one task of an array as one: (its number or None, why not).
+        """The same script as a new job, one task of an array as one, which waits for nobody: (its number or None, why not)."""
+        task = self.environ.get("SLURM_ARRAY_TASK_ID")
+        answer = self._sbatch("--parsable", *([f"--array={task}"] if task else []), script=script, exclude=exclude)
+        number = answer.out.strip().partition(";")[0]
+        return (number, "") if answer.code == 0 and number.isdigit() else (None, answer.words)
 
-        For a job that cannot come back itself: Slurm starts a requeued one when all its old nodes have answered, and waits
-        SlurmdTimeout for one that is gone.
-        """
-        command = ["sbatch", "--parsable"]
-        if names := self._with_excluded(exclude):
-            command.append(f"--exclude={names}")
-        if task := self.environ.get("SLURM_ARRAY_TASK_ID"):
-            command.append(f"--array={task}")
+    def fits(self, script: Path, *, exclude: Iterable[str]) -> bool:
+        """Whether the job could start on the nodes that are left. One that could not Slurm holds for good, with priority 0."""
+        answer = self._sbatch("--test-only", script=script, exclude=exclude)
+        return answer.code == 0 or "not available" not in answer.words
+
+    def _sbatch(self, *options: str, script: Path, exclude: Iterable[str]) -> Answer:
+        away = [f"--exclude={names}"] if (names := ",".join(exclude)) else []
         # What Slurm told this job must not look as if it had told the new one.
         clean = {k: v for k, v in self.environ.items() if k == "SLURM_CONF" or not k.startswith(("SLURM", "SBATCH"))}
-        answer = self.outside.call(
-            [*command, str(script)],
+        return self.outside.call(
+            ["sbatch", *options, "--dependency=", *away, str(script)],
             seconds=CALL_SECONDS,
             environ=clean,
             cwd=self.environ.get("SLURM_SUBMIT_DIR"),
         )
-        number = answer.out.strip().partition(";")[0]
-        return (number, "") if answer.code == 0 and number.isdigit() else (None, answer.words)
 
     def silent(self, hosts: Iterable[str]) -> list[str]:
         """Those that do not run a program within `PROBE_SECONDS`. One srun a node: one for all of them fails for all
@@ -103,7 +126,3 @@ class Slurm:
                     process.kill()
                 process.wait()
         return lost
-
-    def _with_excluded(self, nodes: Iterable[str]) -> str:
-        known = self.state()
-        return ",".join(filter(None, [known.excluded if known else "", *nodes]))

@@ -89,7 +89,8 @@ def test_warned_before_there_are_ranks(run, calm):
 )
 def test_a_silent_node_does_not_hold_the_job(event, run, calm, record_property):
     """Long before Slurm itself would call the node down, the job goes on without it."""
-    drill(run, calm, event, record_property, what=f"{event.__name__} (SlurmdTimeout=300)")
+    job = drill(run, calm, event, record_property, what=f"{event.__name__} (SlurmdTimeout=300)")
+    assert run.current(job) == job, "other jobs may wait for this number"
 
 
 @slurm
@@ -98,7 +99,8 @@ def test_a_silent_node_does_not_hold_the_job(event, run, calm, record_property):
 )
 def test_a_node_is_lost(event, quick_run, calm, record_property):
     """Slurm finds it out as well, after three seconds; whoever is first, the job goes on once."""
-    drill(quick_run, calm, event, record_property, what=f"{event.__name__} (SlurmdTimeout=3)")
+    job = drill(quick_run, calm, event, record_property, what=f"{event.__name__} (SlurmdTimeout=3)")
+    assert quick_run.current(job) == job
 
 
 @slurm

@@ -1,5 +1,6 @@
-"""Slurm played by this file: copied to a folder of PATH as srun, scontrol, squeue and sbatch. Beside it lie `nodes` (hosts of the
-job), `dead` (those that answer nothing), `refuse` (programs that refuse), `state` (squeue's answer) and `calls` (what was asked).
+"""Slurm played by this file: copied to a folder of PATH as srun, scontrol, squeue, sinfo, sbatch. Beside it lie `nodes` (hosts of
+the job), `dead` (those that answer nothing), `refuse` (programs that refuse, or `program:word` for calls with a word that begins so),
+`state` (squeue's answer), `up` (nodes that sinfo calls idle) and `calls` (what was asked).
 
 srun runs one task a node here, tells it its place, passes USR2 on and answers SIGTERM by killing its tasks, as the real one does.
 """
@@ -25,15 +26,20 @@ def words(name: str) -> list[str]:
 def main(program: str, argv: list[str]) -> int:
     with (HERE / "calls").open("a") as calls:
         calls.write(" ".join([program, *argv])[:300] + "\n")
-    if program != "srun" and program in words("refuse"):
-        print(f"{program}: error: Operation not permitted", file=sys.stderr)
+    refused = [w.partition(":")[2] for w in words("refuse") if w.partition(":")[0] == program]
+    if program != "srun" and any(word.startswith(beginning) for beginning in refused for word in ["", *argv]):
+        what = "Requested node configuration is not available" if "--test-only" in argv else "Operation not permitted"
+        print(f"{program}: error: {what}", file=sys.stderr)
         return 1
     if program == "squeue":
         print((HERE / "state").read_text().strip() if (HERE / "state").exists() else "RUNNING|None|(null)")
     elif program == "sbatch":
         print("777")
     elif program == "scontrol" and argv[:2] == ["show", "hostnames"]:
-        print("\n".join(words("nodes")))
+        print("\n".join(words("nodes") if "[" in argv[2] else argv[2].split(",")))
+    elif program == "sinfo":
+        for host in argv[argv.index("--nodes") + 1].split(","):
+            print(host, "idle" if host in words("up") else "idle*")
     elif program == "srun":
         return srun(argv)
     return 0

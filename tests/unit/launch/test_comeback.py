@@ -1,0 +1,113 @@
+"""How a job comes back from the queue when nodes are lost or bad (`launch.comeback`), with Slurm played by stand-ins."""
+
+from __future__ import annotations
+
+import pytest
+from job_stage import Stage
+
+from ecdit_train.errors import EcditError
+from launch import preflight, record
+from launch.decide import Ending
+
+OK = {"all": "end=0"}
+LOST = Ending(code=preflight.UNKNOWN, lost=("n2",))
+BAD = Ending(code=preflight.UNKNOWN, bad=(("n2", "no GPU"),))
+
+
+@pytest.fixture
+def stage(tmp_path, monkeypatch):
+    made = Stage(folder=tmp_path)
+    monkeypatch.setenv("PATH", made.environ["PATH"])
+    made.environ["SLURMD_NODENAME"] = "n1"
+    return made
+
+
+def attempt(stage: Stage, monkeypatch, ending: Ending) -> list[str]:
+    """The job begins, its nodes are found like this; what Slurm is told then about the job."""
+    (stage.bin / "calls").unlink(missing_ok=True)
+    monkeypatch.setattr(preflight, "check", lambda *_, **__: ending)
+    assert stage.supervise(OK) == 75
+    return [call for call in stage.calls("scontrol") if "hostnames" not in call]
+
+
+RESUBMITTED = "sbatch --parsable --dependency= --exclude=n2 {}/job.sh"
+
+
+@pytest.mark.parametrize(("refused", "calls"), [
+    ("scontrol:NodeList=", ["scontrol update JobId=12 NodeList=n1"]),
+    ("scontrol:requeue", ["scontrol update JobId=12 NodeList=n1", "scontrol requeue 12"]),
+])  # fmt: skip
+def test_what_slurm_refuses_makes_a_new_job_without_the_lost_node(refused, calls, stage, monkeypatch):
+    """One that waits for nobody: the job that this one waited for once may be forgotten by now."""
+    stage.play("refuse", refused)
+    assert attempt(stage, monkeypatch, LOST) == calls
+    assert stage.calls("sbatch --parsable") == [RESUBMITTED.format(stage.run)]
+    assert [(line["to"], line["exclude"]) for line in stage.lines("resubmitted")] == [("777", ["n2"])]
+
+
+def test_a_node_cannot_let_itself_go(stage, monkeypatch):
+    stage.environ["SLURMD_NODENAME"] = "n2"
+    assert attempt(stage, monkeypatch, LOST) == []
+    assert stage.calls("sbatch --parsable") == [RESUBMITTED.format(stage.run)]
+
+
+@pytest.mark.parametrize("state", ["PENDING|BeginTime|", "COMPLETING|NodeDown|"])
+def test_where_slurm_was_first_there_is_no_second_job(state, stage, monkeypatch):
+    """A pending job's NodeList is the nodes that it must get."""
+    stage.play("state", state)
+    stage.play("refuse", "scontrol:requeue")
+    assert attempt(stage, monkeypatch, LOST) == ["scontrol requeue 12", "scontrol update JobId=12 ExcNodeList=n2"]
+    assert not stage.calls("sbatch --parsable")
+
+
+def test_an_attempt_with_too_few_nodes_asks_for_all_again(stage, monkeypatch):
+    """Slurm ended the supervisor before it could say how many nodes the requeued job needs."""
+    stage.environ |= {"SLURM_JOB_NODELIST": "n1", "SLURM_RESTART_COUNT": "1"}
+    stage.play("state", "RUNNING|None|n2")
+    for _ in range(3):
+        calls = attempt(stage, monkeypatch, Ending(code=0))
+        assert calls == ["scontrol requeue 12", "scontrol update JobId=12 ExcNodeList=n2 NumNodes=2"]
+    assert not stage.lines("life")
+    with pytest.raises(EcditError, match=r"needs 2 nodes, and was given 1 \(n1\) 4 times in a row"):
+        stage.supervise(OK)
+
+
+def test_lost_nodes_that_are_up_again_are_forgotten_and_others_are_not(stage, monkeypatch):
+    """n9 is the user's; n2 was lost and n1 is bad, so that `sinfo` has nothing against it."""
+    stage.play("state", "RUNNING|None|n9")
+    attempt(stage, monkeypatch, LOST)
+    stage.play("state", "RUNNING|None|n9,n2")
+    assert attempt(stage, monkeypatch, BAD_FIRST)[-1] == "scontrol update JobId=12 ExcNodeList=n9,n2,n1"
+    stage.play("up", "n1 n2 n9")
+    stage.play("state", "RUNNING|None|n9,n2,n1")
+    stage.clock.warned.append("USR2")
+    assert attempt(stage, monkeypatch, Ending(code=0))[-1] == "scontrol update JobId=12 ExcNodeList=n9,n1"
+
+
+BAD_FIRST = Ending(code=preflight.UNKNOWN, bad=(("n1", "no GPU"),))
+
+
+def test_a_job_that_needs_every_node_waits_for_the_lost_one(stage, monkeypatch):
+    """A job that must not get so many nodes that it can never start is held by Slurm for good."""
+    stage.play("refuse", "sbatch:--test-only")
+    calls = attempt(stage, monkeypatch, LOST)
+    assert calls[-1] == "scontrol update JobId=12 ExcNodeList= NumNodes=2"
+    assert not stage.lines("excluded")
+
+
+def test_a_job_that_needs_a_bad_node_stops_after_some_attempts(stage, monkeypatch):
+    stage.play("refuse", "sbatch:--test-only")
+    for _ in range(3):
+        assert attempt(stage, monkeypatch, BAD) == ["scontrol requeue 12"]
+    history = record.history(record.read(stage.run, "12"), committed=-1)
+    assert history.without_progress == 3
+    monkeypatch.setattr(preflight, "check", lambda *_, **__: BAD)
+    assert stage.supervise(OK) == 76
+
+
+def test_too_many_left_out_earlier_are_taken_back(stage, monkeypatch):
+    """The node that is bad now matters more than those that were bad once."""
+    attempt(stage, monkeypatch, BAD_FIRST)
+    stage.play("state", "RUNNING|None|n9,n1")
+    stage.play("refuse", "sbatch:--exclude=n9,n1")
+    assert attempt(stage, monkeypatch, BAD)[-1] == "scontrol update JobId=12 ExcNodeList=n9,n2"
