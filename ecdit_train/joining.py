@@ -41,7 +41,22 @@ def joined(watch: Any, *, wait: float = 0.0) -> Iterator[tuple[Any, Heart]]:
                 raise PeerRefusedError(PeerLostError.exit_code) from e
             if not lost:
                 raise
-            raise PeerLostError(f"another rank left in the middle of an exchange: {str(e).splitlines()[0]}") from e
+            raise _lost(e) from e
         finally:
             if started is not None:
                 started.shutdown()
+
+
+def ending(error: BaseException, heart: Heart) -> tuple[int, str]:
+    """(exit code, why) of a life that this error ends: another rank's where that is known on this machine."""
+    from ecdit_train.parallel import runtime
+
+    known = heart.cause(within=1.0) if isinstance(error, RuntimeError) else None
+    if known is not None:
+        return known["exit_code"], known["why"]
+    told = _lost(error) if runtime.is_peer_lost(error) else error
+    return getattr(told, "exit_code", 1), f"{type(told).__name__}: {told}"
+
+
+def _lost(error: BaseException) -> PeerLostError:
+    return PeerLostError(f"another rank left in the middle of an exchange: {str(error).splitlines()[0]}")

@@ -14,7 +14,7 @@ from typing import Any
 
 from ecdit_train import arguments, errors
 from ecdit_train.config.resolve import declarations_only
-from ecdit_train.joining import joined
+from ecdit_train.joining import ending, joined
 from ecdit_train.run_folder import RESOLVED, evaluation_path, pictures_path
 from ecdit_train.supervise import guard
 from ecdit_train.supervise.stop import StopRequest, verdict_in
@@ -80,10 +80,7 @@ def _run(config: Any, stop: StopRequest, args: argparse.Namespace, *, changed: S
                 "finished" if code == errors.EXIT_OK else f"stopped by {stop.name or '--stop-after'}, everything saved"
             )
         except BaseException as error:
-            known = heart.cause(within=1.0) if isinstance(error, RuntimeError) else None  # a peer that was lost
-            code, why = getattr(error, "exit_code", 1), f"{type(error).__name__}: {error}"
-            if known is not None:
-                code, why = known["exit_code"], known["why"]
+            code, why = ending(error, heart)
             raise
         finally:
             note(exit_code=code, why=why, step=trainer.state.step)

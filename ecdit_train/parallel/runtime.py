@@ -6,6 +6,7 @@ JSON: no message of a peer is ever unpickled.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -195,6 +196,13 @@ def alone() -> Runtime:
     return Runtime(rank=0, world=1, local_rank=0, device=torch.device("cpu"), control=None)
 
 
+_LOST = tuple(os.strerror(number) for number in (
+    *(errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED, errno.EPIPE, errno.ETIMEDOUT),
+    *(errno.EHOSTUNREACH, errno.EHOSTDOWN, errno.ENETUNREACH, errno.ENETDOWN, errno.ENETRESET),
+))  # fmt: skip
+"""What the kernel says of a connection whose other end, or the way to it, is gone: "Connection reset by peer", ..."""
+
+
 def is_peer_lost(error: BaseException) -> bool:
     """Whether a collective failed because another rank has left, rather than through a mistake of its own."""
     if isinstance(error, (dist.DistNetworkError, dist.DistBackendError, dist.DistStoreError)):
@@ -203,7 +211,7 @@ def is_peer_lost(error: BaseException) -> bool:
     return (
         isinstance(error, RuntimeError)
         and "gloo" in text
-        and any(words in text for words in ("closed by peer", "reset by peer", "Broken pipe", "Timed out waiting"))
+        and any(words in text for words in ("closed by peer", "Timed out waiting", " timeout", *_LOST))
     )
 
 

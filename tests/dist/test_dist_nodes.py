@@ -15,7 +15,7 @@ from test_dist_local import LONG, gone
 from tiny_runs import records, words
 
 from ecdit_train.errors import PeerLostError
-from ecdit_train.supervise import processes
+from ecdit_train.supervise import lives, processes
 from launch import reports
 from launch.local import free_port
 
@@ -56,3 +56,6 @@ def test_a_run_over_two_nodes_and_one_of_them_fails(tiny_shards, tmp_path):
     assert why.startswith("rank 1 was ")
     assert [report.code for report in reports.read(life)] == [PeerLostError.exit_code, 137]
     assert gone(pids)
+    (record,) = lives.read(run)
+    assert record.facts["exit_code"] == PeerLostError.exit_code
+    assert record.facts["why"].startswith("PeerLostError: another rank left")
