@@ -10,7 +10,7 @@ import time
 
 import events
 import pytest
-from drills import EARLY, assert_as_calm
+from drills import EARLY, Run, assert_as_calm
 from machines import until
 
 slurm = pytest.mark.slurm
@@ -88,9 +88,16 @@ def test_warned_before_there_are_ranks(run, calm):
     "event", [events.other_node_lost, events.launch_failure, events.network_split], ids=lambda event: event.__name__
 )
 def test_a_silent_node_does_not_hold_the_job(event, run, calm, record_property):
-    """Long before Slurm itself would call the node down, the job goes on without it."""
-    job = drill(run, calm, event, record_property, what=f"{event.__name__} (SlurmdTimeout=300)")
-    assert run.current(job) == job, "other jobs may wait for this number"
+    """Long before Slurm itself would call the node down, the job goes on without it; a job that waits for its end gets it."""
+    waiting: list[int] = []
+
+    def happens(run: Run, job: int) -> events.Mend:
+        waiting.append(run.cluster.submit(f"--dependency=afterok:{job}", "--output=/dev/null", "--wrap=true"))
+        return event(run, job)
+
+    job = drill(run, calm, happens, record_property, what=f"{event.__name__} (SlurmdTimeout=300)")
+    assert run.current(job) == job
+    run.cluster.wait(waiting[0], "COMPLETED", seconds=30)
 
 
 @slurm
