@@ -78,9 +78,10 @@ class Comeback:
             return
         # Slurm ends this process now; it takes only a pending job's word about its nodes.
         nodes = self.job.nodes if self.resize else None
-        if nodes is None and set(away) == set(known):
+        exclude = away if set(away) != set(known) else None
+        if nodes is None and exclude is None:
             return
-        refused = self.slurm.ask(nodes=nodes, exclude=away)
+        refused = self.slurm.ask(nodes=nodes, exclude=exclude)
         if refused is not None:
             self.say(f"Slurm does not change the nodes of job {self.slurm.job}: {refused}")
         elif without:

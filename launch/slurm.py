@@ -62,10 +62,11 @@ class Slurm:
             return str(error)
         return None if answer.code == 0 else answer.words
 
-    def ask(self, *, nodes: int | None, exclude: Iterable[str]) -> str | None:
-        """How many nodes (None: as before) the requeued job needs, and which it must not get. None, or why not."""
-        command = ["scontrol", "update", f"JobId={self.job}", f"ExcNodeList={','.join(exclude)}"]
-        answer = self.outside.call(command + [f"NumNodes={nodes}"] * (nodes is not None), seconds=CALL_SECONDS)
+    def ask(self, *, nodes: int | None, exclude: Iterable[str] | None) -> str | None:
+        """How many nodes the requeued job needs, and which it must not get; None: as before. None, or why not."""
+        facts = [f"NumNodes={nodes}"] if nodes is not None else []
+        facts += [f"ExcNodeList={','.join(exclude)}"] if exclude is not None else []
+        answer = self.outside.call(["scontrol", "update", f"JobId={self.job}", *facts], seconds=CALL_SECONDS)
         return None if answer.code == 0 else answer.words
 
     def up(self, hosts: Iterable[str]) -> set[str]:

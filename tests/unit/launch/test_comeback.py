@@ -66,7 +66,7 @@ def test_an_attempt_with_too_few_nodes_asks_for_all_again(stage, monkeypatch):
     stage.play("state", "RUNNING|None|n2")
     for _ in range(3):
         calls = attempt(stage, monkeypatch, Ending(code=0))
-        assert calls == ["scontrol requeue 12", "scontrol update JobId=12 ExcNodeList=n2 NumNodes=2"]
+        assert calls == ["scontrol requeue 12", "scontrol update JobId=12 NumNodes=2"]
     assert not stage.lines("life")
     with pytest.raises(EcditError, match=r"needs 2 nodes, and was given 1 \(n1\) 4 times in a row"):
         stage.supervise(OK)
@@ -91,7 +91,7 @@ def test_a_job_that_needs_every_node_waits_for_the_lost_one(stage, monkeypatch):
     """A job that must not get so many nodes that it can never start is held by Slurm for good."""
     stage.play("refuse", "sbatch:--test-only")
     calls = attempt(stage, monkeypatch, LOST)
-    assert calls[-1] == "scontrol update JobId=12 ExcNodeList= NumNodes=2"
+    assert calls[-1] == "scontrol update JobId=12 NumNodes=2"
     assert not stage.lines("excluded")
 
 

@@ -238,7 +238,7 @@ def test_a_node_that_is_lost_in_a_life_does_not_hold_the_others(stage):
     assert asked(stage) == [
         "scontrol update JobId=12 NodeList=n1",  # as it is it would wait for the node that is gone
         "scontrol requeue 12",
-        "scontrol update JobId=12 ExcNodeList=n9,n2 NumNodes=2",
+        "scontrol update JobId=12 NumNodes=2 ExcNodeList=n9,n2",
     ]
     assert stage.calls("sbatch") == [f"sbatch --test-only --dependency= --exclude=n9,n2 {stage.run}/job.sh"]
     assert not stage.lines("resubmitted")
