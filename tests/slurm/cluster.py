@@ -34,8 +34,9 @@ ETC = """hostname "$0"
 mount --bind "$1/hosts" /etc/hosts; mount --bind "$1/nsswitch" /etc/nsswitch.conf; mount -t tmpfs shm /dev/shm
 ip link set lo up"""
 """Own host names, own shared memory, and no DNS: without a route each reverse look-up would take 5 s."""
+# A bridge without an address of its own takes one of its cables': the others lose the controller for a while when that one goes.
 CONTROLLER = f"""{ETC}
-ip link add br0 type bridge forward_delay 0; ip addr add {SUBNET}.1/24 dev br0; ip link set br0 up
+ip link add br0 address 02:77:00:00:01:00 type bridge forward_delay 0; ip addr add {SUBNET}.1/24 dev br0; ip link set br0 up
 munged --foreground --force --num-threads=2 --key-file="$1/munge/key" --socket="$1/munge/socket" --pid-file="$1/munge/pid" \\
   --log-file="$1/log/munged" --seed-file="$1/munge/seed" &
 until [ -S "$1/munge/socket" ]; do sleep 0.02; done
