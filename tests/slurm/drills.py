@@ -22,7 +22,7 @@ LAB = Path(__file__).parent / "lab"
 WORDS = (
     *("cluster=local", "cluster.nodes=2", "parallel=pair", "moe/experts=drill", f"--config-dir={LAB}"),
     *(f"train.steps={STEPS}", "checkpoint.every_steps=20", "optim.schedule=constant"),
-    *("observe/sinks=wandb", "watch.lease=6", "watch.grace=30", "watch.data=15", "watch.step=15"),
+    *("observe/sinks=wandb", "watch.lease=6", "watch.grace=30", "watch.data=15", "watch.step=15", "watch.save=60"),
 )
 """Two ranks, eight seconds of steps of at least 50 ms."""
 START = 240.0
