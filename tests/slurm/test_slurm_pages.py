@@ -92,9 +92,15 @@ def demo(reader: Reader) -> None:
     """`runs/demo` as after the first leg of `make demo`: stopped in the middle, of two ranks."""
     kept, place = reader.folder / "demo.kept", reader.folder / "runs" / "demo"
     if not kept.exists():
-        words = " ".join(word for word in WORDS if not word.startswith(("train.microbatch", "model.heads")))
-        words += " model.heads=2 parallel=pair train.microbatch=4 run=runs/demo data.shards=data/images --stop-after 4"
-        code, text = reader.types(f"ecdit --nproc 2 train {words}")
+        words = (
+            *WORDS,
+            "model.heads=2",
+            "model.width=128",
+            "parallel=pair",
+            "run=runs/demo",
+            "data.shards=data/images",
+        )
+        code, text = reader.types(f"ecdit --nproc 2 train {' '.join(words)} --stop-after 4")
         assert code == 75, text
         shutil.copytree(place, kept)
     shutil.rmtree(place)
@@ -149,9 +155,9 @@ SAID: dict[str, tuple[Said, ...]] = {
         Said(line="scontrol show partition", says=r"PreemptMode=REQUEUE"),
         Said(line="ecdit launch", says=r"job \d+ submitted"),
         Said(line="scontrol requeue", before=saved),
-        Said(line="ecdit status", before=back, says=r"state +running\n(.|\n)*decided .*(.|\n)*exit code 75"),
+        Said(line="ecdit status", before=back, says=r"state +running\n(.|\n)*life 1 .* exit code 75"),
         Said(line="ecdit stop", says="asked .* to save and stop"),
-        Said(line="ecdit status", before=gone, code=75, says="stopped, to be resumed"),
+        Said(line="ecdit status", before=gone, code=75, says=r"stopped, to be resumed\n(.|\n)*decided .*: stop\n"),
         Said(line="sbatch", says=r"Submitted batch job \d+"),
         Said(line="ecdit status", before=trains, says=r"state +running\n(.|\n)*life 3 .*from step"),
         Said(line="ecdit logs", says=r"step \d+/3000"),
