@@ -29,7 +29,6 @@ FILL = {
     "train.microbatch=32": "train.microbatch=2",
     "step_00001000": "step_00000012",
     "checkpoint.every_steps=500": "",
-    "parallel=ep8": "parallel=pair --stop-after 5",
     "experiment=ec_dit_xl_8e": " ".join(SMALL),
     "cluster=h100_ib400": "cluster=local",
     "cluster=h200_ib400": "cluster=local cluster.name=other",
@@ -79,11 +78,11 @@ class Reader:
     def types(self, line: str) -> tuple[int, str]:
         """Exit code, and standard output and error together."""
         nodes = self.run.cluster.job(self.job).nodes if self.job else ()
-        meant = {**FILL, "JOB": str(self.job), **({"NODE": nodes[-1]} if nodes else {})}
+        soon = f"parallel=pair --stop-after {self.run.step() + 5}"  # typed here, it would go on to the end of the run
+        meant = {**FILL, "parallel=ep8": soon, "JOB": str(self.job), **({"NODE": nodes[-1]} if nodes else {})}
         said = "|".join(sorted(map(re.escape, meant), key=len, reverse=True))
-        line = re.sub(
-            rf"(?<![\w.-])(?:{said})(?![\w.-])", lambda found: meant[found[0]], line
-        )  # each once, nothing of what it means
+        # All in one pass: what stands for a word is not read again.
+        line = re.sub(rf"(?<![\w.-])(?:{said})(?![\w.-])", lambda found: meant[found[0]], line)
         shell = f"export PATH={shlex.quote(str(self.folder / 'bin'))}:$PATH; {line}"
         done: subprocess.CompletedProcess[str] = self.run.cluster.attempt("bash", "-c", shell, seconds=300)
         text = done.stdout + done.stderr
