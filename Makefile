@@ -101,7 +101,7 @@ image:  ## build the container image for GPU nodes (needs docker, or BUILDER=pod
 	$(BUILD) --build-arg KIND=gpu -t ecdit:$(VERSION) .
 
 image-cpu:  ## the same for CPUs; PIP_EXTRA_INDEX_URL may name an index of CPU wheels of torch
-	$(BUILD) --build-arg KIND=cpu --build-arg PIP_EXTRA_INDEX_URL=$(PIP_EXTRA_INDEX_URL) -t ecdit:$(VERSION)-cpu .
+	$(BUILD) --build-arg KIND=cpu --build-arg PIP_EXTRA_INDEX_URL='$(PIP_EXTRA_INDEX_URL)' -t ecdit:$(VERSION)-cpu .
 
 image-digests:  ## hold the images' bases by what their tags name now (asks their registry); read the diff
 	docker/digests.sh
