@@ -10,7 +10,7 @@ export HF_HUB_OFFLINE := 1
 export WANDB_MODE ?= offline
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-faults test-slurm slurm-deps lint format golden docs bench gpu-check image clean
+.PHONY: help setup demo test test-slow test-faults test-slurm slurm-deps lint format golden docs bench gpu-check image image-cpu image-digests clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -67,12 +67,14 @@ test-slurm: setup  ## all drills on a real Slurm cluster of namespaces, with an 
 slurm-deps:  ## install what the Slurm tests need, where root and apt-get are; elsewhere those tests skip
 	tools/slurm_deps.sh
 
-lint: setup  ## format check, lint, types, import rules, house rules
+lint: setup  ## format check, lint, types, import rules, house rules, shell and Dockerfile
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python tools/house.py
+	$(BIN)/shellcheck .ci/run docker/*.sh tools/*.sh tests/golden/sbatch/*.sh
+	$(BIN)/hadolint docker/Dockerfile
 
 format: setup  ## rewrite the code the way `make lint` wants it
 	$(BIN)/ruff check --fix-only -q .
@@ -91,8 +93,18 @@ bench: setup  ## interleaved benchmarks against their bars; dated JSON under ben
 gpu-check: setup  ## parity, bf16, compile, host syncs and TFLOP/s on a GPU; skips with a reason where there is none
 	$(BIN)/python -m benchmarks.gpu_check
 
-image:  ## build the container image (needs docker; CUDA_IMAGE=NAME@sha256:... pins the base)
-	docker build -f docker/Dockerfile $(if $(CUDA_IMAGE),--build-arg CUDA_IMAGE=$(CUDA_IMAGE)) -t ecdit:$(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml) .
+VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+BUILDER ?= docker
+BUILD = $(BUILDER) build -f docker/Dockerfile --build-arg VERSION=$(VERSION) --build-arg REVISION=$(shell git rev-parse HEAD 2>/dev/null)
+
+image:  ## build the container image for GPU nodes (needs docker, or BUILDER=podman)
+	$(BUILD) --build-arg KIND=gpu -t ecdit:$(VERSION) .
+
+image-cpu:  ## the same for CPUs; PIP_EXTRA_INDEX_URL may name an index of CPU wheels of torch
+	$(BUILD) --build-arg KIND=cpu --build-arg PIP_EXTRA_INDEX_URL='$(PIP_EXTRA_INDEX_URL)' -t ecdit:$(VERSION)-cpu .
+
+image-digests:  ## hold the images' bases by what their tags name now (asks their registry); read the diff
+	docker/digests.sh
 
 clean:  ## remove the virtual environment and caches; runs and data stay
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info

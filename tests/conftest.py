@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections import Counter
 from pathlib import Path
 
@@ -12,6 +13,11 @@ from data_pipeline.shapes.make import make_shapes
 
 # Tensors here are tiny: threads only wait for each other, and sums would depend on how many there are.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A script's shell starts what it puts into the background deaf to Ctrl-C, and every process below inherits that: tests that send
+# SIGINT to a child would wait for ever.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

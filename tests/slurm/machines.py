@@ -81,7 +81,8 @@ class Machine:
 
     def enter(self, command: Sequence[str | os.PathLike[str]]) -> list[str]:
         """The command line that runs `command` in this machine, in the folder where it is called."""
-        inside = ["nsenter", f"--target={self.first}", *NAMESPACES, f"--wd={Path.cwd()}", "--"]
+        # Not `--wd`: that folder would be one of the mounts outside, and a rename between `a` and `/where/a` would cross devices.
+        inside = ["nsenter", f"--target={self.first}", *NAMESPACES, f"--wdns={Path.cwd()}", "--"]
         return [*inside, *map(os.fspath, command)]
 
     def run(self, *command: str) -> str:

@@ -233,8 +233,9 @@ def parsed(words: list[str]) -> argparse.Namespace:
 def run_folder(name: str) -> str:
     """Makes the run folder that a command names, in the working directory; `runs/demo` has the layout of `make demo`."""
     if name.startswith("runs/") and not Path(name).exists():
-        layout = ["parallel=pair"] if name == "runs/demo" else []
-        stored.freeze(compose.compose(["experiment=shapes_tiny", f"run={name}", *layout], local=False), name)
+        known = {"runs/demo": ["experiment=shapes_tiny", "parallel=pair"], "runs/xl_8e": ["experiment=ec_dit_xl_8e"]}
+        words = known.get(name, ["experiment=shapes_tiny"])
+        stored.freeze(compose.compose([*words, f"run={name}"], local=False), name)
     return name
 
 

@@ -4,6 +4,7 @@ And that the two descriptions of CI, the Makefile's probe and the package's meta
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
@@ -81,7 +82,11 @@ def test_it_composes_and_renders_from_anywhere(wheel: zipfile.ZipFile, tmp_path:
 def test_ci_and_contributors_run_the_same() -> None:
     script = re.findall(r"^make ([\w-]+)", (ROOT / ".ci" / "run").read_text(), flags=re.MULTILINE)
     job = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]["check"]
-    assert [step["run"].split()[1] for step in job["steps"] if "run" in step] == script == ["setup", "slurm-deps", "lint", "test"]
+    assert (
+        [step["run"].split()[1] for step in job["steps"] if "run" in step]
+        == script
+        == ["setup", "slurm-deps", "lint", "test"]
+    )
 
 
 def test_pythons_are_the_same_everywhere() -> None:
@@ -94,6 +99,47 @@ def test_pythons_are_the_same_everywhere() -> None:
     assert f"(3, {minors[0]}) <= sys.version_info < (3, {minors[-1] + 1})" in probe
 
 
-def test_no_extra_that_nothing_imports() -> None:
-    """An extra that nothing imports is a promise that nothing keeps (docs/decisions/0010)."""
-    assert set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]) == {"dev"}
+IMPORTED_AS = {
+    "hydra-core": "hydra",
+    "megatron-core": "megatron",
+    "opencv-python-headless": "cv2",
+    "pillow": "PIL",
+    "pyyaml": "yaml",
+}
+
+
+def imported_by_nothing(requirements: list[str]) -> set[str]:
+    """Those whose package no shipped file imports."""
+    names = {re.split(r"[\[=<>!~ ]", line)[0] for line in requirements}
+    files = [
+        path
+        for package in ("ecdit_train", "data_pipeline", "launch", "hydra_plugins")
+        for path in (ROOT / package).rglob("*.py")
+    ]
+    tops: set[str] = set()
+    for node in (node for path in files for node in ast.walk(ast.parse(path.read_text()))):
+        if isinstance(node, ast.Import):
+            tops |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            tops.add(node.module.partition(".")[0])
+    return {name for name in names if IMPORTED_AS.get(name, name.replace("-", "_")) not in tops}
+
+
+def test_no_dependency_that_nothing_imports() -> None:
+    """One that nothing imports is a promise that nothing keeps (docs/decisions/0010); the GPU image takes every extra but `dev`."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    assert imported_by_nothing(project["dependencies"]) == set()
+    assert imported_by_nothing([line for name, lines in extras.items() if name != "dev" for line in lines]) == set()
+    assert imported_by_nothing(["torch>=2", "nvidia-dali-cuda130==2.4.0", "hydra-core"]) == {"nvidia-dali-cuda130"}
+
+
+def test_every_shell_script_is_linted() -> None:
+    """`make lint` names them; a rendered job script stands for its template."""
+    (line,) = re.findall(r"^\t\$\(BIN\)/shellcheck (.*)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    named = {path for pattern in line.split() for path in ROOT.glob(pattern)}
+    made = {"runs", "data", "exports", "build"}
+    tops = [p for p in ROOT.iterdir() if p.name not in made and (not p.name.startswith(".") or p.name == ".ci")]
+    files = [file for top in tops for file in top.rglob("*") if file.is_file() and file.suffix in ("", ".sh")]
+    scripts = {file for file in files if re.match(rb"#!\S*(/env )?(ba)?sh\b", file.open("rb").readline())}
+    assert scripts - named == set()
