@@ -316,7 +316,7 @@ def data_shapes(args: argparse.Namespace) -> int:
 
 
 def data_index(args: argparse.Namespace) -> int:
-    from data_pipeline.manifest import index_folder
+    from data_pipeline.indexing import index_folder
 
     view = index_folder(Path(args.folder))
     print(f"{view.num_samples} samples in {len(view.shards)} shards: {args.folder}")
