@@ -6,6 +6,7 @@ twice, when its key has come before, or when it lies beside damage and may have 
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -32,8 +33,8 @@ class Sample:
 
 @dataclass(kw_only=True)
 class Gathered:
-    """What one tar holds: its whole samples, and everything else by reason. Counts of `left_out` are members, those of `rejected`
-    samples."""
+    """What one tar holds: its whole samples, and everything else by reason. Counts of `left_out` are members,
+    those of `rejected` samples."""
 
     samples: list[Sample] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
@@ -121,7 +122,7 @@ def _mended(runs: list[Sample | Damage]) -> list[Sample | Damage]:
 def _torn(samples: list[Sample], *, common: set[str]) -> set[int]:
     """Neighbours that lack something each, and share no field: a name was damaged where no checksum covers it (long names)."""
     torn: set[int] = set()
-    for one, other in zip(samples, samples[1:], strict=False):
+    for one, other in itertools.pairwise(samples):
         if not (common <= set(one.fields) or common <= set(other.fields) or set(one.fields) & set(other.fields)):
             torn |= {id(one), id(other)}
     return torn

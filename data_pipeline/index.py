@@ -9,10 +9,11 @@ Little endian:
     version 2, something between them that is no sample
     records n times: u32 off512 | u32 end512 | u32 length x F | u32 crc32
 
-`off512 * 512` is the first header block of a sample, so 4 bytes reach 2 TiB. In version 1 the sample ends where the next begins;
-record n is a sentinel that holds the end of the last one. `length` is the field's bytes or ABSENT. The checksum
-is zlib's crc32 (at hand everywhere, about as fast as crc32c from Python) over the *whole* range, headers and padding
-included: one call, and a flipped bit in a key is found as well. 12-20 bytes per sample for one to three fields, 4 more in version 2.
+`off512 * 512` is the first header block of a sample, so 4 bytes reach 2 TiB. In version 1 the sample ends where the
+next begins; record n is a sentinel that holds the end of the last one. `length` is the field's bytes or ABSENT. The
+checksum is zlib's crc32 (at hand everywhere, about as fast as crc32c from Python) over the *whole* range, headers and
+padding included: one call, and a flipped bit in a key is found as well. 12-20 bytes per sample for one to three fields,
+4 more in version 2.
 """
 
 from __future__ import annotations
@@ -37,12 +38,12 @@ MAGIC = b"ECDITIDX"
 VERSIONS = (1, 2)
 ABSENT = 0xFFFFFFFF
 COMPRESSED = {
-    b"\x1f\x8b": ("gzip", "gunzip"),
-    b"\x28\xb5\x2f\xfd": ("zstd", "zstd -d --rm"),
-    b"BZh": ("bzip2", "bunzip2"),
-    b"\xfd7zXZ\x00": ("xz", "unxz"),
+    b"\x1f\x8b": ("gzip", "gunzip -c"),
+    b"\x28\xb5\x2f\xfd": ("zstd", "zstd -dc"),
+    b"BZh": ("bzip2", "bunzip2 -c"),
+    b"\xfd7zXZ\x00": ("xz", "unxz -c"),
 }
-"""First bytes -> (name, the command that undoes it)."""
+"""First bytes -> (name, the command that writes it unpacked)."""
 _HEADER = struct.Struct("<8sIIQQ32sII")
 
 
@@ -192,7 +193,7 @@ def _refuse_compressed(buffer: mmap.mmap, *, shard: str) -> None:
     head = bytes(buffer[:6])
     for magic, (what, command) in COMPRESSED.items():
         if head.startswith(magic):
-            rule = f"samples of a compressed tar cannot be read where they lie; unpack it: {command} {shard}"
+            rule = f"samples of a compressed tar cannot be read where they lie; unpack it: {command} {shard} > plain/{shard}"
             raise CorruptShard(f"shard {shard}: is {what}-compressed; {rule}")
 
 

@@ -78,22 +78,25 @@ def index_tars(folder: Path | str, *, on_bad_shard: OnBadShard = "set_aside", ag
         raise_all(problems)
     if tars and not any(row.n for row in shards) and any(not tally.is_plain for tally in tallies.values()):
         raise BadMember("\n".join([f"{folder}: no sample in {len(tars)} tars", *table(tallies)[1:]]))
-    meta = {"made_by": "index_folder"} | ({"set_aside": sorted(n for n, t in tallies.items() if t.set_aside)} if problems else {})
+    meta = {"made_by": "index_folder"} | (
+        {"set_aside": {n: t.set_aside for n, t in sorted(tallies.items()) if t.set_aside}} if problems else {}
+    )
     try:
         known = read_manifest(folder)
     except DataError:
         known = None
     if known is not None and known.shards == tuple(shards):
-        return Indexed(view=known, tallies=tallies)  # the same tars keep the same view, whoever wrote the manifest: a run on them can go on
+        return Indexed(
+            view=known, tallies=tallies
+        )  # the same tars keep the same view, whoever wrote the manifest: a run on them can go on
     return Indexed(view=write_manifest(folder, shards=shards, meta=meta), tallies=tallies)
 
 
 def tallies_of(view: View) -> dict[str, Tally]:
     """Of an indexed folder, as they were written; tars that were set aside too."""
     found = {row.name: read_tally(view.tar(number), accepted=row.n) for number, row in enumerate(view.shards)}
-    for name in view.meta.get("set_aside", ()):
-        tally = read_tally(view.folder / name, accepted=0)
-        found[name] = replace(tally, accepted=0, set_aside="; ".join(tally.damage) or "see `ecdit data index`")
+    for name, why in view.meta.get("set_aside", {}).items():
+        found[name] = replace(read_tally(view.folder / name, accepted=0), accepted=0, set_aside=why)
     return found
 
 
@@ -132,9 +135,9 @@ def _kept_index(tar: Path) -> Index | None:
 
 def _packed(path: Path) -> DataError:
     command = next((c for what, c in COMPRESSED.values() if path.name.endswith(_ENDINGS[what])), "unpack")
-    return CorruptShard(
-        f"{path.name} is compressed: samples of a compressed tar cannot be read where they lie; unpack it: {command} {path}"
-    )
+    plain = path.with_name(f"{path.name.partition('.')[0]}.tar")
+    rule = f"samples of a compressed tar cannot be read where they lie; unpack it: {command} {path} > {plain}"
+    return CorruptShard(f"{path.name} is compressed: {rule}")
 
 
 _ENDINGS = {"gzip": ("gz", "tgz"), "zstd": ("zst",), "bzip2": ("bz2",), "xz": ("xz",)}

@@ -192,7 +192,9 @@ def _verify_shard(view: View, number: int) -> None:
         raise CorruptShard(f"shard {row.name} in {view.folder}: sha256 differs from {MANIFEST}, all samples are intact")
     if strange and read_tally(view.tar(number), accepted=len(index)).is_plain:
         rule = "its index is of a version that did not look there; run `ecdit data index --again`"
-        raise CorruptShard(f"shard {row.name} in {view.folder}: holds bytes besides its samples, and nothing says what they are: {rule}")
+        raise CorruptShard(
+            f"shard {row.name} in {view.folder}: holds bytes besides its samples, and nothing says what they are: {rule}"
+        )
 
 
 def raise_all(problems: Sequence[DataError]) -> None:

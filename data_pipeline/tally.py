@@ -1,5 +1,5 @@
-"""What indexing took of each tar and what not: `x.tally.json` beside a tar of which there is more to say than its number of samples,
-and sums over a folder."""
+"""What indexing took of each tar and what not: `x.tally.json` beside a tar of which there is more to say than its
+number of samples, and sums over a folder."""
 
 from __future__ import annotations
 
@@ -72,7 +72,9 @@ def table(tallies: Mapping[str, Tally]) -> list[str]:
     rejected, left_out = _sum(t.rejected for t in used), _sum(t.left_out for t in used)
     lines += [f"rejected     {count:>12,} samples: {why}" for why, count in rejected.most_common()]
     lines += [f"ignored      {count:>12,} members: {why}" for why, count in left_out.most_common()]
-    lines += [f"damaged      {name}: {'; '.join(t.damage)}" for name, t in tallies.items() if t.damage and not t.set_aside]
+    lines += [
+        f"damaged      {name}: {'; '.join(t.damage)}" for name, t in tallies.items() if t.damage and not t.set_aside
+    ]
     lines += [f"set aside    {name}: {tally.set_aside}" for name, tally in aside.items()]
     return lines
 

@@ -2,8 +2,8 @@
 
 `tarfile` builds an object of about 50 us for every member, hides offsets, and stops without a word at the first
 thing that it does not like. Here every byte of a file is a member, something to leave out, or damage: `survey` says
-which (`walk_proven` is for one sample's range that has been surveyed). Understood: ustar, pax (`x` path and size) and
-GNU long names.
+which (`walk_proven` is for one sample's range that has been surveyed). Understood: ustar, pax (`x` path and size)
+and GNU long names.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class Damage:
     """Bytes that are no tar."""
 
     kind: str
-    """`after_end`: data behind an end-of-archive block; `header`: one whose checksum is wrong; `overwritten`: no header where one must
-    be; `cut`: the file ends too early; `zero_tail`: more zeros at the end than a writer leaves"""
+    """`after_end`: data behind an end-of-archive block; `header`: one whose checksum is wrong; `overwritten`: no header
+    where one must be; `cut`: the file ends too early; `zero_tail`: more zeros at the end than a writer leaves"""
     start: int
     end: int
     words: str
@@ -90,7 +90,12 @@ def survey(buffer: Buffer) -> Iterator[Member | LeftOut | Damage]:
                 return
             # What ended well ends with zeros to the last byte.
             stop = _next_header(buffer, after // BLOCK * BLOCK)
-            yield Damage(kind="after_end", start=position, end=stop, words=f"data behind an end-of-archive block at byte {position}")
+            yield Damage(
+                kind="after_end",
+                start=position,
+                end=stop,
+                words=f"data behind an end-of-archive block at byte {position}",
+            )
             position = stop
             continue
         try:
@@ -98,7 +103,12 @@ def survey(buffer: Buffer) -> Iterator[Member | LeftOut | Damage]:
         except _NoHeaderError:
             whole = block[257:262] == MAGIC
             stop = _next_header(buffer, position + BLOCK)
-            yield Damage(kind="header" if whole else "overwritten", start=position, end=stop, words=f"no valid tar header at byte {position}")
+            yield Damage(
+                kind="header" if whole else "overwritten",
+                start=position,
+                end=stop,
+                words=f"no valid tar header at byte {position}",
+            )
             position = stop
             continue
         except _CutError as error:
@@ -165,7 +175,13 @@ def _one(buffer: Buffer, position: int, *, proven: bool = False) -> Member | Lef
             if not long_name:
                 raise _NoHeaderError
         elif kind != b"K":
-            why = "folder" if kind == b"5" else "global header" if kind == b"g" else f"no plain file ({_KINDS.get(kind, 'tar type ' + repr(kind)[1:])})"
+            why = (
+                "folder"
+                if kind == b"5"
+                else "global header"
+                if kind == b"g"
+                else f"no plain file ({_KINDS.get(kind, 'tar type ' + repr(kind)[1:])})"
+            )
             return LeftOut(reason=why, name=name, start=start, end=padded(data + size))
         position = padded(data + size)
 
@@ -195,18 +211,24 @@ def _next_header(buffer: Buffer, position: int) -> int:
 
 
 def _padding(position: int, end: int) -> Iterator[Damage]:
-    """Zeros to the end. Writers close with two blocks and fill a record: 20 blocks, or a power of two of them (tape). More than that
-    was something else once."""
+    """Zeros to the end. Writers close with two blocks and fill a record: 20 blocks, or a power of two of them (tape).
+    More than that was something else once."""
     zeros = end - position
     records = [RECORD, *(BLOCK << power for power in range(7, 16))]
     if not any(zeros <= 2 * BLOCK + size and (end % size == 0 or zeros <= 2 * BLOCK) for size in records):
-        yield Damage(kind="zero_tail", start=position, end=end, words=f"{zeros} zero bytes at the end (a record of tar has {RECORD})")
+        yield Damage(
+            kind="zero_tail",
+            start=position,
+            end=end,
+            words=f"{zeros} zero bytes at the end (a record of tar has {RECORD})",
+        )
 
 
 def split_name(name: str) -> tuple[str, str]:
     """(key, field) of a member name, split at the first dot of its base name: `a/0001.latent.npy`.
 
-    Raises BadMember with why this is nothing for a data set: a suffix outside `ALLOWED_SUFFIXES`, no key, a name that leads outside.
+    Raises BadMember with why this is nothing for a data set: a suffix outside `ALLOWED_SUFFIXES`, no key, a
+    name that leads outside.
     """
     plain = name.removeprefix("./")
     folder, _, base = plain.rpartition("/")

@@ -81,7 +81,11 @@ def test_it_composes_and_renders_from_anywhere(wheel: zipfile.ZipFile, tmp_path:
 def test_ci_and_contributors_run_the_same() -> None:
     script = re.findall(r"^make ([\w-]+)", (ROOT / ".ci" / "run").read_text(), flags=re.MULTILINE)
     job = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]["check"]
-    assert [step["run"].split()[1] for step in job["steps"] if "run" in step] == script == ["setup", "slurm-deps", "lint", "test"]
+    assert (
+        [step["run"].split()[1] for step in job["steps"] if "run" in step]
+        == script
+        == ["setup", "slurm-deps", "lint", "test"]
+    )
 
 
 def test_pythons_are_the_same_everywhere() -> None:

@@ -1,5 +1,6 @@
-"""Tars with one thing wrong, hundreds of them: nothing half is delivered, nothing whole is lost without being counted, and damage is
-found wherever the format allows it. What it does not allow is named: other bytes inside of a member, where no sum is stored."""
+"""Tars with one thing wrong, hundreds of them: nothing half is delivered, nothing whole is lost without being counted,
+and damage is found wherever the format allows it. What it does not allow is named: other bytes inside of a member,
+where no sum is stored."""
 
 from __future__ import annotations
 
@@ -21,7 +22,9 @@ from data_pipeline.tar import BLOCK, Member, survey
 Sample = dict[str, bytes]
 
 
-def make(num: int, *, seed: int, kind: str, captions_missing: bool = False, first: int = 0) -> tuple[bytes, dict[str, Sample]]:
+def make(
+    num: int, *, seed: int, kind: str, captions_missing: bool = False, first: int = 0
+) -> tuple[bytes, dict[str, Sample]]:
     """A whole tar and what is in it. Pictures are noise that ends like a JPEG; `kind` is a dialect of tar."""
     rng, stream, truth = np.random.default_rng(seed), io.BytesIO(), {}
     dialect = {"ustar": tarfile.USTAR_FORMAT, "pax": tarfile.PAX_FORMAT, "gnu": tarfile.GNU_FORMAT}[kind]
@@ -136,10 +139,12 @@ def test_every_damage_is_found_and_nothing_half_gets_through(
 def _may_differ(sample: Sample, true: Sample, *, bad: Bad, kind: str) -> bool:
     """What cannot be known: captions and json of other bytes (no sum is stored of them); a member that its writer left out; and a
     long name that ends in something else, which no checksum of the header covers (it is counted as ignored)."""
-    if set(sample) < set(true) and (bad.what.startswith("without") or (bad.what.startswith("flip") and kind != "ustar")):
+    if set(sample) < set(true) and (
+        bad.what.startswith("without") or (bad.what.startswith("flip") and kind != "ustar")
+    ):
         return all(sample[field] == true[field] for field in sample)
     same_sizes = {f: len(v) for f, v in sample.items()} == {f: len(v) for f, v in true.items()}
-    return same_sizes and sample["jpg"] == true["jpg"] or (same_sizes and sample["json"] != true["json"])
+    return (same_sizes and sample["jpg"] == true["jpg"]) or (same_sizes and sample["json"] != true["json"])
 
 
 def _is_missing_field(bad: Bad) -> bool:

@@ -21,8 +21,8 @@ from data_pipeline.errors import (
     UndecodableImage,
 )
 from data_pipeline.index import load_index
-from data_pipeline.loader import StreamingLoader
 from data_pipeline.indexing import index_folder
+from data_pipeline.loader import StreamingLoader
 from data_pipeline.manifest import MANIFEST, View, open_view, verify
 from data_pipeline.prepare import RawMembers, encode_image, write_shards
 from data_pipeline.reader import ShardReader

@@ -122,7 +122,10 @@ def test_members_nobody_asked_for_are_counted_and_change_nothing(
     members = [*PAIR[:place], (name, b"x" * 600), *PAIR[place:]]
     tar = write_tar(tmp_path / "a.tar", members)
     assert scan(tar).found.left_out == {why: 1}
-    assert read_all(tmp_path) == {"0001": {"png": b"p" * 700, "txt": b"one"}, "0002": {"png": b"q" * 512, "txt": b"two"}}
+    assert read_all(tmp_path) == {
+        "0001": {"png": b"p" * 700, "txt": b"one"},
+        "0002": {"png": b"q" * 512, "txt": b"two"},
+    }
     assert index_path(tar).stat().st_size in index_bytes(2, fields=("png", "txt"))
 
 
