@@ -1,8 +1,9 @@
 """From bytes of a field to pixels, arrays and text. Image libraries are imported at first use.
 
 Images come out as uint8 RGB, H x W x 3, at one square resolution: shorter side resized, centre cut out (a random crop
-is a draw keyed by position and belongs to the trainer). EXIF orientation is ignored, as every fast decoder does.
-Headers are read before pixels: a 20 KB file can claim 60000 x 60000.
+is a draw keyed by position and belongs to the trainer), upright as their EXIF says, transparent ones over white. Headers are
+read before pixels: a 20 KB file can claim 60000 x 60000. Whatever a library raises is a fault of the sample, never the
+end of a run.
 """
 
 from __future__ import annotations
@@ -20,7 +21,14 @@ import numpy as np
 from data_pipeline.errors import BadArray, BadCaption, UndecodableImage, Where
 
 MAX_PIXELS = 64 * 1024 * 1024
-"""64 Mpx: above every honest training image, 192 MB decoded."""
+"""64 Mpx: above every honest training image."""
+MAX_SHRINK = 16
+"""A picture that must be decoded in full (all but JPEG, which is shrunk while it is decoded) may have this times the
+wanted side, or 4096 pixels: 16 Mpx are 50 MB in each thread."""
+MAX_BYTES = 64 * 1024 * 1024
+"""Of one picture's file."""
+BACKGROUND = 255
+"""White, under transparent pixels."""
 
 Payload = bytes | memoryview
 
@@ -31,23 +39,27 @@ def decode_image(payload: Payload, *, out: np.ndarray, where: Where) -> None:
     A JPEG of the right size is decoded straight into the batch buffer.
 
     Raises:
-        UndecodableImage: damaged, of another kind, larger than `MAX_PIXELS`, or without pixels.
+        UndecodableImage: damaged, of another kind, larger than `MAX_PIXELS`, `MAX_SHRINK` or `MAX_BYTES`, or without pixels.
     """
     try:
+        if len(payload) > MAX_BYTES:
+            raise ValueError(f"{len(payload)} bytes; allowed: {MAX_BYTES}")
         kind = _kind(payload)
         height, width = _size(payload, kind)
-        if not 0 < height * width <= MAX_PIXELS:
-            raise ValueError(f"{height} x {width} pixels; allowed: 1 to {MAX_PIXELS}")
+        most = MAX_PIXELS if kind == "jpg" else min(MAX_PIXELS, max(4096, MAX_SHRINK * out.shape[0]) ** 2)
+        if not 0 < height * width <= most:
+            raise ValueError(f"{height} x {width} pixels; allowed for {kind}: 1 to {most}")
         if kind == "jpg":
             image = _decode_jpeg(payload, size=(height, width), out=out)
         elif kind == "npy":
             image = _decode_pixels(payload)
         else:
             image = _decode_opencv(payload)
-        if image is not out:
-            out[...] = resize_centre(image, resolution=out.shape[0])
-    except (ValueError, OSError, struct.error, RuntimeError) as error:
-        raise UndecodableImage(f"{where}: {error}") from error
+        upright = _upright(image, orientation=_orientation(payload, kind))
+        if upright is not out:
+            out[...] = resize_centre(upright, resolution=out.shape[0])
+    except Exception as error:
+        raise UndecodableImage(f"{where}: {str(error) or type(error).__name__}") from error
 
 
 def resize_centre(image: np.ndarray, *, resolution: int) -> np.ndarray:
@@ -62,6 +74,32 @@ def resize_centre(image: np.ndarray, *, resolution: int) -> np.ndarray:
         height, width = image.shape[:2]
     top, left = (height - resolution) // 2, (width - resolution) // 2
     return image[top : top + resolution, left : left + resolution]
+
+
+def _orientation(payload: Payload, kind: str) -> int:
+    """1 to 8 as in EXIF's tag 274; 1 is upright, and what a file says that says nothing."""
+    marks = {"jpg": b"Exif\0\0", "png": b"eXIf", "webp": b"EXIF"}
+    # Before the pixels in all but webp; a byte search, since parsing costs more than decoding a small picture.
+    if kind not in marks or bytes(payload if kind == "webp" else payload[:65536]).find(marks[kind]) < 0:
+        return 1
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(payload)) as image:
+            found = image.getexif().get(274, 1)
+    except Exception:  # the pixels may be good all the same
+        return 1
+    return found if isinstance(found, int) and 1 <= found <= 8 else 1
+
+
+def _upright(image: np.ndarray, *, orientation: int) -> np.ndarray:
+    """(H, W, 3) -> (H, W, 3), or (W, H, 3) where the camera was held sideways. The same array where nothing is to be done."""
+    if orientation == 1:
+        return image
+    turned = image.transpose(1, 0, 2) if orientation >= 5 else image
+    rows = -1 if orientation in (3, 4, 7, 8) else 1
+    columns = -1 if orientation in (2, 3, 6, 7) else 1
+    return np.ascontiguousarray(turned[::rows, ::columns])
 
 
 def decode_array(payload: Payload, *, where: Where) -> np.ndarray:
@@ -97,8 +135,10 @@ def decode_caption(payload: Payload, *, suffix: str, where: Where) -> str:
             text = json.loads(text)["caption"]
     except UnicodeDecodeError as error:
         raise BadCaption(f"{where}: caption is not UTF-8 (byte {error.start}: {error.reason})") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadCaption(f"{where}: json without a field 'caption' ({error!r})") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise BadCaption(
+            f"{where}: json without a field 'caption' ({type(error).__name__}: {str(error)[:200]})"
+        ) from error
     if not isinstance(text, str) or not text.strip():
         raise BadCaption(f"{where}: caption is empty or no text")
     return text.strip()
@@ -154,14 +194,25 @@ def _decode_jpeg(payload: Payload, *, size: tuple[int, int], out: np.ndarray) ->
 
 def _decode_opencv(payload: Payload) -> np.ndarray:
     cv2 = _cv2()
-    flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
     try:
-        bgr = cv2.imdecode(np.frombuffer(payload, np.uint8), flags)
+        found = cv2.imdecode(np.frombuffer(payload, np.uint8), cv2.IMREAD_UNCHANGED)
+        if found is None:
+            raise ValueError("damaged image data")
+        if found.dtype == np.uint16:
+            found = np.round(found / 257).astype(np.uint8)
+        if found.dtype != np.uint8:
+            raise ValueError(f"pixels of {found.dtype}")
+        if found.ndim == 2:
+            return cv2.cvtColor(found, cv2.COLOR_GRAY2RGB)
+        colour = cv2.cvtColor(found[:, :, :3], cv2.COLOR_BGR2RGB)
     except cv2.error as error:
         raise ValueError(str(error)) from error
-    if bgr is None:
-        raise ValueError("damaged image data")
-    return cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
+    if found.shape[2] == 4 and (alpha := found[:, :, 3:]).min() < 255:
+        # Rounded to the nearest: x * a / 255 + white * (1 - a / 255).
+        return ((colour.astype(np.uint32) * alpha + BACKGROUND * (255 - alpha.astype(np.uint32)) + 127) // 255).astype(
+            np.uint8
+        )
+    return colour
 
 
 def _decode_pixels(payload: Payload) -> np.ndarray:

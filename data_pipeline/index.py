@@ -4,12 +4,16 @@ Little endian:
 
     header  8s magic "ECDITIDX" | u32 version | u32 fields F | u64 samples n | u64 tar bytes | 32s tar sha256
             | u32 bytes of names | u32 crc32 of all that follows | names, joined by newlines, padded to 8 bytes
+    version 1, samples side by side
     records n + 1 times: u32 off512 | u32 length x F | u32 crc32
+    version 2, something between them that is no sample
+    records n times: u32 off512 | u32 end512 | u32 length x F | u32 crc32
 
-`off512 * 512` is the first header block of a sample, so 4 bytes reach 2 TiB. The sample ends where the next begins;
-the record n is a sentinel that holds the end of the last one. `length` is the field's bytes or ABSENT. The checksum
-is zlib's crc32 (at hand everywhere, about as fast as crc32c from Python) over the *whole* range, headers and padding
-included: one call, and a flipped bit in a key is found as well. 12-20 bytes per sample for one to three fields.
+`off512 * 512` is the first header block of a sample, so 4 bytes reach 2 TiB. In version 1 the sample ends where the
+next begins; record n is a sentinel that holds the end of the last one. `length` is the field's bytes or ABSENT. The
+checksum is zlib's crc32 (at hand everywhere, about as fast as crc32c from Python) over the *whole* range, headers and
+padding included: one call, and a flipped bit in a key is found as well. 12-20 bytes per sample for one to three fields,
+4 more in version 2.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import hashlib
 import mmap
 import struct
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,11 +30,20 @@ import numpy as np
 
 from data_pipeline.commit import write_committed
 from data_pipeline.errors import BadMember, CorruptShard, MissingShard, TruncatedShard
-from data_pipeline.tar import BLOCK, Member, has_end_marker, split_name, walk
+from data_pipeline.gather import Gathered, Sample, gather
+from data_pipeline.promises import check_promises
+from data_pipeline.tar import BLOCK
 
 MAGIC = b"ECDITIDX"
-VERSION = 1
+VERSIONS = (1, 2)
 ABSENT = 0xFFFFFFFF
+COMPRESSED = {
+    b"\x1f\x8b": ("gzip", "gunzip -c"),
+    b"\x28\xb5\x2f\xfd": ("zstd", "zstd -dc"),
+    b"BZh": ("bzip2", "bunzip2 -c"),
+    b"\xfd7zXZ\x00": ("xz", "unxz -c"),
+}
+"""First bytes -> (name, the command that writes it unpacked)."""
 _HEADER = struct.Struct("<8sIIQQ32sII")
 
 
@@ -37,13 +51,14 @@ _HEADER = struct.Struct("<8sIIQQ32sII")
 class Index:
     """Content of one `.idx`. Arrays are read-only views of the file's bytes when loaded.
 
-    `offset` uint32 (n + 1,) in 512-byte blocks; `length` uint32 (n, F) in bytes; `crc` uint32 (n,).
+    `start` and `end` (n,) in 512-byte blocks; `length` uint32 (n, F) in bytes; `crc` uint32 (n,).
     """
 
     fields: tuple[str, ...]
     tar_bytes: int
     tar_sha256: str
-    offset: np.ndarray
+    start: np.ndarray
+    end: np.ndarray
     length: np.ndarray
     crc: np.ndarray
 
@@ -52,8 +67,13 @@ class Index:
 
     def span(self, sample: int) -> tuple[int, int]:
         """(first byte, number of bytes) of a sample in the tar."""
-        start = int(self.offset[sample]) * BLOCK
-        return start, int(self.offset[sample + 1]) * BLOCK - start
+        start, end = int(self.start[sample]) * BLOCK, int(self.end[sample]) * BLOCK
+        return start, end - start
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the samples lie side by side (version 1)."""
+        return bool((self.start[1:] == self.end[:-1]).all())
 
 
 def index_path(tar: Path) -> Path:
@@ -61,40 +81,80 @@ def index_path(tar: Path) -> Path:
     return tar.with_suffix(".idx")
 
 
-def index_bytes(num_samples: int, *, fields: tuple[str, ...]) -> int:
-    """Size that a whole `.idx` must have: lets a start-up check find a cut one without reading it."""
-    return _HEADER.size + len(_names(fields)) + 4 * (len(fields) + 2) * (num_samples + 1)
+def index_bytes(num_samples: int, *, fields: tuple[str, ...]) -> tuple[int, int]:
+    """Sizes that a whole `.idx` can have, by version: lets a start-up check find a cut one without reading it."""
+    first = _HEADER.size + len(_names(fields))
+    return first + 4 * (len(fields) + 2) * (num_samples + 1), first + 4 * (len(fields) + 3) * num_samples
 
 
-def build_index(tar: Path) -> Index:
-    """Scan a tar, ours or a foreign WebDataset one. Samples are consecutive members with one key.
+@dataclass(frozen=True, kw_only=True)
+class Scanned:
+    """What a pass over a tar has found: its index, and all that is not in it."""
+
+    index: Index
+    found: Gathered
+
+
+def scan(tar: Path, *, promises: bool = True) -> Scanned:
+    """Read a tar, ours or a foreign WebDataset one, damaged or not; only whole samples are in the index.
+
+    Args:
+        promises: hold it against what its writer left beside and in it (`promises`).
 
     Raises:
         MissingShard: no such file.
-        TruncatedShard: the tar is cut; its `num_whole` says how many samples are complete.
-        CorruptShard: a damaged header.
-        BadMember: refused suffix or name, a field given twice, or the members of a key not side by side.
+        TruncatedShard: it is empty.
+        CorruptShard: it is compressed.
+        BadMember: larger than 2 TiB.
     """
     try:
         with tar.open("rb") as file:
             if tar.stat().st_size == 0:
                 raise TruncatedShard(f"shard {tar.name}: empty file, 0 whole samples")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as buffer:
-                return _scan(buffer, shard=tar.name)
+                _refuse_compressed(buffer, shard=tar.name)
+                found = gather(buffer)
+                if promises:
+                    check_promises(tar, found=found, buffer=buffer)
+                return Scanned(index=_index_of(buffer, found.samples), found=found)
     except OSError as error:
         raise MissingShard(f"shard {tar.name} in {tar.parent}: {error.strerror}") from error
 
 
+def refuse_damage(tar: Path, found: Gathered) -> None:
+    """Raises TruncatedShard or CorruptShard where a tar is damaged, with the number of its whole samples."""
+    if not found.damage:
+        return
+    whole = len(found.samples)
+    more = f" (and {len(found.damage) - 1} more places)" if len(found.damage) > 1 else ""
+    words = f"shard {tar.name}: {found.damage[0].words}{more}; {whole} whole samples"
+    if found.damage[0].kind == "cut":
+        raise TruncatedShard(f"{words} before the cut", num_whole=whole)
+    raise CorruptShard(words)
+
+
+def build_index(tar: Path) -> Index:
+    """`scan` of a tar that is not damaged. Raises what `scan` and `refuse_damage` raise."""
+    scanned = scan(tar)
+    refuse_damage(tar, scanned.found)
+    return scanned.index
+
+
 def write_index(index: Index, path: Path) -> None:
     """Write by rename: a reader sees the whole file or none."""
-    records = np.full((len(index) + 1, len(index.fields) + 2), ABSENT, dtype="<u4")
-    records[:, 0] = index.offset
-    records[:-1, 1:-1] = index.length
-    records[:-1, -1] = index.crc
+    n, dense = len(index), index.is_dense
+    records = np.full((n + dense, len(index.fields) + 3 - dense), ABSENT, dtype="<u4")
+    records[:n, 0] = index.start
+    if dense:
+        records[n, 0] = index.end[-1] if n else 0
+    else:
+        records[:, 1] = index.end
+    records[:n, 2 - dense : -1] = index.length
+    records[:n, -1] = index.crc
     names = _names(index.fields)
     body = names + records.tobytes()
     header = _HEADER.pack(
-        MAGIC, VERSION, len(index.fields), len(index), index.tar_bytes,
+        MAGIC, 1 if dense else 2, len(index.fields), n, index.tar_bytes,
         bytes.fromhex(index.tar_sha256), len(names), zlib.crc32(body),
     )  # fmt: skip
     write_committed(header + body, path)
@@ -114,76 +174,44 @@ def load_index(path: Path) -> Index:
     if len(raw) < _HEADER.size or raw[:8] != MAGIC:
         raise CorruptShard(f"index {path}: not an ecdit index")
     _, version, num_fields, n, tar_bytes, sha, names_bytes, crc = _HEADER.unpack_from(raw)
-    if version != VERSION:
-        raise CorruptShard(f"index {path}: version {version}, this program reads {VERSION}")
-    body = memoryview(raw)[_HEADER.size :]
-    if len(body) != names_bytes + 4 * (num_fields + 2) * (n + 1) or zlib.crc32(body) != crc:
+    if version not in VERSIONS:
+        raise CorruptShard(f"index {path}: version {version}, this program reads {' and '.join(map(str, VERSIONS))}")
+    body, dense = memoryview(raw)[_HEADER.size :], version == 1
+    rows, columns = n + dense, num_fields + 3 - dense
+    if len(body) != names_bytes + 4 * rows * columns or zlib.crc32(body) != crc:
         raise CorruptShard(f"index {path}: cut or changed (checksum differs); run `ecdit data index`")
     fields = tuple(bytes(body[:names_bytes]).rstrip(b"\0").decode().split("\n")) if num_fields else ()
-    records = np.frombuffer(body[names_bytes:], "<u4").reshape(n + 1, num_fields + 2)
+    records = np.frombuffer(body[names_bytes:], "<u4").reshape(rows, columns)
     return Index(
         fields=fields, tar_bytes=tar_bytes, tar_sha256=sha.hex(),
-        offset=records[:, 0], length=records[:-1, 1:-1], crc=records[:-1, -1],
+        start=records[:n, 0], end=records[1:, 0] if dense else records[:, 1],
+        length=records[:n, 2 - dense : -1], crc=records[:n, -1],
     )  # fmt: skip
 
 
-def _scan(buffer: mmap.mmap, *, shard: str) -> Index:
-    keys: dict[str, int] = {}
-    starts: list[int] = []
-    lengths: list[dict[str, int]] = []
-    end, cut = 0, None
-    members = walk(buffer, shard=shard)
-    while True:
-        try:
-            member = next(members, None)
-        except TruncatedShard as error:
-            cut = error
-            break
-        if member is None:
-            break
-        _take(member, shard=shard, keys=keys, starts=starts, lengths=lengths)
-        end = member.end
-    if cut is None and not has_end_marker(buffer, at=end):
-        # Cut exactly between two members: only the absent end-of-archive block betrays it.
-        cut = TruncatedShard(f"shard {shard}: ends at byte {len(buffer)} without an end-of-archive block")
-    if cut is not None:
-        # The last sample counts as whole only if it has every field of the first, and a lone one does not: with
-        # nothing to compare it with, it may have lost its caption.
-        whole = len(lengths) if len(lengths) > 1 and set(lengths[-1]) == set(lengths[0]) else max(0, len(lengths) - 1)
-        raise TruncatedShard(f"{cut}; {whole} whole samples before the cut", num_whole=whole)
+def _refuse_compressed(buffer: mmap.mmap, *, shard: str) -> None:
+    head = bytes(buffer[:6])
+    for magic, (what, command) in COMPRESSED.items():
+        if head.startswith(magic):
+            rule = f"samples of a compressed tar cannot be read where they lie; unpack it: {command} {shard} > plain/{shard}"
+            raise CorruptShard(f"shard {shard}: is {what}-compressed; {rule}")
 
-    fields = tuple(dict.fromkeys(name for sample in lengths for name in sample))
-    bounds = np.array([*starts, end], dtype=np.int64) // BLOCK
-    if bounds[-1] > ABSENT:
-        raise BadMember(f"shard {shard}: larger than 2 TiB")
-    shape = (len(lengths), len(fields))
+
+def _index_of(buffer: mmap.mmap, samples: Sequence[Sample]) -> Index:
+    fields = tuple(dict.fromkeys(name for sample in samples for name in sample.fields))
+    starts, ends = ([getattr(sample, edge) for sample in samples] for edge in ("start", "end"))
+    if max(ends, default=0) // BLOCK > ABSENT:
+        raise BadMember("larger than 2 TiB")
     with memoryview(buffer) as view:
-        crcs = [zlib.crc32(view[a:b]) for a, b in zip(starts, [*starts, end][1:], strict=True)]
+        crcs = [zlib.crc32(view[a:b]) for a, b in zip(starts, ends, strict=True)]
         sha = hashlib.sha256(view).hexdigest()
+    lengths = [[s.fields[f].size if f in s.fields else ABSENT for f in fields] for s in samples]
     return Index(
         fields=fields, tar_bytes=len(buffer), tar_sha256=sha,
-        offset=bounds.astype(np.uint32),
-        length=np.array([[s.get(f, ABSENT) for f in fields] for s in lengths], np.uint32).reshape(shape),
+        start=np.array(starts, np.int64) // BLOCK, end=np.array(ends, np.int64) // BLOCK,
+        length=np.array(lengths, np.uint32).reshape(len(samples), len(fields)),
         crc=np.array(crcs, np.uint32),
     )  # fmt: skip
-
-
-def _take(
-    member: Member, *, shard: str, keys: dict[str, int], starts: list[int], lengths: list[dict[str, int]]
-) -> None:
-    """Add a member to the last sample or begin a new one."""
-    key, field = split_name(member.name, shard=shard)
-    sample = keys.get(key)
-    if sample is None:
-        keys[key] = len(starts)
-        starts.append(member.start)
-        lengths.append({})
-    elif sample != len(starts) - 1:
-        # Readers that group as they go would make two half samples of this one without a word.
-        raise BadMember(f"shard {shard}: key {key!r} appears again; the members of a sample must be side by side")
-    if field in lengths[-1]:
-        raise BadMember(f"shard {shard}: key {key!r} has field {field!r} twice")
-    lengths[-1][field] = member.size
 
 
 def _names(fields: tuple[str, ...]) -> bytes:

@@ -19,7 +19,8 @@ import numpy as np
 
 from data_pipeline.commit import write_committed
 from data_pipeline.errors import CorruptShard, DataError, MissingShard, TruncatedShard
-from data_pipeline.index import Index, build_index, index_bytes, index_path, load_index, write_index
+from data_pipeline.index import Index, index_bytes, index_path, load_index
+from data_pipeline.tally import read_tally
 
 MANIFEST = "manifest.json"
 VERSION = 1
@@ -110,8 +111,8 @@ def read_manifest(folder: Path | str) -> View:
     except (ValueError, KeyError, TypeError) as error:
         raise CorruptShard(f"{folder / MANIFEST}: not a manifest ({error!r})") from error
     for shard in shards:
-        if Path(shard.name).name != shard.name:
-            raise CorruptShard(f"{folder / MANIFEST}: shard name {shard.name!r} is not a plain file name")
+        if Path(shard.name).is_absolute() or ".." in Path(shard.name).parts or not shard.name:
+            raise CorruptShard(f"{folder / MANIFEST}: shard name {shard.name!r} leads outside of the folder")
     return View(folder=folder, shards=shards, sha256=hashlib.sha256(raw).hexdigest(), meta=meta)
 
 
@@ -127,53 +128,25 @@ def open_view(folder: Path | str) -> View:
     problems: list[DataError] = []
     for shard in view.shards:
         tar = view.folder / shard.name
-        idx_bytes = index_bytes(shard.n, fields=shard.fields)
-        for path, expected in ((tar, shard.bytes), (index_path(tar), idx_bytes)):
+        sizes = index_bytes(shard.n, fields=shard.fields)
+        for path, expected in ((tar, (shard.bytes,)), (index_path(tar), sizes)):
             try:
                 size = path.stat().st_size
             except OSError:
                 problems.append(MissingShard(f"{path.name} is missing in {view.folder}"))
                 continue
-            if size != expected:
-                kind = TruncatedShard if size < expected else CorruptShard
-                problems.append(kind(f"{path.name} in {view.folder} has {size} bytes, must have {expected}"))
-    _raise_all(problems)
+            if size not in expected:
+                kind = TruncatedShard if size < expected[0] else CorruptShard
+                problems.append(kind(f"{path.name} in {view.folder} has {size} bytes, must have {expected[0]}"))
+    raise_all(problems)
     return view
 
 
-def index_folder(folder: Path | str) -> View:
-    """Make `.idx` files and a manifest for a folder of plain WebDataset tars (any writer). Tars stay untouched.
-
-    An index that is newer than its tar and names its size is kept, so an interrupted pass goes on where it stopped.
-
-    Raises:
-        MissingShard: no `*.tar` here.
-        TruncatedShard, CorruptShard, BadMember: from `build_index`, naming the shard.
-    """
-    folder = Path(folder)
-    tars = sorted(folder.glob("*.tar"))
-    if not tars:
-        raise MissingShard(f"no *.tar in {folder}")
-    shards = []
-    for tar in tars:
-        index = _kept_index(tar)
-        if index is None:
-            index = build_index(tar)
-            write_index(index, index_path(tar))
-        shards.append(describe(tar, index=index))
-    try:
-        known = read_manifest(folder)
-    except DataError:
-        known = None
-    if known is not None and known.shards == tuple(shards):
-        return known  # the same tars keep the same view, whoever wrote the manifest: a run on them can go on
-    return write_manifest(folder, shards=shards, meta={"made_by": "index_folder"})
-
-
-def describe(tar: Path, *, index: Index) -> Shard:
-    """The manifest row of an indexed tar."""
+def describe(tar: Path, *, index: Index, folder: Path | None = None) -> Shard:
+    """The manifest row of an indexed tar; `folder` is the data set's, that of the tar by default."""
+    name = tar.name if folder is None else tar.relative_to(folder).as_posix()
     return Shard(
-        name=tar.name, n=len(index), bytes=index.tar_bytes, sha256=index.tar_sha256, fields=index.fields
+        name=name, n=len(index), bytes=index.tar_bytes, sha256=index.tar_sha256, fields=index.fields
     )  # fmt: skip
 
 
@@ -190,7 +163,7 @@ def verify(folder: Path | str) -> Verified:
             _verify_shard(view, number)
         except DataError as error:
             problems.append(error)
-    _raise_all(problems)
+    raise_all(problems)
     num_bytes = sum(shard.bytes for shard in view.shards)
     return Verified(shards=len(view.shards), samples=view.num_samples, bytes=num_bytes, view_sha256=view.sha256)
 
@@ -198,30 +171,33 @@ def verify(folder: Path | str) -> Verified:
 def _verify_shard(view: View, number: int) -> None:
     row, index = view.shards[number], view.load_index(number)
     digest, bad = hashlib.sha256(), []
+    strange = False
     with view.tar(number).open("rb") as file:
         for sample in range(len(index)):
-            payload = file.read(index.span(sample)[1]) if index.span(sample)[0] == file.tell() else b""
+            start, size = index.span(sample)
+            between = file.read(start - file.tell())
+            payload = file.read(size)
+            digest.update(between)
             digest.update(payload)
+            strange |= bool(between)
             if zlib.crc32(payload) != int(index.crc[sample]):
                 bad.append(sample)
         while block := file.read(1 << 20):
             digest.update(block)
+            strange |= bool(block.strip(b"\0"))
     if bad:
         shown = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
         raise CorruptShard(f"shard {row.name} in {view.folder}: crc32 differs in {len(bad)} samples (number {shown})")
     if digest.hexdigest() != row.sha256:
         raise CorruptShard(f"shard {row.name} in {view.folder}: sha256 differs from {MANIFEST}, all samples are intact")
+    if strange and read_tally(view.tar(number), accepted=len(index)).is_plain:
+        rule = "its index is of a version that did not look there; run `ecdit data index --again`"
+        raise CorruptShard(
+            f"shard {row.name} in {view.folder}: holds bytes besides its samples, and nothing says what they are: {rule}"
+        )
 
 
-def _kept_index(tar: Path) -> Index | None:
-    try:
-        index = load_index(index_path(tar))
-        fresh = index_path(tar).stat().st_mtime_ns >= tar.stat().st_mtime_ns
-    except DataError:
-        return None
-    return index if fresh and index.tar_bytes == tar.stat().st_size else None
-
-
-def _raise_all(problems: Sequence[DataError]) -> None:
+def raise_all(problems: Sequence[DataError]) -> None:
+    """The class of the first, a line for every one."""
     if problems:
         raise type(problems[0])("\n".join(str(problem) for problem in problems))

@@ -25,7 +25,7 @@ import numpy as np
 
 from data_pipeline.commit import commit, temporary_sibling, write_committed
 from data_pipeline.errors import BadMember, BadSplit, WrongView
-from data_pipeline.index import build_index, index_bytes, index_path, write_index
+from data_pipeline.index import Index, index_bytes, index_path, refuse_damage, scan, write_index
 from data_pipeline.manifest import MANIFEST, Shard, View, describe, read_manifest, write_manifest
 from data_pipeline.tar import split_name
 
@@ -131,7 +131,7 @@ def _write_shard(samples: Samples, task: _ShardTask) -> Shard:
         with tarfile.open(part, "w", format=tarfile.USTAR_FORMAT) as tar:
             for number in range(task.first, task.stop):
                 _add_sample(tar, samples[number], shard=task.tar.name)
-        index = build_index(part)
+        index = _index(part, shard=task.tar.name)
         commit(part, task.tar)
     finally:
         part.unlink(missing_ok=True)
@@ -142,12 +142,25 @@ def _write_shard(samples: Samples, task: _ShardTask) -> Shard:
     return shard
 
 
+def _index(part: Path, *, shard: str) -> Index:
+    """Raises BadMember where a sample that was written would not be read."""
+    scanned = scan(part, promises=False)
+    refuse_damage(part, scanned.found)
+    if scanned.found.rejected:
+        why = ", ".join(f"{count} {why}" for why, count in scanned.found.rejected.items())
+        raise BadMember(f"shard {shard}: {why}; keys must differ, and the members of a sample stand side by side")
+    return scanned.index
+
+
 def _add_sample(tar: tarfile.TarFile, sample: RawMembers, *, shard: str) -> None:
     # Payload first: a reader that wants pixels only can stop early. Then by name, whatever order the caller had.
     for suffix in sorted(sample.members, key=lambda s: (s in _TEXT_SUFFIXES, s)):
         name = f"{sample.key}.{suffix}"
-        if split_name(name, shard=shard) != (sample.key, suffix):
-            raise BadMember(f"shard {shard}: key {sample.key!r}, suffix {suffix!r}: the key may not contain a dot")
+        try:
+            if split_name(name) != (sample.key, suffix):
+                raise BadMember("the key may not contain a dot")
+        except BadMember as error:
+            raise BadMember(f"shard {shard}: key {sample.key!r}, suffix {suffix!r}: {error}") from None
         info = tarfile.TarInfo(name)  # uid, gid, mtime are 0 and the owner is empty
         info.size, info.mode = len(sample.members[suffix]), 0o444
         try:
@@ -167,7 +180,7 @@ def _finished(task: _ShardTask) -> Shard | None:
             task.params_sha256, task.first, task.stop,
         )  # fmt: skip
         whole = task.tar.stat().st_size == shard.bytes
-        indexed = index_path(task.tar).stat().st_size == index_bytes(shard.n, fields=shard.fields)
+        indexed = index_path(task.tar).stat().st_size in index_bytes(shard.n, fields=shard.fields)
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return shard if same and whole and indexed else None

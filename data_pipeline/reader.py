@@ -65,10 +65,13 @@ class ShardReader:
             raise TruncatedShard(f"{where}: file ends at byte {offset + len(payload)}, needs {offset + num_bytes}")
         if zlib.crc32(payload) != int(opened.index.crc[sample]):
             raise CorruptShard(f"{where}: crc32 of {num_bytes} bytes at {offset} differs from the index")
-        key, fields, whole = "", {}, memoryview(payload)
+        # Between the members of a sample may stand others that nobody asked for.
+        key, fields, whole, wanted = "", {}, memoryview(payload), opened.index.fields
         for member in walk_proven(whole, shard=name):
-            key, field = split_proven_name(member.name)
-            fields[field] = whole[member.data : member.data + member.size]
+            of, field = split_proven_name(member.name)
+            key = key or of
+            if of == key and field in wanted:
+                fields[field] = whole[member.data : member.data + member.size]
         return RawSample(key=key, fields=fields, num_bytes=num_bytes)
 
     def close(self) -> None:

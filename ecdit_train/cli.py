@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ecdit_train import arguments, checkpoint_verbs, errors, life_verbs
+from ecdit_train import arguments, checkpoint_verbs, data_verbs, errors, life_verbs
 from ecdit_train.errors import EcditError, PeerLostError, PeerRefusedError
 from ecdit_train.study import study_routing
 from ecdit_train.supervise.exit_file import leave_exit_code
@@ -21,9 +21,6 @@ from ecdit_train.verbs import (
     config_explain,
     config_keys,
     config_show,
-    data_index,
-    data_shapes,
-    data_verify,
     evaluate,
     launch,
     multirun,
@@ -263,28 +260,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     _config_dir(p)
 
-    data = parser_group(verbs, "data", "make, index and verify shards")
-    p = verb(
-        "shapes",
-        data_shapes,
-        "draw the procedural coloured-shapes set into WebDataset shards\n\n"
-        "  ecdit data shapes out=data/shapes count=4000 resolution=32",
-        parent=data,
-    )
-    p.add_argument(
-        "words",
-        nargs="+",
-        metavar="WORD",
-        help=arguments.forms(arguments.Shapes),
-    )
-    p = verb(
-        "index", data_index, "index plain WebDataset tars: an .idx beside each tar and a manifest.json", parent=data
-    )
-    p.add_argument("folder")
-    p = verb(
-        "verify", data_verify, "read every byte of a data set and check it against its index and manifest", parent=data
-    )
-    p.add_argument("folder")
+    data_verbs.declare(verb, parser_group(verbs, "data", "make, index, verify and salvage shards"))
 
     config = parser_group(verbs, "config", "show, list and compare configurations")
     p = verb("show", config_show, "print the resolved configuration of some words", parent=config)

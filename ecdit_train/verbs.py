@@ -293,41 +293,6 @@ def compare(args: argparse.Namespace) -> int:
 # --- data, configuration -------------------------------------------------------------------------------------------
 
 
-def data_shapes(args: argparse.Namespace) -> int:
-    from data_pipeline.shapes.make import make_shapes
-    from data_pipeline.shapes.prompts import TASKS
-
-    asked = arguments.read(arguments.Shapes, args.words, alone=True).build(arguments.Shapes)
-    made = make_shapes(
-        Path(asked.out),
-        count=asked.count,
-        resolution=asked.resolution,
-        seed=asked.seed,
-        mix=asked.mix or dict.fromkeys(TASKS, 1.0),
-        scale=asked.scale,
-        samples_per_shard=asked.per_shard,
-        image_format=asked.format,
-    )
-    print(f"{made.num_samples} samples in {len(made.shards)} shards: {asked.out}")
-    return errors.EXIT_OK
-
-
-def data_index(args: argparse.Namespace) -> int:
-    from data_pipeline.manifest import index_folder
-
-    view = index_folder(Path(args.folder))
-    print(f"{view.num_samples} samples in {len(view.shards)} shards: {args.folder}")
-    return errors.EXIT_OK
-
-
-def data_verify(args: argparse.Namespace) -> int:
-    from data_pipeline.manifest import verify
-
-    verify(Path(args.folder))
-    print(f"{args.folder}: every byte agrees with the index and the manifest")
-    return errors.EXIT_OK
-
-
 def slots(args: argparse.Namespace) -> int:
     from ecdit_train.config import installed
 

@@ -11,7 +11,7 @@ import pytest
 from cli_commands import ecdit, files, refused
 from tiny_runs import words
 
-from data_pipeline.manifest import index_folder
+from data_pipeline.indexing import index_folder
 
 # --- shards ------------------------------------------------------------------------------------------------------------
 

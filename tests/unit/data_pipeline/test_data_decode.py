@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import pytest
 import simplejpeg
+from PIL import Image, ImageOps
 
 from data_pipeline.decode import decode_array, decode_caption, decode_image, resize_centre
 from data_pipeline.errors import BadArray, BadCaption, UndecodableImage, Where
@@ -50,6 +51,70 @@ def test_webp_and_png_with_alpha_grey_and_16_bit() -> None:
     assert np.abs(decoded(deep, 32).astype(int) - image).max() <= 1
     clear = np.concatenate([image[:, :, ::-1], np.full((32, 32, 1), 255, np.uint8)], -1)
     assert (decoded(cv2.imencode(".png", clear)[1].tobytes(), 32) == image).all()
+
+
+def saved(image: Image.Image, form: str, **options: object) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, form, **options)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("orientation", range(10))
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+def test_pictures_stand_upright_as_pillow_turns_them(orientation: int, form: str) -> None:
+    """0 and 9 are no orientations, and change nothing."""
+    exif = Image.Exif()
+    exif[274] = orientation
+    payload = saved(Image.fromarray(picture(32, 48)), form, exif=exif, quality=95)
+    with Image.open(io.BytesIO(payload)) as image:
+        want = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    assert np.abs(decoded(payload, 32).astype(int) - resize_centre(want, resolution=32)).mean() < 1.5
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA"])
+@pytest.mark.parametrize("form", ["PNG", "WEBP"])
+def test_transparent_pixels_lie_over_white(mode: str, form: str) -> None:
+    image = Image.fromarray(picture(32, 32)).convert("RGBA")
+    image.putalpha(Image.fromarray(np.tile(np.arange(0, 256, 8, dtype=np.uint8), (32, 1))))
+    image = image.convert(mode if mode != "PA" else "P").convert("RGBA") if mode == "PA" else image.convert(mode)
+    payload = saved(image, form, **({"lossless": True, "exact": True} if form == "WEBP" else {}))
+    with Image.open(io.BytesIO(payload)) as read:
+        rgba = read.convert("RGBA")
+        want = np.asarray(Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB"))
+    assert np.abs(decoded(payload, 32).astype(int) - want).max() <= 1
+    assert want[:, 0].min() == 255 or mode == "PA"
+
+
+def test_a_jpeg_of_a_print_shop() -> None:
+    image = Image.fromarray(picture(32, 32)).convert("CMYK")
+    payload = saved(image, "JPEG", quality=95)
+    with Image.open(io.BytesIO(payload)) as read:
+        want = np.asarray(read.convert("RGB"))
+    assert np.abs(decoded(payload, 32).astype(int) - want).mean() < 2
+
+
+def test_a_picture_that_is_decoded_in_full_is_bounded_by_what_is_wanted() -> None:
+    large = saved(Image.new("1", (4097, 4097)), "PNG")
+    assert len(large) < 10_000
+    with pytest.raises(UndecodableImage, match="allowed for png: 1 to 16777216"):
+        decoded(large, 32)
+    assert decoded(large, 257).shape == (257, 257, 3)  # 16 times that side
+
+
+def test_a_deep_json_is_a_bad_caption() -> None:
+    for payload in (b"[" * 100_000, b'{"caption": ' * 100_000, b'{"caption": ["a"]}'):
+        with pytest.raises(BadCaption):
+            decode_caption(payload, suffix="json", where=WHERE)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), KeyError("x"), AssertionError("y"), RecursionError()])
+def test_whatever_a_library_raises_is_the_samples_fault(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def raising(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("data_pipeline.decode._decode_opencv", raising)
+    with pytest.raises(UndecodableImage, match=r"s.tar, key k"):
+        decoded(encode_image(picture(8, 8), image_format="png"), 8)
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 32), (32, 64), (50, 200), (20, 31), (33, 32)])

@@ -21,8 +21,9 @@ from data_pipeline.errors import (
     UndecodableImage,
 )
 from data_pipeline.index import load_index
+from data_pipeline.indexing import index_folder
 from data_pipeline.loader import StreamingLoader
-from data_pipeline.manifest import MANIFEST, View, index_folder, open_view, verify
+from data_pipeline.manifest import MANIFEST, View, open_view, verify
 from data_pipeline.prepare import RawMembers, encode_image, write_shards
 from data_pipeline.reader import ShardReader
 
@@ -141,7 +142,7 @@ def test_a_broken_manifest_is_refused(tmp_path: Path, content: str) -> None:
 def test_a_manifest_may_not_point_elsewhere(copied_folder: Path) -> None:
     manifest = copied_folder / MANIFEST
     manifest.write_text(manifest.read_text().replace('"shapes-000000.tar"', '"../shapes-000000.tar"'))
-    with pytest.raises(CorruptShard, match="plain file name"):
+    with pytest.raises(CorruptShard, match="leads outside of the folder"):
         open_view(copied_folder)
 
 
@@ -275,6 +276,6 @@ def test_open_files_are_limited_and_closed(shapes_view: View) -> None:
 def test_an_evil_member_never_enters_a_data_set(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         tar.addfile(tarfile.TarInfo("0001.pyd"))
-    with pytest.raises(errors.BadMember, match=r"a.tar: member '0001.pyd'"):
+    with pytest.raises(errors.BadMember, match=r"no sample in 1 tars\n.* suffix .pyd"):
         index_folder(tmp_path)
     assert not (tmp_path / MANIFEST).exists()

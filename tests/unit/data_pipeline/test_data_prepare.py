@@ -10,8 +10,9 @@ import pytest
 
 from data_pipeline.decode import decode_image
 from data_pipeline.errors import BadMember, BadSplit, DataError, Where, WrongView
+from data_pipeline.indexing import index_folder
 from data_pipeline.loader import StreamingLoader
-from data_pipeline.manifest import index_folder, open_view, verify
+from data_pipeline.manifest import open_view, verify
 from data_pipeline.prepare import RawMembers, encode_image, write_shards
 from data_pipeline.shapes.draw import ShapesSpec, shape_sample
 from data_pipeline.shapes.make import make_shapes

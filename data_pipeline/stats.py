@@ -1,0 +1,73 @@
+"""What a data set holds, in numbers: from its manifest and indexes, without reading a tar."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline.index import ABSENT
+from data_pipeline.indexing import tallies_of
+from data_pipeline.manifest import open_view
+from data_pipeline.tally import Tally, table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stats:
+    """Sums over a folder."""
+
+    shards: int
+    samples: int
+    bytes: int
+    per_shard: tuple[int, int, int]
+    """samples: fewest, median, most"""
+    fields: Mapping[str, tuple[int, float]]
+    """field -> (samples that have it, their mean size in bytes)"""
+    forms: Mapping[tuple[str, ...], int]
+    """fields of a sample -> how many have just these"""
+    tallies: Mapping[str, Tally]
+
+
+def look(folder: Path | str) -> Stats:
+    """Raises what `manifest.open_view` raises."""
+    view = open_view(folder)
+    have: Counter[str] = Counter()
+    size: Counter[str] = Counter()
+    forms: Counter[tuple[str, ...]] = Counter()
+    for number in range(len(view.shards)):
+        index = view.load_index(number)
+        there = index.length != ABSENT
+        for column, name in enumerate(index.fields):
+            have[name] += int(there[:, column].sum())
+            size[name] += int(index.length[there[:, column], column].sum(dtype=np.int64))
+        rows, counts = np.unique(there, axis=0, return_counts=True)
+        for row, count in zip(rows, counts, strict=True):
+            forms[tuple(sorted(name for name, has in zip(index.fields, row, strict=True) if has))] += int(count)
+    sizes = sorted(view.shard_sizes.tolist())
+    return Stats(
+        shards=len(view.shards), samples=view.num_samples, bytes=sum(shard.bytes for shard in view.shards),
+        per_shard=(sizes[0], sizes[len(sizes) // 2], sizes[-1]) if sizes else (0, 0, 0),
+        fields={name: (have[name], size[name] / have[name]) for name in view.fields if have[name]},
+        forms=dict(forms.most_common()), tallies=tallies_of(view),
+    )  # fmt: skip
+
+
+def text(stats: Stats) -> str:
+    """For people."""
+    fewest, median, most = stats.per_shard
+    lines = [
+        *table(stats.tallies),
+        f"bytes        {stats.bytes:>12,}",
+        f"per shard    {fewest:,} to {most:,} samples, median {median:,}",
+        "",
+        "field              samples     share    mean bytes",
+    ]
+    for name, (count, mean) in stats.fields.items():
+        lines.append(f"{name:<14}{count:>12,}{100 * count / stats.samples:>9.2f} %{mean:>14,.0f}")
+    if len(stats.forms) > 1:
+        lines += ["", "samples by their fields"]
+        lines += [f"{count:>12,}  {' '.join(form)}" for form, count in stats.forms.items()]
+    return "\n".join(lines)

@@ -1,0 +1,117 @@
+"""`ecdit data`: make, index, look at and repair shards. Nothing here needs torch."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ecdit_train import arguments, errors
+
+
+def declare(verb: Callable[..., argparse.ArgumentParser], group: Any) -> None:
+    """The words of the group."""
+    p = verb(
+        "shapes",
+        data_shapes,
+        "draw the procedural coloured-shapes set into WebDataset shards\n\n"
+        "  ecdit data shapes out=data/shapes count=4000 resolution=32",
+        parent=group,
+    )
+    p.add_argument(
+        "words",
+        nargs="+",
+        metavar="WORD",
+        help=arguments.forms(arguments.Shapes),
+    )
+    p = verb(
+        "index",
+        data_index,
+        "index plain WebDataset tars: an .idx beside each tar and a manifest.json; says what is used and what is not\n\n"
+        "  ecdit data index data/images\n  ecdit data index data/images --on-bad-shard salvage",
+        parent=group,
+    )
+    p.add_argument("folder")
+    p.add_argument(
+        "--on-bad-shard",
+        choices=("set_aside", "salvage", "fail"),
+        default="set_aside",
+        help="a damaged tar: use nothing of it (default), its samples that are certainly whole, or stop",
+    )
+    p.add_argument("--again", action="store_true", help="read tars whose index is fresh, too")
+    p = verb(
+        "stats",
+        data_stats,
+        "what a data set holds: samples, bytes, fields, what was ignored, rejected and set aside",
+        parent=group,
+    )
+    p.add_argument("folder")
+    p = verb(
+        "salvage",
+        data_salvage,
+        "write the samples of damaged tars that are certainly whole into new tars\n\n"
+        "  ecdit data salvage data/images/00017.tar --out data/salvaged",
+        parent=group,
+    )
+    p.add_argument("tars", nargs="+", metavar="TAR")
+    p.add_argument("--out", required=True, metavar="FOLDER", help="where tars of the same names are written")
+    p = verb(
+        "verify", data_verify, "read every byte of a data set and check it against its index and manifest", parent=group
+    )
+    p.add_argument("folder")
+
+
+def data_shapes(args: argparse.Namespace) -> int:
+    from data_pipeline.shapes.make import make_shapes
+    from data_pipeline.shapes.prompts import TASKS
+
+    asked = arguments.read(arguments.Shapes, args.words, alone=True).build(arguments.Shapes)
+    made = make_shapes(
+        Path(asked.out),
+        count=asked.count,
+        resolution=asked.resolution,
+        seed=asked.seed,
+        mix=asked.mix or dict.fromkeys(TASKS, 1.0),
+        scale=asked.scale,
+        samples_per_shard=asked.per_shard,
+        image_format=asked.format,
+    )
+    print(f"{made.num_samples} samples in {len(made.shards)} shards: {asked.out}")
+    return errors.EXIT_OK
+
+
+def data_index(args: argparse.Namespace) -> int:
+    from data_pipeline import indexing, tally
+
+    indexed = indexing.index_tars(Path(args.folder), on_bad_shard=args.on_bad_shard, again=args.again)
+    print("\n".join([*tally.table(indexed.tallies), f"{args.folder}: {indexed.view.sha256[:12]}"]))
+    if any(one.set_aside and one.damage for one in indexed.tallies.values()):
+        print(f"to use their whole samples: ecdit data index {args.folder} --on-bad-shard salvage")
+    return errors.EXIT_OK
+
+
+def data_stats(args: argparse.Namespace) -> int:
+    from data_pipeline import stats
+
+    print(stats.text(stats.look(Path(args.folder))))
+    return errors.EXIT_OK
+
+
+def data_salvage(args: argparse.Namespace) -> int:
+    from data_pipeline import tally
+    from data_pipeline.salvage import salvage
+
+    done = {tar: salvage(Path(tar), out=Path(args.out)) for tar in args.tars}
+    print("\n".join([*tally.table(done), f"index them: ecdit data index {args.out}"]))
+    return errors.EXIT_OK
+
+
+def data_verify(args: argparse.Namespace) -> int:
+    from data_pipeline import indexing, tally
+    from data_pipeline.manifest import open_view, verify
+
+    verify(Path(args.folder))
+    print("\n".join(tally.table(indexing.tallies_of(open_view(args.folder)))))
+    print(f"{args.folder}: every byte agrees with the index and the manifest")
+    return errors.EXIT_OK
