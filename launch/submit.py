@@ -22,7 +22,7 @@ from ecdit_train.errors import ConfigError, EcditError, Problem, RunOwnedError, 
 from ecdit_train.run_folder import CODE, JOB_FILE, JOB_SCRIPT, LOGS, RANKS_SCRIPT, RESOLVED
 from ecdit_train.secrets import hide_forms
 from ecdit_train.supervise import lease
-from launch import cluster_check, cluster_facts, description, inputs
+from launch import cluster_check, cluster_facts, description, inputs, record
 from launch.render import log_path, render
 from launch.snapshot import Snapshot, take
 
@@ -162,6 +162,7 @@ def launch(cfg: RunConfig, *, allow: Collection[str] = ()) -> Submitted:
         raise ConfigError(job.problems)
     with _put_back(run) as changes:
         number = submit(changes.write_all(job), cwd=os.getcwd(), cluster=job.cluster, cfg=cfg)
+    record.add(run, str(number), what="submitted")  # so that `status` and `stop` find it before it runs
     return Submitted(job=number, run=cfg.run, log=log_path(cfg, run=str(job.run), job=number))
 
 

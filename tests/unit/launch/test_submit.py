@@ -15,7 +15,7 @@ from slurm_stand_in import StandIn
 from ecdit_train.config.convert import with_values
 from ecdit_train.config.stored import freeze, load
 from ecdit_train.errors import ConfigError, RunFolderError, RunOwnedError, StorageError
-from launch import inputs, submit
+from launch import inputs, record, submit
 from launch.submit import SubmitError, compose_job, launch
 
 
@@ -31,7 +31,8 @@ def tree(folder: Path) -> dict[str, bytes | None]:
 def test_a_run_folder_that_a_job_can_start_from(demo, slurm, tmp_path):
     made = launch(demo)
     run = Path(demo.run)
-    assert sorted(os.listdir(run)) == ["code", "job.json", "job.sh", "logs", "resolved.yaml"]
+    assert sorted(os.listdir(run)) == ["code", "job.json", "job.sh", "jobs", "logs", "resolved.yaml"]
+    assert [line["what"] for line in record.read(run, "4711")] == ["submitted"]
     assert load(run) == demo
     assert os.access(run / "job.sh", os.X_OK)
     (code,) = (run / "code").iterdir()
