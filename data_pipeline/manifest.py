@@ -20,6 +20,7 @@ import numpy as np
 from data_pipeline.commit import write_committed
 from data_pipeline.errors import CorruptShard, DataError, MissingShard, TruncatedShard
 from data_pipeline.index import Index, build_index, index_bytes, index_path, load_index, write_index
+from data_pipeline.parts import Part
 
 MANIFEST = "manifest.json"
 VERSION = 1
@@ -141,8 +142,10 @@ def open_view(folder: Path | str) -> View:
     return view
 
 
-def index_folder(folder: Path | str) -> View:
+def index_folder(folder: Path | str, *, part: Part | None = None) -> View | None:
     """Make `.idx` files and a manifest for a folder of plain WebDataset tars (any writer). Tars stay untouched.
+
+    Of a part only its tars' indices; it writes the manifest if it finds the others' too, else it returns None.
 
     An index that is newer than its tar and names its size is kept, so an interrupted pass goes on where it stopped.
 
@@ -154,13 +157,17 @@ def index_folder(folder: Path | str) -> View:
     tars = sorted(folder.glob("*.tar"))
     if not tars:
         raise MissingShard(f"no *.tar in {folder}")
+    mine = dict.fromkeys(tars if part is None else part.mine(tars))
     shards = []
-    for tar in tars:
+    for tar in [*mine, *(tar for tar in tars if tar not in mine)]:
         index = _kept_index(tar)
+        if index is None and tar not in mine:
+            return None
         if index is None:
             index = build_index(tar)
             write_index(index, index_path(tar))
         shards.append(describe(tar, index=index))
+    shards.sort(key=lambda shard: shard.name)
     try:
         known = read_manifest(folder)
     except DataError:
@@ -177,22 +184,29 @@ def describe(tar: Path, *, index: Index) -> Shard:
     )  # fmt: skip
 
 
-def verify(folder: Path | str) -> Verified:
-    """Read every byte: sizes, sha256 of every tar, crc32 of every sample.
+def verify(folder: Path | str, *, part: Part | None = None) -> Verified:
+    """Read every byte: sizes, sha256 of every tar, crc32 of every sample; of a part, those of its shards (sizes of all).
 
     Raises:
         DataError: the class of the first problem, with a line for every problem found.
     """
     view = open_view(folder)
     problems: list[DataError] = []
-    for number in range(len(view.shards)):
+    numbers: Sequence[int] = range(len(view.shards))
+    numbers = numbers if part is None else part.mine(numbers)
+    for number in numbers:
         try:
             _verify_shard(view, number)
         except DataError as error:
             problems.append(error)
     _raise_all(problems)
-    num_bytes = sum(shard.bytes for shard in view.shards)
-    return Verified(shards=len(view.shards), samples=view.num_samples, bytes=num_bytes, view_sha256=view.sha256)
+    read = [view.shards[number] for number in numbers]
+    return Verified(
+        shards=len(read),
+        samples=sum(shard.n for shard in read),
+        bytes=sum(shard.bytes for shard in read),
+        view_sha256=view.sha256,
+    )
 
 
 def _verify_shard(view: View, number: int) -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ecdit_train import arguments, errors
+from ecdit_train import arguments, errors, submit_verbs
 from ecdit_train.config.resolve import declarations_only
 from ecdit_train.joining import joined
 from ecdit_train.run_folder import RESOLVED, evaluation_path, pictures_path
@@ -204,7 +203,7 @@ def report(args: argparse.Namespace) -> int:
     return errors.EXIT_OK
 
 
-# --- planning and submitting ----------------------------------------------------------------------------------------
+# --- planning ---------------------------------------------------------------------------------------------------
 
 
 def plan(args: argparse.Namespace) -> int:
@@ -229,22 +228,6 @@ def plan(args: argparse.Namespace) -> int:
     return code
 
 
-def launch(args: argparse.Namespace) -> int:
-    from ecdit_train.config import compose
-    from launch import submit
-
-    with declarations_only():
-        made = compose.configure(args.overrides, world=compose.cluster_world, config_dir=args.config_dir)
-        if not args.render_only:
-            print(submit.launch(made.config, allow=made.explicit).text())
-            return errors.EXIT_OK
-        job = submit.compose_job(made.config)
-    print(job.text(), end="", flush=True)
-    for line in [*job.notes, *(f"would be refused: {problem}" for problem in job.problems)]:
-        print(f"ecdit: {line}", file=sys.stderr)
-    return errors.EXIT_OK
-
-
 # --- sweeps, and what Hydra prints ----------------------------------------------------------------------------------
 
 
@@ -252,7 +235,7 @@ def multirun(args: argparse.Namespace) -> int:
     """A composing verb under `-m`."""
     from ecdit_train import sweep
 
-    if args.verb not in (train, launch) or getattr(args, "render_only", False):
+    if args.verb not in (train, submit_verbs.launch) or getattr(args, "render_only", False):
 
         def once(words: list[str]) -> int:
             return int(args.verb(argparse.Namespace(**{**vars(args), "overrides": words})))
@@ -263,11 +246,13 @@ def multirun(args: argparse.Namespace) -> int:
     with declarations_only():
         return sweep.Sweep(
             args.overrides,
-            launcher="slurm" if args.verb is launch else "local",
+            launcher="slurm" if args.verb is submit_verbs.launch else "local",
             config_dir=args.config_dir,
             before=["--nproc", str(args.nproc)] if args.nproc > 1 else [],
             options=[*folder, *stop],
             nproc=args.nproc,
+            after=getattr(args, "after", ()),
+            parsable=getattr(args, "parsable", False),
         ).run()
 
 
@@ -310,24 +295,35 @@ def data_shapes(args: argparse.Namespace) -> int:
         scale=asked.scale,
         samples_per_shard=asked.per_shard,
         image_format=asked.format,
+        part=args.part,
     )
-    print(f"{made.num_samples} samples in {len(made.shards)} shards: {asked.out}")
+    _made(made, asked.out, part=args.part)
     return errors.EXIT_OK
+
+
+def _made(view: Any, folder: str, *, part: Any) -> None:
+    """Say what a data set is, or that other parts of it are missing (`view` is None)."""
+    if part is not None:
+        print(
+            f"part {part}: done" + ("" if view else "; other parts are not yet, and the last one writes the manifest")
+        )
+    if view:
+        print(f"{view.num_samples} samples in {len(view.shards)} shards: {folder}")
 
 
 def data_index(args: argparse.Namespace) -> int:
     from data_pipeline.manifest import index_folder
 
-    view = index_folder(Path(args.folder))
-    print(f"{view.num_samples} samples in {len(view.shards)} shards: {args.folder}")
+    _made(index_folder(Path(args.folder), part=args.part), args.folder, part=args.part)
     return errors.EXIT_OK
 
 
 def data_verify(args: argparse.Namespace) -> int:
     from data_pipeline.manifest import verify
 
-    verify(Path(args.folder))
-    print(f"{args.folder}: every byte agrees with the index and the manifest")
+    verify(Path(args.folder), part=args.part)
+    which = "" if args.part is None else f" of part {args.part}"
+    print(f"{args.folder}: every byte{which} agrees with the index and the manifest")
     return errors.EXIT_OK
 
 

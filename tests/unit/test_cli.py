@@ -32,9 +32,10 @@ VERBS = {
     "report": ["report.html", "run"],
     "merge": ["run=FOLDER, out=FOLDER", "last=N", "weights=uniform|linear"],
     "plan": ["--json", "--world", "--dry-run", "cluster=", "--config-dir"],
-    "launch": ["--render-only", "sbatch", "--multirun"],
+    "launch": ["--render-only", "sbatch", "--multirun", "--after", "--parsable"],
+    "submit": ["WORD", "--array", "--after", "--nproc", "--parsable", "--folder"],
     "data": ["shapes", "index", "verify"],
-    "data shapes": ["out=FOLDER", "count=N", "mix={task: weight, ...}"],
+    "data shapes": ["out=FOLDER", "count=N", "mix={task: weight, ...}", "--part I/N"],
     "data index": ["folder", "manifest.json"],
     "data verify": ["folder", "every byte"],
     "config": ["show", "keys", "explain", "diff"],
@@ -274,7 +275,7 @@ def test_launch_without_slurm_leaves_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))
     code, lines = refused(capsys, "launch", "experiment=shapes_tiny", "run=runs/r")
     assert (code, len(lines)) == (83, 1)
-    assert "sbatch was not found; launch on a Slurm login node" in lines[0]
+    assert "sbatch was not found; use a Slurm login node" in lines[0]
     assert list(tmp_path.iterdir()) == []
 
 

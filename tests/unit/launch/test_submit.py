@@ -157,7 +157,7 @@ def test_a_disk_that_refuses(demo, slurm, tmp_path, monkeypatch):
 def test_without_slurm_nothing_is_written(demo, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
     before = tree(tmp_path)
-    with pytest.raises(SubmitError, match=r"sbatch was not found; launch on a Slurm login node"):
+    with pytest.raises(SubmitError, match=r"sbatch was not found; use a Slurm login node"):
         launch(demo)
     assert tree(tmp_path) == before
 
