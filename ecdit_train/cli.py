@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ecdit_train import arguments, checkpoint_verbs, errors, life_verbs, submit_verbs
+from ecdit_train.doctor import verb as doctor
 from ecdit_train.errors import EcditError, PeerLostError, PeerRefusedError
 from ecdit_train.study import study_routing
 from ecdit_train.supervise.exit_file import leave_exit_code
@@ -244,6 +245,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
 
     submit_verbs.declare(verb, composes=_composes, words=_words)
+    doctor.declare(verb, words=_words)
 
     p = verb(
         "slots",

@@ -22,6 +22,7 @@ VERBS = {
     "resume": ["run", "WORD", "--stop-after", "--config-dir"],
     "status": ["run folder", "--watch", "86 running, and a rank is silent"],
     "stop": ["run folder", "--timeout"],
+    "doctor": ["WORD", "--json", "--config-dir", "90 where something does"],
     "logs": ["run folder", "--job", "--follow"],
     "sample": ["WORD", "prompts=@FILE", "sample.guidance", "weights=ema|raw", "encoders sections", "--config-dir"],
     "evaluate": ["WORD", "split=all|train|heldout", "tasks=[A,B,...]", "encoders sections"],

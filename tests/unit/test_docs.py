@@ -183,6 +183,8 @@ def check_command(line: str) -> None:
         return
     args = parsed(words)
     name = args.verb.__name__
+    if name == "doctor" and args.overrides and "=" not in args.overrides[0]:
+        run_folder(args.overrides.pop(0))
     if name == "submit":
         check_composed(args, args.overrides)
         check_command(shlex.join(["ecdit", *args.line]))
