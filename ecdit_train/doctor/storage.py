@@ -111,7 +111,7 @@ def mount(folder: Path, *, nodes: int, table: Path = MOUNTINFO) -> Iterator[Find
     if found is None:
         yield warning("mount", f"unknown kind of file system at {folder}", "look at it by hand: mount, df -T")
         return
-    what = f"{found.at} is {found.kind}"
+    what, own = f"{found.at} is {found.kind}", found.kind.removeprefix("fuse.")
     if "ro" in found.options:
         yield fail("mount", f"{what}, read-only", "remount it, or choose another run folder (docs/runbook/storage.md)")
     elif found.kind in NETWORK and "soft" in found.options:
@@ -120,14 +120,14 @@ def mount(folder: Path, *, nodes: int, table: Path = MOUNTINFO) -> Iterator[Find
     elif found.kind in NETWORK:
         fix = "fine for a few nodes; for many names are seen late and saves wait for one server: prefer a parallel file system"
         yield warning("mount", what, fix)
-    elif found.kind.startswith("fuse") and found.kind.partition(".")[2] not in PARALLEL:
+    elif found.kind.startswith("fuse") and own not in PARALLEL:
         fix = "FUSE may cache, and rename without being atomic: keep run folders elsewhere unless its manual says otherwise"
         yield warning("mount", what, fix)
     elif found.kind in ("tmpfs", "ramfs"):
         yield warning(
             "mount", f"{what}: memory", "it is gone with the machine: keep run folders on a disk that outlives it"
         )
-    elif found.kind not in PARALLEL and nodes > 1:
+    elif own not in PARALLEL and nodes > 1:
         fix = "all nodes of a job must see the run folder: use one on a shared file system"
         yield warning("mount", f"{what}, which other nodes do not see, and the run has {nodes}", fix)
     else:

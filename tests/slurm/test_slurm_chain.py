@@ -65,6 +65,24 @@ def test_data_training_grade(cluster, tmp_path):
     assert ecdit(cluster, "status", run).splitlines()[1] == "state       finished"
 
 
+def test_doctor_knows_the_cluster(cluster, tiny_shards, tmp_path):
+    """Asked on the login node, and as a job on a node."""
+    told = ecdit(cluster, "doctor", *words(tmp_path / "run", tiny_shards), "cluster=local", "cluster.nodes=2")
+    table = {line.split()[1]: line for line in told.splitlines() if line.startswith(("ok", "warning"))}
+    assert table["slurm"].startswith("ok")
+    assert table["partitions"].endswith("can run the job now or later")
+    assert "\nfail" not in told
+    wrong = cluster.attempt(
+        *(sys.executable, "-m", "ecdit_train.cli", "doctor", *words(tmp_path / "run", tiny_shards)),
+        *("cluster=local", "cluster.nodes=9"),
+    )
+    assert wrong.returncode == 90
+    assert "fail     partitions" in wrong.stdout
+    job = submit(cluster, tmp_path / "job", "doctor")
+    cluster.wait(int(job), "COMPLETED", seconds=120)
+    assert "ok       all-reduce" in said(tmp_path)
+
+
 def test_nothing_comes_after_what_has_failed(cluster, tmp_path):
     """And a dependency on a job that Slurm has forgotten, or never had, is no reason to wait for ever."""
     broken = submit(cluster, tmp_path / "a", "data", "verify", tmp_path / "nothing")
