@@ -49,7 +49,7 @@ def declare(
         dest="each",
         type=int,
         metavar="N",
-        help="ranks of a verb that draws, with a GPU each (default 1; a verb that does not draw gets no GPU)",
+        help="ranks of a verb that draws, with a GPU each (default 1), or GPUs for doctor to look at; other verbs get none",
     )
     p.add_argument("--array", type=int, metavar="N", help="as N tasks beside each other, each told its `--part`")
     p.add_argument("--folder", metavar="DIR", help="for script, code and log (default runs/jobs/VERB-TIME)")
@@ -194,14 +194,16 @@ def _task(args: argparse.Namespace) -> Any:
             else f"{name} cannot be cut into parts; data shapes, data index and data verify can"
         )
         raise ConfigError(Problem(field="--array", value=args.array, rule=rule))
-    if args.each is not None and (args.each < 1 or not inner.ranks):
-        rule = "must be 1 or more" if inner.ranks else f"is for verbs that draw; {name} does not"
+    looks = name == "doctor"
+    if args.each is not None and (args.each < 1 or not (inner.ranks or looks)):
+        rule = f"is for verbs that draw and for doctor, not for {name}" if args.each >= 1 else "must be 1 or more"
         raise ConfigError(Problem(field="--nproc", value=args.each, rule=rule))
     _refuse_missing(line, after=args.after)
     return Task(
         line=tuple(line),
         name=name,
-        ranks=(args.each or 1) if inner.ranks else 0,
+        gpus=args.each or int(inner.ranks),
+        ranks=inner.ranks,
         takes_config_dir=hasattr(inner, "config_dir"),
         parts=args.array,
         after=args.after,

@@ -15,6 +15,8 @@ from launch.outside import Outside
 from launch.slurm import JobState, Slurm
 
 SHOWN = 3
+RECENT = 8
+"""Jobs of a run that may wait in the queue; each is asked for by itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +61,7 @@ def look(run: Path) -> JobView | None:
 
 def take_out(run: Path, *, but: str | None = None, say: Callable[[str], object]) -> list[str]:
     """Cancels the run's jobs that wait in the queue, all but one that somebody else asks; the numbers of those that it took out."""
-    numbers = [number for number in record.jobs(run) if number != but]
+    numbers = [number for number in record.jobs(run)[-RECENT:] if number != but]
     outside, out = Outside(), []
     for number in numbers if shutil.which("squeue") else ():
         job = Slurm(outside=outside, job=number, environ=os.environ)

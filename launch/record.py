@@ -63,9 +63,9 @@ def newest(run: Path) -> str | None:
 
 
 def jobs(run: Path) -> list[str]:
-    """Every job that was submitted or has written, and what they go on as."""
+    """Every job that was submitted or has written, and what they go on as; the one that wrote last comes last."""
     found = []
-    for path in sorted((run / JOBS).glob("*.jsonl")):
+    for path in sorted((run / JOBS).glob("*.jsonl"), key=lambda path: (path.stat().st_mtime, path.stem)):
         found += [path.stem, *(str(line["to"]) for line in _lines(path) if line.get("what") == "resubmitted")]
     return list(dict.fromkeys(found))
 

@@ -35,8 +35,10 @@ class Task:
     """After `ecdit`, without a folder of the user's own."""
     name: str
     """Of the job."""
-    ranks: int
-    """Of a verb that draws, with a GPU each; 0 for any other."""
+    gpus: int
+    """0: it needs none."""
+    ranks: bool
+    """Whether it is done by ranks, one for each GPU."""
     takes_config_dir: bool
     parts: int | None = None
     """Tasks of an array, each told its `--part`."""
@@ -57,15 +59,15 @@ def compose_task(cfg: RunConfig, task: Task, *, named: frozenset[str], folder: P
     """
     if (folder / JOB_SCRIPT).exists():
         raise RunFolderError(f"{folder} holds another job; choose another folder, or leave --folder out")
-    _refuse_secrets(task.line)
+    _refuse_secrets([*task.line, *folder.parts])
     place, snapshot = folder.absolute(), take(config_dir=cfg.config_dir)
     cluster = one_node(cfg.cluster, task, named=named)
     cfg = replace(cfg, experiment=task.name, cluster=replace(cluster, mounts=_mounts(cluster, task.line)))
     there, problems, notes = look_at_cluster(cfg)
     words = [*task.line, *(snapshot.words(place) if task.takes_config_dir else ())]
     words += ["--part", f"{TASK}/{task.parts}"] if task.parts else []
-    if task.ranks > 1:
-        words = ["--nproc", str(task.ranks), *words]
+    if task.ranks and task.gpus > 1:
+        words = ["--nproc", str(task.gpus), *words]
     code = str(snapshot.folder(place))
     files = description.describe(cfg, run=str(place), code=code, cwd=os.getcwd(), words=words)
     return Job(
@@ -90,8 +92,8 @@ def one_node(cluster: ClusterConfig, task: Task, *, named: frozenset[str]) -> Cl
     if "cluster.gpus_per_node" in named:
         rule = "is --nproc N for a command that draws, and none for any other"
         raise ConfigError(Problem(field="cluster.gpus_per_node", value=cluster.gpus_per_node, rule=rule))
-    gpus = max(task.ranks, 1)
-    gpu = cluster.gpu if task.ranks else "cpu"
+    gpus = max(task.gpus, 1)
+    gpu = cluster.gpu if task.gpus else "cpu"
     flags = [re.sub(r"^(gres=gpu(?::[A-Za-z]\w*)?)(?::\d+)?$", rf"\g<1>:{gpus}", flag) for flag in cluster.sbatch]
     return replace(
         cluster,

@@ -74,7 +74,7 @@ def test_doctor_knows_the_cluster(cluster, tiny_shards, tmp_path):
     assert "\nfail" not in told
     wrong = cluster.attempt(
         *(sys.executable, "-m", "ecdit_train.cli", "doctor", *words(tmp_path / "run", tiny_shards)),
-        *("cluster=local", "cluster.nodes=9"),
+        *("cluster=local", "cluster.partition=nowhere"),
     )
     assert wrong.returncode == 90
     assert "fail     partitions" in wrong.stdout

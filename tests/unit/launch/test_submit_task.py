@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from cli_commands import ecdit, refused
+from secret_shapes import TOKENS
 from slurm_stand_in import StandIn
 
 from launch import record
@@ -77,7 +78,11 @@ def test_what_a_command_needs_of_a_node(tmp_path, monkeypatch):
     assert ecdit("submit", *big, "evaluate", f"run={run}") == 0
     assert ecdit("submit", *big, "--nproc", "2", "cluster.mem=9G", "--", "sample", f"run={run}", "prompts=a") == 0
     assert ecdit("submit", *big, "report", run) == 0
-    one, none, two = ({job.name.partition("-")[0]: job for job in jobs()}[n] for n in ("evaluate", "report", "sample"))
+    assert ecdit("submit", *big, "--nproc", "8", "doctor") == 0
+    names = ("evaluate", "report", "sample", "doctor")
+    one, none, two, all_of_it = ({job.name.partition("-")[0]: job for job in jobs()}[n] for n in names)
+    assert "gres=gpu:h100:8" in directives(all_of_it)
+    assert read(all_of_it / "job.json").words[0] == "doctor", "one process, which looks at all of them"
     assert {"gres=gpu:h100:1", "comment=x", "cpus-per-task=12", "nodes=1"} <= set(directives(one))
     assert not {"exclusive", "mem=900G"} & set(directives(one))
     assert {"gres=gpu:h100:2", "mem=9G", "cpus-per-task=24"} <= set(directives(two))
@@ -157,7 +162,7 @@ def test_what_slurm_refuses_leaves_nothing(tmp_path, monkeypatch, here, capsys):
         (["train", "run=r"], 2, "ecdit launch trains a run"),
         (["status", "r"], 2, "runs here"),
         (["--", "--nproc", "2", "report", "r"], 2, "the verb first"),
-        (["--nproc", "2", "report", "r"], 77, "is for verbs that draw"),
+        (["--nproc", "2", "report", "r"], 77, "is for verbs that draw and for doctor, not for report"),
         (["cluster.gpus_per_node=2", "report", "r"], 77, "is --nproc N for a command that draws"),
         (["evaluat", "run=r"], 2, "invalid choice: 'evaluat'"),
         ([], 2, "which command?"),
@@ -171,6 +176,26 @@ def test_what_is_refused_here(words, code, said, slurm, here, capsys):
     assert "ghp_" not in error
     assert os.listdir(here) == []
     assert not slurm.log.exists()
+
+
+@pytest.mark.parametrize("token", TOKENS.values(), ids=TOKENS)
+@pytest.mark.parametrize("place", ["value", "prompt", "bare", "name", "folder", "cluster"])
+def test_a_token_gets_nowhere(place, token, slurm, here, capsys):
+    if place == "folder" and set(token) & set("/ "):
+        pytest.skip("no name of a folder")
+    lines = {
+        "value": ["--", "data", "shapes", f"out={token}"],
+        "prompt": ["--after", "1", "--", "sample", "run=r", f"prompts='[a {token} dog]'"],
+        "bare": ["--", "data", "verify", token],
+        "name": ["--", "data", "shapes", f"{token}=1", "out=s"],
+        "folder": ["--folder", f"jobs/{token}", "--", "data", "verify", "s"],
+        "cluster": [f"cluster.account='{token}'", "--", "data", "verify", "s"],
+    }
+    assert ecdit("submit", *CPU, *lines[place]) in (2, 77)
+    said = capsys.readouterr()
+    assert token not in said.out + said.err
+    assert not slurm.log.exists()
+    assert os.listdir(here) == []
 
 
 def test_a_folder_is_one_jobs(slurm, capsys):
