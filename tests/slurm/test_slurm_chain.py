@@ -65,6 +65,20 @@ def test_data_training_grade(cluster, tmp_path):
     assert ecdit(cluster, "status", run).splitlines()[1] == "state       finished"
 
 
+def test_a_job_that_waits_is_seen_and_taken_out(cluster, tiny_shards, tmp_path):
+    """Nothing of it has run: `status` and `stop` know it from its submission."""
+    run = tmp_path / "run"
+    first = cluster.submit("--output=/dev/null", "--wrap=sleep 600")
+    job = ecdit(cluster, "launch", *words(run, tiny_shards), "cluster=local", "--parsable", "--after", str(first))
+    until(lambda: cluster.job(int(job)).reason == "Dependency", what="the reason", seconds=30)
+    line = ecdit(cluster, "status", run).splitlines()[1]
+    assert line == f"state       waits in the queue: job {job}: PENDING (Dependency)"
+    assert "it is cancelled" in ecdit(cluster, "stop", run)
+    assert states(cluster, job) == {"CANCELLED"}
+    last = cluster.attempt(sys.executable, "-m", "ecdit_train.cli", "status", str(run))
+    assert (last.returncode, last.stdout.splitlines()[1]) == (0, "state       not begun")
+
+
 def test_doctor_knows_the_cluster(cluster, tiny_shards, tmp_path):
     """Asked on the login node, and as a job on a node."""
     told = ecdit(cluster, "doctor", *words(tmp_path / "run", tiny_shards), "cluster=local", "cluster.nodes=2")
