@@ -161,7 +161,7 @@ def submit(args: argparse.Namespace) -> int:
         rule = "is not about the cluster; words of the command come after its verb"
         raise ConfigError([Problem(field=w.partition("=")[0], value=w.partition("=")[2], rule=rule) for w in foreign])
     with declarations_only():
-        made = compose.configure(args.overrides, config_dir=args.config_dir)
+        made = compose.configure(cluster_words(args), config_dir=args.config_dir)
         task = _task(args)
         folder = Path(args.folder) if args.folder else task.folder()
         if not args.render_only:
@@ -174,6 +174,13 @@ def submit(args: argparse.Namespace) -> int:
         done = submit_task.submit_task(job, task)
     print(done.job if args.parsable else done.text())
     return errors.EXIT_OK
+
+
+def cluster_words(args: argparse.Namespace) -> list[str]:
+    """What the configuration is made of. Only a study is warned before the time limit; a lead that is made for saving a training
+    would forbid short jobs."""
+    said = any(word.startswith("cluster.signal_lead=") for word in args.overrides)
+    return [*args.overrides, *([] if said or args.line[0] == "study" else ["cluster.signal_lead=30"])]
 
 
 def _task(args: argparse.Namespace) -> Any:

@@ -186,7 +186,7 @@ def check_command(line: str) -> None:
     if name == "doctor" and args.overrides and "=" not in args.overrides[0]:
         run_folder(args.overrides.pop(0))
     if name == "submit":
-        check_composed(args, args.overrides)
+        check_composed(args, submit_verbs.cluster_words(args))
         check_command(shlex.join(["ecdit", *args.line]))
     elif name == "data_shapes":
         arguments.read(arguments.Shapes, args.words, alone=True).build(arguments.Shapes)

@@ -95,6 +95,15 @@ def test_what_a_command_needs_of_a_node(tmp_path, monkeypatch):
     assert "--config-dir" not in read(none / "job.json").words, "report takes none"
 
 
+def test_a_short_job_needs_no_lead_for_saving(slurm):
+    """Only a study is warned before the time limit: the others use all of it."""
+    assert ecdit("submit", *CPU, "cluster.time_limit=00:01:00", "data", "verify", "set") == 0
+    assert ecdit("submit", *CPU, "cluster.time_limit=00:30:00", "study", "routing") == 0
+    short, study = (next(job for job in jobs() if job.name.startswith(name)) for name in ("data", "study"))
+    assert "signal=B:USR2@30" in directives(short)
+    assert "signal=B:USR2@60" in directives(study), "the file's"
+
+
 def test_chains(slurm, demo, capsys):
     """The number alone goes from one to the next; the script knows nothing of those before it."""
     words = [f"run={demo.run}", f"data.shards={demo.data.shards}", "experiment=shapes_tiny", *CPU]
