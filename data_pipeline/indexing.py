@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Literal
 
 from data_pipeline.errors import BadMember, CorruptShard, DataError, MissingShard
-from data_pipeline.gather import Gathered
 from data_pipeline.index import COMPRESSED, Index, index_path, load_index, refuse_damage, scan, write_index
-from data_pipeline.manifest import Shard, View, describe, raise_all, read_manifest, write_manifest
-from data_pipeline.tally import Tally, read_tally, table, write_tally
+from data_pipeline.manifest import View, describe, raise_all, read_manifest, write_manifest
+from data_pipeline.parts import Part
+from data_pipeline.tally import Tally, read_tally, table, tally_path, write_tally
 
 OnBadShard = Literal["set_aside", "salvage", "fail"]
 ON_BAD_SHARD: tuple[OnBadShard, ...] = ("set_aside", "salvage", "fail")
@@ -31,20 +31,26 @@ class Indexed:
 
 
 def index_folder(folder: Path | str, *, on_bad_shard: OnBadShard = "fail", again: bool = False) -> View:
-    """The data set of `index_tars`."""
-    return index_tars(folder, on_bad_shard=on_bad_shard, again=again).view
+    """The data set of `index_tars`, by one process."""
+    indexed = index_tars(folder, on_bad_shard=on_bad_shard, again=again)
+    assert indexed is not None
+    return indexed.view
 
 
-def index_tars(folder: Path | str, *, on_bad_shard: OnBadShard = "set_aside", again: bool = False) -> Indexed:
+def index_tars(
+    folder: Path | str, *, on_bad_shard: OnBadShard = "set_aside", again: bool = False, part: Part | None = None
+) -> Indexed | None:
     """Index all tars of a folder and of those in it.
 
     Args:
         on_bad_shard: of a damaged tar, "set_aside" uses no sample, "salvage" those that are certainly whole; "fail" raises.
         again: read tars whose index is fresh, too. Otherwise an index that is newer than its tar and names its size is kept, so an
             interrupted pass goes on where it stopped.
+        part: read only its tars. It writes the manifest if it finds that the others have been read, else it returns None.
 
     Raises:
         MissingShard: no `*.tar` here.
+        BadMember: no sample in any.
         DataError: "fail": the class of the first bad tar, a line for each; else if no tar can be used.
     """
     folder = Path(folder)
@@ -52,43 +58,39 @@ def index_tars(folder: Path | str, *, on_bad_shard: OnBadShard = "set_aside", ag
     packed = sorted({path for pattern in _COMPRESSED_NAMES for path in folder.rglob(pattern)})
     if not tars and not packed:
         raise MissingShard(f"no *.tar in {folder}")
-    shards: list[Shard] = []
-    tallies: dict[str, Tally] = {}
-    problems: list[DataError] = []
+    mine = dict.fromkeys(tars if part is None else part.mine(tars))
+    found = {tar: _read(tar, again=again) for tar in mine}
     for tar in tars:
-        name = tar.relative_to(folder).as_posix()
-        try:
-            index, tally, problem = _index(tar, again=again)
-        except DataError as error:
-            index, tally, problem = None, Tally(), error
-        if problem is not None and on_bad_shard != "salvage":
-            index = None
-        if index is None:
-            assert problem is not None
-            problems.append(problem)
-            tally = replace(tally, accepted=0, set_aside=str(problem))
-        else:
-            shards.append(describe(tar, index=index, folder=folder))
-        tallies[name] = tally
-    for path in packed:
-        problem = _packed(path)
-        problems.append(problem)
-        tallies[path.relative_to(folder).as_posix()] = Tally(set_aside=str(problem))
-    if problems and (on_bad_shard == "fail" or not shards):
-        raise_all(problems)
-    if tars and not any(row.n for row in shards) and any(not tally.is_plain for tally in tallies.values()):
+        if tar not in found:
+            if (known := _known(tar)) is None:
+                return None
+            found[tar] = known
+    found |= {path: _Found(tally=Tally(), problem=_packed(path)) for path in packed}
+    names = {path: path.relative_to(folder).as_posix() for path in found}
+    use = {
+        path: one.index for path, one in found.items()
+        if one.index is not None and (one.problem is None or on_bad_shard == "salvage")
+    }  # fmt: skip
+    problems = {path: one.problem for path, one in sorted(found.items()) if one.problem is not None and path not in use}
+    if problems and (on_bad_shard == "fail" or not use):
+        raise_all(list(problems.values()))
+    tallies = {
+        names[path]: replace(one.tally, accepted=0, set_aside=str(problems[path])) if path in problems else one.tally
+        for path, one in sorted(found.items())
+    }
+    shards = [describe(path, index=index, folder=folder) for path, index in sorted(use.items())]
+    if shards and not any(row.n for row in shards) and any(not tally.is_plain for tally in tallies.values()):
         raise BadMember("\n".join([f"{folder}: no sample in {len(tars)} tars", *table(tallies)[1:]]))
-    meta = {"made_by": "index_folder"} | (
-        {"set_aside": {n: t.set_aside for n, t in sorted(tallies.items()) if t.set_aside}} if problems else {}
-    )
     try:
-        known = read_manifest(folder)
+        known_view = read_manifest(folder)
     except DataError:
-        known = None
-    if known is not None and known.shards == tuple(shards):
-        return Indexed(
-            view=known, tallies=tallies
-        )  # the same tars keep the same view, whoever wrote the manifest: a run on them can go on
+        known_view = None
+    if known_view is not None and known_view.shards == tuple(shards):
+        # The same tars keep the same view, whoever wrote the manifest: a run on them can go on.
+        return Indexed(view=known_view, tallies=tallies)
+    meta = {"made_by": "index_folder"} | (
+        {"set_aside": {names[p]: str(e) for p, e in problems.items()}} if problems else {}
+    )
     return Indexed(view=write_manifest(folder, shards=shards, meta=meta), tallies=tallies)
 
 
@@ -100,37 +102,54 @@ def tallies_of(view: View) -> dict[str, Tally]:
     return found
 
 
-def _index(tar: Path, *, again: bool) -> tuple[Index, Tally, DataError | None]:
-    """A tar's index of whole samples, what else there is, and what is wrong with it."""
-    index = None if again else _kept_index(tar)
-    if index is not None:
-        tally = read_tally(tar, accepted=len(index))
-        words = f"shard {tar.name}: {'; '.join(tally.damage)}; {tally.accepted} whole samples"
-        return index, tally, CorruptShard(words) if tally.damage else None
-    scanned = scan(tar)
-    tally = Tally.of(scanned.found)
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    """What is known of a tar."""
+
+    tally: Tally
+    index: Index | None = None
+    """Of its whole samples; None where it cannot be read at all."""
+    problem: DataError | None = None
+
+
+def _read(tar: Path, *, again: bool) -> _Found:
+    """A tar's index, made anew unless it is known."""
+    if not again and (known := _known(tar)) is not None:
+        return known
+    try:
+        scanned = scan(tar)
+    except DataError as error:
+        index_path(tar).unlink(missing_ok=True)
+        write_tally(Tally(set_aside=str(error)), tar)
+        return _Found(tally=Tally(), problem=error)
+    tally, problem = Tally.of(scanned.found), None
+    try:
+        refuse_damage(tar, scanned.found)
+    except DataError as error:
+        problem = error
     write_tally(tally, tar)  # first: a fresh index says that there is no more to know
     write_index(scanned.index, index_path(tar))
-    return scanned.index, tally, _damage(tar, scanned.found)
+    return _Found(index=scanned.index, tally=tally, problem=problem)
 
 
-def _damage(tar: Path, found: Gathered) -> DataError | None:
+def _known(tar: Path) -> _Found | None:
+    """What was found of a tar that has not changed since, also one that kept its time of modification."""
     try:
-        refuse_damage(tar, found)
-    except DataError as error:
-        return error
-    return None
-
-
-def _kept_index(tar: Path) -> Index | None:
-    """An index that is newer than any change of the tar, also one that kept its time of modification."""
-    try:
-        index = load_index(index_path(tar))
         status = tar.stat()
-        fresh = index_path(tar).stat().st_mtime_ns >= max(status.st_mtime_ns, status.st_ctime_ns)
+        changed = max(status.st_mtime_ns, status.st_ctime_ns)
+        if index_path(tar).exists():
+            index = load_index(index_path(tar))
+            if index_path(tar).stat().st_mtime_ns < changed or index.tar_bytes != status.st_size:
+                return None
+            tally = read_tally(tar, accepted=len(index))
+            words = f"shard {tar.name}: {'; '.join(tally.damage)}; {tally.accepted} whole samples"
+            return _Found(index=index, tally=tally, problem=CorruptShard(words) if tally.damage else None)
+        tally = read_tally(tar, accepted=0)
+        if tally.set_aside and tally_path(tar).stat().st_mtime_ns >= changed:
+            return _Found(tally=Tally(), problem=CorruptShard(tally.set_aside))
     except (DataError, OSError):
-        return None
-    return index if fresh and index.tar_bytes == status.st_size else None
+        pass
+    return None
 
 
 def _packed(path: Path) -> DataError:

@@ -20,6 +20,7 @@ import numpy as np
 from data_pipeline.commit import write_committed
 from data_pipeline.errors import CorruptShard, DataError, MissingShard, TruncatedShard
 from data_pipeline.index import Index, index_bytes, index_path, load_index
+from data_pipeline.parts import Part
 from data_pipeline.tally import read_tally
 
 MANIFEST = "manifest.json"
@@ -150,22 +151,29 @@ def describe(tar: Path, *, index: Index, folder: Path | None = None) -> Shard:
     )  # fmt: skip
 
 
-def verify(folder: Path | str) -> Verified:
-    """Read every byte: sizes, sha256 of every tar, crc32 of every sample.
+def verify(folder: Path | str, *, part: Part | None = None) -> Verified:
+    """Read every byte: sizes, sha256 of every tar, crc32 of every sample; of a part, those of its shards (sizes of all).
 
     Raises:
         DataError: the class of the first problem, with a line for every problem found.
     """
     view = open_view(folder)
     problems: list[DataError] = []
-    for number in range(len(view.shards)):
+    numbers: Sequence[int] = range(len(view.shards))
+    numbers = numbers if part is None else part.mine(numbers)
+    for number in numbers:
         try:
             _verify_shard(view, number)
         except DataError as error:
             problems.append(error)
     raise_all(problems)
-    num_bytes = sum(shard.bytes for shard in view.shards)
-    return Verified(shards=len(view.shards), samples=view.num_samples, bytes=num_bytes, view_sha256=view.sha256)
+    read = [view.shards[number] for number in numbers]
+    return Verified(
+        shards=len(read),
+        samples=sum(shard.n for shard in read),
+        bytes=sum(shard.bytes for shard in read),
+        view_sha256=view.sha256,
+    )
 
 
 def _verify_shard(view: View, number: int) -> None:

@@ -27,6 +27,7 @@ from data_pipeline.commit import commit, temporary_sibling, write_committed
 from data_pipeline.errors import BadMember, BadSplit, WrongView
 from data_pipeline.index import Index, index_bytes, index_path, refuse_damage, scan, write_index
 from data_pipeline.manifest import MANIFEST, Shard, View, describe, read_manifest, write_manifest
+from data_pipeline.parts import Part
 from data_pipeline.tar import split_name
 
 ImageFormat = Literal["png", "jpg", "npy"]
@@ -52,15 +53,18 @@ class Samples(Protocol):
 
 def write_shards(
     samples: Samples, folder: Path | str, *, samples_per_shard: int = 1000, name: str = "shard",
-    params: Mapping[str, Any] | None = None, workers: int = 1,
-) -> View:  # fmt: skip
+    params: Mapping[str, Any] | None = None, workers: int = 1, part: Part | None = None,
+) -> View | None:  # fmt: skip
     """Write a sequence of samples as indexed shards `name-000000.tar`, ... and a manifest.
+
+    Of a part only its shards; it writes the manifest if it finds the others' finished, else it returns None.
 
     Args:
         samples: a list, or anything lazy with `len` and `[i]`.
         params: JSON-able description of everything that decides the bytes. With it, a repeated call skips finished
             shards without making their samples. Without it, every shard is written again (to equal bytes).
         workers: processes, one shard at a time each; samples must then be picklable.
+        part: which shards; needs `params`, by which it knows those of other parts. None: all.
 
     Raises:
         WrongView: the folder holds a data set made with other parameters.
@@ -82,12 +86,18 @@ def write_shards(
         )
         for number, first in enumerate(firsts)
     ]  # fmt: skip
+    mine = tasks if part is None else part.mine(tasks)
     if workers > 1:
         # spawn, not fork: the caller may hold threads (torch, a loader) that do not survive a fork
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            shards = list(pool.map(partial(_write_shard, samples), tasks))
+            shards = list(pool.map(partial(_write_shard, samples), mine))
     else:
-        shards = [_write_shard(samples, task) for task in tasks]
+        shards = [_write_shard(samples, task) for task in mine]
+    if part is not None:
+        every = [_finished(task) for task in tasks]
+        shards = [shard for shard in every if shard is not None]
+        if len(shards) < len(tasks):
+            return None
     return write_manifest(folder, shards=shards, meta=meta)
 
 

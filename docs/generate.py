@@ -273,7 +273,12 @@ RUNBOOK = dict.fromkeys(_SHARDS.split(), "bad-shards") | {
     "CorruptionError": "replica-differs",
     "PeerLostError": "hang",
 }
-HOWTO = {"EncoderError": "use-real-encoders", "SubmitError": "submit-to-slurm", "PeerLostError": "debug-a-run"}
+HOWTO = {
+    "EncoderError": "use-real-encoders",
+    "SubmitError": "submit-to-slurm",
+    "PeerLostError": "debug-a-run",
+    "UnfitError": "check-a-machine",
+}
 
 
 def error_classes() -> list[type[Exception]]:
@@ -315,14 +320,13 @@ def exit_codes() -> str:
         link = f"[{RUNBOOK[name]}](../runbook/{RUNBOOK[name]}.md)" if name in RUNBOOK else ""
         link = f"[{HOWTO[name]}](../how-to/{HOWTO[name]}.md)" if name in HOWTO else link
         rows.append([str(error.exit_code), f"`{name}`", text, link])  # type: ignore[attr-defined]
-    rows.sort(key=lambda row: int(row[0]))
     return "".join(
         [
             NOTE.format(source=", ".join(f"`{name}`" for name in ERROR_MODULES).replace("`", "")),
             "# Exit codes\n\n",
             "What an `ecdit` process returns, also as one of several ranks. Every code from 60 on comes with one line per problem on stderr: "
             "`ecdit: CLASS: what, where, the rule, the nearest valid value`.\n\n",
-            table(["code", "class", "meaning", "what to do"], rows),
+            table(["code", "class", "meaning", "what to do"], sorted(rows, key=lambda row: int(row[0]))),
             "\n`ecdit --nproc N` returns the code of the first rank that failed, or 128 + the number of the signal that ended it. torchrun "
             "turns every failure into 1, srun into that of a killed task, so the first process that fails also leaves its code in the file that `ECDIT_EXIT_FILE` "
             "names; the supervisor of a job reads it.\n",

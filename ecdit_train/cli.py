@@ -11,7 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ecdit_train import arguments, checkpoint_verbs, data_verbs, errors, life_verbs
+from ecdit_train import arguments, checkpoint_verbs, data_verbs, errors, life_verbs, submit_verbs
+from ecdit_train.doctor import verb as doctor
 from ecdit_train.errors import EcditError, PeerLostError, PeerRefusedError
 from ecdit_train.study import study_routing
 from ecdit_train.supervise.exit_file import leave_exit_code
@@ -22,7 +23,6 @@ from ecdit_train.verbs import (
     config_keys,
     config_show,
     evaluate,
-    launch,
     multirun,
     plan,
     report,
@@ -45,7 +45,8 @@ RANKS = ("train", "resume", "sample", "evaluate")
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a verb; a user's mistake becomes one line on stderr and its own exit code."""
     parser = make_parser()
-    args, rest = parser.parse_known_args(argv)
+    line, after = submit_verbs.split(sys.argv[1:] if argv is None else argv)
+    args, rest = parser.parse_known_args(line)
     if rest and (not hasattr(args, "overrides") or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
@@ -54,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"argument --nproc: only for {', '.join(RANKS)}")
     if args.nodes is not None and (args.nproc is None or not args.ranks):
         parser.error(f"argument --nodes: with --nproc (ranks of each node), and only for {', '.join(RANKS)}")
+    submit_verbs.read_line(args, after, parser=parser)
     verb = _instead(args, parser)
     if not hasattr(
         args, "stop_after"
@@ -239,18 +241,8 @@ def make_parser() -> argparse.ArgumentParser:
         "the memory with the plan; exit code 1 if one is off by more than a tenth",
     )
 
-    p = verb(
-        "launch",
-        launch,
-        "check a run against the cluster, freeze its configuration and code in its folder, submit it with sbatch\n\n"
-        "  ecdit launch experiment=ec_dit_m_64e cluster=h100_ib400 cluster.nodes=8 run=/scratch/m64e --render-only",
-    )
-    _composes(p)
-    p.add_argument(
-        "--render-only",
-        action="store_true",
-        help="print all that would be submitted and why it would be refused; write and submit nothing",
-    )
+    submit_verbs.declare(verb, composes=_composes, words=_words)
+    doctor.declare(verb, words=_words)
 
     p = verb(
         "slots",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ecdit_train import arguments, errors
+from ecdit_train.submit_verbs import declare_part
 
 
 def declare(verb: Callable[..., argparse.ArgumentParser], group: Any) -> None:
@@ -19,12 +20,8 @@ def declare(verb: Callable[..., argparse.ArgumentParser], group: Any) -> None:
         "  ecdit data shapes out=data/shapes count=4000 resolution=32",
         parent=group,
     )
-    p.add_argument(
-        "words",
-        nargs="+",
-        metavar="WORD",
-        help=arguments.forms(arguments.Shapes),
-    )
+    p.add_argument("words", nargs="+", metavar="WORD", help=arguments.forms(arguments.Shapes))
+    declare_part(p)
     p = verb(
         "index",
         data_index,
@@ -40,6 +37,7 @@ def declare(verb: Callable[..., argparse.ArgumentParser], group: Any) -> None:
         help="a damaged tar: use nothing of it (default), its samples that are certainly whole, or stop",
     )
     p.add_argument("--again", action="store_true", help="read tars whose index is fresh, too")
+    declare_part(p)
     p = verb(
         "stats",
         data_stats,
@@ -60,6 +58,7 @@ def declare(verb: Callable[..., argparse.ArgumentParser], group: Any) -> None:
         "verify", data_verify, "read every byte of a data set and check it against its index and manifest", parent=group
     )
     p.add_argument("folder")
+    declare_part(p)
 
 
 def data_shapes(args: argparse.Namespace) -> int:
@@ -76,15 +75,26 @@ def data_shapes(args: argparse.Namespace) -> int:
         scale=asked.scale,
         samples_per_shard=asked.per_shard,
         image_format=asked.format,
+        part=args.part,
     )
-    print(f"{made.num_samples} samples in {len(made.shards)} shards: {asked.out}")
+    _say_part(args.part, last=made is not None)
+    if made is not None:
+        print(f"{made.num_samples} samples in {len(made.shards)} shards: {asked.out}")
     return errors.EXIT_OK
+
+
+def _say_part(part: Any, *, last: bool) -> None:
+    if part is not None:
+        print(f"part {part}: done{'' if last else '; other parts are not yet, and the last one writes the manifest'}")
 
 
 def data_index(args: argparse.Namespace) -> int:
     from data_pipeline import indexing, tally
 
-    indexed = indexing.index_tars(Path(args.folder), on_bad_shard=args.on_bad_shard, again=args.again)
+    indexed = indexing.index_tars(Path(args.folder), on_bad_shard=args.on_bad_shard, again=args.again, part=args.part)
+    _say_part(args.part, last=indexed is not None)
+    if indexed is None:
+        return errors.EXIT_OK
     print("\n".join([*tally.table(indexed.tallies), f"{args.folder}: {indexed.view.sha256[:12]}"]))
     if any(one.set_aside and one.damage for one in indexed.tallies.values()):
         print(f"to use their whole samples: ecdit data index {args.folder} --on-bad-shard salvage")
@@ -111,7 +121,9 @@ def data_verify(args: argparse.Namespace) -> int:
     from data_pipeline import indexing, tally
     from data_pipeline.manifest import open_view, verify
 
-    verify(Path(args.folder))
-    print("\n".join(tally.table(indexing.tallies_of(open_view(args.folder)))))
-    print(f"{args.folder}: every byte agrees with the index and the manifest")
+    verify(Path(args.folder), part=args.part)
+    if args.part is None:
+        print("\n".join(tally.table(indexing.tallies_of(open_view(args.folder)))))
+    which = "" if args.part is None else f" of part {args.part}"
+    print(f"{args.folder}: every byte{which} agrees with the index and the manifest")
     return errors.EXIT_OK

@@ -118,6 +118,12 @@ class CorruptionError(EcditError):
     everywhere = True
 
 
+class UnfitError(EcditError):
+    """The machine, the cluster or the run cannot work as asked: `ecdit doctor` has said what, and how to mend it."""
+
+    exit_code = 90
+
+
 class PeerLostError(EcditError):
     """Another rank left in the middle of an exchange; its own message says why."""
 

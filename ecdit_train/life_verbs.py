@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import math
 import os
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -17,9 +18,11 @@ from ecdit_train import errors, log_verb
 from ecdit_train.errors import ConfigError, Problem, RunFolderError
 from ecdit_train.run_folder import CHECKPOINTS, RESOLVED, by_step
 from ecdit_train.supervise import lease, lives, processes, summary
+from ecdit_train.supervise.beats import ALONE
 from ecdit_train.supervise.lease import BEATS, Holding
 from ecdit_train.supervise.verdict import Seen
 from launch import job_view
+from launch.job_view import JobView
 
 LOOK_SECONDS = 15.0
 """How long `status` waits for the sign of life of an owner on another machine."""
@@ -34,14 +37,23 @@ class Status:
     """One word or a few."""
     lines: tuple[str, ...]
     exit_code: int
-    """0: finished, running well or not begun; else that of the last life; 86 while a rank is silent for too long; 1
-    after an end that nobody noted."""
+    """0: finished, running well, waiting for its turn or not begun; else that of the last life; 86 while a rank is silent for
+    too long; 83 while its job waits for what will not come; 1 after an end that nobody noted."""
+    goes_on: bool = False
+    """Whether it may be another one a moment later."""
 
 
-STATUS = """whether a run lives, how far it is, who owns it, and how its lives ended
+STATUS = """whether a run lives, how far it is, who owns it, what its job waits for, and how its lives ended
 
-Exit code: 0 finished, running well or not begun; 86 running, and a rank is silent for too long; else that of the last life (75
-stopped, to be resumed), or 1 where it ended without a word."""
+Exit code, for cron: 0 finished, running well, waiting for its turn in the queue, or not begun; 83 its job waits for what will not
+come (held, a dependency that failed); 86 running, and a rank is silent for too long; else that of the last life (75 stopped, to be
+resumed), or 1 where it ended without a word."""
+
+HOPELESS = (
+    *("BadConstraints", "DependencyNeverSatisfied", "JobHeldAdmin", "JobHeldUser", "launch failed requeued held"),
+    *("PartitionNodeLimit", "PartitionTimeLimit"),
+)
+"""Slurm's reasons of a job that somebody must change or release."""
 
 
 def declare(verb: Callable[..., argparse.ArgumentParser]) -> None:
@@ -49,10 +61,13 @@ def declare(verb: Callable[..., argparse.ArgumentParser]) -> None:
     p = verb("status", status, STATUS)
     p.add_argument("run", help="run folder")
     p.add_argument(
-        "--watch", type=float, nargs="?", const=10.0, metavar="SECONDS", help="again and again while it runs"
+        "--watch", type=float, nargs="?", const=10.0, metavar="SECONDS", help="again and again while it runs or waits"
     )
     p = verb(
-        "stop", stop, "ask a running run to save and stop, from any machine that sees its folder; wait until it has"
+        "stop",
+        stop,
+        "ask a running run to save and stop, from any machine that sees its folder, and wait until it has; take jobs of it that "
+        "wait in the queue out of it",
     )
     p.add_argument("run", help="run folder")
     p.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="wait no longer (default 600)")
@@ -64,7 +79,7 @@ def status(args: argparse.Namespace) -> int:
     while True:
         found = look(run)
         print("\n".join(found.lines), flush=True)
-        if args.watch is None or not found.state.startswith("running"):
+        if args.watch is None or not found.goes_on:
             return found.exit_code
         time.sleep(args.watch)
         print()
@@ -83,25 +98,29 @@ def look(run: Path) -> Status:
     alive = held is not None and held.mark.token is not None and _lives(run, held, expires=expires)
     ranks = [seen for told in summary.read(run, life=held.mark.epoch).values() for seen in _aged(told)] if held else []
     late = [rank for rank in ranks if alive and rank.beat.seconds > rank.beat.allowed + 2 * summary.SECONDS]
-    state, code = _state(known, alive=alive, late=late)
+    job = job_view.look(run)
+    state, code = _state(known, alive=alive, late=late, job=job)
+    there = alive or (job is not None and (job.waits or job.runs))
     total = int(tree["train"]["steps"])
     step = max([int(records[-1]["step"])] if records else [0])
     lines = [f"run         {run} ({tree.get('experiment', '')})", f"state       {state}"]
     lines.append(f"step        {step} of {total} ({100 * step / max(total, 1):.1f} %)")
     if records:
         lines.append(f"training    {_speed(records[-1], left=total - step if alive else 0)}")
+    if known and records and (share := _goodput(records, known, until=time.time() if there else None)):
+        lines.append(f"goodput     {share}")
     lines.append(f"checkpoint  {_newest_checkpoint(run)}")
     if held is not None and held.owner is not None:
         words = "" if alive else ", which has ended" if lease.is_gone(held.owner) else ", of which nothing is heard"
         lines.append(f"owner       {held.owner}{words}")
     if alive and ranks:
         lines.append(f"ranks       {_ranks(ranks)}")
-    if (job := job_view.look(run)) is not None:
+    if job is not None:
         lines.append(f"job         {job}")
         lines += [f"decided     {words}" for words in job.decisions()]
     for life in known[-LISTED_LIVES:]:
         lines.append(f"life {life.number:<6} {_life(life)}")
-    return Status(state=state, lines=tuple(lines), exit_code=code)
+    return Status(state=state, lines=tuple(lines), exit_code=code, goes_on=there)
 
 
 def _lives(run: Path, held: Holding, *, expires: float) -> bool:
@@ -120,12 +139,19 @@ def _lives(run: Path, held: Holding, *, expires: float) -> bool:
     return False
 
 
-def _state(known: list[lives.Life], *, alive: bool, late: list[Seen]) -> tuple[str, int]:
+def _state(known: list[lives.Life], *, alive: bool, late: list[Seen], job: JobView | None) -> tuple[str, int]:
     if late:
         worst = max(late, key=lambda rank: rank.beat.seconds)
         return f"running, but rank {worst.beat.rank} is silent in {worst.beat}", errors.HangError.exit_code
     if alive:
         return "running", errors.EXIT_OK
+    if job is not None and job.state is not None and job.waits:
+        from launch.submit import SubmitError
+
+        code = SubmitError.exit_code if job.state.reason in HOPELESS else errors.EXIT_OK
+        return f"waits in the queue: job {job}", code
+    if job is not None and job.runs:
+        return f"between two lives: job {job.number} runs", errors.EXIT_OK
     if not known:
         return "not begun", errors.EXIT_OK
     last = known[-1]
@@ -145,6 +171,23 @@ def _speed(record: dict[str, Any], *, left: int) -> str:
     return describe(record, eta=eta) + speed
 
 
+def _goodput(records: list[dict[str, Any]], known: list[lives.Life], *, until: float | None) -> str:
+    """The share of the time since the first life began that went into steps that count. `until`: seconds since the epoch; None:
+    the last that was noted. Empty where it cannot be said."""
+    begun = min((float(life.facts["began"]) for life in known if life.facts.get("began")), default=None)
+    noted = [float(life.facts.get("time", 0.0)) for life in known] + [float(records[-1].get("time", 0.0))]
+    spent, before = 0.0, 0
+    for record in records:
+        step = int(record.get("step", before))
+        spent += (record.get("perf/step_s") or 0.0) * max(step - before, 0)
+        before = step
+    passed = 0.0 if begun is None else (max(noted) if until is None else until) - begun
+    if passed <= 0 or not spent:
+        return ""
+    share = min(1.0, spent / passed)
+    return f"{share:.1%} of the {_ago(passed)} since it began were steps that count; the rest waited, started, saved or was lost"
+
+
 def _newest_checkpoint(run: Path) -> str:
     committed = [(step, path) for step, path in by_step(run / CHECKPOINTS, suffix="") if path.is_dir()]
     if not committed:
@@ -162,7 +205,13 @@ def _aged(told: dict[str, Any]) -> list[Seen]:
 
 def _ranks(ranks: list[Seen]) -> str:
     behind = min(ranks, key=lambda rank: (rank.beat.counter, -rank.beat.seconds))
-    return f"{len(ranks)} alive; last rank {behind.beat.rank} on {behind.host}, in {behind.beat} for {behind.beat.seconds:.1f} s"
+    text = f"{len(ranks)} alive; last rank {behind.beat.rank} on {behind.host}, in {behind.beat} for {behind.beat.seconds:.1f} s"
+    own = {rank.beat.rank: sum(rank.beat.spent.get(phase, 0.0) for phase in ALONE) for rank in ranks}
+    slowest = max(ranks, key=lambda rank: own[rank.beat.rank])
+    if len(ranks) > 1 and (most := own[slowest.beat.rank]) > 0:
+        usual = statistics.median(own.values())
+        text += f"; slowest rank {slowest.beat.rank} on {slowest.host}: {most:.3g} s a step by itself (median {usual:.3g} s)"
+    return text
 
 
 def _life(life: lives.Life) -> str:
@@ -194,6 +243,7 @@ def stop(args: argparse.Namespace) -> int:
     if look_at is None or look_at.mark.token is None or (look_at.owner and lease.is_gone(look_at.owner)):
         return _stop_job(run)
     token, owner = look_at.mark.token, look_at.owner
+    job_view.take_out(run, but=owner.job if owner else None, say=print)  # else one that comes after it would go on
     if owner is not None and owner.job is not None:  # else its supervisor would start the next life
         job_view.ask_to_stop(run, owner.job)
     lease.ask_to_stop(run, token=token)
@@ -210,16 +260,18 @@ def stop(args: argparse.Namespace) -> int:
 
 
 def _stop_job(run: Path) -> int:
-    """No life runs. A job may wait in the queue, or between two lives."""
+    """No life runs. Jobs may wait in the queue, or one be between two lives."""
+    out = job_view.take_out(run, say=print)
     job = job_view.look(run)
-    if job is not None and job.waits:
-        print(f"{run}: nothing runs there; job {job} waits in the queue: scancel {job.number}")
-        return errors.EXIT_REQUEUE
     if job is not None and job.runs:
         job_view.ask_to_stop(run, job.number)
         print(f"{run}: job {job.number} is between two lives; it will start no further one")
         return errors.EXIT_OK
-    print(f"{run}: nothing runs there")
+    if job is not None and job.waits and job.number not in out:
+        print(f"ecdit: job {job} still waits in the queue: scancel {job.number}", file=sys.stderr)
+        return errors.EXIT_REQUEUE
+    if not out:
+        print(f"{run}: nothing runs there")
     return errors.EXIT_OK
 
 

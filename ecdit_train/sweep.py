@@ -53,6 +53,8 @@ class Sweep:
         before: arguments of each local job in front of its verb (`--nproc N`).
         options: arguments of each local job behind its verb.
         nproc: ranks of a local job.
+        after: Slurm jobs that must have ended well before any of these starts.
+        parsable: print nothing but the numbers of the Slurm jobs, `1,2,3`.
 
     Raises:
         ConfigError: whatever is wrong with any of the jobs; no folder has been made.
@@ -67,7 +69,10 @@ class Sweep:
         before: Sequence[str] = (),
         options: Sequence[str] = (),
         nproc: int = 1,
+        after: Sequence[str] = (),
+        parsable: bool = False,
     ) -> None:
+        self.after, self.parsable = tuple(after), parsable
         self.words, self.config_dir = list(words), config_dir
         self.before, self.options = list(before), list(options)
         self.launcher = last_value(words, LAUNCHER) or launcher
@@ -95,7 +100,8 @@ class Sweep:
         app = compose.open_app(self.words, config_dir=self.config_dir)
         app.multirun([*compose.for_hydra(words, config_dir=self.config_dir), *own], self)
         self._write()
-        print(f"\n{self.summary()}", flush=True)
+        numbers = ",".join(str(job.slurm_job) for job in self.jobs if job.slurm_job is not None)
+        print(numbers if self.parsable else f"\n{self.summary()}", flush=True)
         return self._exit_code()
 
     def __call__(self, _: Any) -> None:
@@ -137,12 +143,15 @@ class Sweep:
         from launch import submit
 
         if earlier := self._before(job).get("slurm_job"):
-            job.slurm_job = earlier
-            print(f"job {earlier} submitted before: {job.run}; again: sbatch {job.run / JOB_SCRIPT}", flush=True)
+            job.slurm_job, told = (
+                earlier,
+                f"job {earlier} submitted before: {job.run}; again: sbatch {job.run / JOB_SCRIPT}",
+            )
         else:
-            made = submit.launch(replace(job.config, run=str(job.run)), allow=job.explicit)
-            job.slurm_job = made.job
-            print(made.text(), flush=True)
+            made = submit.launch(replace(job.config, run=str(job.run)), allow=job.explicit, after=self.after)
+            job.slurm_job, told = made.job, made.text()
+        if not self.parsable:
+            print(told, flush=True)
         self._write()
 
     # --- jobs and their folders ----------------------------------------------------------------------------------------

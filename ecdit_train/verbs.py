@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ecdit_train import arguments, errors
+from ecdit_train import arguments, errors, submit_verbs
 from ecdit_train.config.resolve import declarations_only
 from ecdit_train.joining import ending, joined
 from ecdit_train.run_folder import RESOLVED, evaluation_path, pictures_path
@@ -201,7 +200,7 @@ def report(args: argparse.Namespace) -> int:
     return errors.EXIT_OK
 
 
-# --- planning and submitting ----------------------------------------------------------------------------------------
+# --- planning ---------------------------------------------------------------------------------------------------
 
 
 def plan(args: argparse.Namespace) -> int:
@@ -226,22 +225,6 @@ def plan(args: argparse.Namespace) -> int:
     return code
 
 
-def launch(args: argparse.Namespace) -> int:
-    from ecdit_train.config import compose
-    from launch import submit
-
-    with declarations_only():
-        made = compose.configure(args.overrides, world=compose.cluster_world, config_dir=args.config_dir)
-        if not args.render_only:
-            print(submit.launch(made.config, allow=made.explicit).text())
-            return errors.EXIT_OK
-        job = submit.compose_job(made.config)
-    print(job.text(), end="", flush=True)
-    for line in [*job.notes, *(f"would be refused: {problem}" for problem in job.problems)]:
-        print(f"ecdit: {line}", file=sys.stderr)
-    return errors.EXIT_OK
-
-
 # --- sweeps, and what Hydra prints ----------------------------------------------------------------------------------
 
 
@@ -249,7 +232,7 @@ def multirun(args: argparse.Namespace) -> int:
     """A composing verb under `-m`."""
     from ecdit_train import sweep
 
-    if args.verb not in (train, launch) or getattr(args, "render_only", False):
+    if args.verb not in (train, submit_verbs.launch) or getattr(args, "render_only", False):
 
         def once(words: list[str]) -> int:
             return int(args.verb(argparse.Namespace(**{**vars(args), "overrides": words})))
@@ -260,11 +243,13 @@ def multirun(args: argparse.Namespace) -> int:
     with declarations_only():
         return sweep.Sweep(
             args.overrides,
-            launcher="slurm" if args.verb is launch else "local",
+            launcher="slurm" if args.verb is submit_verbs.launch else "local",
             config_dir=args.config_dir,
             before=["--nproc", str(args.nproc)] if args.nproc > 1 else [],
             options=[*folder, *stop],
             nproc=args.nproc,
+            after=getattr(args, "after", ()),
+            parsable=getattr(args, "parsable", False),
         ).run()
 
 

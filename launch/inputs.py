@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ecdit_train.config.convert import to_dict
 from ecdit_train.config.schema import RunConfig
@@ -64,22 +65,41 @@ def _writable(cfg: RunConfig) -> Iterator[Problem]:
 
 
 def plan(cfg: RunConfig) -> Planned:
-    """The run's memory as `ecdit plan` computes it, in a process of its own: this one imports no torch. Nothing on a CPU, where the
-    figures of the machine room are for plans only."""
+    """The run's memory as `ecdit plan` computes it. Nothing on a CPU, where the figures of the machine room are for plans only."""
     if cfg.cluster.gpu == "cpu":
         return Planned()
+    try:
+        said = _ask_the_plan(cfg)
+    except _NoPlanError as error:
+        return Planned(note=f"the memory was not checked: {error}")
+    if said["fits"]:
+        return Planned(checkpoint_bytes=said["checkpoint_bytes"])
+    rule = f"{said['verdict']} (`ecdit plan` with the same words shows layouts that do)"
+    return Planned(problems=(Problem(field="cluster.gpu_memory", value=cfg.cluster.gpu_memory, rule=rule),))
+
+
+def checkpoint_bytes(cfg: RunConfig) -> float:
+    """Of one checkpoint, whatever the GPUs; 0 where the plan does not say."""
+    try:
+        return float(_ask_the_plan(cfg)["checkpoint_bytes"])
+    except _NoPlanError:
+        return 0.0
+
+
+class _NoPlanError(Exception):
+    """Says why."""
+
+
+def _ask_the_plan(cfg: RunConfig) -> dict[str, Any]:
+    """What `ecdit_train.plan.fits` answers, in a process of its own: this one imports no torch."""
     command = [sys.executable, "-P", "-m", "ecdit_train.plan.fits"]
     try:
         done = subprocess.run(
             command, input=json.dumps(to_dict(cfg)), capture_output=True, text=True, timeout=PLAN_SECONDS, check=False
         )
-        said = json.loads(done.stdout) if done.returncode == 0 else {}
+        said: dict[str, Any] = json.loads(done.stdout) if done.returncode == 0 else {}
     except (OSError, ValueError, subprocess.TimeoutExpired) as error:
-        return Planned(note=f"the memory was not checked: {error}")
+        raise _NoPlanError(str(error)) from error
     if not said:
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        return Planned(note=f"the memory was not checked: {last}")
-    if said["fits"]:
-        return Planned(checkpoint_bytes=said["checkpoint_bytes"])
-    rule = f"{said['verdict']} (`ecdit plan` with the same words shows layouts that do)"
-    return Planned(problems=(Problem(field="cluster.gpu_memory", value=cfg.cluster.gpu_memory, rule=rule),))
+        raise _NoPlanError((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])
+    return said

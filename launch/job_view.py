@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ecdit_train.supervise import lease
 from launch import record
 from launch.outside import Outside
 from launch.slurm import JobState, Slurm
 
 SHOWN = 3
+RECENT = 8
+"""Jobs of a run that may wait in the queue; each is asked for by itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +57,27 @@ def look(run: Path) -> JobView | None:
         number = str(lines[-1]["to"])
     state = Slurm(outside=Outside(), job=number, environ=os.environ).state() if shutil.which("squeue") else None
     return JobView(number=number, state=state, lines=tuple(lines))
+
+
+def take_out(run: Path, *, but: str | None = None, say: Callable[[str], object]) -> list[str]:
+    """Cancels the run's jobs that wait in the queue, all but one that somebody else asks; the numbers of those that it took out."""
+    numbers = [number for number in record.jobs(run)[-RECENT:] if number != but]
+    outside, out = Outside(), []
+    for number in numbers if shutil.which("squeue") else ():
+        job = Slurm(outside=outside, job=number, environ=os.environ)
+        state = job.state()
+        if state is None or state.state != "PENDING":
+            continue
+        ask_to_stop(run, number)  # one that starts now begins no life
+        outside.call(["scancel", "--state=PENDING", number])
+        now = job.state()
+        if now is None or now.state in lease.ENDED - {"PENDING"}:
+            record.stop_path(run, number).unlink(missing_ok=True)
+            out.append(number)
+            say(f"job {number} waited in the queue ({state.reason}); it is cancelled")
+        elif now.state == "PENDING":
+            record.stop_path(run, number).unlink(missing_ok=True)
+    return out
 
 
 def ask_to_stop(run: Path, number: str) -> None:

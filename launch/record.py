@@ -1,6 +1,7 @@
 """What a job did and decided, one JSON object a line, in RUN/jobs/<job>.jsonl: for people, and for the supervisor of the next
 attempt, which counts from it.
 
+    {"what": "submitted"}                                  by `ecdit launch`: first of all
     {"what": "life", "life": 3, "step": 400, ...}          a life begins; newest committed step then
     {"what": "decision", "then": "again", "code": 137, ...}  what came of it, and what happens next
     {"what": "resubmitted", "to": "4712"}                  the job goes on under this number
@@ -59,9 +60,17 @@ def read(run: Path, job: str) -> list[Line]:
 
 
 def newest(run: Path) -> str | None:
-    """The job that wrote last."""
+    """The job that was submitted, or wrote, last."""
     paths = list((run / JOBS).glob("*.jsonl"))
     return max(paths, key=lambda path: (path.stat().st_mtime, path.stem)).stem if paths else None
+
+
+def jobs(run: Path) -> list[str]:
+    """Every job that was submitted or has written, and what they go on as; the one that wrote last comes last."""
+    found = []
+    for path in sorted((run / JOBS).glob("*.jsonl"), key=lambda path: (path.stat().st_mtime, path.stem)):
+        found += [path.stem, *(str(line["to"]) for line in _lines(path) if line.get("what") == "resubmitted")]
+    return list(dict.fromkeys(found))
 
 
 def _before(run: Path, job: str) -> str | None:

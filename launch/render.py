@@ -13,8 +13,13 @@ from ecdit_train.config.schema import RunConfig
 from ecdit_train.errors import ConfigError, Problem
 from ecdit_train.run_folder import LOGS
 
+RUN_COMMENT = """# Written by `ecdit launch` for the run in {run}; launch again instead of editing it.
+# The supervisor reads job.json beside it, and every life resolved.yaml, so this script carries no setting of the training."""
+TASK_COMMENT = """# Written by `ecdit submit` in {run}; submit again instead of editing it.
+# What is run is in job.json beside it."""
 
-def render(cfg: RunConfig, *, run: str, code: str | None, job_python: str) -> str:
+
+def render(cfg: RunConfig, *, run: str, code: str | None, job_python: str, task: bool = False) -> str:
     """The job script.
 
     Args:
@@ -22,6 +27,7 @@ def render(cfg: RunConfig, *, run: str, code: str | None, job_python: str) -> st
         run: where `resolved.yaml` and `job.json` lie, absolute.
         code: the code snapshot, absolute; None runs the installed package.
         job_python: interpreter of the supervisor on the job's first node.
+        task: whether the job is one command (`launch.task`), not a run.
 
     Raises:
         ConfigError: a path cannot stand in a script.
@@ -30,7 +36,8 @@ def render(cfg: RunConfig, *, run: str, code: str | None, job_python: str) -> st
         raise ConfigError(Problem(field="run", value=run, rule='must not contain a newline, " or \\'))
     template = (resources.files("launch") / "job.sh.template").read_text(encoding="utf-8")
     return Template(template).substitute(
-        run_comment=run,
+        comment=(TASK_COMMENT if task else RUN_COMMENT).format(run=run),
+        module="launch.task" if task else "launch.job",
         directives="\n".join(f"#SBATCH --{line}" for line in _directives(cfg, run=run)),
         setup="".join(f"{line}\n" for line in _setup(cfg.cluster)),
         run=shlex.quote(run),

@@ -8,7 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from textwrap import indent
@@ -22,7 +22,7 @@ from ecdit_train.errors import ConfigError, EcditError, Problem, RunOwnedError, 
 from ecdit_train.run_folder import CODE, JOB_FILE, JOB_SCRIPT, LOGS, RANKS_SCRIPT, RESOLVED
 from ecdit_train.secrets import hide_forms
 from ecdit_train.supervise import lease
-from launch import cluster_check, cluster_facts, description, inputs
+from launch import cluster_check, cluster_facts, description, inputs, record
 from launch.render import log_path, render
 from launch.snapshot import Snapshot, take
 
@@ -51,6 +51,8 @@ class Job:
     notes: tuple[str, ...]
     cluster: tuple[str, ...] = ()
     """What the cluster has, for people."""
+    freezes: bool = True
+    """Whether the folder is a run's, which keeps its configuration."""
 
     def text(self) -> str:
         """All of it: the script, and the rest below it as comments."""
@@ -60,13 +62,14 @@ class Job:
         return self.script + "".join("\n" + indent(text, "# ") for text in below)
 
 
-def compose_job(cfg: RunConfig, *, run: str | Path | None = None, look: bool = True) -> Job:
+def compose_job(cfg: RunConfig, *, run: str | Path | None = None, look: bool = True, after: Sequence[str] = ()) -> Job:
     """Everything that `submit` writes and submits; writes nothing.
 
     Args:
         cfg: what the user asks for.
         run: run folder on the nodes; default `cfg.run`, seen from here.
         look: whether to look at the cluster, the data and the plan, too.
+        after: jobs that come first; what is not there yet they may make.
 
     Raises:
         ConfigError: the configuration does not fit the cluster's nodes, holds a secret, or the code does.
@@ -79,14 +82,14 @@ def compose_job(cfg: RunConfig, *, run: str | Path | None = None, look: bool = T
     notes: list[str] = []
     planned, cluster = inputs.Planned(), tuple[str, ...]()
     if look:
-        problems += inputs.problems(cfg)
-        try:
-            facts = cluster_facts.ask()
-            cluster = facts.lines()
-            problems += cluster_check.problems(cfg.cluster, facts)
-            notes += cluster_check.notes(cfg.cluster, facts)
-        except cluster_facts.UnknownClusterError as error:
-            notes.append(f"the cluster was not checked: {error}")
+        lacking = list(inputs.problems(cfg))
+        if after or cfg.cluster.dependency:
+            notes += [f"not there yet, a job before this one must make it: {problem}" for problem in lacking]
+        else:
+            problems += lacking
+        cluster, more, told = look_at_cluster(cfg)
+        problems += more
+        notes += told
         planned = inputs.plan(cfg)
         problems += planned.problems
         notes += [planned.note] if planned.note else []
@@ -111,6 +114,15 @@ def compose_job(cfg: RunConfig, *, run: str | Path | None = None, look: bool = T
     )
 
 
+def look_at_cluster(cfg: RunConfig) -> tuple[tuple[str, ...], list[Problem], list[str]]:
+    """(what there is, what it cannot give, what will keep the job waiting)"""
+    try:
+        facts = cluster_facts.ask()
+    except cluster_facts.UnknownClusterError as error:
+        return (), [], [f"the cluster was not checked: {error}"]
+    return facts.lines(), cluster_check.problems(cfg.cluster, facts), cluster_check.notes(cfg.cluster, facts)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Submitted:
     """A job that Slurm has taken."""
@@ -131,7 +143,7 @@ class Submitted:
         )
 
 
-def launch(cfg: RunConfig, *, allow: Collection[str] = ()) -> Submitted:
+def launch(cfg: RunConfig, *, allow: Collection[str] = (), after: Sequence[str] = ()) -> Submitted:
     """Checks, writes the run folder and submits.
 
     The folder may exist: launching again is resuming, and may change what a resume may change. If Slurm refuses, the
@@ -140,6 +152,7 @@ def launch(cfg: RunConfig, *, allow: Collection[str] = ()) -> Submitted:
     Args:
         cfg: what the user asks for.
         allow: dotted keys given explicitly on the command line; only they may change the schedule.
+        after: jobs that must have ended well before this one starts.
 
     Raises:
         ConfigError: what `compose_job` raises, or the cluster cannot run the job, or something that it needs is not there.
@@ -147,33 +160,45 @@ def launch(cfg: RunConfig, *, allow: Collection[str] = ()) -> Submitted:
         RunFolderError: the folder belongs to another run, or to another schedule that was not asked for.
         SubmitError: there is no Slurm, or it refused the job.
     """
-    if shutil.which("sbatch") is None:
-        raise SubmitError(
-            "sbatch was not found; launch on a Slurm login node, look with --render-only, or train here: ecdit train"
-        )
+    need_sbatch("train here: ecdit train")
     run = Path(cfg.run).absolute()
-    _refuse_owned(cfg, run)
+    _refuse_owned(cfg, run, after=after)
     if (run / RESOLVED).exists():
         check_resume(replace(load(run), run=cfg.run), cfg, allow)  # the folder was found: its old name says nothing
-    job = compose_job(cfg)
+    number = hand_in(compose_job(cfg, after=after), after=after)
+    record.add(run, str(number), what="submitted")  # so that `status` and `stop` find it before it runs
+    return Submitted(job=number, run=cfg.run, log=log_path(cfg, run=str(run), job=number))
+
+
+def need_sbatch(instead: str) -> None:
+    """Raises SubmitError where this machine has none."""
+    if shutil.which("sbatch") is None:
+        raise SubmitError(f"sbatch was not found; use a Slurm login node, look with --render-only, or {instead}")
+
+
+def hand_in(job: Job, *, after: Sequence[str]) -> int:
+    """Writes the folder and submits; the number. Raises what `launch` does, and then the folder is as it was."""
     for note in job.notes:
         print(f"ecdit: {note}", file=sys.stderr)
     if job.problems:
         raise ConfigError(job.problems)
-    with _put_back(run) as changes:
-        number = submit(changes.write_all(job), cwd=os.getcwd(), cluster=job.cluster, cfg=cfg)
-    return Submitted(job=number, run=cfg.run, log=log_path(cfg, run=str(job.run), job=number))
+    with _put_back(job.run) as changes:
+        script = changes.write_all(job)
+        return submit(script, cwd=os.getcwd(), cluster=job.cluster, cfg=job.cfg, after=after)
 
 
-def _refuse_owned(cfg: RunConfig, run: Path) -> None:
+def _refuse_owned(cfg: RunConfig, run: Path, *, after: Sequence[str]) -> None:
     """Two jobs on one folder: the second would end with the same words, an hour later."""
     held = lease.read(run)
     owner = None if held is None else held.owner
     gone = True if owner is None else lease.is_gone(owner)
-    if gone is False or (gone is None and owner is not None and owner.job is not None):
+    follows = after or cfg.cluster.dependency is not None  # asked for: it comes after the other
+    if (gone is False or (gone is None and owner is not None and owner.job is not None)) and not _is_one_of(
+        owner, after
+    ):
         raise RunOwnedError(f"{cfg.run} is owned by {owner}; stop it first: ecdit stop {cfg.run}")
-    if cfg.cluster.dependency is not None:
-        return  # asked for: it comes after the other
+    if follows:
+        return
     with contextlib.suppress(cluster_facts.UnknownClusterError):
         for line in cluster_facts.output("squeue", "--me", "-h", "-o", "%i|%T|%o").splitlines():
             number, _, rest = line.strip().partition("|")
@@ -183,6 +208,10 @@ def _refuse_owned(cfg: RunConfig, run: Path) -> None:
                     f"{cfg.run}: job {number} of this folder is {state}; take it out first (scancel {number}), "
                     f"or come after it: cluster.dependency=afterany:{number}"
                 )
+
+
+def _is_one_of(owner: lease.Owner | None, after: Sequence[str]) -> bool:
+    return owner is not None and owner.job is not None and owner.job in after
 
 
 # --- the run folder, and how it was before ---------------------------------------------------------------------------
@@ -216,8 +245,9 @@ class _Changes:
         self.folder(job.run / CODE)
         self.folder(job.run / LOGS)
         self.code = job.snapshot.write(job.run)
-        self.about_to_write(job.run / RESOLVED)
-        freeze(job.cfg, job.run)
+        if job.freezes:
+            self.about_to_write(job.run / RESOLVED)
+            freeze(job.cfg, job.run)
         texts = {
             JOB_FILE: (job.files.text, 0o644),
             RANKS_SCRIPT: (job.files.ranks, 0o755),
@@ -266,9 +296,11 @@ class _UnclearError(Exception):
 # --- Slurm -------------------------------------------------------------------------------------------------------------
 
 
-def submit(script: Path, *, cwd: str, cluster: Collection[str], cfg: RunConfig) -> int:
-    """Hands a written script to `sbatch`; returns the job id."""
-    command = ["sbatch", "--parsable", str(script)]
+def submit(script: Path, *, cwd: str, cluster: Collection[str], cfg: RunConfig, after: Sequence[str] = ()) -> int:
+    """Hands a written script to `sbatch`; returns the job id. Jobs to come after are said here, not in the script: it may be
+    submitted again when they are long forgotten."""
+    wait = [f"--dependency=afterok:{':'.join(after)}", "--kill-on-invalid-dep=yes"] if after else []
+    command = ["sbatch", "--parsable", *wait, str(script)]
     try:
         answer = subprocess.run(
             command, cwd=cwd, env=_environment(cfg), capture_output=True, text=True, timeout=SBATCH_SECONDS, check=False

@@ -10,6 +10,7 @@ from typing import Any
 
 from data_pipeline.errors import DataError
 from data_pipeline.manifest import View
+from data_pipeline.parts import Part
 from data_pipeline.prepare import ImageFormat, RawMembers, encode_image, write_shards
 from data_pipeline.shapes.draw import ShapesSpec, shape_sample
 from data_pipeline.shapes.prompts import Split
@@ -19,8 +20,11 @@ def make_shapes(
     folder: Path | str, *, count: int, resolution: int = 32, seed: int = 0, mix: Mapping[str, float] | None = None,
     scale: tuple[float, float] = (0.2, 0.35), split: Split = "train",
     samples_per_shard: int = 1000, image_format: ImageFormat = "png", workers: int = 1,
-) -> View:  # fmt: skip
+    part: Part | None = None,
+) -> View | None:  # fmt: skip
     """Write the procedural shapes set: image, caption (txt) and GenEval metadata (json, with `caption`) per sample.
+
+    `part`: only these shards; None is returned while others are missing (`write_shards`).
 
     Raises:
         DataError: parameters outside the rules of `ShapesSpec`; see also `write_shards`.
@@ -33,7 +37,7 @@ def make_shapes(
     params = {"made_by": "make_shapes", "version": 1, "seed": seed, "image_format": image_format, **asdict(spec)}
     params["scale"] = list(spec.scale)
     return write_shards(
-        samples, folder, samples_per_shard=samples_per_shard, name="shapes", params=params, workers=workers
+        samples, folder, samples_per_shard=samples_per_shard, name="shapes", params=params, workers=workers, part=part
     )
 
 

@@ -11,11 +11,8 @@ import logging
 import os
 import queue
 import secrets
-import socket
 import threading
 import time
-import urllib.parse
-import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +23,7 @@ from ecdit_train import atomic
 from ecdit_train import run_folder as folder
 from ecdit_train.config.slots import SinkConfig
 
+from . import reach
 from .redact import redact, redact_text
 from .sinks import Record, SinkContext
 
@@ -34,8 +32,7 @@ logger = logging.getLogger("ecdit.observe")
 STEP = "train/step"
 """W&B's x axis."""
 UNREACHABLE_SECONDS = 3.0
-PROBE_SECONDS = 1.5
-"""Both together: what closing costs at most when nobody answers."""
+"""With `reach.PROBE_SECONDS`: what closing costs at most when nobody answers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +115,7 @@ class WandbSink:
         if self._queue is None:
             return
         timeout = self._close_timeout if timeout is None else timeout
-        if self._settings["mode"] == "online" and not _reachable():
+        if self._settings["mode"] == "online" and not reach.answers():
             timeout = min(timeout, UNREACHABLE_SECONDS)
         deadline = time.monotonic() + timeout
         work, self._queue = self._queue, None
@@ -165,23 +162,6 @@ class WandbSink:
             call()
         except BaseException as error:
             self._warn(f"W&B: {type(error).__name__}: {error}")
-
-
-def _reachable() -> bool:
-    """Whether somebody answers at W&B's address, or at the proxy on the way there."""
-    url = os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
-    proxy = urllib.request.getproxies().get(urllib.parse.urlsplit(url).scheme)
-    place = urllib.parse.urlsplit(proxy or url)
-    port = place.port or {"http": 80}.get(place.scheme, 443)
-    answered = threading.Event()
-
-    def call() -> None:  # in a thread: a name server that does not answer has no timeout of its own
-        with contextlib.suppress(OSError):
-            socket.create_connection((place.hostname or "", port), timeout=PROBE_SECONDS).close()
-            answered.set()
-
-    threading.Thread(target=call, name="wandb-probe", daemon=True).start()
-    return answered.wait(PROBE_SECONDS)
 
 
 def _stable_id(run_folder: Path) -> str:

@@ -22,6 +22,7 @@ VERBS = {
     "resume": ["run", "WORD", "--stop-after", "--config-dir"],
     "status": ["run folder", "--watch", "86 running, and a rank is silent"],
     "stop": ["run folder", "--timeout"],
+    "doctor": ["WORD", "--json", "--config-dir", "90 where something does"],
     "logs": ["run folder", "--job", "--follow"],
     "sample": ["WORD", "prompts=@FILE", "sample.guidance", "weights=ema|raw", "encoders sections", "--config-dir"],
     "evaluate": ["WORD", "split=all|train|heldout", "tasks=[A,B,...]", "encoders sections"],
@@ -32,11 +33,12 @@ VERBS = {
     "report": ["report.html", "run"],
     "merge": ["run=FOLDER, out=FOLDER", "last=N", "weights=uniform|linear"],
     "plan": ["--json", "--world", "--dry-run", "cluster=", "--config-dir"],
-    "launch": ["--render-only", "sbatch", "--multirun"],
+    "launch": ["--render-only", "sbatch", "--multirun", "--after", "--parsable"],
     "data": ["shapes", "index", "stats", "salvage", "verify"],
     "data stats": ["folder", "fields"],
     "data salvage": ["TAR", "whole"],
-    "data shapes": ["out=FOLDER", "count=N", "mix={task: weight, ...}"],
+    "data shapes": ["out=FOLDER", "count=N", "mix={task: weight, ...}", "--part I/N"],
+    "submit": ["WORD", "--array", "--after", "--nproc", "--parsable", "--folder"],
     "data index": ["folder", "manifest.json"],
     "data verify": ["folder", "every byte"],
     "config": ["show", "keys", "explain", "diff"],
@@ -276,7 +278,7 @@ def test_launch_without_slurm_leaves_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))
     code, lines = refused(capsys, "launch", "experiment=shapes_tiny", "run=runs/r")
     assert (code, len(lines)) == (83, 1)
-    assert "sbatch was not found; launch on a Slurm login node" in lines[0]
+    assert "sbatch was not found; use a Slurm login node" in lines[0]
     assert list(tmp_path.iterdir()) == []
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from ecdit_train import arguments, checkpoint_verbs, cli, verbs
+from ecdit_train import arguments, checkpoint_verbs, cli, submit_verbs, verbs
 from ecdit_train.config import compat, compose, describe, installed, stored, validate
 from ecdit_train.errors import EcditError
 
@@ -60,7 +60,9 @@ def command_lines() -> Iterator[tuple[str, str]]:
         indented = re.findall(r"^    (?=ecdit )(.*)$", prose(page), flags=re.MULTILINE)
         for body in [*fences(page, *SHELL), *indented]:
             for line in body.replace("\\\n", " ").splitlines():
-                words = re.sub(r"^(\w+=\S+ )*(\.venv/bin/)?ecdit ", "ecdit ", line.strip().removeprefix("$ "))
+                kept = re.sub(r"^\w+=\$\((.*)\)$", r"\1", line.strip().removeprefix("$ "))  # name=$(ecdit ...)
+                kept = re.sub(r'"\$\w+"', "4711", kept)
+                words = re.sub(r"^(\w+=\S+ )*(\.venv/bin/)?ecdit ", "ecdit ", kept)
                 if words.startswith("ecdit "):
                     yield page, words.split(" #")[0].strip()
 
@@ -181,7 +183,12 @@ def check_command(line: str) -> None:
         return
     args = parsed(words)
     name = args.verb.__name__
-    if name == "data_shapes":
+    if name == "doctor" and args.overrides and "=" not in args.overrides[0]:
+        run_folder(args.overrides.pop(0))
+    if name == "submit":
+        check_composed(args, submit_verbs.cluster_words(args))
+        check_command(shlex.join(["ecdit", *args.line]))
+    elif name == "data_shapes":
         arguments.read(arguments.Shapes, args.words, alone=True).build(arguments.Shapes)
     elif name == "merge":
         arguments.read(arguments.Merge, args.words, alone=True).build(arguments.Merge)
@@ -222,11 +229,14 @@ def check_composed(args: argparse.Namespace, words: list[str]) -> None:
 
 def parsed(words: list[str]) -> argparse.Namespace:
     """As `cli.main` reads them: words may stand behind options."""
-    args, rest = cli.make_parser().parse_known_args(words)
+    parser = cli.make_parser()
+    words, after = submit_verbs.split(words)
+    args, rest = parser.parse_known_args(words)
     if rest and (not hasattr(args, "overrides") or any(word.startswith("-") for word in rest)):
         raise SystemExit(2)
     if rest:
         args.overrides += rest
+    submit_verbs.read_line(args, after, parser=parser)
     return args
 
 

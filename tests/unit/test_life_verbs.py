@@ -177,10 +177,13 @@ def test_a_real_run_is_refused_twice_watched_and_stopped(tiny_shards, tmp_path):
 def job(run, tmp_path_factory, monkeypatch):
     """`job(state)`: Slurm has job 12 of this run like that, which has decided something."""
 
-    def say(state: str) -> None:
+    def say(state: str, *, scancel: str = "rm {}/state") -> None:
         folder = tmp_path_factory.mktemp("bin")
-        (folder / "squeue").write_text(f"#!/bin/sh\n[ $3 = 12 ] && echo '{state}'\n")
-        (folder / "squeue").chmod(0o755)
+        (folder / "state").write_text(state)
+        (folder / "squeue").write_text(f"#!/bin/sh\n[ $3 = 12 ] && cat {folder}/state\n")
+        (folder / "scancel").write_text(f'#!/bin/sh\necho "$*" > {run}/cancelled; {scancel.format(folder)}\n')
+        for name in ("squeue", "scancel"):
+            (folder / name).chmod(0o755)
         monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
 
     record.add(run, "12", what="life", life=1, step=-1)
@@ -199,11 +202,111 @@ def test_status_tells_what_the_job_does_and_decided(run, job):
     assert "job         13: not in the queue" in life_verbs.look(run).lines
 
 
-def test_stop_of_a_job_that_waits_says_scancel(run, job, capsys):
+def ask_to_stop(run) -> int:
+    return life_verbs.stop(life_verbs.argparse.Namespace(run=str(run), timeout=1.0))
+
+
+def test_stop_of_a_job_that_waits_takes_it_out(run, job, capsys):
     job("PENDING|Priority|")
-    assert life_verbs.stop(life_verbs.argparse.Namespace(run=str(run), timeout=1.0)) == 75
-    assert "waits in the queue: scancel 12" in capsys.readouterr().out
+    assert ask_to_stop(run) == 0
+    assert capsys.readouterr().out == "job 12 waited in the queue (Priority); it is cancelled\n"
+    assert (run / "cancelled").read_text() == "--state=PENDING 12\n"
     assert not record.stop_path(run, "12").exists()
+
+
+def test_stop_of_a_job_that_cannot_be_taken_out(run, job, capsys):
+    job("PENDING|Priority|", scancel="exit 1")
+    assert ask_to_stop(run) == 75
+    assert "still waits in the queue: scancel 12" in capsys.readouterr().err
+    assert not record.stop_path(run, "12").exists(), "it may come back another day"
+
+
+def test_stop_of_a_job_that_starts_meanwhile(run, job, capsys):
+    """scancel leaves it alone, and its supervisor is told."""
+    job("PENDING|Priority|", scancel="echo 'RUNNING|None|' > {}/state")
+    assert ask_to_stop(run) == 0
+    assert "it will start no further one" in capsys.readouterr().out
+    assert record.stop_path(run, "12").exists()
+
+
+def test_stop_of_a_run_takes_the_job_that_comes_after_it_out(run, job, monkeypatch, capsys):
+    """Else `ecdit stop` would only make room for it."""
+    job("PENDING|Dependency|")
+    monkeypatch.setenv("SLURM_JOB_ID", "11")
+    held = acquire(run, expires=60.0)
+    assert life_verbs.stop(life_verbs.argparse.Namespace(run=str(run), timeout=0.1)) == 75
+    assert "job 12 waited in the queue (Dependency); it is cancelled" in capsys.readouterr().out
+    held.release()
+
+
+@pytest.mark.parametrize(
+    ("state", "told", "code"),
+    [
+        ("PENDING|Resources|", "waits in the queue: job 12: PENDING (Resources)", 0),
+        (
+            "PENDING|DependencyNeverSatisfied|",
+            "waits in the queue: job 12: PENDING (DependencyNeverSatisfied)",
+            83,
+        ),
+        ("RUNNING|None|", "between two lives: job 12 runs", 0),
+    ],
+)
+def test_a_job_that_is_not_at_work(state, told, code, run, job):
+    """After a life that was requeued, and before the first."""
+    job(state)
+    lives.note(run, number=1, host="a", ranks=1, exit_code=75, why="stopped by USR2, everything saved", step=3)
+    found = life_verbs.look(run)
+    assert (found.state, found.exit_code, found.goes_on) == (told, code, True)
+
+
+def test_a_job_that_was_only_submitted_is_found(run, job):
+    job("PENDING|Priority|")
+    record.path_of(run, "12").unlink()
+    assert life_verbs.look(run).state == "not begun"
+    record.add(run, "12", what="submitted")
+    found = life_verbs.look(run)
+    assert (found.state, found.exit_code) == ("waits in the queue: job 12: PENDING (Priority)", 0)
+
+
+def test_goodput_counts_a_step_once(run):
+    """Ten seconds of steps that count in forty: the life that was lost made two that were done again."""
+    (run / "metrics").mkdir()
+    first = [{"step": n, "time": 100.0 + n, "perf/step_s": 1.0} for n in range(1, 7)]
+    again = [{"life": 2, "after": 4, "time": 130.0}]
+    again += [{"step": n, "time": 130.0 + n, "perf/step_s": 1.0} for n in range(5, 11)]
+    for name, lines in (("0001", first), ("0002", again)):
+        (run / "metrics" / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for number, facts in ((1, {}), (2, {"exit_code": 0, "step": 10})):
+        lives.note(run, number=number, host="a", ranks=1, **facts)
+    for number, at in ((1, 100.0), (2, 140.0)):
+        path = lives.path_of(run, number=number)
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"time": at}) + "\n")
+    (told,) = [line for line in life_verbs.look(run).lines if line.startswith("goodput")]
+    assert told.startswith("goodput     25.0% of the 40 s since it began")
+
+
+def test_the_slowest_rank_is_the_one_whose_own_work_takes_longest(run):
+    """The others wait for it in the exchange: what they are in says nothing."""
+    held = acquire(run, expires=60.0)
+    lives.note(run, number=held.epoch, host="a", ranks=3)
+    ranks = []
+    for n in range(3):
+        spent = {"forward": 0.4 if n == 1 else 0.1, "exchange": 0.1 if n == 1 else 0.4}
+        where = {"phase": "exchange", "step": 4, "counter": 9 - (n == 2), "seconds": 0.1, "allowed": 5.0}
+        ranks.append(Seen(beat=Beat(rank=n, pid=1, started=1, spent=spent, **where), state="sleeping", host=""))
+    summary.publish(run, life=held.epoch, ranks=ranks)
+    (told,) = [line for line in life_verbs.look(run).lines if line.startswith("ranks")]
+    assert "3 alive; last rank 2 on " in told
+    assert "; slowest rank 1 on " in told
+    assert told.endswith(": 0.4 s a step by itself (median 0.1 s)")
+    held.release()
+
+
+def test_watch_goes_on_while_a_job_waits(run, job, monkeypatch, capsys):
+    job("PENDING|Priority|")
+    monkeypatch.setattr(life_verbs.time, "sleep", lambda _: job("|") if "PENDING" in capsys.readouterr().out else None)
+    assert life_verbs.status(life_verbs.argparse.Namespace(run=str(run), watch=1.0)) == 0
+    assert "state       not begun" in capsys.readouterr().out
 
 
 def test_stop_of_a_job_between_two_lives_tells_its_supervisor(run, job, capsys):

@@ -30,6 +30,8 @@ class StandIn:
     nodes: str = CPU_NODES + GPU_NODES
     queue: str = ""
     sbatch: str = "echo 4711"
+    config: str = ""
+    """Of `scontrol show config`."""
     log: Path = field(init=False)
     """What was submitted: the words, and sbatch's own variables."""
 
@@ -38,13 +40,19 @@ class StandIn:
         self.log = self.folder / "submitted"
         expand = r'echo "$3" | tr "," "\n"'
         partitions = f"cat {self.folder}/partitions"
+        config = f"cat {self.folder}/config"
         answers = {
-            "scontrol": f'case "$*" in *hostnames*) {expand};; *partition*) {partitions};; esac',
+            "scontrol": f'case "$*" in *hostnames*) {expand};; *partition*) {partitions};; *config*) {config};; esac',
             "sinfo": f"cat {self.folder}/nodes",
             "squeue": f"cat {self.folder}/queue",
             "sbatch": f'echo "$*" >> {self.log}; env | grep ^SBATCH_ >> {self.log}; {self.sbatch}',
         }
-        for name, text in (("partitions", self.partitions), ("nodes", self.nodes), ("queue", self.queue)):
+        for name, text in (
+            ("partitions", self.partitions),
+            ("nodes", self.nodes),
+            ("queue", self.queue),
+            ("config", self.config),
+        ):
             (self.folder / name).write_text(text)
         for name, body in answers.items():
             (self.folder / name).write_text(f"#!/bin/sh\n{body}\n")

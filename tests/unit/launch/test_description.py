@@ -6,14 +6,17 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
 import pytest
 
+import ecdit_train
 from ecdit_train.config.compose import compose
 from ecdit_train.config.convert import with_values
 from ecdit_train.errors import ConfigError
+from launch import job_file
 from launch.description import describe
 from launch.mounts import mounts, outside
 
@@ -56,6 +59,28 @@ def test_all_of_it():
             "folders": ["/runs/x", "/home/me/images"],
         },
     }  # fmt: skip
+
+
+CLUSTERS = sorted(path.stem for path in (Path(ecdit_train.__file__).parent / "conf" / "cluster").glob("[a-z]*.yaml"))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"cluster.interface": "ib0", "cluster.bad_node": "keep", "cluster.back_off": (0.5, 9.0), "cluster.nodes": 3},
+        {"cluster.container": "image.sif", "cluster.container_kind": "apptainer", "cluster.preflight_bandwidth": 2e9},
+        {"cluster.container": "image", "cluster.lives": 5, "cluster.lives_without_progress": 1},
+    ],
+    ids=["plain", "every key of a life", "apptainer", "pyxis"],
+)
+@pytest.mark.parametrize("cluster", CLUSTERS)
+def test_the_supervisor_reads_what_is_written(cluster, values, tmp_path):
+    """Every field, from every cluster file: what one side writes and the other does not know would end a job on its first line."""
+    made = told(values, cluster=cluster, code="/runs/x/code/1", words=["--config-dir", "/d"], checkpoint_bytes=3e9)
+    (tmp_path / "job.json").write_text(made.text)
+    read = asdict(job_file.read(tmp_path / "job.json"))
+    assert {"format": job_file.FORMAT, **json.loads(json.dumps(read))} == made.description
 
 
 def test_without_gpus():

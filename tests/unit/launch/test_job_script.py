@@ -19,7 +19,8 @@ def script(*, setup: str = "", run: str = "/runs/x", job_python: str = "python",
     """As `ecdit launch` fills it."""
     template = (resources.files("launch") / "job.sh.template").read_text(encoding="utf-8")
     return Template(template).substitute(
-        run_comment="/runs/x",
+        comment="# of a test",
+        module="launch.job",
         directives="#SBATCH --nodes=1",
         setup=setup,
         run=f"'{run}'",

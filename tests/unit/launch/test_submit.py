@@ -15,7 +15,7 @@ from slurm_stand_in import StandIn
 from ecdit_train.config.convert import with_values
 from ecdit_train.config.stored import freeze, load
 from ecdit_train.errors import ConfigError, RunFolderError, RunOwnedError, StorageError
-from launch import inputs, submit
+from launch import inputs, record, submit
 from launch.submit import SubmitError, compose_job, launch
 
 
@@ -31,7 +31,8 @@ def tree(folder: Path) -> dict[str, bytes | None]:
 def test_a_run_folder_that_a_job_can_start_from(demo, slurm, tmp_path):
     made = launch(demo)
     run = Path(demo.run)
-    assert sorted(os.listdir(run)) == ["code", "job.json", "job.sh", "logs", "resolved.yaml"]
+    assert sorted(os.listdir(run)) == ["code", "job.json", "job.sh", "jobs", "logs", "resolved.yaml"]
+    assert [line["what"] for line in record.read(run, "4711")] == ["submitted"]
     assert load(run) == demo
     assert os.access(run / "job.sh", os.X_OK)
     (code,) = (run / "code").iterdir()
@@ -156,7 +157,7 @@ def test_a_disk_that_refuses(demo, slurm, tmp_path, monkeypatch):
 def test_without_slurm_nothing_is_written(demo, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
     before = tree(tmp_path)
-    with pytest.raises(SubmitError, match=r"sbatch was not found; launch on a Slurm login node"):
+    with pytest.raises(SubmitError, match=r"sbatch was not found; use a Slurm login node"):
         launch(demo)
     assert tree(tmp_path) == before
 
