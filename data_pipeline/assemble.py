@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from data_pipeline.captions import CaptionRule
 from data_pipeline.contract import Batch
-from data_pipeline.decode import decode_array, decode_caption, decode_image
-from data_pipeline.errors import SAMPLE_ERRORS, BadArray, BadCaption, BadSplit, DataError, UndecodableImage, Where
+from data_pipeline.decode import decode_array, decode_image
+from data_pipeline.errors import SAMPLE_ERRORS, BadArray, BadSplit, DataError, UndecodableImage, Where
 from data_pipeline.manifest import View
 from data_pipeline.reader import RawSample, ShardReader
 
@@ -17,29 +18,31 @@ IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "npy")
 
 @dataclass(frozen=True, kw_only=True)
 class Fields:
-    """Names of the tar members that feed a batch; None leaves the field out.
+    """Names of the tar members that feed a batch; none leaves the field out.
 
-    `text_len` is L: shorter text embeddings are padded with zeros (mask False), longer ones are cut.
+    `images`: of several the first that a sample has. `text_len` is L: shorter text embeddings are padded with zeros (mask
+    False), longer ones are cut.
     """
 
-    image: str | None = None
+    images: tuple[str, ...] = ()
     latents: str | None = None
-    caption: str | None = None
+    captions: tuple[str, ...] = ()
+    """As `captions.CaptionRule` has them: `txt`, `json`, `json:KEY`."""
     text: str | None = None
     text_len: int = 0
 
 
 def default_fields(view: View, *, text_len: int = 0) -> Fields:
-    """Fields by their usual names: an image suffix, `latent.npy`, `txt` or `json`, `text.npy` (with `text_len`)."""
+    """Fields by their usual names: image suffixes, `latent.npy`, `txt` or `json`, `text.npy` (with `text_len`)."""
     have = view.fields
 
     def first(*names: str) -> str | None:
         return next((name for name in names if name in have), None)
 
     return Fields(
-        image=first(*IMAGE_SUFFIXES),
+        images=tuple(name for name in IMAGE_SUFFIXES if name in have),
         latents=first("latent.npy", "latents.npy"),
-        caption=first("txt", "json"),
+        captions=tuple(name for name in ("txt", "json") if name in have),
         text=first("text.npy") if text_len else None,
         text_len=text_len,
     )
@@ -62,24 +65,26 @@ class ArrayShapes:
 class BatchBuffer:
     """Storage of one batch while threads fill its slots. A new one per step: the consumer may keep what it got."""
 
-    def __init__(self, position: np.ndarray, *, fields: Fields, shapes: ArrayShapes, resolution: int) -> None:
-        self._fields, self._shapes, num = fields, shapes, len(position)
+    def __init__(
+        self, position: np.ndarray, *, fields: Fields, shapes: ArrayShapes, resolution: int, captions: CaptionRule
+    ) -> None:
+        self._fields, self._shapes, self._rule, num = fields, shapes, captions, len(position)
         self.position = position
         self.keys: list[str] = [""] * num
-        self._captions: list[str] = [""] * num
-        self._images = np.empty((num, resolution, resolution, 3), np.uint8) if fields.image else None
+        self._captions: list[str | None] = [None] * num
+        self._images = np.empty((num, resolution, resolution, 3), np.uint8) if fields.images else None
         self._latents = np.empty((num, *shapes.latent[0]), shapes.latent[1]) if shapes.latent else None
         self._text = np.zeros((num, fields.text_len, shapes.text[0]), shapes.text[1]) if shapes.text else None
         self._text_mask = np.zeros((num, fields.text_len), bool) if shapes.text else None
 
     def fill(self, slot: int, *, raw: RawSample, where: Where) -> None:
-        """Decode one sample into its slot. Raises UndecodableImage, BadCaption or BadArray."""
+        """Decode one sample into its slot. Raises UndecodableImage, BadCaption, BadArray or NoCaptionError."""
         fields = self._fields
-        if fields.image is not None and self._images is not None:
-            decode_image(_member(raw, fields.image, UndecodableImage, where), out=self._images[slot], where=where)
-        if fields.caption is not None:
-            payload = _member(raw, fields.caption, BadCaption, where)
-            self._captions[slot] = decode_caption(payload, suffix=fields.caption, where=where)
+        if fields.captions:  # first: what is skipped need not be decoded
+            self._captions[slot] = self._rule.choose(raw, where=where)
+        if self._images is not None:
+            name = next((name for name in fields.images if name in raw.fields), fields.images[0])
+            decode_image(_member(raw, name, UndecodableImage, where), out=self._images[slot], where=where)
         if fields.latents is not None and self._latents is not None and self._shapes.latent is not None:
             latent = decode_array(_member(raw, fields.latents, BadArray, where), where=where)
             _agree(latent, *self._shapes.latent, where)
@@ -100,7 +105,8 @@ class BatchBuffer:
             keys=tuple(self.keys),
             images=self._images,
             latents=self._latents,
-            captions=tuple(self._captions) if self._fields.caption else None,
+            captions=tuple(caption or "" for caption in self._captions) if self._fields.captions else None,
+            captioned=np.array([caption is not None for caption in self._captions]) if self._fields.captions else None,
             text=self._text,
             text_mask=self._text_mask,
         )
@@ -135,10 +141,17 @@ def probe_shapes(reader: ShardReader, *, view: View, fields: Fields, limit: int 
 
 def check_fields(fields: Fields, *, view: View) -> None:
     """Refuse fields that no shard has, before the first read. Raises BadSplit naming the ones there are."""
-    for label in ("image", "latents", "caption", "text"):
-        name = getattr(fields, label)
-        if name is not None and name not in view.fields:
-            raise BadSplit(f"fields.{label} = {name!r}: no shard of {view.folder} has it; there are {view.fields}")
+    captions = tuple(source.partition(":")[0] for source in fields.captions)
+    asked = (
+        ("images", fields.images),
+        ("latents", (fields.latents,)),
+        ("captions", captions),
+        ("text", (fields.text,)),
+    )
+    for label, names in asked:
+        for name in names:
+            if name is not None and name not in view.fields:
+                raise BadSplit(f"fields.{label} = {name!r}: no shard of {view.folder} has it; there are {view.fields}")
     if fields.text is not None and fields.text_len < 1:
         raise BadSplit("fields.text_len = 0: must be the padded number of text tokens, 1 or more")
 

@@ -31,7 +31,9 @@ class Batch:
     latents: np.ndarray | None = None
     """float16 or float32 (B, C, h, w), as stored"""
     captions: tuple[str, ...] | None = None
-    """B captions"""
+    """B captions; an empty text where there is none"""
+    captioned: np.ndarray | None = None
+    """bool (B,), False where a sample has no caption and is to be trained on without text"""
     text: np.ndarray | None = None
     """float16 or float32 (B, L, Y), zeros where `text_mask` is False"""
     text_mask: np.ndarray | None = None
@@ -54,6 +56,10 @@ class LoaderStats:
     """reads repeated after an operating-system error"""
     bad: Mapping[str, int] = field(default_factory=dict)
     """substituted samples by error class, delivered ones only"""
+    skipped: int = 0
+    """samples replaced because they have no caption, as was asked for; not among the bad ones"""
+    uncaptioned: int = 0
+    """delivered samples without a caption"""
 
 
 class Loader(Protocol):

@@ -124,24 +124,31 @@ def decode_array(payload: Payload, *, where: Where) -> np.ndarray:
 
 
 def decode_caption(payload: Payload, *, suffix: str, where: Where) -> str:
-    """Caption of a txt member, or the string `caption` of a json member; outer white space removed.
+    """`read_caption` where there must be one. Raises BadCaption."""
+    if (found := read_caption(payload, source=suffix, where=where)) is None:
+        raise BadCaption(f"{where}: caption is empty or no text")
+    return found
+
+
+def read_caption(payload: Payload, *, source: str, where: Where) -> str | None:
+    """Caption of a txt member, or of a json member the string under a key (`json:KEY`; `caption` where none is named),
+    outer white space removed. None where there is none: an empty text, null, no such key.
 
     Raises:
-        BadCaption: not strict UTF-8, not JSON, no such field, or empty.
+        BadCaption: not strict UTF-8, not JSON, or no text under the key.
     """
+    field, _, key = source.partition(":")
     try:
         text: Any = str(payload, "utf-8")
-        if suffix.endswith("json"):
-            text = json.loads(text)["caption"]
+        if field.endswith("json"):
+            text = json.loads(text).get(key or "caption")
     except UnicodeDecodeError as error:
         raise BadCaption(f"{where}: caption is not UTF-8 (byte {error.start}: {error.reason})") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise BadCaption(
-            f"{where}: json without a field 'caption' ({type(error).__name__}: {str(error)[:200]})"
-        ) from error
-    if not isinstance(text, str) or not text.strip():
-        raise BadCaption(f"{where}: caption is empty or no text")
-    return text.strip()
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise BadCaption(f"{where}: unreadable json ({type(error).__name__}: {str(error)[:200]})") from error
+    if text is not None and not isinstance(text, str):
+        raise BadCaption(f"{where}: {source} is {type(text).__name__} instead of text")
+    return (text or "").strip() or None
 
 
 def _kind(payload: Payload) -> str:

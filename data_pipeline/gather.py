@@ -48,7 +48,8 @@ def gather(buffer: Buffer) -> Gathered:
     runs = _mended(list(_runs(buffer, found)))
     samples = [run for run in runs if isinstance(run, Sample)]
     common = _common([s for s, near in _beside(runs) if not near])
-    apart, torn = _apart(samples), _torn(samples, common=common)
+    apart = _apart(samples)
+    torn = _torn(samples, common=common, apart=apart)
     keys: set[str] = set()
     behind = False
     for run in runs:
@@ -62,7 +63,7 @@ def gather(buffer: Buffer) -> Gathered:
         if not why and behind and not complete:
             why = "beside damage"
         if not why and id(run) in torn:
-            why = "torn: fields of one sample under two keys"
+            why = "torn: a part of a sample"
         behind = behind and not complete
         keys.add(run.key)
         if why:
@@ -119,12 +120,21 @@ def _mended(runs: list[Sample | Damage]) -> list[Sample | Damage]:
     return found
 
 
-def _torn(samples: list[Sample], *, common: set[str]) -> set[int]:
-    """Neighbours that lack something each, and share no field: a name was damaged where no checksum covers it (long names)."""
+def _torn(samples: list[Sample], *, common: set[str], apart: set[str]) -> set[int]:
+    """Parts of samples of which a name was damaged where no checksum covers it (long names): neighbours that share no
+    field, lack something each, and together look like a sample of this tar; what stands between parts of another
+    sample; and one whose fields no other has."""
+    forms, counts = {frozenset(s.fields) for s in samples}, Counter(name for s in samples for name in s.fields)
     torn: set[int] = set()
     for one, other in itertools.pairwise(samples):
-        if not (common <= set(one.fields) or common <= set(other.fields) or set(one.fields) & set(other.fields)):
+        a, b = set(one.fields), set(other.fields)
+        lacking = [sample for sample in (one, other) if not common <= set(sample.fields)]
+        if len(lacking) == 2 and not a & b and (common <= a | b or a | b in forms):
             torn |= {id(one), id(other)}
+        if one.key in apart or other.key in apart:
+            torn |= {id(sample) for sample in lacking}
+    if len(samples) > 2:
+        torn |= {id(s) for s in samples if not common <= set(s.fields) and all(counts[name] == 1 for name in s.fields)}
     return torn
 
 

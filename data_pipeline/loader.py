@@ -15,13 +15,14 @@ import time
 from collections import Counter, deque
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from data_pipeline.assemble import BatchBuffer, Fields, check_fields, default_fields, probe_shapes
+from data_pipeline.captions import CaptionRule, NoCaptionError
 from data_pipeline.contract import Batch, LoaderStats
 from data_pipeline.errors import SAMPLE_ERRORS, BadSplit, TooManyBad, Where, WrongView
 from data_pipeline.manifest import View
@@ -54,12 +55,20 @@ class BadSample:
 
 
 @dataclass(kw_only=True)
+class _Filled:
+    """What filling some slots has met."""
+
+    bad: list[BadSample] = field(default_factory=list)
+    skipped: int = 0
+
+
+@dataclass(kw_only=True)
 class _Step:
     """A step under way: its buffer and one future per piece, each giving the bad samples it met."""
 
     number: int
     buffer: BatchBuffer
-    pieces: list[Future[list[BadSample]]] = field(default_factory=list)
+    pieces: list[Future[_Filled]] = field(default_factory=list)
 
 
 class StreamingLoader:
@@ -71,6 +80,7 @@ class StreamingLoader:
         rank, world: data-parallel rank and size; world must divide global_batch.
         seed: of the order.
         fields: which members to decode; None takes `default_fields(view)`.
+        captions: which caption is taken and what becomes of a sample without; its sources are those of `fields`.
         resolution: side R of the images in pixels (not used without an image field).
         threads: decoding threads; 0 works in the caller's thread (debugging).
         prefetch: steps prepared ahead of the delivered one.
@@ -88,9 +98,10 @@ class StreamingLoader:
 
     def __init__(
         self, view: View, *, global_batch: int, rank: int = 0, world: int = 1, seed: int = 0,
-        fields: Fields | None = None, resolution: int = 256, threads: int = 2, prefetch: int = 2,
-        lanes: int | None = None, window: int = 2, on_bad: Literal["fail", "substitute"] = "fail",
-        max_bad: float = 1e-4, quarantine: Path | None = None, held_out: int = 0, only_held_out: bool = False,
+        fields: Fields | None = None, captions: CaptionRule | None = None, resolution: int = 256,
+        threads: int = 2, prefetch: int = 2, lanes: int | None = None, window: int = 2,
+        on_bad: Literal["fail", "substitute"] = "fail", max_bad: float = 1e-4, quarantine: Path | None = None,
+        held_out: int = 0, only_held_out: bool = False,
     ) -> None:  # fmt: skip
         if world < 1 or global_batch % world:
             near = nearest_divisors(global_batch, value=world)
@@ -108,10 +119,10 @@ class StreamingLoader:
         else:
             sizes = without_tail(view.shard_sizes, num_samples=held_out)
             self.order = Order(sizes, seed=seed, global_batch=global_batch, lanes=lanes, window=window)
+        self._rule = replace(captions or CaptionRule(), sources=self._fields.captions, seed=seed)
         self._slots = np.arange(rank * global_batch // world, (rank + 1) * global_batch // world, dtype=np.int64)
         self._resolution, self._threads = resolution, threads
         self._prefetch = prefetch if threads else 0  # without threads, ahead means only earlier
-        self._attempts = 1 if on_bad == "fail" else MAX_ATTEMPTS
         self._substitutes, self._max_bad, self._quarantine = on_bad == "substitute", max_bad, quarantine
         self._unwritten: list[str] = []
         self._handle = -1
@@ -121,6 +132,7 @@ class StreamingLoader:
         self._pending: deque[_Step] = deque()
         self._step = 0
         self._bad: Counter[str] = Counter()
+        self._skipped = self._uncaptioned = 0
         self._delivered = 0
         self._stall_seconds = 0.0
 
@@ -142,14 +154,17 @@ class StreamingLoader:
         while len(self._pending) <= self._prefetch:
             self._pending.append(self._start(self._step + len(self._pending)))
         step = self._pending[0]
-        bad = [sample for piece in step.pieces for sample in piece.result()]
+        filled = [piece.result() for piece in step.pieces]
         # Only now: an error above leaves the state at the step that was not delivered.
         self._pending.popleft()
         self._step += 1
         self._delivered += 1
-        self._record(bad)
+        self._record([sample for piece in filled for sample in piece.bad])
+        batch = step.buffer.batch()
+        self._skipped += sum(piece.skipped for piece in filled)
+        self._uncaptioned += 0 if batch.captioned is None else int((~batch.captioned).sum())
         self._stall_seconds += time.perf_counter() - began
-        return step.buffer.batch()
+        return batch
 
     def state_dict(self) -> dict[str, Any]:
         """See `contract.Loader`. `step` is the next one to deliver."""
@@ -187,6 +202,8 @@ class StreamingLoader:
             stall_seconds=self._stall_seconds,
             read_retries=self._reader.retries,
             bad=dict(self._bad),
+            skipped=self._skipped,
+            uncaptioned=self._uncaptioned,
         )
 
     def close(self) -> None:
@@ -203,7 +220,9 @@ class StreamingLoader:
         """Plan a step and hand its pieces to the threads."""
         position = number * self.order.global_batch + self._slots
         located = self.order.locate(position)
-        buffer = BatchBuffer(position, fields=self._fields, shapes=self._shapes, resolution=self._resolution)
+        buffer = BatchBuffer(
+            position, fields=self._fields, shapes=self._shapes, resolution=self._resolution, captions=self._rule
+        )
         step = _Step(number=number, buffer=buffer)
         # One piece per thread: fine enough to share a step evenly, coarse enough that a future's cost vanishes.
         for slots in np.array_split(np.arange(len(position)), max(1, min(self._threads, len(position)))):
@@ -215,31 +234,35 @@ class StreamingLoader:
                 step.pieces[-1].set_result(self._fill(*work))
         return step
 
-    def _fill(self, buffer: BatchBuffer, slots: list[int], shards: list[int], samples: list[int]) -> list[BadSample]:
+    def _fill(self, buffer: BatchBuffer, slots: list[int], shards: list[int], samples: list[int]) -> _Filled:
         """Read and decode the samples of some slots; runs in a thread."""
-        bad: list[BadSample] = []
+        filled = _Filled()
         for slot, shard, sample in zip(slots, shards, samples, strict=True):
             position = int(buffer.position[slot])
-            for attempt in range(self._attempts):
+            for attempt in range(MAX_ATTEMPTS):
                 if attempt:
                     located = self.order.locate(np.array([position]), attempt=attempt)
                     shard, sample = int(located.shard[0]), int(located.sample[0])
                 try:
                     self._fill_slot(buffer, slot, shard, sample, position)
                     break
+                except NoCaptionError:
+                    filled.skipped += 1
                 except SAMPLE_ERRORS as error:
                     if not self._substitutes:
                         raise
-                    bad.append(
+                    filled.bad.append(
                         BadSample(
                             position=position, shard=self.view.shards[shard].name, sample=sample, attempt=attempt,
                             error=type(error).__name__, message=str(error),
                         )
                     )  # fmt: skip
             else:
-                tried = f"position {position}: {self._attempts} samples in a row are bad"
-                raise TooManyBad(f"{tried}; last: {bad[-1].message}")
-        return bad
+                last = f"; last: {filled.bad[-1].message}" if filled.bad else ""
+                raise TooManyBad(
+                    f"position {position}: {MAX_ATTEMPTS} samples in a row are bad or without caption{last}"
+                )
+        return filled
 
     def _fill_slot(self, buffer: BatchBuffer, slot: int, shard: int, sample: int, position: int) -> None:
         raw = self._reader.read(shard, sample=sample, position=position)

@@ -76,6 +76,10 @@ class EncodedBatches:
     def substituted(self) -> int:
         return sum(self.bad().values())
 
+    def counts(self) -> dict[str, int]:
+        stats = self._loader.stats()
+        return {"substituted": self.substituted(), "skipped": stats.skipped, "uncaptioned": stats.uncaptioned}
+
     def bad(self) -> dict[str, int]:
         return dict(self._loader.stats().bad)
 
@@ -99,6 +103,7 @@ class EncodedBatches:
             latents_BCHW=latents,
             features_BLX=features.to(self._device),
             mask_BL=mask.to(self._device),
+            captioned_B=None if batch.captioned is None else torch.from_numpy(batch.captioned).to(self._device),
         )
 
     def close(self) -> None:

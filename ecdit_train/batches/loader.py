@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from data_pipeline.assemble import default_fields
+from data_pipeline.captions import CaptionRule
 from data_pipeline.errors import DataError
 from data_pipeline.loader import StreamingLoader
 from data_pipeline.manifest import open_view
@@ -24,16 +25,16 @@ def make_loader(config: RunConfig, mesh: Mesh, *, run: Path, life: int, held_out
     have = default_fields(view, text_len=config.encoders.text.max_tokens if stored_text else 0)
     fields = replace(
         have,
-        image=None if stored_latents else have.image,
+        images=() if stored_latents else have.images,
         latents=have.latents if stored_latents else None,
-        caption=None if stored_text else have.caption,
+        captions=() if stored_text else config.data.captions or have.captions,
         text=have.text if stored_text else None,
     )
     for encoder, found in (
-        (config.encoders.image, fields.latents if stored_latents else fields.image),
-        (config.encoders.text, fields.text if stored_text else fields.caption),
+        (config.encoders.image, fields.latents if stored_latents else fields.images),
+        (config.encoders.text, fields.text if stored_text else fields.captions),
     ):
-        if found is None:
+        if not found:
             raise DataError(
                 f"{config.data.shards}: {type(encoder).__name__} needs a member "
                 f"that the shards do not have; they hold {', '.join(view.fields)}"
@@ -45,6 +46,11 @@ def make_loader(config: RunConfig, mesh: Mesh, *, run: Path, life: int, held_out
         world=mesh.dp_size,
         seed=config.train.seed,
         fields=fields,
+        captions=CaptionRule(
+            sources=fields.captions,
+            weights=config.data.caption_weights if fields.captions else (),
+            missing=config.data.no_caption,
+        ),
         resolution=config.data.resolution,
         threads=config.data.threads,
         prefetch=config.data.prefetch,

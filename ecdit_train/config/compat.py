@@ -38,6 +38,9 @@ _CLASSES: dict[str, Kind] = {
     "data.prefetch": "free",
     "data.on_bad": "free",
     "data.max_bad": "free",
+    "data.captions": "schedule",
+    "data.caption_weights": "schedule",
+    "data.no_caption": "schedule",
     "train.seed": "identity",
     "train.global_batch": "identity",
     "train.microbatch": "free",  # identity when a group is a microbatch, see `kind`

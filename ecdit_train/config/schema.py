@@ -152,6 +152,13 @@ class DataConfig:
     """An undecodable sample stops the run (fail) or is replaced by a good one and counted (substitute)."""
     max_bad: float
     """Largest tolerated share of replaced samples."""
+    captions: tuple[str, ...]
+    """Where captions stand: `txt`, `json` (its key `caption`), `json:KEY`; empty takes txt, then json, where
+    the shards have them."""
+    caption_weights: tuple[float, ...]
+    """One for each of `captions`: a sample with several has one drawn in each epoch; empty takes the first that it has."""
+    no_caption: Literal["bad", "skip", "unconditional"]
+    """A sample without a caption is bad (see `on_bad`), replaced by another and counted (skip), or trained on without text."""
 
 
 @dataclass(frozen=True, kw_only=True)

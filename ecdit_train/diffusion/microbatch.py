@@ -21,6 +21,8 @@ class Microbatch:
     features_BLX: Tensor
     mask_BL: Tensor
     """True at real tokens."""
+    captioned_B: Tensor | None = None
+    """False where a sample has no caption: it is trained on as one whose caption is dropped. None: all have one."""
 
 
 def split(batch: Microbatch, *, size: int) -> Iterator[Microbatch]:
@@ -32,4 +34,5 @@ def split(batch: Microbatch, *, size: int) -> Iterator[Microbatch]:
             latents_BCHW=batch.latents_BCHW[part],
             features_BLX=batch.features_BLX[part],
             mask_BL=batch.mask_BL[part],
+            captioned_B=None if batch.captioned_B is None else batch.captioned_B[part],
         )

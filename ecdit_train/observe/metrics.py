@@ -129,6 +129,14 @@ METRICS: dict[str, Metric] = {
         "share of time", "mean", "How long do ranks wait for the loader? Above a few percent, feed more."
     ),
     "data/substituted": _metric("samples", "sum", "How many unreadable samples were replaced since the last log step?"),
+    "data/skipped": _metric(
+        "samples",
+        "sum",
+        "How many samples without a caption were replaced since the last log step (`data.no_caption=skip`)?",
+    ),
+    "data/uncaptioned": _metric(
+        "samples", "sum", "How many were trained on without text since then, as they have no caption (`unconditional`)?"
+    ),
     # reliability/: only in runs where it happened.
     "reliability/skipped": _metric(
         "updates", "last", "How many updates were left out? Their samples are in the log and in the checkpoints."

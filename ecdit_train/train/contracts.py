@@ -23,6 +23,10 @@ class Batches(Protocol):
         """Unreadable samples replaced since this process started, on this rank."""
         ...
 
+    def counts(self) -> dict[str, int]:
+        """The same, and samples without a caption: `skipped` for another, `uncaptioned` trained on without text."""
+        ...
+
     def bad(self) -> dict[str, int]:
         """The same by kind of error."""
         ...

@@ -100,7 +100,8 @@ def forward(
     _, C, H, W = micro.latents_BCHW.shape
     draws = flow.draw(micro.position_B, shape=(C, H, W))
     x_t = interpolate(micro.latents_BCHW, draws.eps_BCHW, draws.t_B)
-    text = Text(features_BLX=micro.features_BLX, mask_BL=micro.mask_BL, drop_B=draws.drop_B)
+    drop_B = draws.drop_B if micro.captioned_B is None else draws.drop_B | ~micro.captioned_B
+    text = Text(features_BLX=micro.features_BLX, mask_BL=micro.mask_BL, drop_B=drop_B)
     prediction = model(x_t, t_B=draws.t_B, text=text, keep_BK=draws.keep_BK, group_tokens=group_tokens)
     x_BKP, eps_BKP = (patchify(z, patch=model.patch) for z in (micro.latents_BCHW, draws.eps_BCHW))
     if draws.keep_BK is not None:

@@ -144,14 +144,14 @@ class Trainer:
         A request that came before the first step is met after it, so that every attempt moves the run on.
         """
         c, state, window = self.config, self.state, self.window
-        substituted, first, names = 0, state.step, set(state.tensors())
+        counts, first, names = dict[str, int](), state.step, set(state.tensors())
         gc.freeze()  # what is built stays: a collection in the middle of a step need not look at it
         while state.step < c.train.steps:
             self.heart.enter("data", step=state.step + 1)
             with window.waiting():
                 raw = self.batches.fetch()
-            before, substituted = substituted, self.batches.substituted()
-            window.add("data/substituted", float(substituted - before))
+            before, counts = counts, self.batches.counts()
+            window.add_all({f"data/{name}": float(count - before.get(name, 0)) for name, count in counts.items()})
             self.heart.enter("encode")
             batch = self.batches.encode(raw)
             result, verdict, (stopping, writing) = self._step(batch, stop)

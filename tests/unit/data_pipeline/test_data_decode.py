@@ -211,10 +211,10 @@ def test_captions() -> None:
     [
         (b"caf\xe9", "txt", "not UTF-8 .byte 3"),
         (b" \n", "txt", "empty"),
-        (b"{", "json", "without a field"),
-        (b"[1]", "json", "without a field"),
-        (b'{"text": "x"}', "json", "without a field"),
-        (b'{"caption": 3}', "json", "no text"),
+        (b"{", "json", "unreadable json"),
+        (b"[1]", "json", "unreadable json"),
+        (b'{"text": "x"}', "json", "empty or no text"),
+        (b'{"caption": 3}', "json", "json is int instead of text"),
         (b'{"caption": "\xe9"}', "json", "not UTF-8"),
     ],
 )

@@ -147,8 +147,10 @@ def test_sizes_that_do_not_divide_name_the_nearest(shapes_view: View) -> None:
         loader(shapes_view, world=5)
     with pytest.raises(BadSplit, match="rank = 2"):
         loader(shapes_view, world=2, rank=2)
-    with pytest.raises(BadSplit, match=r"fields.image = 'jpg': no shard .* has it; there are \('png', 'json', 'txt'\)"):
-        loader(shapes_view, fields=Fields(image="jpg"))
+    with pytest.raises(
+        BadSplit, match=r"fields.images = 'jpg': no shard .* has it; there are \('png', 'json', 'txt'\)"
+    ):
+        loader(shapes_view, fields=Fields(images=("jpg",)))
     with pytest.raises(BadSplit, match="on_bad"):
         loader(shapes_view, on_bad="ignore")
 
@@ -187,7 +189,7 @@ def latent_view(tmp_path: Path) -> View:
 
 
 def test_latents_and_ragged_text(latent_view: View) -> None:
-    assert default_fields(latent_view) == Fields(latents="latent.npy", caption="json")
+    assert default_fields(latent_view) == Fields(latents="latent.npy", captions=("json",))
     fields = default_fields(latent_view, text_len=4)
     stream = StreamingLoader(latent_view, global_batch=12, fields=fields, seed=1)
     batch = next(stream)
