@@ -72,6 +72,32 @@ def test_split_keeps_order_and_loses_nothing():
     assert torch.equal(torch.cat([p.mask_BL for p in parts]), batch(8).mask_BL)
 
 
+def test_samples_without_a_caption_are_trained_on_as_if_it_were_dropped():
+    """In each microbatch: loss and every gradient are those of a run that drops all captions; what stands in their
+    text counts for nothing."""
+    config, model, flow = make("expert_choice", "diffusion.caption_drop=0.0")
+    state = TrainState.fresh(model, config.optim)
+    for _ in range(4):  # modulation and output start at zero and hide the text
+        take(config, model, flow, [batch()], state)
+    dropping = replace(flow, config=replace(flow.config, caption_drop=1.0))
+    none = torch.zeros(8, dtype=torch.bool)
+    poisoned = replace(batch(), features_BLX=torch.full((8, 8, 32), 1e6), captioned_B=none)
+
+    def grads(data, flow):
+        model.zero_grad(set_to_none=True)
+        done = forward_backward(
+            model, list(split(data, size=4)), flow=flow, group_tokens=config.group_tokens, parallel=Alone(model)
+        )
+        return [*done.losses, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+    want = grads(batch(), dropping)
+    for data in (replace(batch(), captioned_B=none), poisoned):
+        assert all(torch.equal(a, b) for a, b in zip(want, grads(data, flow), strict=True))
+    some = grads(replace(batch(), captioned_B=torch.arange(8) % 2 == 0), flow)
+    assert not torch.equal(some[0], want[0])
+    assert not torch.equal(some[0], grads(batch(), flow)[0])
+
+
 @pytest.mark.parametrize("router", sorted(ROUTERS.keys() - {"expert_race"}))  # a race is over one forward pass
 @pytest.mark.parametrize("size", [2, 4])
 def test_microbatches_add_up_to_one_big_batch(router, size):
