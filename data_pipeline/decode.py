@@ -171,6 +171,7 @@ def _size(payload: Payload, kind: str) -> tuple[int, int]:
 
         return simplejpeg.decode_jpeg_header(payload)[:2]
     if kind == "png":
+        _check_chunks(payload)
         width, height = struct.unpack(">II", payload[16:24])
         return height, width
     if kind == "npy":
@@ -185,6 +186,19 @@ def _size(payload: Payload, kind: str) -> tuple[int, int]:
             return image.height, image.width
     except (Image.DecompressionBombError, SyntaxError) as error:
         raise ValueError(str(error)) from error
+
+
+def _check_chunks(payload: Payload) -> None:
+    """Every chunk of a PNG ends inside of it: OpenCV takes memory for what a chunk claims to be, up to 4 GB for a damaged byte."""
+    position, end = 8, len(payload)
+    while position + 12 <= end:
+        length, kind = struct.unpack(">I4s", payload[position : position + 8])
+        position += 12 + length
+        if position > end:
+            raise ValueError(f"chunk {kind!r} of {length} bytes goes past the end of a png of {end}")
+        if kind == b"IEND":
+            return
+    raise ValueError("png without an end")
 
 
 def _decode_jpeg(payload: Payload, *, size: tuple[int, int], out: np.ndarray) -> np.ndarray:
@@ -270,4 +284,5 @@ def _cv2() -> Any:
 
     if cv2.getNumThreads() > 1:
         cv2.setNumThreads(1)  # the loader's own threads are the parallelism; a pool per call only adds waiting
+        cv2.setLogLevel(0)  # a bad sample is told by us, once, with its name
     return cv2

@@ -27,7 +27,7 @@ from data_pipeline.contract import Batch, LoaderStats
 from data_pipeline.errors import SAMPLE_ERRORS, BadSplit, TooManyBad, Where, WrongView
 from data_pipeline.manifest import View
 from data_pipeline.order import Order, Tail, nearest_divisors, without_tail
-from data_pipeline.reader import ShardReader
+from data_pipeline.reader import ShardReader, held_for
 
 STATE_VERSION = 1
 _OTHER_DATA = (
@@ -126,7 +126,8 @@ class StreamingLoader:
         self._substitutes, self._max_bad, self._quarantine = on_bad == "substitute", max_bad, quarantine
         self._unwritten: list[str] = []
         self._handle = -1
-        self._reader = ShardReader(view)
+        at_once = self.order.shards_at_once(world=world, steps=self._prefetch + 1)
+        self._reader = ShardReader(view, held=held_for(at_once))
         self._shapes = probe_shapes(self._reader, view=view, fields=self._fields)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="ecdit-data") if threads else None
         self._pending: deque[_Step] = deque()

@@ -13,6 +13,7 @@ samples do not fill whole global batches (fewer than one global batch per epoch)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -120,6 +121,13 @@ class Order:
             sample[here] = turned - (table.ends[rank] - self._size_S[table.shards[rank]])
         return Located(shard=shard, sample=sample)
 
+    def shards_at_once(self, *, world: int, steps: int) -> int:
+        """About how many shards a rank has under way while it reads `steps` steps: of each of its lanes a window, what the steps
+        reach of the next one, and a shard at either end."""
+        reach = 2 * self._window_len + steps * self._per_lane
+        mean = self.num_samples / max(1, int((self._size_S > 0).sum()))
+        return (-(-self.lanes // world) + 1) * (math.ceil(reach / mean) + 2)
+
     def _epoch(self, epoch: int) -> _Epoch:
         """Prefix sums of one epoch: 16 bytes per shard, 14 ms for 120,000 shards, kept for the two latest epochs."""
         table = self._epochs.get(epoch)
@@ -152,6 +160,10 @@ class Tail:
         self.seed, self.window, self.lanes, self.global_batch = 0, 1, 1, global_batch
         self.epoch_len = self.num_samples = num_samples
         self.steps_per_epoch = num_samples // global_batch
+
+    def shards_at_once(self, *, world: int, steps: int) -> int:
+        """As `Order.shards_at_once`: these are few, and all are kept."""
+        return len(self._sizes) - int(np.searchsorted(self._ends, self._first, side="right"))
 
     def locate(self, position: np.ndarray, *, attempt: int | np.ndarray = 0) -> Located:
         """As `Order.locate`; the a-th substitute is the a-th next sample, around the end."""

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+import resource
 import threading
 import time
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from data_pipeline.errors import CorruptShard, MissingShard, TruncatedShard, Where
 from data_pipeline.index import Index
 from data_pipeline.manifest import View
 from data_pipeline.tar import split_proven_name, walk_proven
+
+T = TypeVar("T")
 
 _RETRIES = 4
 _BACKOFF_SECONDS = 0.05
@@ -28,25 +32,47 @@ class RawSample:
     num_bytes: int
 
 
-class _OpenShard:
-    """A file descriptor and its index; closed when the last reader lets go of it, so eviction needs no lock."""
+class _File:
+    """A file descriptor; closed when the last reader lets go of it, so eviction needs no lock."""
 
-    def __init__(self, fd: int, index: Index) -> None:
-        self.fd, self.index = fd, index
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
 
     def __del__(self) -> None:
         os.close(self.fd)
 
 
-class ShardReader:
-    """Thread-safe reads from the shards of a view; at most `max_open` files stay open."""
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """How many shards a reader keeps at hand."""
 
-    def __init__(self, view: View, *, max_open: int = 128, pread: Callable[[int, int, int], bytes] = os.pread) -> None:
-        self._view, self._max_open, self._pread = view, max_open, pread
-        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+    files: int
+    """open file descriptors"""
+    indexes: int
+    """indexes in memory; about 25 KB for a thousand samples"""
+
+
+def held_for(shards: int) -> Held:
+    """All indexes of so many shards (`order.Order.shards_at_once`), so that none is read twice, and as many files, but at most a
+    quarter of those that this process may open: opening one again is cheap."""
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    few = shards if allowed == resource.RLIM_INFINITY else min(shards, max(16, allowed // 4))
+    return Held(files=few, indexes=shards)
+
+
+class ShardReader:
+    """Thread-safe reads from the shards of a view, of which some stay open."""
+
+    def __init__(
+        self, view: View, *, held: Held | None = None, pread: Callable[[int, int, int], bytes] = os.pread
+    ) -> None:
+        self._view, self._held, self._pread = view, held or Held(files=128, indexes=128), pread
+        self._files: OrderedDict[int, _File] = OrderedDict()
+        self._indexes: OrderedDict[int, Index] = OrderedDict()
         self._lock = threading.Lock()
         self.bytes_read = 0
         self.retries = 0
+        self.index_reads = 0
 
     def read(self, shard: int, *, sample: int, position: int = -1) -> RawSample:
         """One whole sample.
@@ -56,17 +82,17 @@ class ShardReader:
             TruncatedShard: the range ends behind the end of the file.
             CorruptShard: the crc32 of the range is not that of the index.
         """
-        opened = self._opened(shard)
-        offset, num_bytes = opened.index.span(sample)
-        payload = self._range(opened.fd, offset, num_bytes, shard=shard)
+        index, file = self._index(shard), self._file(shard)
+        offset, num_bytes = index.span(sample)
+        payload = self._range(file.fd, offset, num_bytes, shard=shard)
         name = self._view.shards[shard].name
         where = Where(name, f"number {sample}", position)
         if len(payload) != num_bytes:
             raise TruncatedShard(f"{where}: file ends at byte {offset + len(payload)}, needs {offset + num_bytes}")
-        if zlib.crc32(payload) != int(opened.index.crc[sample]):
+        if zlib.crc32(payload) != int(index.crc[sample]):
             raise CorruptShard(f"{where}: crc32 of {num_bytes} bytes at {offset} differs from the index")
         # Between the members of a sample may stand others that nobody asked for.
-        key, fields, whole, wanted = "", {}, memoryview(payload), opened.index.fields
+        key, fields, whole, wanted = "", {}, memoryview(payload), index.fields
         for member in walk_proven(whole, shard=name):
             of, field = split_proven_name(member.name)
             key = key or of
@@ -77,25 +103,41 @@ class ShardReader:
     def close(self) -> None:
         """Drop every open file."""
         with self._lock:
-            self._open.clear()
+            self._files.clear()
+            self._indexes.clear()
 
-    def _opened(self, shard: int) -> _OpenShard:
-        with self._lock:
-            opened = self._open.get(shard)
-            if opened is not None:
-                self._open.move_to_end(shard)
-                return opened
+    def _index(self, shard: int) -> Index:
+        if (known := self._kept(self._indexes, shard)) is not None:
+            return known
         index = self._view.load_index(shard)
+        with self._lock:
+            self.index_reads += 1
+        return self._keep(self._indexes, shard, index, most=self._held.indexes)
+
+    def _file(self, shard: int) -> _File:
+        if (known := self._kept(self._files, shard)) is not None:
+            return known
         try:
-            opened = _OpenShard(os.open(self._view.tar(shard), os.O_RDONLY), index)
+            file = _File(os.open(self._view.tar(shard), os.O_RDONLY))
         except OSError as error:
             name = self._view.shards[shard].name
             raise MissingShard(f"shard {name} in {self._view.folder}: {error.strerror}") from error
+        return self._keep(self._files, shard, file, most=self._held.files)
+
+    def _kept(self, held: OrderedDict[int, T], shard: int) -> T | None:
         with self._lock:
-            opened = self._open.setdefault(shard, opened)  # another thread may have been first
-            while len(self._open) > self._max_open:
-                self._open.popitem(last=False)
-        return opened
+            if (found := held.get(shard)) is not None:
+                held.move_to_end(shard)
+            return found
+
+    def _keep(self, held: OrderedDict[int, T], shard: int, made: T, *, most: int) -> T:
+        """What is held from now on; another thread may have been first. Least recently used ones go."""
+        with self._lock:
+            found = held.setdefault(shard, made)
+            held.move_to_end(shard)
+            while len(held) > most:
+                held.popitem(last=False)
+        return found
 
     def _range(self, fd: int, offset: int, num_bytes: int, *, shard: int) -> bytes:
         """`pread` until complete; network file systems return short reads and passing errors."""

@@ -2,6 +2,7 @@
 
 import io
 import json
+import resource
 import struct
 
 import cv2
@@ -99,6 +100,18 @@ def test_a_picture_that_is_decoded_in_full_is_bounded_by_what_is_wanted() -> Non
     with pytest.raises(UndecodableImage, match="allowed for png: 1 to 16777216"):
         decoded(large, 32)
     assert decoded(large, 257).shape == (257, 257, 3)  # 16 times that side
+
+
+def test_a_png_whose_chunk_claims_gigabytes_costs_no_memory() -> None:
+    payload = bytearray(encode_image(picture(24, 24), image_format="png"))
+    at = payload.index(b"IDAT") - 4
+    payload[at] = 0xCD
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UndecodableImage, match="goes past the end of a png"):
+        decoded(bytes(payload), 24)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kilobytes
+    with pytest.raises(UndecodableImage, match="png without an end"):
+        decoded(encode_image(picture(24, 24), image_format="png")[:-12], 24)
 
 
 def test_a_deep_json_is_a_bad_caption() -> None:

@@ -25,7 +25,7 @@ from data_pipeline.indexing import index_folder
 from data_pipeline.loader import StreamingLoader
 from data_pipeline.manifest import MANIFEST, View, open_view, verify
 from data_pipeline.prepare import RawMembers, encode_image, write_shards
-from data_pipeline.reader import ShardReader
+from data_pipeline.reader import Held, ShardReader
 
 
 def loader(view: View, **options: object) -> StreamingLoader:
@@ -265,7 +265,7 @@ def test_passing_read_errors_are_retried_and_lasting_ones_named(
 
 def test_open_files_are_limited_and_closed(shapes_view: View) -> None:
     before = len(os.listdir("/proc/self/fd"))
-    reader = ShardReader(shapes_view, max_open=2)
+    reader = ShardReader(shapes_view, held=Held(files=2, indexes=2))
     for number in range(80):
         reader.read(number % 8, sample=number % 50)
         assert len(os.listdir("/proc/self/fd")) <= before + 2
