@@ -54,6 +54,8 @@ def decode_image(payload: Payload, *, out: np.ndarray, where: Where) -> None:
         elif kind == "npy":
             image = _decode_pixels(payload)
         else:
+            if kind == "png":
+                _check_chunks(payload)
             image = _decode_opencv(payload)
         upright = _upright(image, orientation=_orientation(payload, kind))
         if upright is not out:
@@ -171,7 +173,6 @@ def _size(payload: Payload, kind: str) -> tuple[int, int]:
 
         return simplejpeg.decode_jpeg_header(payload)[:2]
     if kind == "png":
-        _check_chunks(payload)
         width, height = struct.unpack(">II", payload[16:24])
         return height, width
     if kind == "npy":
@@ -195,10 +196,10 @@ def _check_chunks(payload: Payload) -> None:
         length, kind = struct.unpack(">I4s", payload[position : position + 8])
         position += 12 + length
         if position > end:
-            raise ValueError(f"chunk {kind!r} of {length} bytes goes past the end of a png of {end}")
+            raise ValueError(f"damaged: chunk {kind!r} of {length} bytes goes past the end of a png of {end}")
         if kind == b"IEND":
             return
-    raise ValueError("png without an end")
+    raise ValueError("damaged: png without an end")
 
 
 def _decode_jpeg(payload: Payload, *, size: tuple[int, int], out: np.ndarray) -> np.ndarray:
@@ -284,5 +285,7 @@ def _cv2() -> Any:
 
     if cv2.getNumThreads() > 1:
         cv2.setNumThreads(1)  # the loader's own threads are the parallelism; a pool per call only adds waiting
-        cv2.setLogLevel(0)  # a bad sample is told by us, once, with its name
+        cv2.utils.logging.setLogLevel(
+            cv2.utils.logging.LOG_LEVEL_SILENT
+        )  # a bad sample is told by us, once, with its name
     return cv2
