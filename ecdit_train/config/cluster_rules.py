@@ -60,7 +60,7 @@ _WORDS = ("partition", "account", "qos", "container", "exclude", "reservation", 
           "mail_type", "interface")  # fmt: skip
 _FORMS = {
     "mem": (r"\d+[KMGT]?", "must be a number with K, M, G or T, as 400G, or 0 for all of the node's", "0"),
-    "constraint": (r"[\w.,+*&|()\[\]-]+", "must be features, as hbm80 or hbm80&ib, or null", None),
+    "constraint": (r"[\w.,+*&|()\[\]:=/@-]+", "must be features, as hbm80 or hbm80&ib, or null", None),
     "array": (
         r"[\d,:-]+%1",
         "must end in %1: its jobs share this run folder, so they run one after another; `-m` starts several runs",
