@@ -321,17 +321,28 @@ def submit(script: Path, *, cwd: str, cluster: Collection[str], cfg: RunConfig, 
 
 
 def _environment(cfg: RunConfig) -> dict[str, str]:
-    """sbatch's environment. Its own variables (SBATCH_TIMELIMIT ...) would win over the script's lines without a word,
-    so those about what the configuration says are left out."""
+    """sbatch's environment, which the job gets too. sbatch's own variables (SBATCH_TIMELIMIT ...) would win over the script's
+    lines without a word, so those about what the configuration says are left out; and what Slurm told the job that this shell
+    belongs to, if it does, is not about the new one."""
     said = {name for name, key in OPTIONAL.items() if getattr(cfg.cluster, key) not in (None, False)} | ALWAYS_SAID
-    return {name: value for name, value in os.environ.items() if not (name[:7] == "SBATCH_" and name[7:] in said)}
+    inside = "SLURM_JOB_ID" in os.environ
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not (name.startswith("SBATCH_") and name.removeprefix("SBATCH_") in said)
+        and not (inside and name.startswith("SLURM") and name not in THE_USERS)
+    }
 
 
+THE_USERS = ("SLURM_CONF", "SLURM_JWT")
+"""Where Slurm is, and who asks: not about a job."""
 OPTIONAL = {
     "ACCOUNT": "account",
     "ARRAY_INX": "array",
     "CONSTRAINT": "constraint",
     "EXCLUSIVE": "exclusive",
+    "MEM_PER_CPU": "mem",
+    "MEM_PER_GPU": "mem",
     "MEM_PER_NODE": "mem",
     "PARTITION": "partition",
     "QOS": "qos",
@@ -340,5 +351,5 @@ OPTIONAL = {
 """sbatch's variables (without SBATCH_) -> keys that say the same, where they say something."""
 ALWAYS_SAID = {
     *("GPUS", "GPUS_PER_NODE", "GPUS_PER_TASK", "JOB_NAME", "NO_REQUEUE", "OPEN_MODE", "OUTPUT", "ERROR", "REQUEUE"),
-    *("SIGNAL", "TIMELIMIT"),
+    *("CPUS_PER_GPU", "CPUS_PER_TASK", "SIGNAL", "TIMELIMIT"),
 }

@@ -262,3 +262,31 @@ def test_the_script_wins_over_the_shells_variables(demo, slurm, monkeypatch):
         monkeypatch.setenv(name, "1")
     launch(with_values(demo, {"cluster.partition": "cpu"}))
     assert sorted(slurm.log.read_text().splitlines()[1:]) == ["SBATCH_ACCOUNT=1", "SBATCH_WCKEY=1"]
+
+
+def test_memory_is_said_once(demo, slurm, monkeypatch):
+    """sbatch takes one of --mem, --mem-per-cpu and --mem-per-gpu."""
+    for name in ("SBATCH_MEM_PER_CPU", "SBATCH_MEM_PER_GPU", "SBATCH_CPUS_PER_GPU"):
+        monkeypatch.setenv(name, "4")
+    launch(with_values(demo, {"cluster.mem": "3G"}))
+    assert slurm.log.read_text().splitlines()[1:] == []
+    slurm.log.unlink()
+    launch(demo)
+    assert sorted(slurm.log.read_text().splitlines()[1:]) == ["SBATCH_MEM_PER_CPU=4", "SBATCH_MEM_PER_GPU=4"]
+
+
+def test_a_launch_inside_of_another_job(demo, tmp_path, monkeypatch):
+    """Its figures are not those of the new job, whose srun would take them."""
+    StandIn(folder=tmp_path / "bin", sbatch=f"env > {tmp_path}/environment; echo 4711").install(monkeypatch)
+
+    def passed_on() -> set[str]:
+        launch(demo)
+        names = (line.partition("=")[0] for line in (tmp_path / "environment").read_text().splitlines())
+        return {name for name in names if name.startswith("SLURM")}
+
+    for name in ("SLURM_CONF", "SLURM_JWT", "SLURM_MPI_TYPE"):
+        monkeypatch.setenv(name, "mine")
+    assert passed_on() == {"SLURM_CONF", "SLURM_JWT", "SLURM_MPI_TYPE"}, "the user's own"
+    for name in ("SLURM_JOB_ID", "SLURM_CPU_BIND", "SLURM_MEM_PER_CPU", "SLURM_TRES_PER_TASK", "SLURMD_NODENAME"):
+        monkeypatch.setenv(name, "1")
+    assert passed_on() == {"SLURM_CONF", "SLURM_JWT"}
