@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ from pathlib import Path
 from textwrap import indent
 
 from ecdit_train import atomic
-from ecdit_train.config.compat import check_resume
+from ecdit_train.config.compat import check_resume, diff
 from ecdit_train.config.schema import RunConfig
 from ecdit_train.config.stored import freeze, load
 from ecdit_train.config.validate import validate
@@ -162,10 +163,13 @@ def launch(cfg: RunConfig, *, allow: Collection[str] = (), after: Sequence[str] 
     """
     need_sbatch("train here: ecdit train")
     run = Path(cfg.run).absolute()
-    _refuse_owned(cfg, run, after=after)
+    first = _owner(cfg, run, after=after)
     if (run / RESOLVED).exists():
         check_resume(replace(load(run), run=cfg.run), cfg, allow)  # the folder was found: its old name says nothing
-    number = hand_in(compose_job(cfg, after=after), after=after)
+    job = compose_job(cfg, after=after)
+    if first is not None:
+        _refuse_changes(job, first=first)
+    number = hand_in(job, after=after)
     record.add(run, str(number), what="submitted")  # so that `status` and `stop` find it before it runs
     return Submitted(job=number, run=cfg.run, log=log_path(cfg, run=str(run), job=number))
 
@@ -187,27 +191,50 @@ def hand_in(job: Job, *, after: Sequence[str]) -> int:
         return submit(script, cwd=os.getcwd(), cluster=job.cluster, cfg=job.cfg, after=after)
 
 
-def _refuse_owned(cfg: RunConfig, run: Path, *, after: Sequence[str]) -> None:
-    """Two jobs on one folder: the second would end with the same words, an hour later."""
+def _owner(cfg: RunConfig, run: Path, *, after: Sequence[str]) -> str | None:
+    """The job that runs or waits in the folder, where this one is to come after it; None where nobody has it. Raises
+    RunOwnedError otherwise: two jobs on one folder, and the second would end with the same words, an hour later."""
     held = lease.read(run)
     owner = None if held is None else held.owner
     gone = True if owner is None else lease.is_gone(owner)
     follows = after or cfg.cluster.dependency is not None  # asked for: it comes after the other
     if (gone is False or (gone is None and owner is not None and owner.job is not None)) and not _is_one_of(
-        owner, after
+        owner, [*after, *re.findall(r"\d[\d_]*", cfg.cluster.dependency or "")]
     ):
         raise RunOwnedError(f"{cfg.run} is owned by {owner}; stop it first: ecdit stop {cfg.run}")
-    if follows:
-        return
     with contextlib.suppress(cluster_facts.UnknownClusterError):
         for line in cluster_facts.output("squeue", "--me", "-h", "-o", "%i|%T|%o").splitlines():
             number, _, rest = line.strip().partition("|")
             state, _, command = rest.partition("|")
             if command.strip() == str(run / JOB_SCRIPT) and state not in lease.ENDED - {"PENDING"}:
+                if follows:
+                    return number
                 raise RunOwnedError(
                     f"{cfg.run}: job {number} of this folder is {state}; take it out first (scancel {number}), "
                     f"or come after it: cluster.dependency=afterany:{number}"
                 )
+    return owner.job if gone is not True and owner is not None else None
+
+
+def _refuse_changes(job: Job, *, first: str) -> None:
+    """A job that comes after another of the same folder finds what that one was told, and the other way round: the first may
+    come back, and must not be told anew. Raises RunOwnedError."""
+    changed: list[str] = []
+    with contextlib.suppress(FileNotFoundError):
+        if (job.run / RESOLVED).exists():
+            found = diff(load(job.run), job.cfg)
+            changed = [f"{c.field}: {c.old!r} -> {c.new!r}" for c in found if c.field not in NOT_ITS_OWN]
+        if not changed and (job.run / JOB_FILE).read_text() != job.files.text:
+            changed = ["the code, its environment or the nodes"]
+    if changed:
+        raise RunOwnedError(
+            f"{job.cfg.run}: job {first} of this folder may still run, and these words would change it ({'; '.join(changed)}): "
+            f"launch the same words after it, or stop it first (ecdit stop {job.cfg.run}), or take another run folder"
+        )
+
+
+NOT_ITS_OWN = ("run", "config_dir", "cluster.dependency")
+"""Keys in which two jobs of one run differ: where the folder and the code were found from, and whom they wait for."""
 
 
 def _is_one_of(owner: lease.Owner | None, after: Sequence[str]) -> bool:
