@@ -81,9 +81,10 @@ def take_out(run: Path, *, but: str | None = None, say: Callable[[str], object])
 
 
 def ask_to_stop(run: Path, number: str) -> None:
-    """The supervisor starts no further life. Raises OSError."""
-    if record.path_of(run, number).exists():
-        record.stop_path(run, number).touch()
+    """The supervisor starts no further life; one that has written nothing yet begins none. Raises OSError."""
+    path = record.stop_path(run, number)
+    path.parent.mkdir(exist_ok=True)
+    path.touch()
 
 
 def _words(line: record.Line) -> str:
