@@ -146,9 +146,9 @@ def _names(config: ClusterConfig, cluster: Cluster) -> Iterator[Problem]:
     if strange := [name for name in _away(config) if name not in nodes]:
         rule = f"no node {', '.join(strange[:5])} here; there are {_few(nodes)}"
         yield Problem(field="cluster.exclude", value=config.exclude, rule=rule, nearest=closest(strange[0], nodes))
-    reservations = cluster.reservations
-    for name in (config.reservation or "").split(",") if reservations is not None else ():
-        if name and name not in reservations:
+    reservations = cluster.reservations or ()
+    for name in (config.reservation or "").split(","):
+        if name and cluster.reservations is not None and name not in reservations:
             rule = f"no reservation {name} here; there are {', '.join(reservations) or 'none'}"
             near = closest(name, reservations)
             yield Problem(field="cluster.reservation", value=config.reservation, rule=rule, nearest=near)

@@ -7,10 +7,10 @@ import contextlib
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ecdit_train.config.cluster_rules import gpus_of
+from ecdit_train.config.cluster_rules import gpus_of, seconds_of
 
 SECONDS = 30.0
 """How long a controller may take to answer; a busy one is no reason not to submit."""
@@ -185,17 +185,3 @@ def _node(line: str) -> Node | None:
         features=() if features == "(null)" else tuple(features.split(",")),
         state=state,
     )
-
-
-def seconds_of(text: str) -> int | None:
-    """Of Slurm's `1-00:00:00`, `02:00:00`, `30:00` or `30` (minutes); None for UNLIMITED and what is no time."""
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
-    if match is None:
-        return None
-    days, *rest = (None if part is None else int(part) for part in match.groups())
-    given: Sequence[int] = [part for part in rest if part is not None]
-    if days is not None or len(given) == 3:  # hours first
-        hours, minutes, seconds = (*given, 0, 0)[:3]
-    else:
-        hours, minutes, seconds = 0, *(*given, 0)[:2]
-    return (((days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds

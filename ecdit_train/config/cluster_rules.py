@@ -79,6 +79,20 @@ def seconds(time_limit: str) -> int | None:
     return ((days * 24 + hours) * 60 + minutes) * 60 + secs
 
 
+def seconds_of(text: str) -> int | None:
+    """Of Slurm's `1-00:00:00`, `02:00:00`, `30:00` or `30` (minutes); None for UNLIMITED and what is no time."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
+    if match is None:
+        return None
+    days, *rest = (None if part is None else int(part) for part in match.groups())
+    given = [part for part in rest if part is not None]
+    if days is not None or len(given) == 3:  # hours first
+        hours, minutes, seconds = (*given, 0, 0)[:3]
+    else:
+        hours, minutes, seconds = 0, *(*given, 0)[:2]
+    return (((days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
 def megabytes(mem: str) -> float | None:
     """Of a `--mem` value; None for 0, all of the node's."""
     factor = {"K": 1 / 1024, "M": 1.0, "G": 1024.0, "T": 1024.0**2}.get(mem[-1])
@@ -176,6 +190,10 @@ def _check_flag(flag: str, cluster: ClusterConfig, check: Checker) -> None:
         check.require(False, "cluster.sbatch", shown=flag, rule=rule, nearest=near and OURS[near].partition(":")[0])
     elif name == "gres" and (number := gpu_request(cluster)[1]) not in (0, cluster.gpus_per_node):
         rule = f"must ask for cluster.gpus_per_node = {cluster.gpus_per_node} GPUs, not {number}"
+        check.require(False, "cluster.sbatch", shown=flag, rule=rule)
+    elif name == "time-min" and (least := seconds_of(value)) is not None and least <= cluster.signal_lead:
+        lead = f"cluster.signal_lead = {cluster.signal_lead} s"
+        rule = f"must be longer than {lead}: a job that Slurm makes that short is warned at once"
         check.require(False, "cluster.sbatch", shown=flag, rule=rule)
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 from slurm_stand_in import CPU_NODES, GPU_NODES, StandIn, partition
 
-from ecdit_train.config.cluster_rules import gpus_of
+from ecdit_train.config.cluster_rules import gpus_of, seconds_of
 from ecdit_train.config.compose import compose
 from ecdit_train.config.convert import with_values
 from ecdit_train.config.validate import validate
 from launch import cluster_check, cluster_facts
-from launch.cluster_facts import UnknownClusterError, ask, clock, seconds_of
+from launch.cluster_facts import UnknownClusterError, ask, clock
 
 GPU = {"cluster.partition": "gpu", "cluster.nodes": 8}
 
