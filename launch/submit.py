@@ -161,6 +161,11 @@ def launch(cfg: RunConfig, *, allow: Collection[str] = (), after: Sequence[str] 
         RunFolderError: the folder belongs to another run, or to another schedule that was not asked for.
         SubmitError: there is no Slurm, or it refused the job.
     """
+    return send(prepare(cfg, allow=allow, after=after), after=after)
+
+
+def prepare(cfg: RunConfig, *, allow: Collection[str] = (), after: Sequence[str] = ()) -> Job:
+    """What `launch` is going to write and submit, once nobody has the folder; writes nothing. Its problems are not raised."""
     need_sbatch("train here: ecdit train")
     run = Path(cfg.run).absolute()
     first = _owner(cfg, run, after=after)
@@ -169,9 +174,14 @@ def launch(cfg: RunConfig, *, allow: Collection[str] = (), after: Sequence[str] 
     job = compose_job(cfg, after=after)
     if first is not None:
         _refuse_changes(job, first=first)
+    return job
+
+
+def send(job: Job, *, after: Sequence[str]) -> Submitted:
+    """A prepared job to Slurm, as `launch` does."""
     number = hand_in(job, after=after)
-    record.add(run, str(number), what="submitted")  # so that `status` and `stop` find it before it runs
-    return Submitted(job=number, run=cfg.run, log=log_path(cfg, run=str(run), job=number))
+    record.add(job.run, str(number), what="submitted")  # so that `status` and `stop` find it before it runs
+    return Submitted(job=number, run=job.cfg.run, log=log_path(job.cfg, run=str(job.run), job=number))
 
 
 def need_sbatch(instead: str) -> None:
