@@ -26,8 +26,8 @@ from ecdit_train.errors import ConfigError, Problem
 from ecdit_train.run_folder import JOB_SCRIPT, RESOLVED
 
 if TYPE_CHECKING:
-    from launch import submit
     from launch.snapshot import Snapshot
+    from launch.submit import Job as Prepared
 
 DIRECTORY = "hydra.sweep.dir"
 LAUNCHER = "hydra/launcher"
@@ -191,11 +191,11 @@ class Sweep:
                 near = f"{DIRECTORY}={_word_value(str(job.run))}"
                 raise ConfigError(Problem(field="run", value=str(job.run), rule=rule, nearest=near))
 
-    def _prepare_all(self) -> dict[str, submit.Job]:
+    def _prepare_all(self) -> dict[str, Prepared]:
         """Run folder -> what will be submitted. Raises what `submit.prepare` does, or ConfigError with every problem of any job."""
         from launch import submit
 
-        ready: dict[str, submit.Job] = {}
+        ready: dict[str, Prepared] = {}
         problems: dict[str, Problem] = {}
         copies: dict[str, Snapshot] = {}  # one in memory, not one for each job
         for job in self.jobs:
