@@ -341,3 +341,19 @@ def test_stop_of_a_life_whose_job_has_written_nothing(run, monkeypatch):
     assert ask_to_stop(run) == 75
     assert record.stop_path(run, "15").exists()
     held.release()
+
+
+def test_a_life_says_on_how_many_hosts_it_was(run):
+    """As the supervisor noted before it; without one, only the first is known."""
+    for number, (nodes, job) in enumerate(
+        ((("n1", "n2"), "12"), (("n1",), "12"), (("n1", "n2", "n3"), "12"), ((), "7")), 1
+    ):
+        if nodes:
+            record.add(run, job, what="life", life=number, step=-1, nodes=list(nodes))
+        time.sleep(0.01)
+        lives.note(run, number=number, host="n1", ranks=2, job=job, from_step=0)
+        time.sleep(0.01)
+    told = [line for line in life_verbs.look(run).lines if line.startswith("life")]
+    where = [line.partition("2 ranks, ")[2].partition(":")[0] for line in told]
+    many = [f"n1{more}, Slurm job 12" for more in (" and 1 more host", "", " and 2 more hosts")]
+    assert where == [*many, "n1, Slurm job 7"]
