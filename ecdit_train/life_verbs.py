@@ -119,7 +119,7 @@ def look(run: Path) -> Status:
         lines.append(f"job         {job}")
         lines += [f"decided     {words}" for words in job.decisions()]
     for life in known[-LISTED_LIVES:]:
-        lines.append(f"life {life.number:<6} {_life(life)}")
+        lines.append(f"life {life.number:<6} {_life(life, run=run)}")
     return Status(state=state, lines=tuple(lines), exit_code=code, goes_on=there)
 
 
@@ -214,12 +214,16 @@ def _ranks(ranks: list[Seen]) -> str:
     return text
 
 
-def _life(life: lives.Life) -> str:
+def _life(life: lives.Life, *, run: Path) -> str:
     facts = life.facts
     began = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(facts.get("began", 0)))
     ranks = facts.get("ranks", 1)
-    job = f", Slurm job {facts['job']}" if facts.get("job") else ""
-    where = f"{began}, {ranks} rank{'s' * (ranks != 1)}, {facts.get('host', '?')}{job}"
+    host, job = str(facts.get("host", "?")), ""
+    if facts.get("job"):
+        job = f", Slurm job {facts['job']}"
+        more = (job_view.nodes_of(run, job=str(facts["job"]), began=float(facts.get("began") or 0)) or 1) - 1
+        host += f" and {more} more host{'s' * (more != 1)}" if more else ""
+    where = f"{began}, {ranks} rank{'s' * (ranks != 1)}, {host}{job}"
     steps = f"from step {facts['from_step']}" if "from_step" in facts else "did not begin to train"
     if not life.ended:
         return f"{where}: {steps}"

@@ -11,25 +11,33 @@ from collections.abc import Iterator
 
 REDACTED = "[redacted]"
 
-_ENDINGS = ("KEY", "TOKEN", "SECRET", "PASSWORD", "PASSWD", "PASSPHRASE", "CREDENTIAL")
-_WHOLE = {"PW", "PWD", "PASS", "PAT", "AUTH", "APIKEY", "BEARER"}
+_ENDINGS = ("KEY", "TOKEN", "SECRET", "PASSWORD", "PASSWD", "PASSPHRASE", "CREDENTIAL", "COOKIE")
+_WHOLE = {"PW", "PWD", "PASS", "SSHPASS", "PAT", "AUTH", "APIKEY", "BEARER", "CRED", "CREDS"}
+_WORDS = {"MONKEY", "DONKEY", "TURKEY", "HOCKEY", "JOCKEY", "WHISKEY"}
+"""Of the language, with an ending that says nothing."""
 _FOLDERS = {"PWD", "OLDPWD"}
 """The shell's own."""
 
 _FORMS = {
     "a GitHub token": r"gh[pousr]_[A-Za-z0-9]{20,}|github_pat_[A-Za-z0-9_]{20,}",
-    "a GitLab token": r"glpat-[A-Za-z0-9_-]{20,}",
+    "a GitLab token": r"gl(?:pat|dt|rt|cbt|ptt|soat)-[A-Za-z0-9_-]{20,}",
     "a Hugging Face token": r"(?:hf|api_org)_[A-Za-z0-9]{20,}",
     "an API key": r"sk-(?=[\w-]*\d)(?:[a-z0-9]+-)*[A-Za-z0-9_]{20,}|nvapi-[A-Za-z0-9_-]{20,}|AIza[A-Za-z0-9_-]{35}",
     "a W&B key": r"wandb_v\d_[A-Za-z0-9_]{20,}|local-[0-9a-f]{40}",
     "an AWS key": r"(?:AKIA|ASIA)[A-Z0-9]{16}",
-    "a Slack token": r"xox[abeprs]-[A-Za-z0-9-]{10,}",
+    "a Slack token": r"xox[abeprs]-[A-Za-z0-9-]{10,}|hooks\.slack\.com/services/[A-Za-z0-9_/-]{20,}",
+    "a Docker token": r"dckr_pat_[A-Za-z0-9_-]{20,}",
+    "a package registry's token": r"npm_[A-Za-z0-9]{36}|pypi-AgEI[A-Za-z0-9_-]{20,}",
+    "a Google token": r"ya29\.[A-Za-z0-9_.-]{20,}",
+    "an Azure key": r"AccountKey=[A-Za-z0-9+/]{40,}|(?<=[?&;])sig=[A-Za-z0-9%+/=]{20,}",
+    "an age key": r"AGE-SECRET-KEY-1[A-Z0-9]{50,}",
+    "what somebody logs in with": r"(?i:authorization\s*[:=]\s*(?:basic|token)|bearer)\s+(?=\S*\d)[A-Za-z0-9._~+/=-]{20,}",
     "a JSON web token": r"eyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}",
 }
 _FORM = re.compile(
     "|".join(f"(?P<form{n}>(?<![A-Za-z0-9_])(?:{form}))" for n, form in enumerate(_FORMS.values()))
     + r"|(?P<pem>-----BEGIN [A-Z ]*PRIVATE KEY-----)"
-    + r"|(?<=://)(?P<url>[^/\s:@'\"]*:[^/\s:@'\"{}$]+)(?=@)"
+    + r"|(?<=://)(?P<url>[^/\s:@'\"\[]*:(?!\d+/)[^\s@'\"{}$]+)(?=@)"  # digits and a slash: a port
 )
 _HEX = re.compile(r"(?<![\w/:@.+-])[0-9a-f]{40}(?![\w/:@.+-])")
 """W&B's older keys. A commit of that form stands in a path or an address, or says what it is."""
@@ -43,7 +51,8 @@ def is_secret_name(name: str) -> bool:
     if name in _FOLDERS:
         return False
     parts = re.split(r"[_\W]+", name.upper())
-    return any(part in _WHOLE or part.endswith((word, f"{word}S")) for part in parts for word in _ENDINGS)
+    endings = tuple(ending + plural for ending in _ENDINGS for plural in ("", "S"))
+    return any(p in _WHOLE or (p.endswith(endings) and p.removesuffix("S") not in _WORDS) for p in parts)
 
 
 def form_of(value: str) -> str | None:

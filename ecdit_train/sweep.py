@@ -6,15 +6,16 @@ them. All are composed and validated before the first starts. Nothing here needs
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ecdit_train import atomic, comparison, errors
 from ecdit_train.comparison import SWEEP_FILE
@@ -23,6 +24,10 @@ from ecdit_train.config.overrides import parse, plain, quoted
 from ecdit_train.config.schema import RunConfig
 from ecdit_train.errors import ConfigError, Problem
 from ecdit_train.run_folder import JOB_SCRIPT, RESOLVED
+
+if TYPE_CHECKING:
+    from launch.snapshot import Snapshot
+    from launch.submit import Job as Prepared
 
 DIRECTORY = "hydra.sweep.dir"
 LAUNCHER = "hydra/launcher"
@@ -91,6 +96,8 @@ class Sweep:
         for words_of_job, made in zip(jobs, checked, strict=True):
             self._add(words_of_job, made)
         self._refuse_shared_runs()
+        self._prepared = self._prepare_all() if self.launcher == "slurm" else {}
+        self._began = False
         self.jobs.clear()  # the sweeper decides; this was the check
 
     def run(self) -> int:
@@ -98,7 +105,8 @@ class Sweep:
         words = [w for w in self.words if not w.startswith((f"{LAUNCHER}=", f"{DIRECTORY}="))]
         own = [f"{LAUNCHER}={self.launcher}", f"{DIRECTORY}={quoted(str(self.folder))}"]
         app = compose.open_app(self.words, config_dir=self.config_dir)
-        app.multirun([*compose.for_hydra(words, config_dir=self.config_dir), *own], self)
+        with self._as_it_was():
+            app.multirun([*compose.for_hydra(words, config_dir=self.config_dir), *own], self)
         self._write()
         numbers = ",".join(str(job.slurm_job) for job in self.jobs if job.slurm_job is not None)
         print(numbers if self.parsable else f"\n{self.summary()}", flush=True)
@@ -148,7 +156,10 @@ class Sweep:
                 f"job {earlier} submitted before: {job.run}; again: sbatch {job.run / JOB_SCRIPT}",
             )
         else:
-            made = submit.launch(replace(job.config, run=str(job.run)), allow=job.explicit, after=self.after)
+            config, ready = replace(job.config, run=str(job.run)), self._prepared.pop(str(job.run), None)
+            if ready is None or ready.cfg != config:
+                ready = submit.prepare(config, allow=job.explicit, after=self.after)
+            made = submit.send(ready, after=self.after)
             job.slurm_job, told = made.job, made.text()
         if not self.parsable:
             print(told, flush=True)
@@ -180,6 +191,41 @@ class Sweep:
                 near = f"{DIRECTORY}={_word_value(str(job.run))}"
                 raise ConfigError(Problem(field="run", value=str(job.run), rule=rule, nearest=near))
 
+    def _prepare_all(self) -> dict[str, Prepared]:
+        """Run folder -> what will be submitted. Raises what `submit.prepare` does, or ConfigError with every problem of any job."""
+        from launch import submit
+
+        ready: dict[str, Prepared] = {}
+        problems: dict[str, Problem] = {}
+        copies: dict[str, Snapshot] = {}  # one in memory, not one for each job
+        for job in self.jobs:
+            if not self._before(job).get("slurm_job"):
+                config = replace(job.config, run=str(job.run))
+                made = submit.prepare(config, allow=job.explicit, after=self.after)
+                problems |= {str(p): p for p in made.problems}
+                ready[str(job.run)] = replace(made, snapshot=copies.setdefault(made.snapshot.id, made.snapshot))
+        if problems:
+            raise ConfigError(list(problems.values()))
+        return ready
+
+    @contextlib.contextmanager
+    def _as_it_was(self) -> Iterator[None]:
+        """Hydra writes into the sweep's folder before any launcher is asked: taken back where no job began."""
+        file = self.folder / "multirun.yaml"
+        content = file.read_bytes() if file.exists() else None
+        missing = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(OSError):
+                if not self._began and content is not None:
+                    atomic.write(file, content)
+                elif not self._began:
+                    file.unlink()
+                    for path in missing:
+                        path.rmdir()
+            raise
+
     def _before(self, job: Job) -> dict[str, Any]:
         """What `sweep.json` of an earlier start says about a job; empty where it says nothing."""
         return next((e for e in self._earlier if e["words"] == job.label and e.get("all_words") == job.words), {})
@@ -204,6 +250,7 @@ class Sweep:
         return [(comparison.combination(job.label), job.run) for job in self.jobs]
 
     def _write(self) -> None:
+        self._began = True
         jobs = [
             {
                 "words": job.label,

@@ -3,13 +3,14 @@ the fields that are read here print alike; the JSON of these commands changes wi
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ecdit_train.config.cluster_rules import gpus_of
+from ecdit_train.config.cluster_rules import gpus_of, seconds_of
 
 SECONDS = 30.0
 """How long a controller may take to answer; a busy one is no reason not to submit."""
@@ -36,9 +37,9 @@ class Partition:
     fields: Mapping[str, str]
 
     def allows(self, what: str, name: str) -> bool:
-        """Whether an account or QOS (`what`: Accounts, Qos) may use it."""
-        allowed, denied = self.listed(f"Allow{what}"), self.listed(f"Deny{what}")
-        return (not allowed or name in allowed) and name not in denied
+        """Whether an account or QOS (`what`: Accounts, Qos) may use it. Slurm keeps these names in small letters."""
+        allowed, denied = ([one.lower() for one in self.listed(f"{how}{what}")] for how in ("Allow", "Deny"))
+        return (not allowed or name.lower() in allowed) and name.lower() not in denied
 
     def listed(self, key: str) -> tuple[str, ...]:
         value = self.fields.get(key, "ALL")
@@ -69,7 +70,8 @@ class Cluster:
 
     partitions: tuple[Partition, ...]
     nodes: tuple[Node, ...]
-    reservations: tuple[str, ...] = field(default=())
+    reservations: tuple[str, ...] | None = field(default=())
+    """None: Slurm did not say."""
 
     def partition(self, name: str) -> Partition | None:
         return next((p for p in self.partitions if p.name == name), None)
@@ -122,15 +124,11 @@ def ask() -> Cluster:
     nodes = tuple(node for line in output("sinfo", "-h", "-a", "-N", "-o", NODES).splitlines() if (node := _node(line)))
     if not partitions or not nodes:
         raise UnknownClusterError("Slurm names no partition with nodes")
-    try:
-        said = output("scontrol", "show", "reservation", "-o")
-    except UnknownClusterError:
-        said = ""
-    return Cluster(
-        partitions=partitions,
-        nodes=nodes,
-        reservations=tuple(re.findall(r"^ReservationName=(\S+)", said, re.MULTILINE)),
-    )
+    reservations = None
+    with contextlib.suppress(UnknownClusterError):
+        said = output("scontrol", "-a", "show", "reservation", "-o")
+        reservations = tuple(re.findall(r"^ReservationName=(\S+)", said, re.MULTILINE))
+    return Cluster(partitions=partitions, nodes=nodes, reservations=reservations)
 
 
 def hostnames(expression: str) -> tuple[str, ...]:
@@ -187,17 +185,3 @@ def _node(line: str) -> Node | None:
         features=() if features == "(null)" else tuple(features.split(",")),
         state=state,
     )
-
-
-def seconds_of(text: str) -> int | None:
-    """Of Slurm's `1-00:00:00`, `02:00:00`, `30:00` or `30` (minutes); None for UNLIMITED and what is no time."""
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
-    if match is None:
-        return None
-    days, *rest = (None if part is None else int(part) for part in match.groups())
-    given: Sequence[int] = [part for part in rest if part is not None]
-    if days is not None or len(given) == 3:  # hours first
-        hours, minutes, seconds = (*given, 0, 0)[:3]
-    else:
-        hours, minutes, seconds = 0, *(*given, 0)[:2]
-    return (((days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds

@@ -59,6 +59,13 @@ def look(run: Path) -> JobView | None:
     return JobView(number=number, state=state, lines=tuple(lines))
 
 
+def nodes_of(run: Path, *, job: str, began: float) -> int | None:
+    """How many nodes the life of a job had that trained from `began` (seconds since the epoch) on; None: its supervisor noted
+    none."""
+    before = [line for line in record.read(run, job) if line.get("what") == "life" and line.get("time", 0.0) <= began]
+    return len(before[-1].get("nodes") or []) or None if before else None
+
+
 def take_out(run: Path, *, but: str | None = None, say: Callable[[str], object]) -> list[str]:
     """Cancels the run's jobs that wait in the queue, all but one that somebody else asks; the numbers of those that it took out."""
     numbers = [number for number in record.jobs(run)[-RECENT:] if number != but]
@@ -81,9 +88,10 @@ def take_out(run: Path, *, but: str | None = None, say: Callable[[str], object])
 
 
 def ask_to_stop(run: Path, number: str) -> None:
-    """The supervisor starts no further life. Raises OSError."""
-    if record.path_of(run, number).exists():
-        record.stop_path(run, number).touch()
+    """The supervisor starts no further life; one that has written nothing yet begins none. Raises OSError."""
+    path = record.stop_path(run, number)
+    path.parent.mkdir(exist_ok=True)
+    path.touch()
 
 
 def _words(line: record.Line) -> str:

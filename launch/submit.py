@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ from pathlib import Path
 from textwrap import indent
 
 from ecdit_train import atomic
-from ecdit_train.config.compat import check_resume
+from ecdit_train.config.compat import check_resume, diff
 from ecdit_train.config.schema import RunConfig
 from ecdit_train.config.stored import freeze, load
 from ecdit_train.config.validate import validate
@@ -160,14 +161,27 @@ def launch(cfg: RunConfig, *, allow: Collection[str] = (), after: Sequence[str] 
         RunFolderError: the folder belongs to another run, or to another schedule that was not asked for.
         SubmitError: there is no Slurm, or it refused the job.
     """
+    return send(prepare(cfg, allow=allow, after=after), after=after)
+
+
+def prepare(cfg: RunConfig, *, allow: Collection[str] = (), after: Sequence[str] = ()) -> Job:
+    """What `launch` is going to write and submit, once nobody has the folder; writes nothing. Its problems are not raised."""
     need_sbatch("train here: ecdit train")
     run = Path(cfg.run).absolute()
-    _refuse_owned(cfg, run, after=after)
+    first = _owner(cfg, run, after=after)
     if (run / RESOLVED).exists():
         check_resume(replace(load(run), run=cfg.run), cfg, allow)  # the folder was found: its old name says nothing
-    number = hand_in(compose_job(cfg, after=after), after=after)
-    record.add(run, str(number), what="submitted")  # so that `status` and `stop` find it before it runs
-    return Submitted(job=number, run=cfg.run, log=log_path(cfg, run=str(run), job=number))
+    job = compose_job(cfg, after=after)
+    if first is not None:
+        _refuse_changes(job, first=first)
+    return job
+
+
+def send(job: Job, *, after: Sequence[str]) -> Submitted:
+    """A prepared job to Slurm, as `launch` does."""
+    number = hand_in(job, after=after)
+    record.add(job.run, str(number), what="submitted")  # so that `status` and `stop` find it before it runs
+    return Submitted(job=number, run=job.cfg.run, log=log_path(job.cfg, run=str(job.run), job=number))
 
 
 def need_sbatch(instead: str) -> None:
@@ -187,27 +201,50 @@ def hand_in(job: Job, *, after: Sequence[str]) -> int:
         return submit(script, cwd=os.getcwd(), cluster=job.cluster, cfg=job.cfg, after=after)
 
 
-def _refuse_owned(cfg: RunConfig, run: Path, *, after: Sequence[str]) -> None:
-    """Two jobs on one folder: the second would end with the same words, an hour later."""
+def _owner(cfg: RunConfig, run: Path, *, after: Sequence[str]) -> str | None:
+    """The job that runs or waits in the folder, where this one is to come after it; None where nobody has it. Raises
+    RunOwnedError otherwise: two jobs on one folder, and the second would end with the same words, an hour later."""
     held = lease.read(run)
     owner = None if held is None else held.owner
     gone = True if owner is None else lease.is_gone(owner)
     follows = after or cfg.cluster.dependency is not None  # asked for: it comes after the other
     if (gone is False or (gone is None and owner is not None and owner.job is not None)) and not _is_one_of(
-        owner, after
+        owner, [*after, *re.findall(r"\d[\d_]*", cfg.cluster.dependency or "")]
     ):
         raise RunOwnedError(f"{cfg.run} is owned by {owner}; stop it first: ecdit stop {cfg.run}")
-    if follows:
-        return
     with contextlib.suppress(cluster_facts.UnknownClusterError):
         for line in cluster_facts.output("squeue", "--me", "-h", "-o", "%i|%T|%o").splitlines():
             number, _, rest = line.strip().partition("|")
             state, _, command = rest.partition("|")
             if command.strip() == str(run / JOB_SCRIPT) and state not in lease.ENDED - {"PENDING"}:
+                if follows:
+                    return number
                 raise RunOwnedError(
                     f"{cfg.run}: job {number} of this folder is {state}; take it out first (scancel {number}), "
                     f"or come after it: cluster.dependency=afterany:{number}"
                 )
+    return owner.job if gone is not True and owner is not None else None
+
+
+def _refuse_changes(job: Job, *, first: str) -> None:
+    """A job that comes after another of the same folder finds what that one was told, and the other way round: the first may
+    come back, and must not be told anew. Raises RunOwnedError."""
+    changed: list[str] = []
+    with contextlib.suppress(FileNotFoundError):
+        if (job.run / RESOLVED).exists():
+            found = diff(load(job.run), job.cfg)
+            changed = [f"{c.field}: {c.old!r} -> {c.new!r}" for c in found if c.field not in NOT_ITS_OWN]
+        if not changed and (job.run / JOB_FILE).read_text() != job.files.text:
+            changed = ["the code, its environment or the nodes"]
+    if changed:
+        raise RunOwnedError(
+            f"{job.cfg.run}: job {first} of this folder may still run, and these words would change it ({'; '.join(changed)}): "
+            f"launch the same words after it, or stop it first (ecdit stop {job.cfg.run}), or take another run folder"
+        )
+
+
+NOT_ITS_OWN = ("run", "config_dir", "cluster.dependency")
+"""Keys in which two jobs of one run differ: where the folder and the code were found from, and whom they wait for."""
 
 
 def _is_one_of(owner: lease.Owner | None, after: Sequence[str]) -> bool:
@@ -321,17 +358,28 @@ def submit(script: Path, *, cwd: str, cluster: Collection[str], cfg: RunConfig, 
 
 
 def _environment(cfg: RunConfig) -> dict[str, str]:
-    """sbatch's environment. Its own variables (SBATCH_TIMELIMIT ...) would win over the script's lines without a word,
-    so those about what the configuration says are left out."""
+    """sbatch's environment, which the job gets too. sbatch's own variables (SBATCH_TIMELIMIT ...) would win over the script's
+    lines without a word, so those about what the configuration says are left out; and what Slurm told the job that this shell
+    belongs to, if it does, is not about the new one."""
     said = {name for name, key in OPTIONAL.items() if getattr(cfg.cluster, key) not in (None, False)} | ALWAYS_SAID
-    return {name: value for name, value in os.environ.items() if not (name[:7] == "SBATCH_" and name[7:] in said)}
+    inside = "SLURM_JOB_ID" in os.environ
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not (name.startswith("SBATCH_") and name.removeprefix("SBATCH_") in said)
+        and not (inside and name.startswith("SLURM") and name not in THE_USERS)
+    }
 
 
+THE_USERS = ("SLURM_CONF", "SLURM_JWT")
+"""Where Slurm is, and who asks: not about a job."""
 OPTIONAL = {
     "ACCOUNT": "account",
     "ARRAY_INX": "array",
     "CONSTRAINT": "constraint",
     "EXCLUSIVE": "exclusive",
+    "MEM_PER_CPU": "mem",
+    "MEM_PER_GPU": "mem",
     "MEM_PER_NODE": "mem",
     "PARTITION": "partition",
     "QOS": "qos",
@@ -340,5 +388,5 @@ OPTIONAL = {
 """sbatch's variables (without SBATCH_) -> keys that say the same, where they say something."""
 ALWAYS_SAID = {
     *("GPUS", "GPUS_PER_NODE", "GPUS_PER_TASK", "JOB_NAME", "NO_REQUEUE", "OPEN_MODE", "OUTPUT", "ERROR", "REQUEUE"),
-    *("SIGNAL", "TIMELIMIT"),
+    *("CPUS_PER_GPU", "CPUS_PER_TASK", "SIGNAL", "TIMELIMIT"),
 }

@@ -60,7 +60,7 @@ _WORDS = ("partition", "account", "qos", "container", "exclude", "reservation", 
           "mail_type", "interface")  # fmt: skip
 _FORMS = {
     "mem": (r"\d+[KMGT]?", "must be a number with K, M, G or T, as 400G, or 0 for all of the node's", "0"),
-    "constraint": (r"[\w.,+*&|()\[\]-]+", "must be features, as hbm80 or hbm80&ib, or null", None),
+    "constraint": (r"[\w.,+*&|()\[\]:=/@-]+", "must be features, as hbm80 or hbm80&ib, or null", None),
     "array": (
         r"[\d,:-]+%1",
         "must end in %1: its jobs share this run folder, so they run one after another; `-m` starts several runs",
@@ -77,6 +77,20 @@ def seconds(time_limit: str) -> int | None:
         return None
     days, hours, minutes, secs = (int(part or 0) for part in match.groups())
     return ((days * 24 + hours) * 60 + minutes) * 60 + secs
+
+
+def seconds_of(text: str) -> int | None:
+    """Of Slurm's `1-00:00:00`, `02:00:00`, `30:00` or `30` (minutes); None for UNLIMITED and what is no time."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
+    if match is None:
+        return None
+    days, *rest = (None if part is None else int(part) for part in match.groups())
+    given = [part for part in rest if part is not None]
+    if days is not None or len(given) == 3:  # hours first
+        hours, minutes, seconds = (*given, 0, 0)[:3]
+    else:
+        hours, minutes, seconds = 0, *(*given, 0)[:2]
+    return (((days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def megabytes(mem: str) -> float | None:
@@ -176,6 +190,10 @@ def _check_flag(flag: str, cluster: ClusterConfig, check: Checker) -> None:
         check.require(False, "cluster.sbatch", shown=flag, rule=rule, nearest=near and OURS[near].partition(":")[0])
     elif name == "gres" and (number := gpu_request(cluster)[1]) not in (0, cluster.gpus_per_node):
         rule = f"must ask for cluster.gpus_per_node = {cluster.gpus_per_node} GPUs, not {number}"
+        check.require(False, "cluster.sbatch", shown=flag, rule=rule)
+    elif name == "time-min" and (least := seconds_of(value)) is not None and least <= cluster.signal_lead:
+        lead = f"cluster.signal_lead = {cluster.signal_lead} s"
+        rule = f"must be longer than {lead}: a job that Slurm makes that short is warned at once"
         check.require(False, "cluster.sbatch", shown=flag, rule=rule)
 
 

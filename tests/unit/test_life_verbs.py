@@ -322,3 +322,38 @@ def test_stop_of_a_life_of_a_job_tells_its_supervisor_too(run, job, monkeypatch)
     assert life_verbs.stop(life_verbs.argparse.Namespace(run=str(run), timeout=0.1)) == 75
     assert record.stop_path(run, "12").exists()
     held.release()
+
+
+def test_stop_of_a_job_that_goes_on_under_another_number(run, job, capsys):
+    """It makes its first checks, and has written nothing itself."""
+    record.add(run, "11", what="resubmitted", to="12", exclude=[])
+    record.path_of(run, "12").unlink()
+    job("RUNNING|None|")
+    assert ask_to_stop(run) == 0
+    assert "job 12 is between two lives; it will start no further one" in capsys.readouterr().out
+    assert record.stop_path(run, "12").exists()
+
+
+def test_stop_of_a_life_whose_job_has_written_nothing(run, monkeypatch):
+    """`sbatch RUN/job.sh` by hand, whose supervisor could not write either: it is told all the same."""
+    monkeypatch.setenv("SLURM_JOB_ID", "15")
+    held = acquire(run, expires=60.0)
+    assert ask_to_stop(run) == 75
+    assert record.stop_path(run, "15").exists()
+    held.release()
+
+
+def test_a_life_says_on_how_many_hosts_it_was(run):
+    """As the supervisor noted before it; without one, only the first is known."""
+    for number, (nodes, job) in enumerate(
+        ((("n1", "n2"), "12"), (("n1",), "12"), (("n1", "n2", "n3"), "12"), ((), "7")), 1
+    ):
+        if nodes:
+            record.add(run, job, what="life", life=number, step=-1, nodes=list(nodes))
+        time.sleep(0.01)
+        lives.note(run, number=number, host="n1", ranks=2, job=job, from_step=0)
+        time.sleep(0.01)
+    told = [line for line in life_verbs.look(run).lines if line.startswith("life")]
+    where = [line.partition("2 ranks, ")[2].partition(":")[0] for line in told]
+    many = [f"n1{more}, Slurm job 12" for more in (" and 1 more host", "", " and 2 more hosts")]
+    assert where == [*many, "n1, Slurm job 7"]

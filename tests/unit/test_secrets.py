@@ -31,6 +31,12 @@ INNOCENT = (
     "https://github.com/x/y/commit/" + "0123456789abcdef" * 2 + "01234567",
     "repo:" + "0123456789abcdef" * 2 + "01234567",
     "https://me@example.org/x",
+    "docker://registry.example.org:5000/ecdit/train@sha256:" + "0123456789abcdef" * 4,
+    "http://[::1]:8080/a@b",
+    "a bearer of good news at 10 o'clock",
+    "sig=12, a signature of twelve",
+    "npm_config_cache",
+    "https://hooks.slack.com/services",
     "https://${USER}:${PASSWORD}@example.org",
 )
 
@@ -70,13 +76,28 @@ def test_nothing_of_ours_looks_like_one():
 
 
 @pytest.mark.parametrize("name", ["WANDB_API_KEY", "HF_TOKEN", "MY_SECRET", "DB_PASSWORD", "MY_PW", "PAT", "GH_PAT", "DB_PWD",
-                                  "HTTP_AUTH", "AWS_SECRET_ACCESS_KEY", "APIKEYS"])  # fmt: skip
+                                  "HTTP_AUTH", "AWS_SECRET_ACCESS_KEY", "APIKEYS", "SSHPASS", "MY_CREDS", "COOKIE",
+                                  "SESSION_COOKIES", "PASSKEY"])  # fmt: skip
 def test_names_of_secrets(name):
     assert is_secret_name(name)
 
 
 @pytest.mark.parametrize(
-    "name", ["TOKENIZERS_PARALLELISM", "PATH", "PWD", "OLDPWD", "NCCL_IB_HCA", "AUTHOR", "COMPASS", "PATTERN"]
+    "name",
+    [
+        "TOKENIZERS_PARALLELISM",
+        "PATH",
+        "PWD",
+        "OLDPWD",
+        "NCCL_IB_HCA",
+        "AUTHOR",
+        "COMPASS",
+        "PATTERN",
+        "MONKEY",
+        "TURKEYS",
+        "BYPASS",
+        "ACCRED",
+    ],
 )
 def test_names_that_only_look_alike(name):
     assert not is_secret_name(name)

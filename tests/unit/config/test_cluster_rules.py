@@ -27,7 +27,8 @@ def refused(config, **values: object) -> list[str]:
     ("mem", "0"), ("mem", "400G"), ("mem", "8000"), ("array", "0-4%1"), ("array", "1,3%1"),
     ("constraint", "hbm80&ib|hbm141"), ("constraint", "[rack1*2&rack2*2]"), ("exclude", "n3,n[7-9]"),
     ("dependency", "afterok:12:13,singleton"), ("mounts", ("/a", "/a b:/c")), ("sbatch", ("wckey=x", "contiguous", "nice=100")),
-    ("sbatch", ("gres=gpu:h100:8,nvme:1",)), ("back_off", (0.0,)), ("python", "/opt/my python"), ("interface", "bond0.100"),
+    ("sbatch", ("gres=gpu:h100:8,nvme:1",)), ("sbatch", ("time-min=02:00:00",)),
+    ("constraint", "80gb&GPU_MEM:80GB"), ("back_off", (0.0,)), ("python", "/opt/my python"), ("interface", "bond0.100"),
 ])  # fmt: skip
 def test_good_values(config, key, value):
     validate(with_values(config, {f"cluster.{key}": value}))
@@ -50,6 +51,8 @@ def test_good_values(config, key, value):
     ("sbatch", ("t=1:00",), "is set by cluster.time_limit"),
     ("sbatch", ("no-requeue",), "is set by nothing: a job always comes back"),
     ("sbatch", ("gres=gpu:4",), "must ask for cluster.gpus_per_node = 8 GPUs, not 4"),
+    ("sbatch", ("time-min=10",), "must be longer than cluster.signal_lead = 600 s"),
+    ("sbatch", ("time-min=00:09:59",), "must be longer than cluster.signal_lead = 600 s"),
     ("back_off", (), "must be one or more seconds, none below 0; nearest valid: [15.0, 60.0, 240.0]"),
     ("back_off", (-1.0,), "none below 0"),
     ("lives", 0, "must be at least 1; nearest valid: 1"),

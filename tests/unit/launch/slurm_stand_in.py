@@ -32,6 +32,8 @@ class StandIn:
     sbatch: str = "echo 4711"
     config: str = ""
     """Of `scontrol show config`."""
+    reservations: str = "true"
+    """What `scontrol show reservation` does."""
     log: Path = field(init=False)
     """What was submitted: the words, and sbatch's own variables."""
 
@@ -42,7 +44,8 @@ class StandIn:
         partitions = f"cat {self.folder}/partitions"
         config = f"cat {self.folder}/config"
         answers = {
-            "scontrol": f'case "$*" in *hostnames*) {expand};; *partition*) {partitions};; *config*) {config};; esac',
+            "scontrol": f'case "$*" in *hostnames*) {expand};; *partition*) {partitions};; *config*) {config};; '
+            f"*reservation*) {self.reservations};; esac",
             "sinfo": f"cat {self.folder}/nodes",
             "squeue": f"cat {self.folder}/queue",
             "sbatch": f'echo "$*" >> {self.log}; env | grep ^SBATCH_ >> {self.log}; {self.sbatch}',

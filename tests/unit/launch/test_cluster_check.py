@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 from slurm_stand_in import CPU_NODES, GPU_NODES, StandIn, partition
 
-from ecdit_train.config.cluster_rules import gpus_of
+from ecdit_train.config.cluster_rules import gpus_of, seconds_of
 from ecdit_train.config.compose import compose
 from ecdit_train.config.convert import with_values
+from ecdit_train.config.validate import validate
 from launch import cluster_check, cluster_facts
-from launch.cluster_facts import UnknownClusterError, ask, clock, seconds_of
+from launch.cluster_facts import UnknownClusterError, ask, clock
 
 GPU = {"cluster.partition": "gpu", "cluster.nodes": 8}
 
@@ -59,7 +60,7 @@ def test_what_fits_is_not_talked_about(said):
      "cluster.constraint = 'hbm141': no node here has the feature hbm141; there are hbm80, ib; nearest valid: hbm80"),
     ({"cluster.exclude": "g77"},
      "cluster.exclude = 'g77': no node g77 here; there are c1, c2, g1, g2, g3, g4 ... g8 (10); nearest valid: g7"),
-    ({"cluster.reservation": "friday"}, "cluster.reservation = 'friday': no such reservation; there are none"),
+    ({"cluster.reservation": "friday"}, "cluster.reservation = 'friday': no reservation friday here; there are none"),
     ({"cluster.sbatch": ("gres=gpu:a100:8",)}, "cluster.sbatch = 'gres=gpu:a100': partition gpu has no GPU a100; there are h100"),
 ])  # fmt: skip
 def test_each_thing_that_is_not_there(values, problem, said):
@@ -77,24 +78,83 @@ def test_all_problems_at_once(said):
 
 def test_limits_of_a_partition(said):
     gpu = partition("gpu", MaxNodes=4, AllowAccounts="lab,ops", DenyQos="long", MaxMemPerNode=500000, Default="YES")
-    wanted = {"cluster.nodes": 6, "cluster.account": "mine", "cluster.qos": "long", "cluster.mem": "600G"}
+    wanted = {"cluster.nodes": 6, "cluster.account": "mine", "cluster.mem": "600G"}
     assert said(wanted, partitions=gpu) == [
-        "cluster.account = 'mine': partition gpu takes lab, ops",
-        "cluster.qos = 'long': partition gpu takes all but long",
-        "cluster.mem = '600G': partition gpu allows 500000M a node; nearest valid: 500000M",
         "cluster.nodes = 6: partition gpu allows 4 nodes a job; nearest valid: 4",
+        "cluster.account = 'mine': partition gpu takes lab, ops",
+        "cluster.mem = '600G': partition gpu allows 500000M a node; nearest valid: 500000M",
     ]
+    (line,) = said({**GPU, "cluster.nodes": 1, "cluster.qos": "long", "cluster.account": "Lab"}, partitions=gpu)
+    assert line == "cluster.qos = 'long': partition gpu takes all but long"
     (line,) = said({**GPU, "cluster.nodes": 1}, partitions=partition("gpu", State="DOWN"))
     assert line == "cluster.partition = 'gpu': partition gpu is DOWN and starts no jobs"
 
 
-def test_no_partition_was_named(said):
+@pytest.fixture
+def told(h100, tmp_path, monkeypatch):
+    """`told(values, **stand_in)`: (problems, notes)."""
+
+    def of(values: dict[str, object], **cluster: str) -> tuple[list[str], list[str]]:
+        StandIn(folder=tmp_path / "bin", **cluster).install(monkeypatch)
+        config = with_values(h100, values).cluster
+        return [str(p) for p in cluster_check.problems(config, ask())], cluster_check.notes(config, ask())
+
+    return of
+
+
+def test_no_partition_was_named(told, monkeypatch):
+    """A plugin of Slurm may send the job to any that fits; only where none does it is refused."""
     gpu, cpu = partition("gpu"), partition("cpu")
-    assert said({"cluster.nodes": 8}, partitions=partition("gpu", Default="YES") + cpu) == []
-    (line,) = said({"cluster.nodes": 8}, partitions=cpu + gpu)
-    assert line == (
+    assert told({"cluster.nodes": 8}, partitions=partition("gpu", Default="YES") + cpu) == ([], [])
+    problems, (note,) = told({"cluster.nodes": 8}, partitions=cpu + gpu)
+    assert problems == []
+    assert note.endswith(
         "cluster.partition = None: is needed: this cluster has no default partition; there are cpu, gpu; nearest valid: gpu"
     )
+    default = partition("cpu", Default="YES") + gpu
+    problems, notes = told({"cluster.nodes": 2}, partitions=default)
+    assert problems == []
+    assert "partition cpu has no GPU a node" in "\n".join(notes)
+    problems, _ = told({"cluster.nodes": 9}, partitions=default)
+    assert problems != []
+    monkeypatch.setenv("SBATCH_PARTITION", "gpu")
+    assert told({"cluster.nodes": 8}, partitions=cpu + gpu) == ([], [])
+    problems, _ = told({"cluster.nodes": 9}, partitions=cpu + gpu)
+    assert problems == ["cluster.nodes = 9: partition gpu has 8 nodes; nearest valid: 8"]
+    monkeypatch.setenv("SBATCH_PARTITION", "gpx")
+    assert "no partition gpx here (SBATCH_PARTITION)" in told({}, partitions=cpu + gpu)[0][0]
+
+
+def test_a_qos_may_allow_more_than_the_partition(told):
+    small = partition("gpu", MaxNodes=4, MaxTime="02:00:00", AllowQos="Wide")
+    values = {**GPU, "cluster.time_limit": "1-00:00:00"}
+    assert [line.partition(" ")[0] for line in told(values, partitions=small)[0]] == [
+        "cluster.time_limit",
+        "cluster.nodes",
+    ]
+    problems, notes = told({**values, "cluster.qos": "wide"}, partitions=small)
+    assert problems == []
+    assert [line.split(": ")[1].partition(" ")[0] for line in notes] == ["cluster.time_limit", "cluster.nodes"]
+
+
+@pytest.mark.parametrize(
+    "constraint", ["80gb", "GPU_MEM:80GB", "80gb&1g", "[v5*8]", "[v5*4&1g*4]", "a=b/c|80gb", "80gb,v5"]
+)
+def test_features_as_sites_name_them(constraint, h100, said):
+    nodes = GPU_NODES.replace("hbm80,ib", "80gb,h100-80gb,GPU_MEM:80GB,v5,1g,a=b/c")
+    values = {**GPU, "cluster.constraint": constraint}
+    validate(with_values(h100, values), world=64)
+    assert said(values, nodes=nodes) == []
+    assert "no node here has the feature 80gp" in said({**GPU, "cluster.constraint": "80gp"}, nodes=nodes)[0]
+
+
+def test_reservations(said):
+    two = {**GPU, "cluster.reservation": "friday,night"}
+    listed = "echo 'ReservationName=friday StartTime=x'; echo 'ReservationName=night StartTime=x'"
+    assert said(two, reservations=listed) == []
+    (line,) = said(two, reservations="echo 'ReservationName=friday StartTime=x'")
+    assert "no reservation night here; there are friday" in line
+    assert said(two, reservations="exit 1") == [], "Slurm did not say"
 
 
 def test_of_several_partitions_one_is_enough(said):

@@ -230,6 +230,29 @@ def test_two_jobs_of_one_folder(state, demo, tmp_path, monkeypatch):
     assert launch(with_values(demo, {"cluster.dependency": "afterany:41"})).job == 4711
 
 
+def test_a_job_that_comes_after_another_changes_nothing_of_it(demo, tmp_path, monkeypatch):
+    """What the first reads when it comes back is what it was told."""
+    stand_in = StandIn(folder=tmp_path / "bin").install(monkeypatch)
+    launch(demo)
+    (stand_in.folder / "queue").write_text(f"4711|RUNNING|{demo.run}/job.sh\n")
+    before, after = tree(tmp_path), with_values(demo, {"cluster.dependency": "afterany:4711"})
+    wider = {"cluster.nodes": 2, "train.microbatch": 32}
+    for values in (wider, {"train.steps": 70}, {"cluster.lives": 9}):
+        key, value = next(iter(values.items()))
+        with pytest.raises(RunOwnedError, match=rf"job 4711 of this folder may still run.*{key}: \d+ -> {value}\)"):
+            launch(with_values(after, values), allow={"train.steps"})
+    with monkeypatch.context() as patch:
+        patch.setattr(submit, "take", lambda **_: changed_code())
+        with pytest.raises(RunOwnedError, match="the code, its environment or the nodes"):
+            launch(demo, after=["4711"])
+    assert tree(tmp_path) == before
+    assert launch(after).job == 4711
+    assert launch(demo, after=["4711"]).job == 4711
+    assert (Path(demo.run) / "job.json").read_bytes() == before["runs/demo/job.json"][1]
+    (stand_in.folder / "queue").write_text("")
+    assert launch(with_values(after, wider)).job == 4711, "nobody has the folder"
+
+
 def test_a_job_that_has_ended_holds_nothing(demo, tmp_path, monkeypatch):
     StandIn(folder=tmp_path / "bin", queue=f"41|TIMEOUT|{demo.run}/job.sh\n").install(monkeypatch)
     assert launch(demo).job == 4711
@@ -262,3 +285,31 @@ def test_the_script_wins_over_the_shells_variables(demo, slurm, monkeypatch):
         monkeypatch.setenv(name, "1")
     launch(with_values(demo, {"cluster.partition": "cpu"}))
     assert sorted(slurm.log.read_text().splitlines()[1:]) == ["SBATCH_ACCOUNT=1", "SBATCH_WCKEY=1"]
+
+
+def test_memory_is_said_once(demo, slurm, monkeypatch):
+    """sbatch takes one of --mem, --mem-per-cpu and --mem-per-gpu."""
+    for name in ("SBATCH_MEM_PER_CPU", "SBATCH_MEM_PER_GPU", "SBATCH_CPUS_PER_GPU"):
+        monkeypatch.setenv(name, "4")
+    launch(with_values(demo, {"cluster.mem": "3G"}))
+    assert slurm.log.read_text().splitlines()[1:] == []
+    slurm.log.unlink()
+    launch(demo)
+    assert sorted(slurm.log.read_text().splitlines()[1:]) == ["SBATCH_MEM_PER_CPU=4", "SBATCH_MEM_PER_GPU=4"]
+
+
+def test_a_launch_inside_of_another_job(demo, tmp_path, monkeypatch):
+    """Its figures are not those of the new job, whose srun would take them."""
+    StandIn(folder=tmp_path / "bin", sbatch=f"env > {tmp_path}/environment; echo 4711").install(monkeypatch)
+
+    def passed_on() -> set[str]:
+        launch(demo)
+        names = (line.partition("=")[0] for line in (tmp_path / "environment").read_text().splitlines())
+        return {name for name in names if name.startswith("SLURM")}
+
+    for name in ("SLURM_CONF", "SLURM_JWT", "SLURM_MPI_TYPE"):
+        monkeypatch.setenv(name, "mine")
+    assert passed_on() == {"SLURM_CONF", "SLURM_JWT", "SLURM_MPI_TYPE"}, "the user's own"
+    for name in ("SLURM_JOB_ID", "SLURM_CPU_BIND", "SLURM_MEM_PER_CPU", "SLURM_TRES_PER_TASK", "SLURMD_NODENAME"):
+        monkeypatch.setenv(name, "1")
+    assert passed_on() == {"SLURM_CONF", "SLURM_JWT"}

@@ -14,7 +14,7 @@ from cli_commands import ecdit, refused
 from secret_shapes import TOKENS
 from slurm_stand_in import StandIn
 
-from launch import record
+from launch import record, submit
 from launch.job_file import read
 
 CPU = ("cluster=local", "cluster.cpus_per_gpu=1", "cluster.partition=cpu")
@@ -137,6 +137,39 @@ def test_a_sweep_after_a_job(slurm, demo, capsys):
     lines = slurm.log.read_text().splitlines()
     assert len(lines) == 2
     assert all(line.startswith("--parsable --dependency=afterok:9 --kill-on-invalid-dep=yes ") for line in lines)
+
+
+SWEEP = ("-m", "experiment=shapes_tiny", *CPU, "cluster.gpus_per_node=1", "hydra.sweep.dir=s")
+
+
+def test_a_sweep_is_checked_whole_before_its_first_job(slurm, demo, here, capsys):
+    """The second job's problem keeps the first one from Slurm, too, and nothing is written."""
+    words = [*SWEEP, f"data.shards={demo.data.shards}"]
+    code, lines = refused(capsys, "launch", *words, "cluster.cpus_per_gpu=1,99,98")
+    assert code == 77
+    assert ["99 CPUs" in line for line in lines if "CPUs" in line] == [True, False]
+    assert os.listdir(here) == []
+    assert not slurm.log.exists()
+
+
+def test_each_job_of_a_sweep_is_looked_at_once(slurm, demo, monkeypatch):
+    looked, real = [], submit.compose_job
+    monkeypatch.setattr(submit, "compose_job", lambda cfg, **how: looked.append(cfg.run) or real(cfg, **how))
+    assert ecdit("launch", *SWEEP, f"data.shards={demo.data.shards}", "train.seed=1,2") == 0
+    assert looked == ["s/train.seed-1", "s/train.seed-2"]
+
+
+def test_a_sweep_that_slurm_refuses_leaves_nothing(tmp_path, demo, monkeypatch, here, capsys):
+    """From its first job on; after that the sweep's file says which were taken."""
+    taken = f"[ -e {tmp_path}/taken ] && exit 1; [ -e {tmp_path}/one ] && touch {tmp_path}/taken && echo 7"
+    StandIn(folder=tmp_path / "bin", sbatch=taken).install(monkeypatch)
+    words = [*SWEEP, f"data.shards={demo.data.shards}", "train.seed=1,2"]
+    assert refused(capsys, "launch", *words)[0] == 83
+    assert os.listdir(here) == []
+    (tmp_path / "one").touch()
+    assert ecdit("launch", *words) == 83
+    assert [job["slurm_job"] for job in json.loads(Path("s/sweep.json").read_text())["jobs"]] == [7, None]
+    assert not Path("s/train.seed-2").exists()
 
 
 def test_render_only_writes_nothing(slurm, here, capsys):
