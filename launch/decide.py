@@ -47,7 +47,7 @@ def decide(
 ) -> Decision:
     """Args:
     past: with this life, as the checkpoints stand now.
-    warned: signals that Slurm sent.
+    warned: signals that Slurm sent; and that it has begun a preemption, where it sent none to us.
     asked: somebody has said `ecdit stop`.
     state: the job's, where Slurm has sent SIGTERM.
     """

@@ -19,7 +19,7 @@ from pathlib import Path
 from ecdit_train.errors import EXIT_OK, EXIT_REQUEUE, EcditError, StorageError
 from ecdit_train.run_folder import JOB_SCRIPT, JOBS
 from ecdit_train.supervise.exit_file import EXIT_FILE_VARIABLE
-from launch import bandwidth, interface, job_file, life, preflight, record, reports
+from launch import bandwidth, classes, interface, job_file, life, preflight, record, reports
 from launch.comeback import Comeback
 from launch.decide import AGAIN, DONE, LEAVE, REQUEUE, STOP, Decision, Ending, decide
 from launch.job_file import JobFile
@@ -27,6 +27,8 @@ from launch.outside import WARNINGS, Outside
 from launch.place import expand, port_of
 from launch.slurm import Slurm
 
+PREEMPTED = "PREEMPTED"
+"""Among the warnings: what Slurm's SIGTERM to the steps was for."""
 SHORT = 3
 """Attempts in a row with too few nodes, after which somebody must look."""
 
@@ -103,6 +105,8 @@ class Supervisor:
         return bandwidth.check(self.job, hosts=self.hosts, slurm=self.slurm, environ=environ)
 
     def _decide(self, ending: Ending) -> tuple[Decision, Ending]:
+        if not self.outside.warned and classes.of(ending.code).then in (classes.SAVED, classes.AGAIN) and not self._asked:
+            self.outside.warned += [PREEMPTED] * self.slurm.preempted()
         warned = tuple(self.outside.warned)
         decision = decide(
             ending,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -45,6 +46,19 @@ class Slurm:
             return None
         state, reason, excluded = (part.strip() for part in parts[0].split("|", 2))
         return JobState(state=state, reason=reason, excluded="" if excluded in ("(null)", "N/A") else excluded)
+
+    def preempted(self) -> bool:
+        """Whether the controller has begun to take this attempt's nodes for another job. In the time that it leaves
+        (GraceTime) SIGTERM goes to the steps alone, not to the batch shell."""
+        answer = self.outside.call(
+            ["scontrol", "show", "job", "-o", self.job],
+            seconds=CALL_SECONDS,
+            environ={**self.environ, "SLURM_TIME_FORMAT": "standard"},
+        )
+        facts = dict(re.findall(r"(?:^| )(PreemptTime|StartTime)=(\S*)", answer.out)) if answer.code == 0 else {}
+        at = facts.get("PreemptTime", "")
+        # An earlier attempt's, which Slurm has not forgotten, lies before this one's start.
+        return at[:1].isdigit() and at >= facts.get("StartTime", "")
 
     def requeue(self) -> str | None:
         """Back into the queue: Slurm ends this attempt, and this process with it. None, or why not."""

@@ -1,6 +1,6 @@
 """Slurm played by this file: copied to a folder of PATH as srun, scontrol, squeue, sinfo, sbatch. Beside it lie `nodes` (hosts of
 the job), `dead` (those that answer nothing), `refuse` (programs that refuse, or `program:word`: calls with a word that begins so),
-`state` (squeue's answer), `up` (nodes that sinfo calls idle) and `calls` (what was asked).
+`state` (squeue's answer), `preempted` (when), `up` (nodes that sinfo calls idle) and `calls` (what was asked).
 
 srun runs one task a node here, tells it its place, passes USR2 on and answers SIGTERM by killing its tasks, as the real one does.
 """
@@ -37,6 +37,8 @@ def main(program: str, argv: list[str]) -> int:
         print("777")
     elif program == "scontrol" and argv[:2] == ["show", "hostnames"]:
         print("\n".join(words("nodes") if "[" in argv[2] else argv[2].split(",")))
+    elif program == "scontrol" and argv[:2] == ["show", "job"]:
+        print("JobId=12 StartTime=2026-01-02T00:00:00 PreemptTime=" + " ".join(words("preempted") or ["None"]))
     elif program == "sinfo":
         for host in argv[argv.index("--nodes") + 1].split(","):
             print(host, "idle" if host in words("up") else "idle*")

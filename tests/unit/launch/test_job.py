@@ -174,7 +174,20 @@ def test_preemption_with_grace_and_a_time_limit_without_warning_come_back(state,
     assert stage.calls("scontrol requeue")
 
 
-def test_a_stop_that_slurm_did_not_ask_for_stays_stopped(stage):
+@pytest.mark.parametrize("end", ["commit=5 end=75", "end=143"])
+def test_a_preemption_whose_grace_only_the_steps_hear_of_comes_back(end, stage):
+    """Slurm sends SIGTERM to the steps at the beginning of GraceTime, and nothing to the batch shell."""
+    stage.play("preempted", "2026-01-02T01:00:00")
+    assert stage.supervise({"all": end}) == 75
+    assert stage.then == ["requeue"]
+    assert stage.lines()[0]["warned"] == ["PREEMPTED"]
+    assert stage.calls("scontrol requeue")
+
+
+@pytest.mark.parametrize("when", ["None", "Unknown", "2026-01-01T23:00:00"])
+def test_a_stop_that_slurm_did_not_ask_for_stays_stopped(when, stage):
+    """The last one: an earlier attempt's preemption."""
+    stage.play("preempted", when)
     assert stage.supervise({"all": "cause=75 end=75"}) == 75
     assert stage.then == ["stop"]
     assert not stage.calls("scontrol requeue")
@@ -225,7 +238,7 @@ def test_a_step_that_is_not_launched_is_tried_again(stage):
 
 def asked(stage: Stage) -> list[str]:
     """What Slurm was told about the job."""
-    return [call for call in stage.calls("scontrol") if "hostnames" not in call]
+    return [call for call in stage.calls("scontrol") if "scontrol show" not in call]
 
 
 def test_a_node_that_is_lost_in_a_life_does_not_hold_the_others(stage):
