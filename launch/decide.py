@@ -61,7 +61,7 @@ def decide(
         return Decision(then=STOP, code=ending.code, reason=told)
     if asked:
         return Decision(then=STOP, code=EXIT_REQUEUE, reason="stopped by `ecdit stop`; go on with: sbatch job.sh")
-    if "TERM" in warned and not _is_ours(state):
+    if "TERM" in warned and (state is None or not state.ours):
         about = "squeue does not say how" if state is None else f"{state.state}, {state.reason}"
         return Decision(then=LEAVE, code=ending.code, reason=f"Slurm ends this attempt itself ({about}); {told}")
     if kind.then == classes.SAVED and not warned:
@@ -77,16 +77,10 @@ def decide(
         return Decision(then=REQUEUE, code=EXIT_REQUEUE, reason=told)
     if ending.bad or ending.lost:
         return Decision(then=REQUEUE, code=EXIT_REQUEUE, reason=told)
-    return Decision(then=AGAIN, code=ending.code, reason=told, wait=_back_off(past, limits))
+    return Decision(then=AGAIN, code=ending.code, reason=told, wait=back_off(past, limits))
 
 
-def _is_ours(state: JobState | None) -> bool:
-    """Whether a job that got SIGTERM may be requeued by us: it still runs (a preemption's grace), or ran into its time limit. One
-    that was cancelled must not rise again, and one that Slurm has requeued needs nothing."""
-    return state is not None and (state.state == "RUNNING" or state.reason == "TimeLimit")
-
-
-def _back_off(past: History, limits: Lives) -> float:
+def back_off(past: History, limits: Lives) -> float:
     """A life that got further costs no wait."""
     if not past.without_progress or not limits.back_off:
         return 0.0

@@ -27,6 +27,25 @@ class JobState:
     excluded: str
     """Nodes that it must not get, as Slurm writes them; empty: none."""
 
+    @property
+    def ours(self) -> bool:
+        """Whether we may requeue the job: it still runs (a preemption's grace), or ran into its time limit. One that was cancelled
+        must not rise again, and one that Slurm has requeued needs nothing."""
+        return self.state in ("RUNNING", "RESIZING", "SIGNALING") or (
+            self.reason == "TimeLimit" and self.state != "PENDING"
+        )
+
+
+def is_final(refused: str) -> bool:
+    """Whether Slurm has understood and said no, so that another try is for nothing."""
+    words = ("disabled", "permission", "permitted", "denied", "invalid", "not supported")
+    return not is_unreached(refused) and any(word in refused.lower() for word in words)
+
+
+def is_unreached(refused: str) -> bool:
+    """Whether the controller certainly was not asked; a call that timed out may have been heard."""
+    return any(word in refused.lower() for word in ("unable to contact", "connection refused", "standby", "connect failure"))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Slurm:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from job_stage import Stage
+from job_stage import Stage, write
 
 from ecdit_train.errors import EcditError
-from launch import preflight, record
+from launch import comeback, preflight, record
 from launch.decide import Ending
+from launch.slurm import Slurm
 
 OK = {"all": "end=0"}
 LOST = Ending(code=preflight.UNKNOWN, lost=("n2",))
@@ -56,8 +57,80 @@ def test_where_slurm_was_first_there_is_no_second_job(state, stage, monkeypatch)
     """A pending job's NodeList is the nodes that it must get."""
     stage.play("state", state)
     stage.play("refuse", "scontrol:requeue")
-    assert attempt(stage, monkeypatch, LOST) == ["scontrol requeue 12", "scontrol update JobId=12 ExcNodeList=n2"]
+    assert attempt(stage, monkeypatch, LOST) == ["scontrol update JobId=12 ExcNodeList=n2"]
     assert not stage.calls("sbatch --parsable")
+
+
+@pytest.mark.parametrize("state", ["COMPLETING|None|", "CANCELLED|None|"])
+def test_a_job_that_is_cancelled_meanwhile_does_not_rise(state, stage, monkeypatch):
+    stage.play("state", state)
+    calls = attempt(stage, monkeypatch, LOST)
+    assert not [call for call in calls if "requeue" in call or "NodeList=n1" in call]
+    assert not stage.calls("sbatch --parsable")
+    assert not stage.lines("stuck")
+
+
+def test_an_attempt_over_its_time_limit_that_cannot_be_requeued_becomes_a_new_job(stage, monkeypatch):
+    stage.play("state", "COMPLETING|TimeLimit|")
+    stage.play("refuse", "scontrol:requeue")
+    stage.clock.warned.append("TERM")
+    assert attempt(stage, monkeypatch, Ending(code=0)) == ["scontrol requeue 12"]
+    assert [line["to"] for line in stage.lines("resubmitted")] == ["777"]
+
+
+AWAY = "echo 'slurm_load_jobs error: Unable to contact slurm controller (connect failure)' >&2; exit 1"
+
+
+def absent(stage: Stage, *programs: str, until: float) -> None:
+    """The controller is away until that moment."""
+    real = {name: (stage.bin / name).read_text() for name in programs}
+    for name in programs:
+        write(stage.bin / name, f"#!/bin/sh\n{AWAY}\n")
+
+    def back() -> None:
+        if stage.clock.time >= until and real:
+            for name in programs:
+                write(stage.bin / name, real.pop(name))
+
+    stage.clock.at_each = back
+
+
+@pytest.mark.parametrize("ending", [Ending(code=0), BAD, LOST], ids=["warned", "bad", "lost"])
+def test_a_controller_that_is_away_is_waited_for(ending, stage, monkeypatch):
+    """An upgrade of some minutes in the very moment of the time limit."""
+    stage.environ["SLURM_JOB_NODELIST"] = "n1"  # its names are no question for scontrol
+    stage.nodes = ("n1",)
+    absent(stage, "scontrol", "squeue", "sbatch", until=200.0)
+    if not ending.code:
+        stage.clock.warned.append("USR2")
+    calls = attempt(stage, monkeypatch, ending)
+    assert "scontrol requeue 12" in calls
+    assert not stage.lines("resubmitted")
+    assert 200 <= stage.clock.time < 300
+
+
+def test_a_requeue_that_was_heard_but_not_answered_is_no_second_job(stage, monkeypatch):
+    """What is not known is asked again: the job waits already."""
+    answers = ["timed out after 60 seconds", "Job is pending execution"]
+
+    def requeue(slurm: Slurm) -> str:
+        stage.play("refuse", "squeue") if len(answers) == 2 else stage.play("refuse")
+        stage.play("state", "PENDING|BeginTime|")
+        return answers.pop(0)
+
+    monkeypatch.setattr(Slurm, "requeue", requeue)
+    stage.clock.warned.append("USR2")
+    attempt(stage, monkeypatch, Ending(code=0))
+    assert not stage.calls("sbatch")
+
+
+def test_a_refusal_of_unknown_kind_is_tried_for_a_while(stage, monkeypatch):
+    monkeypatch.setattr(comeback, "TRY_SECONDS", 100.0)
+    monkeypatch.setattr(Slurm, "requeue", lambda slurm: "Slurm is in a bad mood")
+    stage.clock.warned.append("USR2")
+    attempt(stage, monkeypatch, Ending(code=0))
+    assert stage.clock.time >= 100.0
+    assert [line["to"] for line in stage.lines("resubmitted")] == ["777"]
 
 
 def test_an_attempt_with_too_few_nodes_asks_for_all_again(stage, monkeypatch):
@@ -101,6 +174,36 @@ def test_a_job_that_needs_a_bad_node_stops_after_some_attempts(stage, monkeypatc
         assert attempt(stage, monkeypatch, BAD) == ["scontrol requeue 12"]
     history = record.history(record.read(stage.run, "12"), committed=-1)
     assert history.without_progress == 3
+    monkeypatch.setattr(preflight, "check", lambda *_, **__: BAD)
+    assert stage.supervise(OK) == 76
+
+
+def test_a_job_that_needs_a_lost_node_and_cannot_let_it_go_stops_too(stage, monkeypatch):
+    """And not before Slurm has had some minutes to find out itself that the node is down."""
+    stage.play("refuse", "sbatch:--test-only", "scontrol:update")
+    for _ in range(3):
+        attempt(stage, monkeypatch, LOST)
+    assert not stage.lines("excluded")
+    assert stage.clock.time >= 15 + 60 + 240
+    monkeypatch.setattr(preflight, "check", lambda *_, **__: LOST)
+    assert stage.supervise(OK) == 76
+
+
+def test_where_users_may_not_change_a_job_the_bad_node_is_left_out_by_a_new_one(stage, monkeypatch):
+    """Once refused, the job is known to come back on the same nodes; nothing is said to be excluded that is not."""
+    stage.play("refuse", "scontrol:update")
+    assert attempt(stage, monkeypatch, BAD) == ["scontrol requeue 12", "scontrol update JobId=12 ExcNodeList=n2"]
+    assert not stage.lines("excluded")
+    assert [line["nodes"] for line in stage.lines("stuck")] == [["n2"]]
+    assert attempt(stage, monkeypatch, BAD) == []
+    assert stage.calls("sbatch --parsable") == [RESUBMITTED.format(stage.run)]
+    assert [line["nodes"] for line in stage.lines("excluded")] == [["n2"]]
+
+
+def test_and_where_that_is_refused_as_well_it_ends(stage, monkeypatch):
+    stage.play("refuse", "scontrol:update", "sbatch:--parsable")
+    for _ in range(3):
+        attempt(stage, monkeypatch, BAD)
     monkeypatch.setattr(preflight, "check", lambda *_, **__: BAD)
     assert stage.supervise(OK) == 76
 
