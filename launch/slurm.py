@@ -55,22 +55,31 @@ class Slurm:
     job: str
     environ: Mapping[str, str]
 
+    @property
+    def name(self) -> str:
+        """For scontrol: to it the number of an array means all tasks, and one of them has the same."""
+        job, array, task = (
+            self.environ.get(f"SLURM_{word}") for word in ("JOB_ID", "ARRAY_JOB_ID", "ARRAY_TASK_ID")
+        )
+        return f"{array}_{task}" if job == self.job and array and task else self.job
+
     def state(self) -> JobState | None:
         """None if the controller does not say."""
-        answer = self.outside.call(
-            ["squeue", "--noheader", "--jobs", self.job, "--format", "%T|%r|%x"], seconds=CALL_SECONDS
-        )
-        parts = answer.out.strip().splitlines()[:1]
-        if answer.code != 0 or not parts or parts[0].count("|") < 2:
+        command = ["squeue", "--noheader", "--jobs", self.job, "--format", "%A|%T|%r|%x"]
+        answer = self.outside.call(command, seconds=CALL_SECONDS)
+        lines = [[part.strip() for part in line.split("|", 3)] for line in answer.out.splitlines()]
+        # The number of an array is that of one of its tasks too, and brings all of them.
+        mine = [line[1:] for line in lines if len(line) == 4 and line[0] == self.job]
+        if answer.code != 0 or not mine:
             return None
-        state, reason, excluded = (part.strip() for part in parts[0].split("|", 2))
+        state, reason, excluded = mine[0]
         return JobState(state=state, reason=reason, excluded="" if excluded in ("(null)", "N/A") else excluded)
 
     def preempted(self) -> bool:
         """Whether the controller has begun to take this attempt's nodes for another job. In the time that it leaves
         (GraceTime) SIGTERM goes to the steps alone, not to the batch shell."""
         answer = self.outside.call(
-            ["scontrol", "show", "job", "-o", self.job],
+            ["scontrol", "show", "job", "-o", self.name],
             seconds=CALL_SECONDS,
             environ={**self.environ, "SLURM_TIME_FORMAT": "standard"},
         )
@@ -81,12 +90,12 @@ class Slurm:
 
     def requeue(self) -> str | None:
         """Back into the queue: Slurm ends this attempt, and this process with it. None, or why not."""
-        answer = self.outside.call(["scontrol", "requeue", self.job], seconds=CALL_SECONDS)
+        answer = self.outside.call(["scontrol", "requeue", self.name], seconds=CALL_SECONDS)
         return None if answer.code == 0 else answer.words
 
     def let_go(self, living: Iterable[str]) -> str | None:
         """The running job keeps these of its nodes alone. None, or why not."""
-        command = ["scontrol", "update", f"JobId={self.job}", f"NodeList={','.join(living)}"]
+        command = ["scontrol", "update", f"JobId={self.name}", f"NodeList={','.join(living)}"]
         try:
             # scontrol leaves scripts for a job that was resized where it runs.
             with tempfile.TemporaryDirectory() as folder:
@@ -99,7 +108,7 @@ class Slurm:
         """How many nodes the requeued job needs, and which it must not get; None: as before. None, or why not."""
         facts = [f"NumNodes={nodes}"] if nodes is not None else []
         facts += [f"ExcNodeList={','.join(exclude)}"] if exclude is not None else []
-        answer = self.outside.call(["scontrol", "update", f"JobId={self.job}", *facts], seconds=CALL_SECONDS)
+        answer = self.outside.call(["scontrol", "update", f"JobId={self.name}", *facts], seconds=CALL_SECONDS)
         return None if answer.code == 0 else answer.words
 
     def up(self, hosts: Iterable[str]) -> set[str]:

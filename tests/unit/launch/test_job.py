@@ -216,6 +216,14 @@ def test_a_requeue_that_is_refused_becomes_a_new_job(stage):
     assert stage.lines("resubmitted")[0]["to"] == "777"
 
 
+def test_a_task_of_an_array_is_requeued_alone(stage):
+    stage.environ |= {"SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "4"}
+    stage.play("state", "11|PENDING|Resources|\n12|RUNNING|None|n9")
+    warn(stage, "USR2", when="life")
+    assert stage.supervise({"all": "wait end=75"}) == 75
+    assert asked(stage) == ["scontrol requeue 12_4"]
+
+
 def test_when_nothing_brings_it_back_it_says_how(stage, capfd):
     stage.play("refuse", "scontrol", "sbatch")
     stage.environ["SLURM_JOB_NODELIST"] = "n1"
