@@ -44,6 +44,8 @@ class Supervisor:
     outside: Outside
     suspects: tuple[str, ...] = ()
     """Nodes that never said how the last life ended for them."""
+    begun: bool = False
+    """Whether this attempt has had a life."""
     told_lead: bool = field(default=False)
 
     def run(self) -> int:
@@ -64,7 +66,7 @@ class Supervisor:
         """One, if nothing is against it."""
         run, number = Path(self.job.run), self._past().number + 1
         if self.outside.warned or self._asked:
-            return self._decide(Ending(code=EXIT_REQUEUE, lived=False))
+            return self._not_begun()
         folder = run / JOBS / self.slurm.job / f"life-{number:04d}"
         environ = self._variables(folder, number=number)
         try:
@@ -77,6 +79,7 @@ class Supervisor:
             if counts and not self.outside.warned:
                 step = record.committed_step(run)
                 self._note("life", life=number, step=step, nodes=self.hosts, attempt=self._attempt)
+                self.begun = True
             if ending.code == EXIT_OK and not self.outside.warned:
                 self._say(
                     f"life {number} begins on {', '.join(self.hosts[:8])}{', ...' if len(self.hosts) > 8 else ''}"
@@ -84,12 +87,18 @@ class Supervisor:
                 lived = life.live(self.job, folder=folder, environ=environ, outside=self.outside)
                 ending, self.suspects = lived.ending, lived.unheard
             elif ending.code == EXIT_OK:
-                ending = Ending(code=EXIT_REQUEUE, lived=False)
+                return self._not_begun()
         finally:
             shutil.rmtree(folder, ignore_errors=True)
             with contextlib.suppress(OSError):
                 folder.parent.rmdir()
         return self._decide(ending)
+
+    def _not_begun(self) -> tuple[Decision, Ending]:
+        """A time limit that warns before the first life of each attempt would never let one begin: it counts as one."""
+        if "USR2" in self.outside.warned and not self.begun and not self._asked and not self.slurm.preempted():
+            self._note("stuck", step=record.committed_step(Path(self.job.run)))
+        return self._decide(Ending(code=EXIT_REQUEUE, lived=False))
 
     def _fit(self, folder: Path, *, environ: Mapping[str, str]) -> Ending:
         """Nodes that fell silent in the last life are asked first: the checks of all wait long for one that is gone."""

@@ -6,7 +6,8 @@ attempt, which counts from it.
     {"what": "decision", "then": "again", "code": 137, ...}  what came of it, and what happens next
     {"what": "resubmitted", "to": "4712"}                  the job goes on under this number
     {"what": "excluded", "nodes": ["n2"], "lost": ["n2"]}  the job must not get these nodes; lost: they do not answer
-    {"what": "stuck", "step": 400, "nodes": ["n2"]}       the job cannot do without bad or lost nodes; counts as a life
+    {"what": "stuck", "step": 400, "nodes": ["n2"]}       bad or lost nodes for which there are no others, or a
+                                                           warning before the first life: counts as a life
     {"what": "short", "nodes": ["n1"]}                     an attempt that was given too few nodes
 """
 

@@ -130,6 +130,20 @@ def test_a_warning_before_a_life_starts_none(stage):
     assert not stage.calls("srun")
 
 
+def test_a_time_limit_that_lets_no_life_begin_is_not_tried_for_ever(stage):
+    stage.clock.warned.append("USR2")
+    assert [stage.supervise(OK) for _ in range(3)] == [75, 75, 76]
+    assert stage.then == ["requeue", "requeue", "stop"]
+
+
+@pytest.mark.parametrize(("warned", "at"), [("TERM", ""), ("USR2", "2026-01-02T01:00:00")])
+def test_preemptions_before_a_life_are_nobodys_fault(warned, at, stage):
+    """Some clusters send the warning at a preemption too (PreemptParameters=send_user_signal)."""
+    stage.play("preempted", at)
+    stage.clock.warned.append(warned)
+    assert [stage.supervise(OK) for _ in range(4)] == [75] * 4
+
+
 def test_a_warning_while_nodes_are_checked_starts_no_life(stage):
     stage.clock.at_each = lambda: stage.clock.warned.append("USR2") if not stage.clock.warned else None
     assert stage.supervise(OK) == 75
