@@ -63,7 +63,8 @@ def decide(
         return Decision(then=STOP, code=EXIT_REQUEUE, reason="stopped by `ecdit stop`; go on with: sbatch job.sh")
     if "TERM" in warned and (state is None or not state.ours):
         about = "squeue does not say how" if state is None else f"{state.state}, {state.reason}"
-        return Decision(then=LEAVE, code=ending.code, reason=f"Slurm ends this attempt itself ({about}); {told}")
+        # Not the ranks' 137 or 143: to the batch shell that would be the supervisor's own end by a signal.
+        return Decision(then=LEAVE, code=EXIT_REQUEUE, reason=f"Slurm ends this attempt itself ({about}); {told}")
     if kind.then == classes.SAVED and not warned:
         reason = f"{told}; Slurm has not asked for it, so it does not come back by itself: sbatch job.sh"
         return Decision(then=STOP, code=EXIT_REQUEUE, reason=reason)
