@@ -50,11 +50,17 @@ class Supervisor:
 
     def run(self) -> int:
         """Lives until one of them is the last here. The exit code of the job."""
+        if self._asked and self._attempt and self._is_stopped():
+            self._say("stopped by `ecdit stop` before, and brought back by Slurm (RequeueExit): cancelled; go on with: sbatch job.sh")
+            self.slurm.cancel()
+            return EXIT_REQUEUE
         if len(self.hosts) < self.job.nodes:
             return self._ask_for_all()
         while True:
             decision, ending = self._life()
             self._tell(decision, ending)
+            if decision.then == STOP and self._asked:
+                return decision.code  # the request stays: RequeueExit may bring the job back
             if decision.then in (DONE, STOP, LEAVE):
                 self._stop_path.unlink(missing_ok=True)
                 return decision.code
@@ -132,6 +138,10 @@ class Supervisor:
         host = self.environ.get("SLURMD_NODENAME", self.hosts[0])
         Comeback(job=self.job, slurm=self.slurm, hosts=self.hosts, host=host, say=self._say).go(ending)
         return EXIT_REQUEUE
+
+    def _is_stopped(self) -> bool:
+        decided = [line for line in record.read(Path(self.job.run), self.slurm.job) if line.get("what") == "decision"]
+        return bool(decided) and decided[-1].get("then") == STOP
 
     def _ask_for_all(self) -> int:
         """A job that let a lost node go, and came back before it could ask for another one. The job's exit code."""

@@ -93,6 +93,10 @@ class Slurm:
         answer = self.outside.call(["scontrol", "requeue", self.name], seconds=CALL_SECONDS)
         return None if answer.code == 0 else answer.words
 
+    def cancel(self) -> None:
+        """Slurm ends this attempt, and never starts the job again."""
+        self.outside.call(["scancel", self.name], seconds=CALL_SECONDS)
+
     def let_go(self, living: Iterable[str]) -> str | None:
         """The running job keeps these of its nodes alone. None, or why not."""
         command = ["scontrol", "update", f"JobId={self.name}", f"NodeList={','.join(living)}"]

@@ -1,4 +1,4 @@
-"""Slurm played by this file: copied to a folder of PATH as srun, scontrol, squeue, sinfo, sbatch. Beside it lie `nodes` (hosts of
+"""Slurm played by this file: copied to a folder of PATH as srun, scontrol, squeue, sinfo, sbatch, scancel. Beside it lie `nodes` (hosts of
 the job), `dead` (those that answer nothing), `refuse` (programs that refuse, or `program:word`: calls with a word that begins so),
 `state` (squeue's answer, a line a job; the number may be left out), `preempted` (when), `up` (nodes that sinfo calls idle) and `calls` (what was asked).
 

@@ -216,7 +216,15 @@ def test_ecdit_stop_ends_the_job_also_between_lives(stage):
     assert stage.supervise({"all": "end=1"}) == 75
     assert (stage.then, len(stage.lines("life"))) == (["again", "stop"], 1)
     assert "ecdit stop" in stage.lines()[-1]["reason"]
-    assert not (stage.run / "jobs" / "12.stop").exists()
+
+    # A cluster whose RequeueExit lists 75 starts it again, each time that it ends with that.
+    stage.environ["SLURM_RESTART_COUNT"] = "1"
+    assert stage.supervise(OK) == 75
+    assert stage.calls("scancel") == ["scancel 12"]
+    assert len(stage.lines("life")) == 1
+    # Another job is not asked to stop.
+    stage.environ |= {"SLURM_JOB_ID": "13", "SLURM_RESTART_COUNT": "0"}
+    assert stage.supervise(OK) == 0
 
 
 def test_a_requeue_that_is_refused_becomes_a_new_job(stage):
