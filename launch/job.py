@@ -237,6 +237,8 @@ def supervise(path: Path, *, environ: Mapping[str, str], outside: Outside) -> in
             f"SLURM_JOB_ID and SLURM_JOB_NODELIST are not set: this is what {JOB_SCRIPT} starts; run: sbatch"
         )
     hosts = [names] if not set(names) & set("[,") else expand(names)
+    if not hosts:
+        raise EcditError(f"SLURM_JOB_NODELIST = {names!r} names no nodes, and `scontrol show hostnames` does not say which")
     if len(hosts) > job.nodes or (len(hosts) < job.nodes and not _restarts(environ)):
         raise EcditError(f"{path} is about {job.nodes} nodes, and job {number} has {len(hosts)} ({names})")
     slurm = Slurm(outside=outside, job=number, environ=environ)

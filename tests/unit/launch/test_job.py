@@ -384,6 +384,13 @@ def test_outside_of_a_job_or_on_other_nodes_it_refuses(stage):
         stage.supervise(OK)
 
 
+def test_a_list_of_nodes_that_nobody_can_read_is_one_clear_error(stage):
+    stage.play("nodes", "")
+    stage.environ |= {"SLURM_JOB_NODELIST": "n[1-x]", "SLURM_RESTART_COUNT": "1"}
+    with pytest.raises(EcditError, match=r"'n\[1-x\]' names no nodes"):
+        stage.supervise(OK)
+
+
 def test_a_killed_supervisor_takes_its_ranks_along(stage):
     """The kernel ends srun, and srun its tasks."""
     (stage.run / "ranks").write_text(json.dumps([{"all": "sleep"}]))
