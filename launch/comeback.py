@@ -133,6 +133,11 @@ class Comeback:
         if without:
             self._note("excluded", nodes=without, lost=[host for host in lost if host in without])
         self._note("resubmitted", to=number, exclude=without)
+        moved, still = self.slurm.move_waiting(number)
+        if moved:
+            self.say(f"{', '.join(moved)} waited for this job: now for job {number}")
+        if still:
+            self.say(f"waits for this job, and cannot be told to wait for job {number}: {'; '.join(still)}")
         self.say(f"the job goes on as job {number}{' without ' * bool(without)}{', '.join(without)}")
         return True
 

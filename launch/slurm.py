@@ -139,6 +139,23 @@ class Slurm:
         number = answer.out.strip().partition(";")[0]
         return (number, "") if answer.code == 0 and number.isdigit() else (None, answer.words)
 
+    def move_waiting(self, number: str) -> tuple[list[str], list[str]]:
+        """This user's jobs that wait for this one wait for job `number` from now on: (those that do, why others do not). Slurm
+        would cancel them at this one's end, or let them wait for good."""
+        answer = self.outside.call(["squeue", "--me", "--noheader", "--format", "%i|%E"], seconds=CALL_SECONDS)
+        moved, refused = [], []
+        for line in answer.out.splitlines() if answer.code == 0 else ():
+            job, _, waits = line.strip().partition("|")
+            now = re.sub(rf"(?<=:){re.escape(self.name)}(?![\d_])", number, told := re.sub(r"\([^)]*\)", "", waits))
+            if now == told:
+                continue
+            said = self.outside.call(["scontrol", "update", f"JobId={job}", f"Dependency={now}"], seconds=CALL_SECONDS)
+            if said.code == 0:
+                moved.append(job)
+            else:
+                refused.append(f"{job}: {said.words}")
+        return moved, refused
+
     def fits(self, script: Path, *, exclude: Iterable[str]) -> bool:
         """Whether the job could start on the nodes that are left. One that could not Slurm holds for good, with priority 0."""
         answer = self._sbatch("--test-only", script=script, exclude=exclude)

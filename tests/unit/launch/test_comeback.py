@@ -46,6 +46,22 @@ def test_what_slurm_refuses_makes_a_new_job_without_the_lost_node(refused, calls
     assert [(line["to"], line["exclude"]) for line in stage.lines("resubmitted")] == [("777", ["n2"])]
 
 
+def test_jobs_that_wait_for_it_wait_for_the_new_one(stage, monkeypatch, capfd):
+    """Slurm would cancel them (`--kill-on-invalid-dep`) when this number ends with 75."""
+    waiting = ["20|afterok:12(unfulfilled)", "21|afterany:9(unfulfilled),afterok:12(unfulfilled)", "22_[1-3]|afterok:12_*(unfulfilled)"]
+    stage.play("waiting", "\n".join([*waiting, "23|afterok:112(unfulfilled)", "24|", "25_[1-3]|afternotok:12(unfulfilled)"]))
+    stage.play("refuse", "scontrol:NodeList=", "scontrol:JobId=25")
+    calls = attempt(stage, monkeypatch, LOST)
+    assert calls[1:] == [
+        "scontrol update JobId=20 Dependency=afterok:777",
+        "scontrol update JobId=21 Dependency=afterany:9,afterok:777",
+        "scontrol update JobId=25_[1-3] Dependency=afternotok:777",
+    ]
+    err = capfd.readouterr().err
+    assert "20, 21 waited for this job: now for job 777" in err
+    assert "cannot be told to wait for job 777: 25_[1-3]: scontrol: error: Operation not permitted" in err
+
+
 def test_a_node_cannot_let_itself_go(stage, monkeypatch):
     stage.environ["SLURMD_NODENAME"] = "n2"
     assert attempt(stage, monkeypatch, LOST) == []
