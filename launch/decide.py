@@ -11,6 +11,8 @@ from launch.record import History
 from launch.slurm import JobState
 
 DONE, STOP, AGAIN, REQUEUE, LEAVE = "done", "stop", "again", "requeue", "leave"
+PREEMPTED = "PREEMPTED"
+"""Among the warnings: what Slurm's SIGTERM to the steps was for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,8 @@ class Decision:
     reason: str
     wait: float = 0.0
     """Seconds before it."""
+    taken: bool = False
+    """Whether Slurm took the nodes away (a preemption, a requeue by hand), which says nothing about the run."""
 
 
 def decide(
@@ -64,10 +68,13 @@ def decide(
     if "TERM" in warned and (state is None or not state.ours):
         about = "squeue does not say how" if state is None else f"{state.state}, {state.reason}"
         # Not the ranks' 137 or 143: to the batch shell that would be the supervisor's own end by a signal.
-        return Decision(then=LEAVE, code=EXIT_REQUEUE, reason=f"Slurm ends this attempt itself ({about}); {told}")
+        reason = f"Slurm ends this attempt itself ({about}); {told}"
+        return Decision(then=LEAVE, code=EXIT_REQUEUE, reason=reason, taken="USR2" not in warned)
     if kind.then == classes.SAVED and not warned:
         reason = f"{told}; Slurm has not asked for it, so it does not come back by itself: sbatch job.sh"
         return Decision(then=STOP, code=EXIT_REQUEUE, reason=reason)
+    if PREEMPTED in warned or ("TERM" in warned and "USR2" not in warned and state is not None and state.reason != "TimeLimit"):
+        return Decision(then=REQUEUE, code=EXIT_REQUEUE, reason=told, taken=True)
     if past.without_progress >= limits.without_progress:
         reason = f"{past.without_progress} lives in a row without a newer checkpoint; the last: {told}"
         return Decision(then=STOP, code=NoProgressError.exit_code, reason=reason)

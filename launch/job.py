@@ -21,14 +21,12 @@ from ecdit_train.run_folder import JOB_SCRIPT, JOBS
 from ecdit_train.supervise.exit_file import EXIT_FILE_VARIABLE
 from launch import bandwidth, classes, interface, job_file, life, preflight, record, reports
 from launch.comeback import Comeback
-from launch.decide import AGAIN, DONE, LEAVE, REQUEUE, STOP, Decision, Ending, decide
+from launch.decide import AGAIN, DONE, LEAVE, PREEMPTED, REQUEUE, STOP, Decision, Ending, decide
 from launch.job_file import JobFile
 from launch.outside import WARNINGS, Outside
 from launch.place import expand, port_of
 from launch.slurm import Slurm
 
-PREEMPTED = "PREEMPTED"
-"""Among the warnings: what Slurm's SIGTERM to the steps was for."""
 SHORT = 3
 """Attempts in a row with too few nodes, after which somebody must look."""
 
@@ -166,6 +164,7 @@ class Supervisor:
         run = Path(self.job.run)
         past, step, need = self._past(), record.committed_step(run), record.needed_lead(run)
         facts = {"bad": dict(ending.bad), "lost": ending.lost, "warned": self.outside.warned, "wait": decision.wait}
+        facts["taken"] = decision.taken
         self._note(
             "decision",
             life=past.number,

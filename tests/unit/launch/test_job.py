@@ -198,6 +198,40 @@ def test_a_preemption_whose_grace_only_the_steps_hear_of_comes_back(end, stage):
     assert stage.calls("scontrol requeue")
 
 
+@pytest.mark.parametrize(("state", "then"), [("RUNNING|None|", "requeue"), ("COMPLETING|None|", "leave")])
+def test_lives_that_were_preempted_do_not_count(state, then, stage, fit):
+    """Three of them in a start that takes its time, and a crash after that, are no reason to give up; three crashes are."""
+    stage.play("state", state)
+    lives = {"without_progress": 3, "total": 3, "back_off": []}
+    for _ in range(4):
+        stage.clock.warned.clear()
+        warn(stage, "TERM", when="life")
+        assert stage.supervise({"all": "wait end=143"}, lives=lives) == 75
+    assert stage.then == [then] * 4
+    stage.clock.at_each = lambda: None
+    stage.clock.warned.clear()
+    assert stage.supervise({"all": "end=1"}, lives=lives) == 76
+    assert stage.then[4:] == ["again", "again", "stop"]
+
+
+def test_lives_that_a_time_limit_ended_count(stage, fit):
+    for code in (75, 75, 76):
+        stage.clock.warned.clear()
+        warn(stage, "USR2", "TERM", when="life")
+        assert stage.supervise({"all": "wait end=75"}) == code
+
+
+def test_a_crash_before_a_preemption_counts(stage, fit):
+    """The preemption came while it waited for the next life."""
+    for code in (75, 75, 76):
+        stage.clock.warned.clear()
+        before = len(stage.lines())
+        stage.clock.at_each = lambda n=before: (
+            stage.clock.warned.append("TERM") if len(stage.lines()) > n and not stage.clock.warned else None
+        )
+        assert stage.supervise({"all": "end=1"}) == code
+
+
 @pytest.mark.parametrize("when", ["None", "Unknown", "2026-01-01T23:00:00"])
 def test_a_stop_that_slurm_did_not_ask_for_stays_stopped(when, stage):
     """The last one: an earlier attempt's preemption."""
