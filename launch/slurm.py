@@ -116,12 +116,13 @@ class Slurm:
         return None if answer.code == 0 else answer.words
 
     def up(self, hosts: Iterable[str]) -> set[str]:
-        """Those that Slurm could give to a job now."""
+        """Those that are no worse than others: idle, at work, or soon to be."""
         command = ["sinfo", "--noheader", "--Node", "--nodes", ",".join(hosts), "--format", "%N %t"]
         answer = self.outside.call(command, seconds=CALL_SECONDS)
         rows = [line.split() for line in answer.out.splitlines()] if answer.code == 0 else []
-        # A `*` behind the state: it does not answer.
-        return {row[0] for row in rows if len(row) == 2 and row[1] in ("idle", "mix", "alloc")}
+        # Behind the state: planned (-), or switched off or on to save power. `*`: it does not answer.
+        fit = ("idle", "mix", "alloc", "comp", "plnd", "resv")
+        return {row[0] for row in rows if len(row) == 2 and row[1].rstrip("-~#!%") in fit}
 
     def expand(self, names: str) -> list[str]:
         return expand(names, seconds=CALL_SECONDS)
@@ -159,7 +160,8 @@ class Slurm:
     def fits(self, script: Path, *, exclude: Iterable[str]) -> bool:
         """Whether the job could start on the nodes that are left. One that could not Slurm holds for good, with priority 0."""
         answer = self._sbatch("--test-only", script=script, exclude=exclude)
-        return answer.code == 0 or "not available" not in answer.words
+        # Not the partition's, which may be down for now.
+        return answer.code == 0 or "requested node configuration is not available" not in answer.words.lower()
 
     def _sbatch(self, *options: str, script: Path, exclude: Iterable[str]) -> Answer:
         away = [f"--exclude={names}"] if (names := ",".join(exclude)) else []
