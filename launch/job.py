@@ -235,6 +235,7 @@ def supervise(path: Path, *, environ: Mapping[str, str], outside: Outside) -> in
         raise EcditError(
             f"SLURM_JOB_ID and SLURM_JOB_NODELIST are not set: this is what {JOB_SCRIPT} starts; run: sbatch"
         )
+    record.add(Path(job.run), number, what="begun", attempt=_restarts(environ))
     hosts = [names] if not set(names) & set("[,") else expand(names)
     if not hosts:
         raise EcditError(f"SLURM_JOB_NODELIST = {names!r} names no nodes, and `scontrol show hostnames` does not say which")

@@ -2,6 +2,7 @@
 attempt, which counts from it.
 
     {"what": "submitted"}                                  by `ecdit launch`: first of all
+    {"what": "begun", "attempt": 0}                        by the supervisor, first of all
     {"what": "life", "life": 3, "step": 400, ...}          a life begins; newest committed step then
     {"what": "decision", "then": "again", "code": 137, ...}  what came of it, and what happens next; "taken": Slurm took the nodes
     {"what": "resubmitted", "to": "4712"}                  the job goes on under this number

@@ -230,3 +230,36 @@ def test_too_many_left_out_earlier_are_taken_back(stage, monkeypatch):
     stage.play("state", "RUNNING|None|n9,n1")
     stage.play("refuse", "sbatch:--exclude=n9,n1")
     assert attempt(stage, monkeypatch, BAD)[-1] == "scontrol update JobId=12 ExcNodeList=n9,n2"
+
+
+@pytest.fixture
+def asked(stage) -> Slurm:
+    return Slurm(outside=stage.clock, job="12", environ=stage.environ)
+
+
+@pytest.mark.parametrize("state", ["idle", "mix-", "alloc", "plnd", "idle~", "idle#", "resv"])
+def test_a_node_that_is_planned_for_or_switched_off_is_up(state, stage, asked):
+    write(stage.bin / "sinfo", f"#!/bin/sh\necho n2 {state}\n")
+    assert asked.up(["n2"]) == {"n2"}
+
+
+@pytest.mark.parametrize("state", ["idle*", "idle~*", "down", "drain", "mix$", "idle@"])
+def test_a_node_that_does_not_answer_or_is_not_wanted_is_not_up(state, stage, asked):
+    write(stage.bin / "sinfo", f"#!/bin/sh\necho n2 {state}\n")
+    assert asked.up(["n2"]) == set()
+
+
+def test_only_nodes_that_are_lacking_make_a_job_unfit(stage, asked):
+    """A partition that is down for an hour is no reason to take a bad node back."""
+    for words, fits in (
+        ("Requested node configuration is not available", False),
+        ("Required partition not available (inactive or drain)", True),
+    ):
+        write(stage.bin / "sbatch", f"#!/bin/sh\necho 'allocation failure: {words}' >&2; exit 1\n")
+        assert asked.fits(stage.run / "job.sh", exclude=["n2"]) is fits
+
+
+def test_words_that_are_not_utf8_are_read_all_the_same(stage, asked):
+    write(stage.bin / "squeue", "#!/bin/sh\nprintf '12|RUNNING|\\351t\\351|n9\\n'\n")
+    state = asked.state()
+    assert (state.state, state.excluded) == ("RUNNING", "n9")

@@ -16,7 +16,7 @@ from job_stage import ROOT, Stage
 from ecdit_train.config.compose import compose
 from ecdit_train.errors import ConfigError, EcditError, NoProgressError
 from ecdit_train.supervise import processes
-from launch import job_file, preflight
+from launch import job_file, preflight, record
 from launch.decide import Ending
 from launch.description import describe
 
@@ -423,6 +423,15 @@ def test_a_list_of_nodes_that_nobody_can_read_is_one_clear_error(stage):
     stage.environ |= {"SLURM_JOB_NODELIST": "n[1-x]", "SLURM_RESTART_COUNT": "1"}
     with pytest.raises(EcditError, match=r"'n\[1-x\]' names no nodes"):
         stage.supervise(OK)
+
+
+def test_a_job_is_known_before_it_does_anything(stage, monkeypatch):
+    """To `ecdit stop` too: it may have been submitted by hand, and checks of nodes take minutes."""
+    seen = []
+    monkeypatch.setattr(preflight, "check", lambda *_, **__: seen.append(record.newest(stage.run)) or Ending(code=80))
+    assert stage.supervise(OK) == 80
+    assert seen == ["12"]
+    assert [line["attempt"] for line in stage.lines("begun")] == [0]
 
 
 def test_a_killed_supervisor_takes_its_ranks_along(stage):
