@@ -58,8 +58,8 @@ class Comeback:
             self.say(f"the job cannot do without {', '.join(kept)}: there are no other nodes for it")
             self._stuck(kept)
             self._wait(0.0 if self.slurm.outside.warned else back_off(self._past(), self.job.lives))
-        # A job that keeps a node which is gone is started again when that one has answered, so never. And where Slurm has refused to
-        # leave a node out of the requeued job, it would get that one once more.
+        # A job that keeps a node which is gone is started again when that one has answered, so never. And where Slurm has refused
+        # to leave a node out of the requeued job, it would get that one once more.
         was_refused = any(line.get("what") == "stuck" and line.get("refused") for line in self._lines())
         again = bool(lost) and not self._let_go(lost, state)
         if (again or (out and was_refused)) and away is not None and self._submit_again(away, lost=lost, without=out):

@@ -73,7 +73,9 @@ def decide(
     if kind.then == classes.SAVED and not warned:
         reason = f"{told}; Slurm has not asked for it, so it does not come back by itself: sbatch job.sh"
         return Decision(then=STOP, code=EXIT_REQUEUE, reason=reason)
-    if PREEMPTED in warned or ("TERM" in warned and "USR2" not in warned and state is not None and state.reason != "TimeLimit"):
+    if PREEMPTED in warned or (
+        "TERM" in warned and "USR2" not in warned and state is not None and state.reason != "TimeLimit"
+    ):
         return Decision(then=REQUEUE, code=EXIT_REQUEUE, reason=told, taken=True)
     if past.without_progress >= limits.without_progress:
         reason = f"{past.without_progress} lives in a row without a newer checkpoint; the last: {told}"

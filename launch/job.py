@@ -48,8 +48,8 @@ class Supervisor:
 
     def run(self) -> int:
         """Lives until one of them is the last here. The exit code of the job."""
-        if self._asked and self._attempt and self._is_stopped():
-            self._say("stopped by `ecdit stop` before, and brought back by Slurm (RequeueExit): cancelled; go on with: sbatch job.sh")
+        if self._attempt and (why := self._is_over()):
+            self._say(f"{why}, and Slurm has brought this one back (RequeueExit): cancelled")
             self.slurm.cancel()
             return EXIT_REQUEUE
         if len(self.hosts) < self.job.nodes:
@@ -118,7 +118,11 @@ class Supervisor:
         return bandwidth.check(self.job, hosts=self.hosts, slurm=self.slurm, environ=environ)
 
     def _decide(self, ending: Ending) -> tuple[Decision, Ending]:
-        if not self.outside.warned and classes.of(ending.code).then in (classes.SAVED, classes.AGAIN) and not self._asked:
+        if (
+            not self.outside.warned
+            and classes.of(ending.code).then in (classes.SAVED, classes.AGAIN)
+            and not self._asked
+        ):
             self.outside.warned += [PREEMPTED] * self.slurm.preempted()
         warned = tuple(self.outside.warned)
         decision = decide(
@@ -137,9 +141,14 @@ class Supervisor:
         Comeback(job=self.job, slurm=self.slurm, hosts=self.hosts, host=host, say=self._say).go(ending)
         return EXIT_REQUEUE
 
-    def _is_stopped(self) -> bool:
-        decided = [line for line in record.read(Path(self.job.run), self.slurm.job) if line.get("what") == "decision"]
-        return bool(decided) and decided[-1].get("then") == STOP
+    def _is_over(self) -> str | None:
+        """Why there should be no further attempt of this job, if so."""
+        lines = record.read(Path(self.job.run), self.slurm.job)
+        last = [line for line in lines if line.get("what") in ("decision", "resubmitted")][-1:]
+        if [line for line in last if line.get("then") == STOP] and self._asked:
+            return "the run was stopped by `ecdit stop` (go on with: sbatch job.sh)"
+        to = [str(line["to"]) for line in last if line.get("what") == "resubmitted"]
+        return f"the run goes on as job {to[0]}" if to and to[0] != self.slurm.job else None
 
     def _ask_for_all(self) -> int:
         """A job that let a lost node go, and came back before it could ask for another one. The job's exit code."""
@@ -238,7 +247,9 @@ def supervise(path: Path, *, environ: Mapping[str, str], outside: Outside) -> in
     record.add(Path(job.run), number, what="begun", attempt=_restarts(environ))
     hosts = [names] if not set(names) & set("[,") else expand(names)
     if not hosts:
-        raise EcditError(f"SLURM_JOB_NODELIST = {names!r} names no nodes, and `scontrol show hostnames` does not say which")
+        raise EcditError(
+            f"SLURM_JOB_NODELIST = {names!r} names no nodes, and `scontrol show hostnames` does not say which"
+        )
     if len(hosts) > job.nodes or (len(hosts) < job.nodes and not _restarts(environ)):
         raise EcditError(f"{path} is about {job.nodes} nodes, and job {number} has {len(hosts)} ({names})")
     slurm = Slurm(outside=outside, job=number, environ=environ)

@@ -77,8 +77,7 @@ def jobs(run: Path) -> list[str]:
 
 def _before(run: Path, job: str) -> str | None:
     for path in (run / JOBS).glob("*.jsonl"):
-        last = (_lines(path) or [{}])[-1]
-        if last.get("what") == "resubmitted" and str(last.get("to")) == job:
+        if any(line.get("what") == "resubmitted" and str(line.get("to")) == job for line in _lines(path)):
             return path.stem
     return None
 

@@ -44,7 +44,9 @@ def is_final(refused: str) -> bool:
 
 def is_unreached(refused: str) -> bool:
     """Whether the controller certainly was not asked; a call that timed out may have been heard."""
-    return any(word in refused.lower() for word in ("unable to contact", "connection refused", "standby", "connect failure"))
+    return any(
+        word in refused.lower() for word in ("unable to contact", "connection refused", "standby", "connect failure")
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +60,7 @@ class Slurm:
     @property
     def name(self) -> str:
         """For scontrol: to it the number of an array means all tasks, and one of them has the same."""
-        job, array, task = (
-            self.environ.get(f"SLURM_{word}") for word in ("JOB_ID", "ARRAY_JOB_ID", "ARRAY_TASK_ID")
-        )
+        job, array, task = (self.environ.get(f"SLURM_{word}") for word in ("JOB_ID", "ARRAY_JOB_ID", "ARRAY_TASK_ID"))
         return f"{array}_{task}" if job == self.job and array and task else self.job
 
     def state(self) -> JobState | None:

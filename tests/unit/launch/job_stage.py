@@ -139,3 +139,13 @@ class Stage:
     @property
     def then(self) -> list[str]:
         return [line["then"] for line in self.lines()]
+
+
+def warn(stage: Stage, *names: str, when: str) -> None:
+    """Slurm's signals, once a line of that kind is in the record."""
+
+    def look() -> None:
+        if not stage.clock.warned and stage.lines(when):
+            stage.clock.warned += names
+
+    stage.clock.at_each = look

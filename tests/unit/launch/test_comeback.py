@@ -46,10 +46,29 @@ def test_what_slurm_refuses_makes_a_new_job_without_the_lost_node(refused, calls
     assert [(line["to"], line["exclude"]) for line in stage.lines("resubmitted")] == [("777", ["n2"])]
 
 
+def test_a_job_that_goes_on_under_another_number_is_over(stage, monkeypatch):
+    """Its 75 makes Slurm bring it back where RequeueExit lists that; the new job counts on from it all the same."""
+    stage.play("refuse", "scontrol:NodeList=")
+    attempt(stage, monkeypatch, LOST)
+    stage.environ["SLURM_RESTART_COUNT"] = "1"
+    assert attempt(stage, monkeypatch, LOST) == []
+    assert stage.calls("scancel") == ["scancel 12"]
+    stage.environ["SLURM_JOB_ID"] = "777"
+    attempt(stage, monkeypatch, LOST)
+    assert not stage.calls("scancel")
+    assert [line["what"] for line in record.read(stage.run, "777")].count("resubmitted") == 2
+
+
 def test_jobs_that_wait_for_it_wait_for_the_new_one(stage, monkeypatch, capfd):
     """Slurm would cancel them (`--kill-on-invalid-dep`) when this number ends with 75."""
-    waiting = ["20|afterok:12(unfulfilled)", "21|afterany:9(unfulfilled),afterok:12(unfulfilled)", "22_[1-3]|afterok:12_*(unfulfilled)"]
-    stage.play("waiting", "\n".join([*waiting, "23|afterok:112(unfulfilled)", "24|", "25_[1-3]|afternotok:12(unfulfilled)"]))
+    waiting = [
+        "20|afterok:12(unfulfilled)",
+        "21|afterany:9(unfulfilled),afterok:12(unfulfilled)",
+        "22_[1-3]|afterok:12_*(unfulfilled)",
+    ]
+    stage.play(
+        "waiting", "\n".join([*waiting, "23|afterok:112(unfulfilled)", "24|", "25_[1-3]|afternotok:12(unfulfilled)"])
+    )
     stage.play("refuse", "scontrol:NodeList=", "scontrol:JobId=25")
     calls = attempt(stage, monkeypatch, LOST)
     assert calls[1:] == [
