@@ -11,6 +11,8 @@ from launch.record import History
 from launch.slurm import JobState
 
 DONE, STOP, AGAIN, REQUEUE, LEAVE = "done", "stop", "again", "requeue", "leave"
+PREEMPTED = "PREEMPTED"
+"""Among the warnings: what Slurm's SIGTERM to the steps was for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,8 @@ class Decision:
     reason: str
     wait: float = 0.0
     """Seconds before it."""
+    taken: bool = False
+    """Whether Slurm took the nodes away (a preemption, a requeue by hand), which says nothing about the run."""
 
 
 def decide(
@@ -47,7 +51,7 @@ def decide(
 ) -> Decision:
     """Args:
     past: with this life, as the checkpoints stand now.
-    warned: signals that Slurm sent.
+    warned: signals that Slurm sent; and that it has begun a preemption, where it sent none to us.
     asked: somebody has said `ecdit stop`.
     state: the job's, where Slurm has sent SIGTERM.
     """
@@ -61,12 +65,18 @@ def decide(
         return Decision(then=STOP, code=ending.code, reason=told)
     if asked:
         return Decision(then=STOP, code=EXIT_REQUEUE, reason="stopped by `ecdit stop`; go on with: sbatch job.sh")
-    if "TERM" in warned and not _is_ours(state):
+    if "TERM" in warned and (state is None or not state.ours):
         about = "squeue does not say how" if state is None else f"{state.state}, {state.reason}"
-        return Decision(then=LEAVE, code=ending.code, reason=f"Slurm ends this attempt itself ({about}); {told}")
+        # Not the ranks' 137 or 143: to the batch shell that would be the supervisor's own end by a signal.
+        reason = f"Slurm ends this attempt itself ({about}); {told}"
+        return Decision(then=LEAVE, code=EXIT_REQUEUE, reason=reason, taken="USR2" not in warned)
     if kind.then == classes.SAVED and not warned:
         reason = f"{told}; Slurm has not asked for it, so it does not come back by itself: sbatch job.sh"
         return Decision(then=STOP, code=EXIT_REQUEUE, reason=reason)
+    if PREEMPTED in warned or (
+        "TERM" in warned and "USR2" not in warned and state is not None and state.reason != "TimeLimit"
+    ):
+        return Decision(then=REQUEUE, code=EXIT_REQUEUE, reason=told, taken=True)
     if past.without_progress >= limits.without_progress:
         reason = f"{past.without_progress} lives in a row without a newer checkpoint; the last: {told}"
         return Decision(then=STOP, code=NoProgressError.exit_code, reason=reason)
@@ -77,16 +87,10 @@ def decide(
         return Decision(then=REQUEUE, code=EXIT_REQUEUE, reason=told)
     if ending.bad or ending.lost:
         return Decision(then=REQUEUE, code=EXIT_REQUEUE, reason=told)
-    return Decision(then=AGAIN, code=ending.code, reason=told, wait=_back_off(past, limits))
+    return Decision(then=AGAIN, code=ending.code, reason=told, wait=back_off(past, limits))
 
 
-def _is_ours(state: JobState | None) -> bool:
-    """Whether a job that got SIGTERM may be requeued by us: it still runs (a preemption's grace), or ran into its time limit. One
-    that was cancelled must not rise again, and one that Slurm has requeued needs nothing."""
-    return state is not None and (state.state == "RUNNING" or state.reason == "TimeLimit")
-
-
-def _back_off(past: History, limits: Lives) -> float:
+def back_off(past: History, limits: Lives) -> float:
     """A life that got further costs no wait."""
     if not past.without_progress or not limits.back_off:
         return 0.0

@@ -19,9 +19,9 @@ from pathlib import Path
 from ecdit_train.errors import EXIT_OK, EXIT_REQUEUE, EcditError, StorageError
 from ecdit_train.run_folder import JOB_SCRIPT, JOBS
 from ecdit_train.supervise.exit_file import EXIT_FILE_VARIABLE
-from launch import bandwidth, interface, job_file, life, preflight, record, reports
+from launch import bandwidth, classes, interface, job_file, life, preflight, record, reports
 from launch.comeback import Comeback
-from launch.decide import AGAIN, DONE, LEAVE, REQUEUE, STOP, Decision, Ending, decide
+from launch.decide import AGAIN, DONE, LEAVE, PREEMPTED, REQUEUE, STOP, Decision, Ending, decide
 from launch.job_file import JobFile
 from launch.outside import WARNINGS, Outside
 from launch.place import expand, port_of
@@ -42,15 +42,23 @@ class Supervisor:
     outside: Outside
     suspects: tuple[str, ...] = ()
     """Nodes that never said how the last life ended for them."""
+    begun: bool = False
+    """Whether this attempt has had a life."""
     told_lead: bool = field(default=False)
 
     def run(self) -> int:
         """Lives until one of them is the last here. The exit code of the job."""
+        if self._attempt and (why := self._is_over()):
+            self._say(f"{why}, and Slurm has brought this one back (RequeueExit): cancelled")
+            self.slurm.cancel()
+            return EXIT_REQUEUE
         if len(self.hosts) < self.job.nodes:
             return self._ask_for_all()
         while True:
             decision, ending = self._life()
             self._tell(decision, ending)
+            if decision.then == STOP and self._asked:
+                return decision.code  # the request stays: RequeueExit may bring the job back
             if decision.then in (DONE, STOP, LEAVE):
                 self._stop_path.unlink(missing_ok=True)
                 return decision.code
@@ -62,7 +70,7 @@ class Supervisor:
         """One, if nothing is against it."""
         run, number = Path(self.job.run), self._past().number + 1
         if self.outside.warned or self._asked:
-            return self._decide(Ending(code=EXIT_REQUEUE, lived=False))
+            return self._not_begun()
         folder = run / JOBS / self.slurm.job / f"life-{number:04d}"
         environ = self._variables(folder, number=number)
         try:
@@ -75,6 +83,7 @@ class Supervisor:
             if counts and not self.outside.warned:
                 step = record.committed_step(run)
                 self._note("life", life=number, step=step, nodes=self.hosts, attempt=self._attempt)
+                self.begun = True
             if ending.code == EXIT_OK and not self.outside.warned:
                 self._say(
                     f"life {number} begins on {', '.join(self.hosts[:8])}{', ...' if len(self.hosts) > 8 else ''}"
@@ -82,12 +91,18 @@ class Supervisor:
                 lived = life.live(self.job, folder=folder, environ=environ, outside=self.outside)
                 ending, self.suspects = lived.ending, lived.unheard
             elif ending.code == EXIT_OK:
-                ending = Ending(code=EXIT_REQUEUE, lived=False)
+                return self._not_begun()
         finally:
             shutil.rmtree(folder, ignore_errors=True)
             with contextlib.suppress(OSError):
                 folder.parent.rmdir()
         return self._decide(ending)
+
+    def _not_begun(self) -> tuple[Decision, Ending]:
+        """A time limit that warns before the first life of each attempt would never let one begin: it counts as one."""
+        if "USR2" in self.outside.warned and not self.begun and not self._asked and not self.slurm.preempted():
+            self._note("stuck", step=record.committed_step(Path(self.job.run)))
+        return self._decide(Ending(code=EXIT_REQUEUE, lived=False))
 
     def _fit(self, folder: Path, *, environ: Mapping[str, str]) -> Ending:
         """Nodes that fell silent in the last life are asked first: the checks of all wait long for one that is gone."""
@@ -103,6 +118,12 @@ class Supervisor:
         return bandwidth.check(self.job, hosts=self.hosts, slurm=self.slurm, environ=environ)
 
     def _decide(self, ending: Ending) -> tuple[Decision, Ending]:
+        if (
+            not self.outside.warned
+            and classes.of(ending.code).then in (classes.SAVED, classes.AGAIN)
+            and not self._asked
+        ):
+            self.outside.warned += [PREEMPTED] * self.slurm.preempted()
         warned = tuple(self.outside.warned)
         decision = decide(
             ending,
@@ -119,6 +140,15 @@ class Supervisor:
         host = self.environ.get("SLURMD_NODENAME", self.hosts[0])
         Comeback(job=self.job, slurm=self.slurm, hosts=self.hosts, host=host, say=self._say).go(ending)
         return EXIT_REQUEUE
+
+    def _is_over(self) -> str | None:
+        """Why there should be no further attempt of this job, if so."""
+        lines = record.read(Path(self.job.run), self.slurm.job)
+        last = [line for line in lines if line.get("what") in ("decision", "resubmitted")][-1:]
+        if [line for line in last if line.get("then") == STOP] and self._asked:
+            return "the run was stopped by `ecdit stop` (go on with: sbatch job.sh)"
+        to = [str(line["to"]) for line in last if line.get("what") == "resubmitted"]
+        return f"the run goes on as job {to[0]}" if to and to[0] != self.slurm.job else None
 
     def _ask_for_all(self) -> int:
         """A job that let a lost node go, and came back before it could ask for another one. The job's exit code."""
@@ -143,6 +173,7 @@ class Supervisor:
         run = Path(self.job.run)
         past, step, need = self._past(), record.committed_step(run), record.needed_lead(run)
         facts = {"bad": dict(ending.bad), "lost": ending.lost, "warned": self.outside.warned, "wait": decision.wait}
+        facts["taken"] = decision.taken
         self._note(
             "decision",
             life=past.number,
@@ -213,7 +244,12 @@ def supervise(path: Path, *, environ: Mapping[str, str], outside: Outside) -> in
         raise EcditError(
             f"SLURM_JOB_ID and SLURM_JOB_NODELIST are not set: this is what {JOB_SCRIPT} starts; run: sbatch"
         )
+    record.add(Path(job.run), number, what="begun", attempt=_restarts(environ))
     hosts = [names] if not set(names) & set("[,") else expand(names)
+    if not hosts:
+        raise EcditError(
+            f"SLURM_JOB_NODELIST = {names!r} names no nodes, and `scontrol show hostnames` does not say which"
+        )
     if len(hosts) > job.nodes or (len(hosts) < job.nodes and not _restarts(environ)):
         raise EcditError(f"{path} is about {job.nodes} nodes, and job {number} has {len(hosts)} ({names})")
     slurm = Slurm(outside=outside, job=number, environ=environ)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -67,10 +69,31 @@ def _first_host(environ: Mapping[str, str]) -> str:
 
 
 def expand(names: str, *, seconds: float = 60.0) -> list[str]:
-    """The hosts of Slurm's `n[1-3,7]`, in its order; none where `scontrol` is not there or does not answer."""
+    """The hosts of Slurm's `n[1-3,7]`, in its order; by our own reading where `scontrol` is not there or does not answer."""
     try:
         command = ["scontrol", "show", "hostnames", names]
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
+        found = done.stdout.split() if done.returncode == 0 else []
     except (OSError, subprocess.TimeoutExpired):
-        return []
-    return done.stdout.split() if done.returncode == 0 else []
+        found = []
+    return found or spelled_out(names)
+
+
+def spelled_out(names: str) -> list[str]:
+    """`n[1-3,7],m[01-02]x[1-2]` as hosts, the last numbers running fastest; zeros in front count. None where it is no such list."""
+    hosts: list[str] = []
+    for one in re.findall(r"(?:[^,\[\]]|\[[^\[\]]*\])+", names):
+        choices = [_numbers(part[1:-1]) if part[0] == "[" else [part] for part in re.findall(r"\[[^\]]*\]|[^\[]+", one)]
+        hosts += ["".join(parts) for parts in itertools.product(*choices)]
+    return hosts
+
+
+def _numbers(ranges: str) -> list[str]:
+    """Of `1-3,07`."""
+    found: list[str] = []
+    for one in ranges.split(","):
+        first, _, last = one.partition("-")
+        if not first.isdecimal() or not (last or first).isdecimal():
+            return []
+        found += [f"{n:0{len(first)}d}" for n in range(int(first), int(last or first) + 1)]
+    return found

@@ -2,11 +2,13 @@
 attempt, which counts from it.
 
     {"what": "submitted"}                                  by `ecdit launch`: first of all
+    {"what": "begun", "attempt": 0}                        by the supervisor, first of all
     {"what": "life", "life": 3, "step": 400, ...}          a life begins; newest committed step then
-    {"what": "decision", "then": "again", "code": 137, ...}  what came of it, and what happens next
+    {"what": "decision", "then": "again", "code": 137, ...}  what came of it, and what happens next; "taken": Slurm took the nodes
     {"what": "resubmitted", "to": "4712"}                  the job goes on under this number
     {"what": "excluded", "nodes": ["n2"], "lost": ["n2"]}  the job must not get these nodes; lost: they do not answer
-    {"what": "stuck", "step": 400}                         a node is bad, and there is no other; counts as a life
+    {"what": "stuck", "step": 400, "nodes": ["n2"]}       bad or lost nodes for which there are no others, or a
+                                                           warning before the first life: counts as a life
     {"what": "short", "nodes": ["n1"]}                     an attempt that was given too few nodes
 """
 
@@ -75,8 +77,7 @@ def jobs(run: Path) -> list[str]:
 
 def _before(run: Path, job: str) -> str | None:
     for path in (run / JOBS).glob("*.jsonl"):
-        last = (_lines(path) or [{}])[-1]
-        if last.get("what") == "resubmitted" and str(last.get("to")) == job:
+        if any(line.get("what") == "resubmitted" and str(line.get("to")) == job for line in _lines(path)):
             return path.stem
     return None
 
@@ -99,7 +100,7 @@ class History:
     number: int
     """Of the last life, ever."""
     lives: int
-    """Since somebody looked: since the job was stopped last."""
+    """Since somebody looked: since the job was stopped last; without those that Slurm ended to take the nodes away."""
     without_progress: int
     """Of these the last ones after which no newer step was committed."""
 
@@ -107,8 +108,18 @@ class History:
 def history(lines: list[Line], *, committed: int) -> History:
     """`committed`: the newest step now, -1: none. Needs no ends of lives, which a lost batch host does not write."""
     begins = [line for line in lines if line.get("what") == "life"]
-    stopped = [n for n, line in enumerate(lines) if line.get("what") == "decision" and line.get("then") == STOP]
-    recent = [line for line in lines[stopped[-1] + 1 if stopped else 0 :] if line.get("what") in ("life", "stuck")]
+    recent: list[Line] = []
+    open_life = False
+    for line in lines:
+        if line.get("what") in ("life", "stuck"):
+            recent.append(line)
+            open_life = line["what"] == "life"
+        elif line.get("what") == "decision":
+            if line.get("then") == STOP:
+                recent = []
+            elif open_life and line.get("taken"):
+                recent.pop()
+            open_life = False
     idle = 0
     for line in reversed(recent):
         if int(line.get("step", -1)) < committed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -26,6 +27,27 @@ class JobState:
     excluded: str
     """Nodes that it must not get, as Slurm writes them; empty: none."""
 
+    @property
+    def ours(self) -> bool:
+        """Whether we may requeue the job: it still runs (a preemption's grace), or ran into its time limit. One that was cancelled
+        must not rise again, and one that Slurm has requeued needs nothing."""
+        return self.state in ("RUNNING", "RESIZING", "SIGNALING") or (
+            self.reason == "TimeLimit" and self.state != "PENDING"
+        )
+
+
+def is_final(refused: str) -> bool:
+    """Whether Slurm has understood and said no, so that another try is for nothing."""
+    words = ("disabled", "permission", "permitted", "denied", "invalid", "not supported")
+    return not is_unreached(refused) and any(word in refused.lower() for word in words)
+
+
+def is_unreached(refused: str) -> bool:
+    """Whether the controller certainly was not asked; a call that timed out may have been heard."""
+    return any(
+        word in refused.lower() for word in ("unable to contact", "connection refused", "standby", "connect failure")
+    )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Slurm:
@@ -35,25 +57,49 @@ class Slurm:
     job: str
     environ: Mapping[str, str]
 
+    @property
+    def name(self) -> str:
+        """For scontrol: to it the number of an array means all tasks, and one of them has the same."""
+        job, array, task = (self.environ.get(f"SLURM_{word}") for word in ("JOB_ID", "ARRAY_JOB_ID", "ARRAY_TASK_ID"))
+        return f"{array}_{task}" if job == self.job and array and task else self.job
+
     def state(self) -> JobState | None:
         """None if the controller does not say."""
-        answer = self.outside.call(
-            ["squeue", "--noheader", "--jobs", self.job, "--format", "%T|%r|%x"], seconds=CALL_SECONDS
-        )
-        parts = answer.out.strip().splitlines()[:1]
-        if answer.code != 0 or not parts or parts[0].count("|") < 2:
+        command = ["squeue", "--noheader", "--jobs", self.job, "--format", "%A|%T|%r|%x"]
+        answer = self.outside.call(command, seconds=CALL_SECONDS)
+        lines = [[part.strip() for part in line.split("|", 3)] for line in answer.out.splitlines()]
+        # The number of an array is that of one of its tasks too, and brings all of them.
+        mine = [line[1:] for line in lines if len(line) == 4 and line[0] == self.job]
+        if answer.code != 0 or not mine:
             return None
-        state, reason, excluded = (part.strip() for part in parts[0].split("|", 2))
+        state, reason, excluded = mine[0]
         return JobState(state=state, reason=reason, excluded="" if excluded in ("(null)", "N/A") else excluded)
+
+    def preempted(self) -> bool:
+        """Whether the controller has begun to take this attempt's nodes for another job. In the time that it leaves
+        (GraceTime) SIGTERM goes to the steps alone, not to the batch shell."""
+        answer = self.outside.call(
+            ["scontrol", "show", "job", "-o", self.name],
+            seconds=CALL_SECONDS,
+            environ={**self.environ, "SLURM_TIME_FORMAT": "standard"},
+        )
+        facts = dict(re.findall(r"(?:^| )(PreemptTime|StartTime)=(\S*)", answer.out)) if answer.code == 0 else {}
+        at = facts.get("PreemptTime", "")
+        # An earlier attempt's, which Slurm has not forgotten, lies before this one's start.
+        return at[:1].isdigit() and at >= facts.get("StartTime", "")
 
     def requeue(self) -> str | None:
         """Back into the queue: Slurm ends this attempt, and this process with it. None, or why not."""
-        answer = self.outside.call(["scontrol", "requeue", self.job], seconds=CALL_SECONDS)
+        answer = self.outside.call(["scontrol", "requeue", self.name], seconds=CALL_SECONDS)
         return None if answer.code == 0 else answer.words
+
+    def cancel(self) -> None:
+        """Slurm ends this attempt, and never starts the job again."""
+        self.outside.call(["scancel", self.name], seconds=CALL_SECONDS)
 
     def let_go(self, living: Iterable[str]) -> str | None:
         """The running job keeps these of its nodes alone. None, or why not."""
-        command = ["scontrol", "update", f"JobId={self.job}", f"NodeList={','.join(living)}"]
+        command = ["scontrol", "update", f"JobId={self.name}", f"NodeList={','.join(living)}"]
         try:
             # scontrol leaves scripts for a job that was resized where it runs.
             with tempfile.TemporaryDirectory() as folder:
@@ -66,16 +112,17 @@ class Slurm:
         """How many nodes the requeued job needs, and which it must not get; None: as before. None, or why not."""
         facts = [f"NumNodes={nodes}"] if nodes is not None else []
         facts += [f"ExcNodeList={','.join(exclude)}"] if exclude is not None else []
-        answer = self.outside.call(["scontrol", "update", f"JobId={self.job}", *facts], seconds=CALL_SECONDS)
+        answer = self.outside.call(["scontrol", "update", f"JobId={self.name}", *facts], seconds=CALL_SECONDS)
         return None if answer.code == 0 else answer.words
 
     def up(self, hosts: Iterable[str]) -> set[str]:
-        """Those that Slurm could give to a job now."""
+        """Those that are no worse than others: idle, at work, or soon to be."""
         command = ["sinfo", "--noheader", "--Node", "--nodes", ",".join(hosts), "--format", "%N %t"]
         answer = self.outside.call(command, seconds=CALL_SECONDS)
         rows = [line.split() for line in answer.out.splitlines()] if answer.code == 0 else []
-        # A `*` behind the state: it does not answer.
-        return {row[0] for row in rows if len(row) == 2 and row[1] in ("idle", "mix", "alloc")}
+        # Behind the state: planned (-), or switched off or on to save power. `*`: it does not answer.
+        fit = ("idle", "mix", "alloc", "comp", "plnd", "resv")
+        return {row[0] for row in rows if len(row) == 2 and row[1].rstrip("-~#!%") in fit}
 
     def expand(self, names: str) -> list[str]:
         return expand(names, seconds=CALL_SECONDS)
@@ -93,10 +140,28 @@ class Slurm:
         number = answer.out.strip().partition(";")[0]
         return (number, "") if answer.code == 0 and number.isdigit() else (None, answer.words)
 
+    def move_waiting(self, number: str) -> tuple[list[str], list[str]]:
+        """This user's jobs that wait for this one wait for job `number` from now on: (those that do, why others do not). Slurm
+        would cancel them at this one's end, or let them wait for good."""
+        answer = self.outside.call(["squeue", "--me", "--noheader", "--format", "%i|%E"], seconds=CALL_SECONDS)
+        moved, refused = [], []
+        for line in answer.out.splitlines() if answer.code == 0 else ():
+            job, _, waits = line.strip().partition("|")
+            now = re.sub(rf"(?<=:){re.escape(self.name)}(?![\d_])", number, told := re.sub(r"\([^)]*\)", "", waits))
+            if now == told:
+                continue
+            said = self.outside.call(["scontrol", "update", f"JobId={job}", f"Dependency={now}"], seconds=CALL_SECONDS)
+            if said.code == 0:
+                moved.append(job)
+            else:
+                refused.append(f"{job}: {said.words}")
+        return moved, refused
+
     def fits(self, script: Path, *, exclude: Iterable[str]) -> bool:
         """Whether the job could start on the nodes that are left. One that could not Slurm holds for good, with priority 0."""
         answer = self._sbatch("--test-only", script=script, exclude=exclude)
-        return answer.code == 0 or "not available" not in answer.words
+        # Not the partition's, which may be down for now.
+        return answer.code == 0 or "requested node configuration is not available" not in answer.words.lower()
 
     def _sbatch(self, *options: str, script: Path, exclude: Iterable[str]) -> Answer:
         away = [f"--exclude={names}"] if (names := ",".join(exclude)) else []

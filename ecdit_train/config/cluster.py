@@ -84,7 +84,7 @@ class ClusterConfig:
     lives_without_progress: int
     """Lives in a row without a newer checkpoint after which the job stops with exit code 76."""
     lives: int
-    """Lives of a job in total."""
+    """Lives of a job in total; those that were preempted do not count."""
     back_off: tuple[float, ...]
     """Seconds to wait before the first, second, ... try in a row; the last one again for all after it."""
     bad_node: Literal["exclude", "drain", "keep"]

@@ -10,6 +10,7 @@ import time
 
 import events
 import pytest
+from cluster import Cluster
 from drills import EARLY, Run, assert_as_calm
 from machines import until
 
@@ -70,6 +71,25 @@ def test_comes_back_after_a_word_before(event, run, calm, record_property):
     assert [line["step"] for life in run.lives() for line in life if "step" in line] == run.all_steps(), (
         "none done twice"
     )
+
+
+@slurm
+def test_preemption_with_a_grace(possible, tiny_shards, tmp_path):
+    """At its beginning Slurm's SIGTERM goes to the steps alone: the ranks save, and the supervisor asks what it was for."""
+    graced = (
+        "PartitionName=graced Nodes=n[1-4] MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=60"
+    )
+    with Cluster(extra=graced) as cluster:
+        run = Run(cluster, folder=tmp_path / "run", shards=tiny_shards)
+        job = run.launch("cluster.partition=graced", *SLOW)
+        run.reach(EARLY)
+        mend = events.preemption(run, job)
+        until(lambda: cluster.job(job).restarts, what="the requeue", seconds=50)
+        decided = [line for line in run.decisions(job) if line["what"] == "decision"]
+        assert [(line["then"], line["warned"]) for line in decided] == [("requeue", ["PREEMPTED"])]
+        mend()
+        run.finished(job)
+        assert [line["step"] for life in run.lives() for line in life if "step" in line] == run.all_steps()
 
 
 @slurm

@@ -180,7 +180,7 @@ def job(run, tmp_path_factory, monkeypatch):
     def say(state: str, *, scancel: str = "rm {}/state") -> None:
         folder = tmp_path_factory.mktemp("bin")
         (folder / "state").write_text(state)
-        (folder / "squeue").write_text(f"#!/bin/sh\n[ $3 = 12 ] && cat {folder}/state\n")
+        (folder / "squeue").write_text(f"#!/bin/sh\n[ $3 = 12 ] && sed 's/^/12|/' {folder}/state\n")
         (folder / "scancel").write_text(f'#!/bin/sh\necho "$*" > {run}/cancelled; {scancel.format(folder)}\n')
         for name in ("squeue", "scancel"):
             (folder / name).chmod(0o755)

@@ -88,7 +88,7 @@ class Stage:
         self.bin.mkdir()
         self.play("nodes", *self.nodes)
         body = (Path(__file__).parent / "slurm_stand_ins.py").read_text()
-        for name in ("srun", "scontrol", "squeue", "sinfo", "sbatch"):
+        for name in ("srun", "scontrol", "squeue", "sinfo", "sbatch", "scancel"):
             write(self.bin / name, f"#!{sys.executable} -S\n{body}")
         self.python = write(self.bin / "python", RANK.format(python=sys.executable, run=str(self.run)))
         (self.run / "job.sh").write_text("#!/bin/sh\n")
@@ -139,3 +139,13 @@ class Stage:
     @property
     def then(self) -> list[str]:
         return [line["then"] for line in self.lines()]
+
+
+def warn(stage: Stage, *names: str, when: str) -> None:
+    """Slurm's signals, once a line of that kind is in the record."""
+
+    def look() -> None:
+        if not stage.clock.warned and stage.lines(when):
+            stage.clock.warned += names
+
+    stage.clock.at_each = look

@@ -1,6 +1,7 @@
-"""Slurm played by this file: copied to a folder of PATH as srun, scontrol, squeue, sinfo, sbatch. Beside it lie `nodes` (hosts of
-the job), `dead` (those that answer nothing), `refuse` (programs that refuse, or `program:word`: calls with a word that begins so),
-`state` (squeue's answer), `up` (nodes that sinfo calls idle) and `calls` (what was asked).
+"""Slurm played by this file: copied to a folder of PATH as srun, scontrol, squeue, sinfo, sbatch, scancel. Beside it lie `nodes`
+(hosts of the job), `dead` (those that answer nothing), `refuse` (programs that refuse, or `program:word`: calls with a word that
+begins so), `state` (squeue's answer, a line a job; the number may be left out), `preempted` (when), `waiting` (the user's jobs, and
+what they wait for), `up` (nodes that sinfo calls idle) and `calls` (what was asked).
 
 srun runs one task a node here, tells it its place, passes USR2 on and answers SIGTERM by killing its tasks, as the real one does.
 """
@@ -31,12 +32,17 @@ def main(program: str, argv: list[str]) -> int:
         what = "Requested node configuration is not available" if "--test-only" in argv else "Operation not permitted"
         print(f"{program}: error: {what}", file=sys.stderr)
         return 1
-    if program == "squeue":
-        print((HERE / "state").read_text().strip() if (HERE / "state").exists() else "RUNNING|None|(null)")
+    if program == "squeue" and "--me" in argv:
+        print((HERE / "waiting").read_text() if (HERE / "waiting").exists() else "")
+    elif program == "squeue":
+        said = (HERE / "state").read_text().strip() if (HERE / "state").exists() else "RUNNING|None|(null)"
+        print("\n".join(s if s[:1].isdigit() else f"{argv[argv.index('--jobs') + 1]}|{s}" for s in said.splitlines()))
     elif program == "sbatch":
         print("777")
     elif program == "scontrol" and argv[:2] == ["show", "hostnames"]:
         print("\n".join(words("nodes") if "[" in argv[2] else argv[2].split(",")))
+    elif program == "scontrol" and argv[:2] == ["show", "job"]:
+        print("JobId=12 StartTime=2026-01-02T00:00:00 PreemptTime=" + " ".join(words("preempted") or ["None"]))
     elif program == "sinfo":
         for host in argv[argv.index("--nodes") + 1].split(","):
             print(host, "idle" if host in words("up") else "idle*")

@@ -11,12 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
-from job_stage import ROOT, Stage
+from job_stage import ROOT, Stage, warn
 
 from ecdit_train.config.compose import compose
 from ecdit_train.errors import ConfigError, EcditError, NoProgressError
 from ecdit_train.supervise import processes
-from launch import job_file, preflight
+from launch import job_file, preflight, record
 from launch.decide import Ending
 from launch.description import describe
 
@@ -105,81 +105,6 @@ def test_lives_of_earlier_attempts_count_although_nobody_wrote_their_end(stage):
     assert [line["life"] for line in stage.lines("life")] == [3]
 
 
-def warn(stage: Stage, *names: str, when: str) -> None:
-    """Slurm's signals, once a line of that kind is in the record."""
-
-    def look() -> None:
-        if not stage.clock.warned and stage.lines(when):
-            stage.clock.warned += names
-
-    stage.clock.at_each = look
-
-
-def test_a_warning_in_a_life_saves_and_requeues(stage):
-    warn(stage, "USR2", when="life")
-    assert stage.supervise({"all": "wait commit=7 end=75"}) == 75
-    assert stage.then == ["requeue"]
-    assert stage.calls("scontrol requeue") == ["scontrol requeue 12"]
-
-
-def test_a_warning_before_a_life_starts_none(stage):
-    stage.clock.warned.append("USR2")
-    assert stage.supervise(OK) == 75
-    assert not stage.lines("life")
-    assert (stage.then, stage.lines()[0]["reason"]) == (["requeue"], "no life was begun")
-    assert not stage.calls("srun")
-
-
-def test_a_warning_while_nodes_are_checked_starts_no_life(stage):
-    stage.clock.at_each = lambda: stage.clock.warned.append("USR2") if not stage.clock.warned else None
-    assert stage.supervise(OK) == 75
-    assert not stage.lines("life")
-    assert stage.then == ["requeue"]
-
-
-def test_a_warning_while_it_waits_for_the_next_life(stage):
-    warn(stage, "USR2", when="decision")
-    assert stage.supervise({"all": "end=1"}) == 75
-    assert stage.then == ["again", "requeue"]
-    assert len(stage.lines("life")) == 1
-
-
-def test_a_warning_and_a_failure_after_it_give_the_allocation_back(stage):
-    warn(stage, "USR2", "USR2", when="life")
-    assert stage.supervise({"all": "wait cause=86 end=86"}) == 75
-    assert stage.then == ["requeue"]
-
-
-def test_warnings_are_repeated_until_somebody_listens(stage):
-    """A signal that comes before a process listens is lost: here the ranks hear the second one only."""
-    warn(stage, "USR2", when="life")
-    assert stage.supervise({0: "wait wait end=75", 1: "wait end=75"}) == 75
-
-
-@pytest.mark.parametrize("state", ["CANCELLED|None|", "COMPLETING|None|", "PREEMPTED|None|", "PENDING|BeginTime|"])
-def test_scancel_and_what_slurm_decided_are_left_to_it(state, stage):
-    stage.play("state", state)
-    warn(stage, "TERM", "TERM", when="life")
-    assert stage.supervise({"all": "wait end=75"}) == 75
-    assert stage.then == ["leave"]
-    assert not stage.calls("scontrol requeue")
-
-
-@pytest.mark.parametrize("state", ["RUNNING|None|", "COMPLETING|TimeLimit|"])
-def test_preemption_with_grace_and_a_time_limit_without_warning_come_back(state, stage):
-    stage.play("state", state)
-    warn(stage, "TERM", when="life")
-    assert stage.supervise({"all": "wait end=75"}) == 75
-    assert stage.then == ["requeue"]
-    assert stage.calls("scontrol requeue")
-
-
-def test_a_stop_that_slurm_did_not_ask_for_stays_stopped(stage):
-    assert stage.supervise({"all": "cause=75 end=75"}) == 75
-    assert stage.then == ["stop"]
-    assert not stage.calls("scontrol requeue")
-
-
 def test_ecdit_stop_ends_the_job_also_between_lives(stage):
     def look() -> None:
         if stage.lines():
@@ -189,7 +114,15 @@ def test_ecdit_stop_ends_the_job_also_between_lives(stage):
     assert stage.supervise({"all": "end=1"}) == 75
     assert (stage.then, len(stage.lines("life"))) == (["again", "stop"], 1)
     assert "ecdit stop" in stage.lines()[-1]["reason"]
-    assert not (stage.run / "jobs" / "12.stop").exists()
+
+    # A cluster whose RequeueExit lists 75 starts it again, each time that it ends with that.
+    stage.environ["SLURM_RESTART_COUNT"] = "1"
+    assert stage.supervise(OK) == 75
+    assert stage.calls("scancel") == ["scancel 12"]
+    assert len(stage.lines("life")) == 1
+    # Another job is not asked to stop.
+    stage.environ |= {"SLURM_JOB_ID": "13", "SLURM_RESTART_COUNT": "0"}
+    assert stage.supervise(OK) == 0
 
 
 def test_a_requeue_that_is_refused_becomes_a_new_job(stage):
@@ -201,6 +134,14 @@ def test_a_requeue_that_is_refused_becomes_a_new_job(stage):
     assert stage.supervise({"all": "wait end=75"}, nodes=1) == 75
     assert stage.calls("sbatch") == [f"sbatch --parsable --array=4 --dependency= {stage.run}/job.sh"]
     assert stage.lines("resubmitted")[0]["to"] == "777"
+
+
+def test_a_task_of_an_array_is_requeued_alone(stage):
+    stage.environ |= {"SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "4"}
+    stage.play("state", "11|PENDING|Resources|\n12|RUNNING|None|n9")
+    warn(stage, "USR2", when="life")
+    assert stage.supervise({"all": "wait end=75"}) == 75
+    assert asked(stage) == ["scontrol requeue 12_4"]
 
 
 def test_when_nothing_brings_it_back_it_says_how(stage, capfd):
@@ -225,7 +166,7 @@ def test_a_step_that_is_not_launched_is_tried_again(stage):
 
 def asked(stage: Stage) -> list[str]:
     """What Slurm was told about the job."""
-    return [call for call in stage.calls("scontrol") if "hostnames" not in call]
+    return [call for call in stage.calls("scontrol") if "scontrol show" not in call]
 
 
 def test_a_node_that_is_lost_in_a_life_does_not_hold_the_others(stage):
@@ -339,6 +280,22 @@ def test_outside_of_a_job_or_on_other_nodes_it_refuses(stage):
     del stage.environ["SLURM_JOB_ID"]
     with pytest.raises(EcditError, match="sbatch"):
         stage.supervise(OK)
+
+
+def test_a_list_of_nodes_that_nobody_can_read_is_one_clear_error(stage):
+    stage.play("nodes", "")
+    stage.environ |= {"SLURM_JOB_NODELIST": "n[1-x]", "SLURM_RESTART_COUNT": "1"}
+    with pytest.raises(EcditError, match=r"'n\[1-x\]' names no nodes"):
+        stage.supervise(OK)
+
+
+def test_a_job_is_known_before_it_does_anything(stage, monkeypatch):
+    """To `ecdit stop` too: it may have been submitted by hand, and checks of nodes take minutes."""
+    seen = []
+    monkeypatch.setattr(preflight, "check", lambda *_, **__: seen.append(record.newest(stage.run)) or Ending(code=80))
+    assert stage.supervise(OK) == 80
+    assert seen == ["12"]
+    assert [line["attempt"] for line in stage.lines("begun")] == [0]
 
 
 def test_a_killed_supervisor_takes_its_ranks_along(stage):

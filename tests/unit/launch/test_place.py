@@ -26,6 +26,22 @@ def test_slurm_says_where(tmp_path, monkeypatch):
     assert again.port == 20000 + 7 * 8 + 3
 
 
+@pytest.mark.parametrize(
+    ("names", "hosts"),
+    [
+        ("n1", "n1"),
+        ("n[1-3,7],m5", "n1 n2 n3 n7 m5"),
+        ("gpu[008-011]", "gpu008 gpu009 gpu010 gpu011"),
+        ("r[1-2]n[01-02]-ib,x", "r1n01-ib r1n02-ib r2n01-ib r2n02-ib x"),
+        ("n[1-x]", ""),
+    ],
+)
+def test_a_list_of_hosts_can_be_read_where_slurm_does_not_answer(names, hosts, tmp_path, monkeypatch):
+    """As on a node without clients, or while the controller is away."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert place.expand(names) == hosts.split()
+
+
 def test_the_supervisor_and_a_hand_win():
     assert place.find(2, environ=STEP | {"MASTER_ADDR": "n9", "MASTER_PORT": "4000"}) == Place(
         node=1, nodes=2, address="n9", port=4000

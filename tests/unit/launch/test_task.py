@@ -62,6 +62,14 @@ def test_stopped_and_saved_goes_back_into_the_queue(stage):
     assert stage.calls("scontrol") == ["scontrol requeue 12"]
 
 
+def test_the_last_task_of_an_array_speaks_for_itself_alone(stage):
+    """Its number is the array's: to scontrol that means all tasks, and squeue answers with all."""
+    stage.environ |= {"SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "7"}
+    stage.play("state", "10|PENDING|JobArrayTaskLimit|\n12|RUNNING|None|")
+    assert run(stage, "study", "routing", code=75) == 75
+    assert stage.calls("scontrol") == ["scontrol requeue 12_7"]
+
+
 def test_not_for_ever(stage, capsys):
     stage.environ["SLURM_RESTART_COUNT"] = "99"
     assert run(stage, "study", "routing", code=75) == 76
