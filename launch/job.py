@@ -42,6 +42,8 @@ class Supervisor:
     outside: Outside
     suspects: tuple[str, ...] = ()
     """Nodes that never said how the last life ended for them."""
+    answered: set[str] = field(default_factory=set)
+    """Nodes that have passed through their checks in this attempt."""
     told_lead: bool = field(default=False)
 
     def run(self) -> int:
@@ -97,7 +99,9 @@ class Supervisor:
             if lost and set(lost) < set(self.hosts):
                 why = f"{', '.join(lost)} {'do' if len(lost) > 1 else 'does'} not answer"
                 return Ending(code=preflight.UNKNOWN, why=why, lost=lost)
-        found = preflight.check(self.job, hosts=self.hosts, slurm=self.slurm, environ=environ, folder=folder)
+        found = preflight.check(
+            self.job, hosts=self.hosts, slurm=self.slurm, environ=environ, folder=folder, known=self.answered
+        )
         if found.code != EXIT_OK:
             return found
         return bandwidth.check(self.job, hosts=self.hosts, slurm=self.slurm, environ=environ)
