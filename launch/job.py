@@ -19,7 +19,7 @@ from pathlib import Path
 from ecdit_train.errors import EXIT_OK, EXIT_REQUEUE, EcditError, StorageError
 from ecdit_train.run_folder import JOB_SCRIPT, JOBS
 from ecdit_train.supervise.exit_file import EXIT_FILE_VARIABLE
-from launch import bandwidth, interface, job_file, life, preflight, record, reports
+from launch import bandwidth, interface, job_file, leftover, life, preflight, record, reports
 from launch.comeback import Comeback
 from launch.decide import AGAIN, DONE, LEAVE, REQUEUE, STOP, Decision, Ending, decide
 from launch.job_file import JobFile
@@ -93,12 +93,15 @@ class Supervisor:
 
     def _fit(self, folder: Path, *, environ: Mapping[str, str]) -> Ending:
         """Nodes that fell silent in the last life are asked first: the checks of all wait long for one that is gone."""
-        if self.suspects:
-            lost = tuple(self.slurm.silent(self.suspects))
-            self.suspects = ()
+        suspects, self.suspects = self.suspects, ()
+        if suspects:
+            lost = tuple(self.slurm.silent(suspects))
             if lost and set(lost) < set(self.hosts):
                 why = f"{', '.join(lost)} {'do' if len(lost) > 1 else 'does'} not answer"
                 return Ending(code=preflight.UNKNOWN, why=why, lost=lost)
+        left = leftover.check(self.slurm, suspects=suspects)
+        if left.code != EXIT_OK or self.outside.warned:
+            return left
         found = preflight.check(
             self.job, hosts=self.hosts, slurm=self.slurm, environ=environ, folder=folder, known=self.answered
         )

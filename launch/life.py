@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ecdit_train.errors import EXIT_OK, EXIT_REQUEUE, PeerLostError
-from launch import reports
+from launch import leftover, reports
 from launch.decide import Ending
 from launch.job_file import JobFile
 from launch.outside import Outside
@@ -44,7 +44,13 @@ def command(job: JobFile) -> list[str]:
     """srun, one node launcher a node. What a node's end means for the others is ours to say (`--kill-on-bad-exit=0`): srun would
     kill a rank that is still saving because another has left with code 75."""
     return [
-        *("srun", f"--nodes={job.nodes}", f"--ntasks={job.nodes}", "--ntasks-per-node=1"),
+        *(
+            "srun",
+            f"--job-name={leftover.NAME}",
+            f"--nodes={job.nodes}",
+            f"--ntasks={job.nodes}",
+            "--ntasks-per-node=1",
+        ),
         *("--kill-on-bad-exit=0", "--wait=0", "--export=ALL", *job.srun),
         # Slurm's signals reach every process of a step, also one that does not listen yet.
         *("sh", "-c", "trap '' USR2; exec \"$@\"", "node"),

@@ -88,7 +88,7 @@ class Stage:
         self.bin.mkdir()
         self.play("nodes", *self.nodes)
         body = (Path(__file__).parent / "slurm_stand_ins.py").read_text()
-        for name in ("srun", "scontrol", "squeue", "sinfo", "sbatch"):
+        for name in ("srun", "scontrol", "squeue", "sinfo", "sbatch", "scancel"):
             write(self.bin / name, f"#!{sys.executable} -S\n{body}")
         self.python = write(self.bin / "python", RANK.format(python=sys.executable, run=str(self.run)))
         (self.run / "job.sh").write_text("#!/bin/sh\n")

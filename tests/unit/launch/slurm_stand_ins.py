@@ -1,6 +1,6 @@
-"""Slurm played by this file: copied to a folder of PATH as srun, scontrol, squeue, sinfo, sbatch. Beside it lie `nodes` (hosts of
-the job), `dead` (those that answer nothing), `refuse` (programs that refuse, or `program:word`: calls with a word that begins so),
-`state` (squeue's answer), `up` (nodes that sinfo calls idle) and `calls` (what was asked).
+"""Slurm played by this file: copied to a folder of PATH as srun, scontrol, squeue, sinfo, sbatch, scancel. Beside it lie
+`nodes` (hosts of the job), `dead` (those that answer nothing), `refuse` (programs that refuse, or `program:word`: calls with a word that begins so),
+`state` (squeue's answer), `steps` (that about steps), `up` (nodes that sinfo calls idle) and `calls` (what was asked).
 
 srun runs one task a node here, tells it its place, passes USR2 on and answers SIGTERM by killing its tasks, as the real one does.
 """
@@ -31,7 +31,9 @@ def main(program: str, argv: list[str]) -> int:
         what = "Requested node configuration is not available" if "--test-only" in argv else "Operation not permitted"
         print(f"{program}: error: {what}", file=sys.stderr)
         return 1
-    if program == "squeue":
+    if program == "squeue" and "--steps" in argv:
+        print((HERE / "steps").read_text() if (HERE / "steps").exists() else "")
+    elif program == "squeue":
         print((HERE / "state").read_text().strip() if (HERE / "state").exists() else "RUNNING|None|(null)")
     elif program == "sbatch":
         print("777")
