@@ -1,6 +1,7 @@
-"""Slurm played by this file: copied to a folder of PATH as srun, scontrol, squeue, sinfo, sbatch, scancel. Beside it lie
-`nodes` (hosts of the job), `dead` (those that answer nothing), `refuse` (programs that refuse, or `program:word`: calls with a word that begins so),
-`state` (squeue's answer), `steps` (that about steps), `up` (nodes that sinfo calls idle) and `calls` (what was asked).
+"""Slurm played by this file: copied to a folder of PATH as srun, scontrol, squeue, sinfo, sbatch, scancel. Beside it
+lie `nodes` (hosts of the job), `dead` (those that answer nothing), `refuse` (programs that refuse, or `program:word`:
+calls with a word that begins so), `state` (squeue's answer), `steps` (that about steps), `up` (nodes that sinfo calls
+idle) and `calls` (what was asked).
 
 srun runs one task a node here, tells it its place, passes USR2 on and answers SIGTERM by killing its tasks, as the real one does.
 """
