@@ -17,6 +17,8 @@ from launch.outside import Outside
 from launch.reports import Report
 
 LOOK_SECONDS = 0.5
+READ_SECONDS = 5.0
+"""Between two looks at what the nodes say: a file each, on the shared file system, for weeks."""
 AGAIN_SECONDS = 5.0
 """Between two warnings to the ranks, until they end: one that comes before a process listens is lost."""
 SETTLE_SECONDS = 20.0
@@ -63,17 +65,19 @@ def live(job: JobFile, *, folder: Path, environ: Mapping[str, str], outside: Out
     """Until all nodes have ended, or those that do not are ended. Warnings go to the ranks as USR2, again and again: Slurm's
     SIGTERM reaches them without us, and a second one from us would make them leave without saving."""
     step = outside.start(command(job), environ=environ)
-    began, passed_on, forced = outside.now(), float("-inf"), False
+    began, passed_on, read_at, forced = outside.now(), float("-inf"), float("-inf"), False
     since: dict[str, float] = {}
     while step.poll() is None:
         now = outside.now()
         if outside.warned and now - passed_on >= AGAIN_SECONDS:
             passed_on = now
             step.send_signal(signal.SIGUSR2)
-        if _is_overdue(reports.read(folder), since=since, now=now, began=began):
-            forced = True
-            _end(step, outside=outside)
-            break
+        if now - read_at >= READ_SECONDS:
+            read_at = now
+            if _is_overdue(reports.read(folder), since=since, now=now, began=began):
+                forced = True
+                _end(step, outside=outside)
+                break
         outside.listen(LOOK_SECONDS)
     told = reports.read(folder)
     unheard = tuple(r.host for r in told if r.code is None) if forced else ()
