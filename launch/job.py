@@ -87,8 +87,6 @@ class Supervisor:
                 ending = Ending(code=EXIT_REQUEUE, lived=False)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-            with contextlib.suppress(OSError):
-                folder.parent.rmdir()
         return self._decide(ending)
 
     def _fit(self, folder: Path, *, environ: Mapping[str, str]) -> Ending:
@@ -224,7 +222,11 @@ def supervise(path: Path, *, environ: Mapping[str, str], outside: Outside) -> in
     if len(hosts) > job.nodes or (len(hosts) < job.nodes and not _restarts(environ)):
         raise EcditError(f"{path} is about {job.nodes} nodes, and job {number} has {len(hosts)} ({names})")
     slurm = Slurm(outside=outside, job=number, environ=environ)
-    return Supervisor(job=job, slurm=slurm, hosts=hosts, environ=environ, outside=outside).run()
+    try:
+        return Supervisor(job=job, slurm=slurm, hosts=hosts, environ=environ, outside=outside).run()
+    finally:  # not between lives: nodes remember a folder that was removed for a while (NFS)
+        with contextlib.suppress(OSError):
+            (Path(job.run) / JOBS / number).rmdir()
 
 
 def _restarts(environ: Mapping[str, str]) -> int:

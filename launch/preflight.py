@@ -49,7 +49,7 @@ def check(
         folder: of this life, on the shared file system.
         known: hosts that have answered in this attempt, which do so quickly; those that answer now are added.
     """
-    answers = _ask(job, hosts=hosts, slurm=slurm, environ=environ, meeting=folder / "meeting", known=known)
+    answers = _ask(job, hosts=hosts, slurm=slurm, environ=environ, folder=folder, known=known)
     silent = [host for host in hosts if host not in answers.facts]
     if silent and not slurm.outside.warned:
         if lost := slurm.silent(silent, seconds=PROBE_SECONDS if known.issuperset(silent) else FIRST_PROBE_SECONDS):
@@ -58,7 +58,7 @@ def check(
             why = f"{', '.join(lost)} {'do' if len(lost) > 1 else 'does'} not answer"
             return replace(judge(job, answers.facts), code=UNKNOWN, why=why, lost=tuple(lost))
         # They are there: srun itself has failed. Once more.
-        answers = _ask(job, hosts=hosts, slurm=slurm, environ=environ, meeting=folder / "meeting", known=known)
+        answers = _ask(job, hosts=hosts, slurm=slurm, environ=environ, folder=folder, known=known)
         silent = [host for host in hosts if host not in answers.facts]
     if slurm.outside.warned:
         return Ending(code=EXIT_OK)
@@ -112,11 +112,11 @@ def _words(bad: Sequence[tuple[str, str]]) -> str:
 
 
 def _ask(
-    job: JobFile, *, hosts: Sequence[str], slurm: Slurm, environ: Mapping[str, str], meeting: Path, known: set[str]
+    job: JobFile, *, hosts: Sequence[str], slurm: Slurm, environ: Mapping[str, str], folder: Path, known: set[str]
 ) -> Answers:
     token = secrets.token_hex(8)
+    meeting = folder / f"meeting-{token}"  # a name that comes again may be remembered by a node as what it was
     with contextlib.suppress(OSError):  # a node that cannot see it will say so
-        shutil.rmtree(meeting, ignore_errors=True)
         meeting.mkdir(parents=True)
         (meeting / ".supervisor").write_text(token)
         os.replace(meeting / ".supervisor", meeting / "supervisor")

@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from job_stage import Stage, write
+from job_stage import Clock, Stage, write
 
 from ecdit_train.errors import StorageError
-from launch import job_file, preflight_task, slurm
+from launch import job_file, preflight, preflight_task, slurm
 from launch.decide import Ending
 from launch.preflight import check, judge
 
@@ -154,3 +154,21 @@ def test_the_first_program_of_a_node_may_take_longer(known, tmp_path, monkeypatc
     stage.stage.play("dead", "n1")
     stage.check(*known, monkeypatch=monkeypatch)
     assert probes == [(["n1", "n2"], 30.0 if known else 180.0)]
+
+
+def test_a_second_round_meets_elsewhere(tmp_path, monkeypatch):
+    """A node may remember a folder of the same name that was removed (NFS)."""
+    stage, asked = Slow(tmp_path), []
+    real = Clock.start
+
+    def start(clock, command, **rest):
+        asked.append(json.loads(command[-1])["meeting"])
+        return real(clock, command, **rest)
+
+    monkeypatch.setattr(Clock, "start", start)
+    monkeypatch.setattr(slurm.Slurm, "silent", lambda *_, **__: [])
+    stage.stage.play("dead", "n1")
+    stage.check(monkeypatch=monkeypatch)
+    assert len(set(asked)) == 2
+    assert preflight_task.FOLDER_SECONDS > 60  # acdirmax
+    assert preflight_task.FOLDER_SECONDS + preflight_task.GPU_SECONDS < preflight.OTHERS_SECONDS
