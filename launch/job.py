@@ -178,7 +178,9 @@ class Supervisor:
 
     def _variables(self, folder: Path, *, number: int) -> dict[str, str]:
         """The environment of a life's steps."""
-        env = {**self.environ, "PYTHONSAFEPATH": "1", reports.VARIABLE: str(folder)}
+        # A NODE_RANK of the shell that this was launched from would be every node's.
+        env = {name: value for name, value in self.environ.items() if name != "NODE_RANK"}
+        env |= {"PYTHONSAFEPATH": "1", reports.VARIABLE: str(folder)}
         env[EXIT_FILE_VARIABLE] = str(folder / reports.EXIT)
         env |= {"MASTER_ADDR": self.hosts[0], "MASTER_PORT": str(port_of(self.slurm.job, life=number))}
         if self.job.code and self.job.code not in (known := env.get("PYTHONPATH", "").split(os.pathsep)):

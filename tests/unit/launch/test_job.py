@@ -54,6 +54,15 @@ def test_what_may_have_been_bad_luck_is_tried_again_in_the_same_allocation(code,
     assert [line["life"] for line in stage.lines("life")] == [1, 2]
 
 
+def test_a_node_rank_of_the_shell_is_not_every_nodes(stage, fit, capfd):
+    stage.environ["NODE_RANK"] = "0"
+    (stage.bin / "python").write_text(
+        (stage.bin / "python").read_text().replace('print("node"', 'print(os.environ.get("NODE_RANK", "none"), "node"')
+    )
+    assert stage.supervise(OK) == 0
+    assert capfd.readouterr().out.count("none node") == 2
+
+
 def test_the_jobs_folder_stays_between_lives_and_goes_with_the_last(stage, fit):
     """Nodes remember a folder that was removed for a while (NFS)."""
     folder, found = stage.run / "jobs" / "12", set()
