@@ -54,29 +54,6 @@ def test_what_may_have_been_bad_luck_is_tried_again_in_the_same_allocation(code,
     assert [line["life"] for line in stage.lines("life")] == [1, 2]
 
 
-def test_a_node_rank_of_the_shell_is_not_every_nodes(stage, fit, capfd):
-    stage.environ["NODE_RANK"] = "0"
-    (stage.bin / "python").write_text(
-        (stage.bin / "python").read_text().replace('print("node"', 'print(os.environ.get("NODE_RANK", "none"), "node"')
-    )
-    assert stage.supervise(OK) == 0
-    assert capfd.readouterr().out.count("none node") == 2
-
-
-def test_the_jobs_folder_stays_between_lives_and_goes_with_the_last(stage, fit):
-    """Nodes remember a folder that was removed for a while (NFS)."""
-    folder, found = stage.run / "jobs" / "12", set()
-
-    def look() -> None:
-        if stage.lines("life"):
-            found.add(folder.stat().st_ino)
-
-    stage.clock.at_each = look
-    assert stage.supervise({"all": "commit=5 end=1"}, {"all": "commit=6 end=1"}, OK) == 0
-    assert len(found) == 1
-    assert not folder.exists()
-
-
 @pytest.mark.parametrize("code", [2, 60, 74, 77, 78, 79, 80, 85, 87, 89])
 def test_what_somebody_must_look_at_ends_the_job(code, stage):
     assert stage.supervise({"all": f"cause={code} end={code}"}) == code
