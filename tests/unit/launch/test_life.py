@@ -11,7 +11,6 @@ from job_stage import Stage
 from launch import preflight, reports
 from launch.decide import Ending
 
-
 OK = {"all": "commit=9 end=0"}
 
 
