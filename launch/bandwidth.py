@@ -6,9 +6,12 @@ neighbours in pairs, so that the node that both of its neighbours find slow is n
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
+from typing import IO
 
 from ecdit_train.errors import EXIT_OK
 from launch import local, place
@@ -20,6 +23,8 @@ from launch.slurm import Slurm
 MARK = "ecdit-bandwidth "
 PROGRAM = "ecdit_train.parallel.bandwidth"
 SECONDS = 300.0
+END_SECONDS = 30.0
+"""For srun to end a measurement that takes too long."""
 
 
 def check(job: JobFile, *, hosts: Sequence[str], slurm: Slurm, environ: Mapping[str, str]) -> Ending:
@@ -27,16 +32,19 @@ def check(job: JobFile, *, hosts: Sequence[str], slurm: Slurm, environ: Mapping[
     wanted = job.preflight.bandwidth
     if not wanted or len(hosts) * job.ranks_per_node < 2 or slurm.outside.warned:
         return Ending(code=EXIT_OK)
-    whole = _measure(job, hosts=hosts, slurm=slurm, environ=environ, number=0)
+    (whole,) = _measure(job, groups=[tuple(hosts)], slurm=slurm, environ=environ, first=0)
     if slurm.outside.warned or (whole is not None and whole >= wanted):
         return Ending(code=EXIT_OK)
-    ring = [sorted((n, (n + 1) % len(hosts))) for n in range(len(hosts))] if len(hosts) > 2 else []
-    pairs = [(hosts[first], hosts[second]) for first, second in ring]  # in Slurm's order: rank 0 is on the first
     slow: dict[str, int] = {}
-    for number, pair in enumerate(pairs, start=1):
-        found = _measure(job, hosts=pair, slurm=slurm, environ=environ, number=number)
-        if found is None or found < wanted:
-            slow |= {host: slow.get(host, 0) + 1 for host in pair}
+    for number, pairs in enumerate(_rounds(hosts), start=1):
+        if slurm.outside.warned:
+            break
+        measured = _measure(job, groups=pairs, slurm=slurm, environ=environ, first=number * len(hosts))
+        for pair, found in zip(pairs, measured, strict=True):
+            if found is None or found < wanted:
+                slow |= {host: slow.get(host, 0) + 1 for host in pair}
+    if slurm.outside.warned:
+        return Ending(code=EXIT_OK)
     said = "does not end" if whole is None else f"moves {whole / 1e9:.2f} GB/s"
     why = f"the all-reduce {said}, and {wanted / 1e9:.2f} GB/s are asked for (cluster.preflight_bandwidth)"
     bad = tuple((host, "slow to both of its neighbours") for host, times in slow.items() if times == 2)
@@ -45,27 +53,66 @@ def check(job: JobFile, *, hosts: Sequence[str], slurm: Slurm, environ: Mapping[
     return Ending(code=1, why=why)
 
 
+def _rounds(hosts: Sequence[str]) -> list[list[tuple[str, ...]]]:
+    """Neighbours of a ring in pairs, in Slurm's order (rank 0 is on the first); those of a round share no node."""
+    size = len(hosts)
+    pairs = [sorted((n, (n + 1) % size)) for n in range(size)] if size > 2 else []
+    rounds: list[list[tuple[str, ...]]] = [[], [], []]
+    for number, (first, second) in enumerate(pairs):
+        # Of an odd ring the last pair meets both kinds of others.
+        rounds[2 if size % 2 and number == size - 1 else number % 2].append((hosts[first], hosts[second]))
+    return [found for found in rounds if found]
+
+
 def _measure(
-    job: JobFile, *, hosts: Sequence[str], slurm: Slurm, environ: Mapping[str, str], number: int
-) -> float | None:
-    """Bytes/s; None if it did not end well in time. `number`: of this measurement, for a port of its own."""
-    env = {**environ, "MASTER_ADDR": hosts[0], "MASTER_PORT": str(port_of(slurm.job, life=5000 + number))}
-    # Not a life's: what becomes of these ranks is no cause of anything.
-    env = {name: value for name, value in env.items() if name not in ("ECDIT_EXIT_FILE", "ECDIT_LIFE")}
-    step = [
+    job: JobFile, *, groups: Sequence[tuple[str, ...]], slurm: Slurm, environ: Mapping[str, str], first: int
+) -> list[float | None]:
+    """Bytes/s of each group of hosts, which share none and are measured at once; None: it did not end well in time. first: number
+    of the first group, for a port of its own."""
+    outside = slurm.outside
+    with contextlib.ExitStack() as stack:
+        # Into files: a pipe that nobody reads would block ranks that say much (NCCL_DEBUG).
+        said = [stack.enter_context(tempfile.TemporaryFile()) for _ in groups]
+        steps = [
+            outside.start(
+                _step(job, group), environ=_environ(environ, group, job=slurm.job, number=n), stdout=f.fileno()
+            )
+            for n, (group, f) in enumerate(zip(groups, said, strict=True), start=first)
+        ]
+        for seconds, then in ((SECONDS, subprocess.Popen.terminate), (END_SECONDS, subprocess.Popen.kill)):
+            deadline = outside.now() + seconds
+            while any(step.poll() is None for step in steps) and outside.now() < deadline:
+                if outside.warned and seconds == SECONDS:
+                    break
+                outside.listen(0.2)
+            for step in steps:
+                if step.poll() is None:
+                    then(step)
+        for step in steps:
+            step.wait()
+        return [_found(file) for file in said]
+
+
+def _step(job: JobFile, hosts: tuple[str, ...]) -> list[str]:
+    return [
         *("srun", f"--nodes={len(hosts)}", f"--ntasks={len(hosts)}", "--ntasks-per-node=1", "--overlap"),
         *(f"--nodelist={','.join(hosts)}", "--kill-on-bad-exit=1", "--export=ALL", *job.srun),
         *(job.python, "-m", "launch.bandwidth", str(job.ranks_per_node), str(len(hosts))),
     ]
-    process = slurm.outside.start(step, environ=env, stdout=subprocess.PIPE)
-    deadline = slurm.outside.now() + SECONDS
-    while process.poll() is None and slurm.outside.now() < deadline and not slurm.outside.warned:
-        slurm.outside.listen(0.2)
-    if process.poll() is None:
-        process.terminate()
-    out, _ = process.communicate()
-    lines = [line for line in out.decode(errors="replace").splitlines() if MARK in line]
-    return float(lines[0].partition(MARK)[2]) if lines else None
+
+
+def _environ(environ: Mapping[str, str], hosts: tuple[str, ...], *, job: str, number: int) -> dict[str, str]:
+    # Not a life's: what becomes of these ranks is no cause of anything.
+    env = {name: value for name, value in environ.items() if name not in ("ECDIT_EXIT_FILE", "ECDIT_LIFE")}
+    return env | {"MASTER_ADDR": hosts[0], "MASTER_PORT": str(port_of(job, life=5000 + number))}
+
+
+def _found(file: IO[bytes]) -> float | None:
+    file.seek(0)
+    lines = [line for line in file.read().decode(errors="replace").splitlines() if MARK in line]
+    with contextlib.suppress(ValueError):  # ranks that are killed may leave half a line
+        return float(lines[0].partition(MARK)[2]) if lines else None
+    return None
 
 
 def main(argv: Sequence[str]) -> int:

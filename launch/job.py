@@ -19,7 +19,7 @@ from pathlib import Path
 from ecdit_train.errors import EXIT_OK, EXIT_REQUEUE, EcditError, StorageError
 from ecdit_train.run_folder import JOB_SCRIPT, JOBS
 from ecdit_train.supervise.exit_file import EXIT_FILE_VARIABLE
-from launch import bandwidth, classes, interface, job_file, life, preflight, record, reports
+from launch import bandwidth, classes, interface, job_file, leftover, life, preflight, record, reports
 from launch.comeback import Comeback
 from launch.decide import AGAIN, DONE, LEAVE, PREEMPTED, REQUEUE, STOP, Decision, Ending, decide
 from launch.job_file import JobFile
@@ -44,6 +44,8 @@ class Supervisor:
     """Nodes that never said how the last life ended for them."""
     begun: bool = False
     """Whether this attempt has had a life."""
+    answered: set[str] = field(default_factory=set)
+    """Nodes that have passed through their checks in this attempt."""
     told_lead: bool = field(default=False)
 
     def run(self) -> int:
@@ -94,8 +96,6 @@ class Supervisor:
                 return self._not_begun()
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-            with contextlib.suppress(OSError):
-                folder.parent.rmdir()
         return self._decide(ending)
 
     def _not_begun(self) -> tuple[Decision, Ending]:
@@ -106,13 +106,18 @@ class Supervisor:
 
     def _fit(self, folder: Path, *, environ: Mapping[str, str]) -> Ending:
         """Nodes that fell silent in the last life are asked first: the checks of all wait long for one that is gone."""
-        if self.suspects:
-            lost = tuple(self.slurm.silent(self.suspects))
-            self.suspects = ()
+        suspects, self.suspects = self.suspects, ()
+        if suspects:
+            lost = tuple(self.slurm.silent(suspects))
             if lost and set(lost) < set(self.hosts):
                 why = f"{', '.join(lost)} {'do' if len(lost) > 1 else 'does'} not answer"
                 return Ending(code=preflight.UNKNOWN, why=why, lost=lost)
-        found = preflight.check(self.job, hosts=self.hosts, slurm=self.slurm, environ=environ, folder=folder)
+        left = leftover.check(self.slurm, suspects=suspects)
+        if left.code != EXIT_OK or self.outside.warned:
+            return left
+        found = preflight.check(
+            self.job, hosts=self.hosts, slurm=self.slurm, environ=environ, folder=folder, known=self.answered
+        )
         if found.code != EXIT_OK:
             return found
         return bandwidth.check(self.job, hosts=self.hosts, slurm=self.slurm, environ=environ)
@@ -204,7 +209,9 @@ class Supervisor:
 
     def _variables(self, folder: Path, *, number: int) -> dict[str, str]:
         """The environment of a life's steps."""
-        env = {**self.environ, "PYTHONSAFEPATH": "1", reports.VARIABLE: str(folder)}
+        # A NODE_RANK of the shell that this was launched from would be every node's.
+        env = {name: value for name, value in self.environ.items() if name != "NODE_RANK"}
+        env |= {"PYTHONSAFEPATH": "1", reports.VARIABLE: str(folder)}
         env[EXIT_FILE_VARIABLE] = str(folder / reports.EXIT)
         env |= {"MASTER_ADDR": self.hosts[0], "MASTER_PORT": str(port_of(self.slurm.job, life=number))}
         if self.job.code and self.job.code not in (known := env.get("PYTHONPATH", "").split(os.pathsep)):
@@ -253,7 +260,11 @@ def supervise(path: Path, *, environ: Mapping[str, str], outside: Outside) -> in
     if len(hosts) > job.nodes or (len(hosts) < job.nodes and not _restarts(environ)):
         raise EcditError(f"{path} is about {job.nodes} nodes, and job {number} has {len(hosts)} ({names})")
     slurm = Slurm(outside=outside, job=number, environ=environ)
-    return Supervisor(job=job, slurm=slurm, hosts=hosts, environ=environ, outside=outside).run()
+    try:
+        return Supervisor(job=job, slurm=slurm, hosts=hosts, environ=environ, outside=outside).run()
+    finally:  # not between lives: nodes remember a folder that was removed for a while (NFS)
+        with contextlib.suppress(OSError):
+            (Path(job.run) / JOBS / number).rmdir()
 
 
 def _restarts(environ: Mapping[str, str]) -> int:

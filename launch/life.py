@@ -10,19 +10,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ecdit_train.errors import EXIT_OK, EXIT_REQUEUE, PeerLostError
-from launch import reports
+from launch import leftover, reports
 from launch.decide import Ending
 from launch.job_file import JobFile
 from launch.outside import Outside
 from launch.reports import Report
 
 LOOK_SECONDS = 0.5
+READ_SECONDS = 5.0
+"""Between two looks at what the nodes say: a file each, on the shared file system, for weeks."""
 AGAIN_SECONDS = 5.0
 """Between two warnings to the ranks, until they end: one that comes before a process listens is lost."""
 SETTLE_SECONDS = 20.0
 """For the other nodes after one has failed: they lose it in their next exchange, or have been lost themselves."""
 LINGER_SECONDS = 180.0
 """For the other nodes after one has left in good order: the first rank may still send its log to W&B."""
+WAIT_SECONDS = 200
+"""After which srun itself ends the others of a task that has ended, above LINGER_SECONDS: a launcher that was
+killed before it could say that it had begun tells us nothing, and the ranks of the other nodes would wait for
+its own until `watch.start`."""
 BEGIN_SECONDS = 1800.0
 """For the first node to begin."""
 END_SECONDS = 30.0
@@ -44,8 +50,14 @@ def command(job: JobFile) -> list[str]:
     """srun, one node launcher a node. What a node's end means for the others is ours to say (`--kill-on-bad-exit=0`): srun would
     kill a rank that is still saving because another has left with code 75."""
     return [
-        *("srun", f"--nodes={job.nodes}", f"--ntasks={job.nodes}", "--ntasks-per-node=1"),
-        *("--kill-on-bad-exit=0", "--wait=0", "--export=ALL", *job.srun),
+        *(
+            "srun",
+            f"--job-name={leftover.NAME}",
+            f"--nodes={job.nodes}",
+            f"--ntasks={job.nodes}",
+            "--ntasks-per-node=1",
+        ),
+        *("--kill-on-bad-exit=0", f"--wait={WAIT_SECONDS}", "--export=ALL", *job.srun),
         # Slurm's signals reach every process of a step, also one that does not listen yet.
         *("sh", "-c", "trap '' USR2; exec \"$@\"", "node"),
         *(job.python, "-m", "ecdit_train.cli", "--nproc", str(job.ranks_per_node), "--nodes", str(job.nodes)),
@@ -57,17 +69,19 @@ def live(job: JobFile, *, folder: Path, environ: Mapping[str, str], outside: Out
     """Until all nodes have ended, or those that do not are ended. Warnings go to the ranks as USR2, again and again: Slurm's
     SIGTERM reaches them without us, and a second one from us would make them leave without saving."""
     step = outside.start(command(job), environ=environ)
-    began, passed_on, forced = outside.now(), float("-inf"), False
+    began, passed_on, read_at, forced = outside.now(), float("-inf"), float("-inf"), False
     since: dict[str, float] = {}
     while step.poll() is None:
         now = outside.now()
         if outside.warned and now - passed_on >= AGAIN_SECONDS:
             passed_on = now
             step.send_signal(signal.SIGUSR2)
-        if _is_overdue(reports.read(folder), since=since, now=now, began=began):
-            forced = True
-            _end(step, outside=outside)
-            break
+        if now - read_at >= READ_SECONDS:
+            read_at = now
+            if _is_overdue(reports.read(folder), since=since, now=now, began=began):
+                forced = True
+                _end(step, outside=outside)
+                break
         outside.listen(LOOK_SECONDS)
     told = reports.read(folder)
     unheard = tuple(r.host for r in told if r.code is None) if forced else ()

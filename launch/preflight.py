@@ -19,12 +19,14 @@ from ecdit_train.errors import EXIT_OK, StorageError
 from launch.decide import Ending
 from launch.job_file import JobFile
 from launch.preflight_task import MARK
-from launch.slurm import Slurm
+from launch.slurm import FIRST_PROBE_SECONDS, PROBE_SECONDS, Slurm
 
 FIRST_SECONDS = 600.0
-"""For the first node to answer: an image may have to be loaded."""
-OTHERS_SECONDS = 60.0
-"""For the others after it, or three times as long as the first one took."""
+"""For a node's first answer in this attempt: Slurm may run a prolog before its first step there."""
+IMAGE_SECONDS = 1800.0
+"""The same where steps run in a container: each node loads the image by itself, and one may have it already."""
+OTHERS_SECONDS = 150.0
+"""For nodes that have answered before, after the first answer of this round; or three times as long as that one took."""
 UNKNOWN = 1
 
 
@@ -38,21 +40,25 @@ class Answers:
     """srun's own words."""
 
 
-def check(job: JobFile, *, hosts: Sequence[str], slurm: Slurm, environ: Mapping[str, str], folder: Path) -> Ending:
+def check(
+    job: JobFile, *, hosts: Sequence[str], slurm: Slurm, environ: Mapping[str, str], folder: Path, known: set[str]
+) -> Ending:
     """Ending with code 0: all nodes are fit. Else what is wrong, as if it were the end of a life; code 0 too when a warning came.
 
-    folder: of this life, on the shared file system.
+    Args:
+        folder: of this life, on the shared file system.
+        known: hosts that have answered in this attempt, which do so quickly; those that answer now are added.
     """
-    answers = _ask(job, hosts=hosts, slurm=slurm, environ=environ, meeting=folder / "meeting")
+    answers = _ask(job, hosts=hosts, slurm=slurm, environ=environ, folder=folder, known=known)
     silent = [host for host in hosts if host not in answers.facts]
     if silent and not slurm.outside.warned:
-        if lost := slurm.silent(silent):
+        if lost := slurm.silent(silent, seconds=PROBE_SECONDS if known.issuperset(silent) else FIRST_PROBE_SECONDS):
             if set(lost) >= set(hosts):
                 return Ending(code=UNKNOWN, why=f"no node runs a program; srun: {answers.said}")
             why = f"{', '.join(lost)} {'do' if len(lost) > 1 else 'does'} not answer"
             return replace(judge(job, answers.facts), code=UNKNOWN, why=why, lost=tuple(lost))
         # They are there: srun itself has failed. Once more.
-        answers = _ask(job, hosts=hosts, slurm=slurm, environ=environ, meeting=folder / "meeting")
+        answers = _ask(job, hosts=hosts, slurm=slurm, environ=environ, folder=folder, known=known)
         silent = [host for host in hosts if host not in answers.facts]
     if slurm.outside.warned:
         return Ending(code=EXIT_OK)
@@ -105,10 +111,12 @@ def _words(bad: Sequence[tuple[str, str]]) -> str:
     return shown + (f"; and {len(bad) - 4} more nodes" if len(bad) > 4 else "")
 
 
-def _ask(job: JobFile, *, hosts: Sequence[str], slurm: Slurm, environ: Mapping[str, str], meeting: Path) -> Answers:
+def _ask(
+    job: JobFile, *, hosts: Sequence[str], slurm: Slurm, environ: Mapping[str, str], folder: Path, known: set[str]
+) -> Answers:
     token = secrets.token_hex(8)
+    meeting = folder / f"meeting-{token}"  # a name that comes again may be remembered by a node as what it was
     with contextlib.suppress(OSError):  # a node that cannot see it will say so
-        shutil.rmtree(meeting, ignore_errors=True)
         meeting.mkdir(parents=True)
         (meeting / ".supervisor").write_text(token)
         os.replace(meeting / ".supervisor", meeting / "supervisor")
@@ -119,7 +127,9 @@ def _ask(job: JobFile, *, hosts: Sequence[str], slurm: Slurm, environ: Mapping[s
         *(job.python, "-m", "launch.preflight_task", json.dumps(asked)),
     ]
     process = slurm.outside.start(step, environ=environ, stdout=subprocess.PIPE)
-    facts, said = _gather(process, slurm=slurm, num_hosts=len(hosts))
+    seconds = IMAGE_SECONDS if any(word.startswith("--container") for word in job.srun) else FIRST_SECONDS
+    facts, said = _gather(process, slurm=slurm, hosts=hosts, known=frozenset(known), seconds=seconds)
+    known.update(facts)
     for host, told in facts.items():
         with contextlib.suppress(OSError):
             told["seen"] = (meeting / host).read_text() == token
@@ -127,14 +137,19 @@ def _ask(job: JobFile, *, hosts: Sequence[str], slurm: Slurm, environ: Mapping[s
     return Answers(facts=facts, said=said)
 
 
-def _gather(process: subprocess.Popen, *, slurm: Slurm, num_hosts: int) -> tuple[dict[str, dict[str, Any]], str]:
-    """Lines as they come, until all have, srun ends, the time is over or a warning comes."""
+def _gather(
+    process: subprocess.Popen, *, slurm: Slurm, hosts: Sequence[str], known: frozenset[str], seconds: float
+) -> tuple[dict[str, dict[str, Any]], str]:
+    """Lines as they come, until all have, srun ends, the time is over or a warning comes. seconds: for all of them; where only
+    `known` ones are missing, those have less."""
     assert process.stdout is not None
     facts: dict[str, dict[str, Any]] = {}
     outside, pipe, half, other = slurm.outside, process.stdout.fileno(), b"", ""
     os.set_blocking(pipe, False)
-    began, ends = outside.now(), outside.now() + FIRST_SECONDS
-    while outside.now() < ends and len(facts) < num_hosts and not outside.warned:
+    began, others = outside.now(), float("inf")
+    while len(facts) < len(hosts) and not outside.warned:
+        if outside.now() - began > seconds or (outside.now() > others and known.issuperset(set(hosts) - facts.keys())):
+            break
         over = process.poll() is not None
         with contextlib.suppress(BlockingIOError):
             half += os.read(pipe, 1 << 20)
@@ -147,12 +162,12 @@ def _gather(process: subprocess.Popen, *, slurm: Slurm, num_hosts: int) -> tuple
             with contextlib.suppress(ValueError, KeyError):
                 told = json.loads(text.partition(MARK)[2])
                 if not facts:
-                    ends = min(ends, outside.now() + max(OTHERS_SECONDS, 3 * (outside.now() - began)))
+                    others = outside.now() + max(OTHERS_SECONDS, 3 * (outside.now() - began))
                 facts[told["host"]] = {**told, "late": told["clock"] - time.time(), "seen": False}
         if over:
             break
         outside.listen(0.05)
-    if len(facts) < num_hosts and process.poll() is None:
+    if len(facts) < len(hosts) and process.poll() is None:
         process.terminate()
     deadline = outside.now() + 20.0
     while process.poll() is None and outside.now() < deadline:

@@ -18,8 +18,9 @@ from launch.reports import host_here
 
 MARK = "ecdit-preflight "
 GPU_SECONDS = 30.0
-FOLDER_SECONDS = 20.0
-"""How long a name that the supervisor has renamed may take to be seen here."""
+FOLDER_SECONDS = 90.0
+"""How long a name that the supervisor has renamed may take to be seen here: NFS keeps what it knows of a folder for up
+to 60 s (acdirmax)."""
 
 
 def main(argv: Sequence[str]) -> None:

@@ -10,16 +10,22 @@ from string import Template
 from ecdit_train.config.cluster import ClusterConfig
 from ecdit_train.config.cluster_rules import gpu_request
 from ecdit_train.config.schema import RunConfig
-from ecdit_train.errors import ConfigError, Problem
+from ecdit_train.errors import EXIT_REQUEUE, ConfigError, Problem, StorageError
 from ecdit_train.run_folder import LOGS
 
 RUN_COMMENT = """# Written by `ecdit launch` for the run in {run}; launch again instead of editing it.
 # The supervisor reads job.json beside it, and every life resolved.yaml, so this script carries no setting of the training."""
 TASK_COMMENT = """# Written by `ecdit submit` in {run}; submit again instead of editing it.
 # What is run is in job.json beside it."""
+MODULES = "/etc/profile.d/modules.sh /etc/profile.d/lmod.sh /etc/profile.d/z00_lmod.sh"
+"""Where `module` comes from, in a shell that did not inherit it."""
+TRIES = 20
+"""Attempts of a job after which a batch host that lacks what it needs (a mount, the run folder, Python) ends it."""
+PAUSE_SECONDS = 60
+"""Before such a job goes back into the queue."""
 
 
-def render(cfg: RunConfig, *, run: str, code: str | None, job_python: str, task: bool = False) -> str:
+def render(cfg: RunConfig, *, run: str, code: str | None, job_python: str, cwd: str, task: bool = False) -> str:
     """The job script.
 
     Args:
@@ -27,6 +33,7 @@ def render(cfg: RunConfig, *, run: str, code: str | None, job_python: str, task:
         run: where `resolved.yaml` and `job.json` lie, absolute.
         code: the code snapshot, absolute; None runs the installed package.
         job_python: interpreter of the supervisor on the job's first node.
+        cwd: where the job works, absolute: the folder that it was launched from.
         task: whether the job is one command (`launch.task`), not a run.
 
     Raises:
@@ -42,6 +49,11 @@ def render(cfg: RunConfig, *, run: str, code: str | None, job_python: str, task:
         setup="".join(f"{line}\n" for line in _setup(cfg.cluster)),
         run=shlex.quote(run),
         code=shlex.quote(code or ""),
+        cwd=shlex.quote(cwd),
+        tries=TRIES,
+        pause=PAUSE_SECONDS,
+        code_requeue=EXIT_REQUEUE,
+        code_storage=StorageError.exit_code,
         lead=cfg.cluster.signal_lead,
         job_python=shlex.quote(job_python),
     )
@@ -89,8 +101,14 @@ def _setup(cluster: ClusterConfig) -> list[str]:
     """Modules and exports, with a blank line before each block."""
     lines: list[str] = []
     if cluster.modules:
+        begin = [
+            f"type module >/dev/null 2>&1 || for init in {MODULES}; do",
+            "  # shellcheck source=/dev/null",
+            '  if [[ -r $init ]]; then . "$init"; fi',
+            "done",
+        ]
         loads = [f"module load {shlex.quote(module)}" for module in cluster.modules]
-        lines += ["", "set +u  # module scripts read unset variables", *loads, "set -u"]
+        lines += ["", "set +u  # module scripts read unset variables", *begin, *loads, "set -u"]
     if cluster.env:
         lines.append("")
         for entry in cluster.env:

@@ -14,6 +14,8 @@ from launch.place import expand
 CALL_SECONDS = 60.0
 PROBE_SECONDS = 30.0
 """For a node to run one short program; Slurm itself gives up one that is gone after about ten (MessageTimeout)."""
+FIRST_PROBE_SECONDS = 180.0
+"""The same where it has run none in this attempt: a prolog may come before the first step."""
 PROBES_AT_ONCE = 16
 
 
@@ -174,15 +176,14 @@ class Slurm:
             cwd=self.environ.get("SLURM_SUBMIT_DIR"),
         )
 
-    def silent(self, hosts: Iterable[str]) -> list[str]:
-        """Those that do not run a program within `PROBE_SECONDS`. One srun a node: one for all of them fails for all
-        when one node is gone."""
+    def silent(self, hosts: Iterable[str], *, seconds: float = PROBE_SECONDS) -> list[str]:
+        """Those that do not run a program in time. One srun a node: one for all of them fails for all when one node is gone."""
         left, lost = list(hosts), []
         while left:
             batch, left = left[:PROBES_AT_ONCE], left[PROBES_AT_ONCE:]
             step = ["srun", "--overlap", "--nodes=1", "--ntasks=1", "--export=ALL", "--quiet"]
             tries = [(h, self.outside.start([*step, f"--nodelist={h}", "true"], environ=self.environ)) for h in batch]
-            deadline = self.outside.now() + PROBE_SECONDS
+            deadline = self.outside.now() + seconds
             while self.outside.now() < deadline and any(process.poll() is None for _, process in tries):
                 self.outside.listen(0.2)
             for host, process in tries:

@@ -102,7 +102,9 @@ def compose_job(cfg: RunConfig, *, run: str | Path | None = None, look: bool = T
         words=snapshot.words(place),
         checkpoint_bytes=planned.checkpoint_bytes,
     )
-    script = render(cfg, run=str(place), code=code, job_python=cfg.cluster.job_python or sys.executable)
+    script = render(
+        cfg, run=str(place), code=code, job_python=cfg.cluster.job_python or sys.executable, cwd=os.getcwd()
+    )
     return Job(
         cfg=cfg,
         run=place,

@@ -74,7 +74,9 @@ def compose_task(cfg: RunConfig, task: Task, *, named: frozenset[str], folder: P
         cfg=cfg,
         run=place,
         snapshot=snapshot,
-        script=render(cfg, run=str(place), code=code, job_python=cluster.job_python or sys.executable, task=True),
+        script=render(
+            cfg, run=str(place), code=code, job_python=cluster.job_python or sys.executable, cwd=os.getcwd(), task=True
+        ),
         files=files,
         problems=tuple(problems),
         notes=tuple(notes),

@@ -18,12 +18,28 @@ exec {pipe}<> <(:)  # a pipe of this shell's own
 for signal in USR2 TERM INT; do trap "echo $signal >&$pipe" "$signal"; done
 
 set -euo pipefail
-cd "$SLURM_SUBMIT_DIR"
+run=/runs/m_64e_on_64_h100
+
+# What this node lacks another one, or this one a little later, may have. A warning ends the pause; scancel is left alone.
+later() {
+  echo "ecdit: on ${SLURMD_NODENAME:-this node}: $1" >&2
+  if ((SLURM_RESTART_COUNT < 20)); then
+    read -r -t 60 -u "$pipe" word || word=
+    if [[ $word == TERM ]]; then exit 87; fi
+    if scontrol requeue "${SLURM_ARRAY_TASK_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}"; then exit 75; fi
+  fi
+  echo "ecdit: the job ends; when that is mended: sbatch $run/job.sh" >&2
+  exit 87
+}
+: "${SLURM_RESTART_COUNT:=0}"
+
+cd /home/me || later "its working directory is not there"
 
 export OMP_NUM_THREADS=8
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=1
 
-run=/runs/m_64e_on_64_h100
+[[ -r $run/job.json ]] || later "$run/job.json cannot be read"
+command -v /opt/ecdit/bin/python >/dev/null || later "$(printf '%s is not there' /opt/ecdit/bin/python)"
 code=/runs/m_64e_on_64_h100/code/0123456789ab
 export PYTHONSAFEPATH=1  # a launch.py or torch.py in this folder must not be imported in place of ours; PYTHONPATH still counts
 if [[ -n $code ]]; then export PYTHONPATH="$code${PYTHONPATH:+:$PYTHONPATH}"; fi

@@ -1,7 +1,7 @@
 """Slurm played by this file: copied to a folder of PATH as srun, scontrol, squeue, sinfo, sbatch, scancel. Beside it lie `nodes`
 (hosts of the job), `dead` (those that answer nothing), `refuse` (programs that refuse, or `program:word`: calls with a word that
-begins so), `state` (squeue's answer, a line a job; the number may be left out), `preempted` (when), `waiting` (the user's jobs, and
-what they wait for), `up` (nodes that sinfo calls idle) and `calls` (what was asked).
+begins so), `state` (squeue's answer, a line a job; the number may be left out), `steps` (that about steps), `preempted` (when),
+`waiting` (the user's jobs, and what they wait for), `up` (nodes that sinfo calls idle) and `calls` (what was asked).
 
 srun runs one task a node here, tells it its place, passes USR2 on and answers SIGTERM by killing its tasks, as the real one does.
 """
@@ -34,6 +34,8 @@ def main(program: str, argv: list[str]) -> int:
         return 1
     if program == "squeue" and "--me" in argv:
         print((HERE / "waiting").read_text() if (HERE / "waiting").exists() else "")
+    elif program == "squeue" and "--steps" in argv:
+        print((HERE / "steps").read_text() if (HERE / "steps").exists() else "")
     elif program == "squeue":
         said = (HERE / "state").read_text().strip() if (HERE / "state").exists() else "RUNNING|None|(null)"
         print("\n".join(s if s[:1].isdigit() else f"{argv[argv.index('--jobs') + 1]}|{s}" for s in said.splitlines()))

@@ -15,7 +15,15 @@ import pytest
 from job_stage import Stage, write
 
 
-def script(*, setup: str = "", run: str = "/runs/x", job_python: str = "python", code: str = "''") -> str:
+def script(
+    *,
+    setup: str = "",
+    run: str = "/runs/x",
+    job_python: str = "python",
+    code: str = "''",
+    cwd: str = "/tmp",
+    pause: float = 0.2,
+) -> str:
     """As `ecdit launch` fills it."""
     template = (resources.files("launch") / "job.sh.template").read_text(encoding="utf-8")
     return Template(template).substitute(
@@ -27,6 +35,11 @@ def script(*, setup: str = "", run: str = "/runs/x", job_python: str = "python",
         lead=60,
         job_python=f"'{job_python}'",
         code=code,
+        cwd=f"'{cwd}'",
+        tries=3,
+        pause=pause,
+        code_requeue=75,
+        code_storage=87,
     )
 
 
@@ -34,15 +47,17 @@ def test_bash_and_shellcheck_can_read_it(tmp_path):
     path = write(tmp_path / "job.sh", script(setup="export A=1\n"))
     subprocess.run(["bash", "-n", str(path)], check=True)
     if shutil.which("shellcheck"):
-        subprocess.run(["shellcheck", "-s", "bash", str(path)], check=True)
+        subprocess.run(["shellcheck", "--exclude=SC2064", "-s", "bash", str(path)], check=True)
 
 
 def start(folder: Path, *, supervisor: str, setup: str = "", code: str = "''") -> subprocess.Popen:
     """The script, with a supervisor that is this much bash."""
     (folder / "bin").mkdir(exist_ok=True)
     python = write(folder / "bin" / "my python", f"#!/usr/bin/env bash\n{supervisor}\n")
-    path = write(folder / "job.sh", script(setup=setup, job_python=str(python), run=str(folder), code=code))
-    env = {**os.environ, "SLURM_SUBMIT_DIR": str(folder)}
+    (folder / "job.json").touch()
+    text = script(setup=setup, job_python=str(python), run=str(folder), code=code, cwd=str(folder))
+    path = write(folder / "job.sh", text)
+    env = {**os.environ}
     return subprocess.Popen(["bash", str(path)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -123,7 +138,7 @@ def test_script_supervisor_and_ranks_together(when, tmp_path):
     (stage.run / "ranks").write_text('[{"all": "wait commit=4 end=75"}]')
     stage.job(code=None)
     real = __import__("sys").executable
-    path = write(stage.run / "job.sh", script(run=str(stage.run), job_python=real))
+    path = write(stage.run / "job.sh", script(run=str(stage.run), job_python=real, cwd=str(tmp_path)))
     env = {**os.environ, **stage.environ, "PYTHONPATH": f"{Path(__file__).parents[3]}"}
     process = subprocess.Popen(["bash", str(path)], env=env, stderr=subprocess.PIPE, text=True)
     if when == "in a life":
@@ -136,3 +151,56 @@ def test_script_supervisor_and_ranks_together(when, tmp_path):
     assert "back into the queue" in err
     assert len(stage.lines("life")) == (when == "in a life")
     assert stage.calls("scontrol requeue")
+
+
+def lacking(folder: Path, *, pause: float = 0.2, answer: int = 0, **environ: str) -> tuple[subprocess.Popen, Path]:
+    """The script on a node that lacks something, with a scontrol that answers so, and what that was asked."""
+    (folder / "bin").mkdir(exist_ok=True)
+    asked = folder / "asked"
+    write(folder / "bin" / "scontrol", f'#!/bin/sh\necho "$*" >> "{asked}"\nexit {answer}\n')
+    env = {"PATH": f"{folder}/bin:/usr/bin:/bin", "SLURM_JOB_ID": "12"} | environ
+    path = write(
+        folder / "job.sh", script(run=str(folder), cwd=str(folder / "mount"), pause=pause, job_python="/none/py")
+    )
+    process = subprocess.Popen(
+        ["bash", str(path)], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    return process, asked
+
+
+@pytest.mark.parametrize(
+    ("there", "said"), [((), "working directory"), (("mount",), "job.json"), (("mount", "job.json"), "/none/py")]
+)
+def test_a_node_that_lacks_something_gives_the_job_back(there, said, tmp_path):
+    for name in there:
+        (tmp_path / name).mkdir()
+    process, asked = lacking(tmp_path, SLURMD_NODENAME="n7")
+    _, err = process.communicate(timeout=30)
+    assert (process.returncode, asked.read_text()) == (75, "requeue 12\n")
+    assert "ecdit: on n7: " in err
+    assert said in err
+
+
+def test_a_task_of_an_array_gives_itself_back_alone(tmp_path):
+    process, asked = lacking(tmp_path, SLURM_ARRAY_JOB_ID="12", SLURM_ARRAY_TASK_ID="0")
+    process.communicate(timeout=30)
+    assert asked.read_text() == "requeue 12_0\n"
+
+
+@pytest.mark.parametrize(("answer", "restarts"), [(0, "3"), (1, "0")])
+def test_what_does_not_come_back_says_how_to_go_on(answer, restarts, tmp_path):
+    """Too often, or Slurm refuses."""
+    process, asked = lacking(tmp_path, answer=answer, SLURM_RESTART_COUNT=restarts)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 87
+    assert f"sbatch {tmp_path}/job.sh" in err
+    assert asked.exists() == (restarts == "0")
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 87), ("SIGUSR2", 75)])
+def test_a_warning_ends_the_pause_and_scancel_is_left_alone(name, code, tmp_path):
+    process, asked = lacking(tmp_path, pause=60)
+    time.sleep(1.0)
+    process.send_signal(getattr(signal, name))
+    process.communicate(timeout=30)
+    assert (process.returncode, asked.exists()) == (code, code == 75)

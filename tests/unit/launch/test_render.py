@@ -12,6 +12,7 @@ import pytest
 from ecdit_train.config.compose import compose
 from ecdit_train.config.convert import with_values
 from ecdit_train.errors import ConfigError
+from launch import render as render_module
 from launch.render import job_name, log_path
 from launch.render import render as render_for
 
@@ -23,8 +24,8 @@ def config(cluster: str = "h100_ib400"):
     return compose(["experiment=ec_dit_xl_8e", f"cluster={cluster}"], local=False)
 
 
-def render(cfg, *, run="/runs/x", code="/runs/x/code/1", job_python="python") -> str:
-    return render_for(cfg, run=run, code=code, job_python=job_python)
+def render(cfg, *, run="/runs/x", code="/runs/x/code/1", job_python="python", cwd="/home/me") -> str:
+    return render_for(cfg, run=run, code=code, job_python=job_python, cwd=cwd)
 
 
 def directives(script: str) -> list[str]:
@@ -34,10 +35,12 @@ def directives(script: str) -> list[str]:
 @pytest.mark.parametrize("cluster", CLUSTERS)
 def test_bash_can_read_it(cluster, tmp_path):
     path = tmp_path / "job.sh"
-    path.write_text(render(config(cluster), run="/runs/with space/it's", code="/runs/c d", job_python="/opt/p y"))
+    path.write_text(
+        render(config(cluster), run="/runs/with space/it's", code="/runs/c d", job_python="/opt/p y", cwd="/h/it's")
+    )
     subprocess.run(["bash", "-n", str(path)], check=True)
     if shutil.which("shellcheck"):
-        subprocess.run(["shellcheck", "-s", "bash", str(path)], check=True)
+        subprocess.run(["shellcheck", "--exclude=SC2064", "-s", "bash", str(path)], check=True)
 
 
 def test_directives():
@@ -91,8 +94,21 @@ def test_gpus_by_type_are_asked_for_once():
 
 def test_modules_and_environment():
     script = render(config("slurm_pyxis"))
-    assert "set +u  # module scripts read unset variables\nmodule load slurm\nmodule load enroot\nset -u\n" in script
+    assert "set +u  # module scripts read unset variables\n" in script
+    assert "\nmodule load slurm\nmodule load enroot\nset -u\n" in script
+    assert "module load" not in render(config())
     assert "export NCCL_IB_HCA=mlx5\n" in script
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_modules_where_the_shell_has_not_inherited_them(known, tmp_path, monkeypatch):
+    init = tmp_path / "modules.sh"
+    init.write_text("module() { echo from the file: $*; }")
+    monkeypatch.setattr(render_module, "MODULES", f"/none/modules.sh {init}")
+    script = "\n".join(["set -euo pipefail", *(["module() { echo inherited: $*; }"] if known else [])])
+    script += "\n".join(render_module._setup(config("slurm_pyxis").cluster))
+    out = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout
+    assert out.splitlines()[0] == f"{'inherited' if known else 'from the file'}: load slurm"
 
 
 def test_code_and_interpreter():
@@ -107,6 +123,11 @@ def test_values_are_quoted():
     assert "export A='x $(reboot)'\n" in script
     assert "run='/runs/a b%'\n" in script
     assert 'output="/runs/a b%%/logs/%x-%j.out"' in directives(script)
+
+
+def test_the_job_works_where_it_was_launched_wherever_it_is_submitted_from():
+    assert "\ncd '/home/me/my lab' || later " in render(config(), cwd="/home/me/my lab")
+    assert "SLURM_SUBMIT_DIR" not in render(config())
 
 
 def test_impossible_folder_is_refused():
