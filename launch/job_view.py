@@ -60,8 +60,7 @@ def look(run: Path) -> JobView | None:
 
 
 def nodes_of(run: Path, *, job: str, began: float) -> int | None:
-    """How many nodes the life of a job had that trained from `began` (seconds since the epoch) on; None:
-    its supervisor noted none."""
+    """How many nodes a job's life had that trained from `began` (seconds since the epoch) on; None: nobody noted it."""
     before = [line for line in record.read(run, job) if line.get("what") == "life" and line.get("time", 0.0) <= began]
     return len(before[-1].get("nodes") or []) or None if before else None
 
