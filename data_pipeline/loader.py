@@ -8,25 +8,25 @@ Results are collected by step and slot, so the number of threads changes nothing
 
 from __future__ import annotations
 
-import json
-import logging
-import os
 import time
 from collections import Counter, deque
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from data_pipeline.assemble import BatchBuffer, Fields, check_fields, default_fields, probe_shapes
-from data_pipeline.captions import CaptionRule, NoCaptionError
+from data_pipeline.captions import CaptionRule
 from data_pipeline.contract import Batch, LoaderStats
-from data_pipeline.errors import SAMPLE_ERRORS, BadSplit, TooManyBad, Where, WrongView
+from data_pipeline.errors import BadSplit, TooManyBad, WrongView
+from data_pipeline.filling import Filled, Filler
 from data_pipeline.manifest import View
 from data_pipeline.order import Order, Tail, nearest_divisors, without_tail
+from data_pipeline.quarantine import BadSample, Quarantine
 from data_pipeline.reader import ShardReader, held_for
 
 STATE_VERSION = 1
@@ -34,32 +34,6 @@ _OTHER_DATA = (
     ". The shards in {} are not those that the run was trained on (their manifest's fingerprint differs): point data.shards at an "
     "unchanged copy, or start a new run from this one's weights (train.init_from)"
 )
-MAX_ATTEMPTS = 16
-"""Substitutes tried for one position. Sixteen bad samples in a row are a broken data set, not bad luck."""
-MAX_UNWRITTEN = 10_000
-"""Lines for the quarantine file that wait in memory while its disk refuses them."""
-
-logger = logging.getLogger("ecdit.data")
-
-
-@dataclass(frozen=True, kw_only=True)
-class BadSample:
-    """One substitution, as written to the quarantine file."""
-
-    position: int
-    shard: str
-    sample: int
-    attempt: int
-    error: str
-    message: str
-
-
-@dataclass(kw_only=True)
-class _Filled:
-    """What filling some slots has met."""
-
-    bad: list[BadSample] = field(default_factory=list)
-    skipped: int = 0
 
 
 @dataclass(kw_only=True)
@@ -68,7 +42,7 @@ class _Step:
 
     number: int
     buffer: BatchBuffer
-    pieces: list[Future[_Filled]] = field(default_factory=list)
+    pieces: list[Future[Filled]] = field(default_factory=list)
 
 
 class StreamingLoader:
@@ -123,11 +97,10 @@ class StreamingLoader:
         self._slots = np.arange(rank * global_batch // world, (rank + 1) * global_batch // world, dtype=np.int64)
         self._resolution, self._threads = resolution, threads
         self._prefetch = prefetch if threads else 0  # without threads, ahead means only earlier
-        self._substitutes, self._max_bad, self._quarantine = on_bad == "substitute", max_bad, quarantine
-        self._unwritten: list[str] = []
-        self._handle = -1
+        self._max_bad, self._quarantine = max_bad, Quarantine(quarantine)
         at_once = self.order.shards_at_once(world=world, steps=self._prefetch + 1)
         self._reader = ShardReader(view, held=held_for(at_once))
+        self._filler = Filler(view=view, order=self.order, reader=self._reader, substitutes=on_bad == "substitute")
         self._shapes = probe_shapes(self._reader, view=view, fields=self._fields)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="ecdit-data") if threads else None
         self._pending: deque[_Step] = deque()
@@ -213,9 +186,7 @@ class StreamingLoader:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
         self._reader.close()
-        if self._handle >= 0:
-            os.close(self._handle)
-            self._handle = -1
+        self._quarantine.close()
 
     def _start(self, number: int) -> _Step:
         """Plan a step and hand its pieces to the threads."""
@@ -227,56 +198,23 @@ class StreamingLoader:
         step = _Step(number=number, buffer=buffer)
         # One piece per thread: fine enough to share a step evenly, coarse enough that a future's cost vanishes.
         for slots in np.array_split(np.arange(len(position)), max(1, min(self._threads, len(position)))):
-            work = (step.buffer, slots.tolist(), located.shard[slots].tolist(), located.sample[slots].tolist())
+            fill = partial(
+                self._filler.fill, step.buffer,
+                slots=slots.tolist(), shards=located.shard[slots].tolist(), samples=located.sample[slots].tolist(),
+            )  # fmt: skip
             if self._pool is not None:
-                step.pieces.append(self._pool.submit(self._fill, *work))
+                step.pieces.append(self._pool.submit(fill))
             else:
                 step.pieces.append(Future())
-                step.pieces[-1].set_result(self._fill(*work))
+                step.pieces[-1].set_result(fill())
         return step
-
-    def _fill(self, buffer: BatchBuffer, slots: list[int], shards: list[int], samples: list[int]) -> _Filled:
-        """Read and decode the samples of some slots; runs in a thread."""
-        filled = _Filled()
-        for slot, shard, sample in zip(slots, shards, samples, strict=True):
-            position = int(buffer.position[slot])
-            for attempt in range(MAX_ATTEMPTS):
-                if attempt:
-                    located = self.order.locate(np.array([position]), attempt=attempt)
-                    shard, sample = int(located.shard[0]), int(located.sample[0])
-                try:
-                    self._fill_slot(buffer, slot, shard, sample, position)
-                    break
-                except NoCaptionError:
-                    filled.skipped += 1
-                except SAMPLE_ERRORS as error:
-                    if not self._substitutes:
-                        raise
-                    filled.bad.append(
-                        BadSample(
-                            position=position, shard=self.view.shards[shard].name, sample=sample, attempt=attempt,
-                            error=type(error).__name__, message=str(error),
-                        )
-                    )  # fmt: skip
-            else:
-                last = f"; last: {filled.bad[-1].message}" if filled.bad else ""
-                raise TooManyBad(
-                    f"position {position}: {MAX_ATTEMPTS} samples in a row are bad or without caption{last}"
-                )
-        return filled
-
-    def _fill_slot(self, buffer: BatchBuffer, slot: int, shard: int, sample: int, position: int) -> None:
-        raw = self._reader.read(shard, sample=sample, position=position)
-        buffer.fill(slot, raw=raw, where=Where(self.view.shards[shard].name, raw.key, position))
 
     def _record(self, bad: list[BadSample]) -> None:
         """Count and write down what was substituted in a delivered step."""
         if not bad:
             return
         self._bad.update(sample.error for sample in bad)
-        if self._quarantine is not None:
-            self._unwritten += [json.dumps(asdict(sample)) + "\n" for sample in bad]
-            self._write_down(self._quarantine)
+        self._quarantine.add(bad)
         share = self.order.steps_per_epoch * len(self._slots)
         limit = self._max_bad * max(share, self._delivered * len(self._slots))
         if self._bad.total() > limit:
@@ -284,21 +222,6 @@ class StreamingLoader:
                 f"{self._bad.total()} bad samples {dict(self._bad)} exceed max_bad = {self._max_bad:g} "
                 f"({limit:.1f} samples); last: {bad[-1].message}"
             )
-
-    def _write_down(self, path: Path) -> None:
-        """A disk that refuses ends nothing: the lines are tried again with the next ones."""
-        try:
-            # Held open: a folder that is renamed keeps its file, and nothing is made under the old name.
-            if self._handle < 0:
-                self._handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-            size, lines = os.fstat(self._handle).st_size, "".join(self._unwritten).encode()
-            if os.write(self._handle, lines) != len(lines):
-                os.ftruncate(self._handle, size)
-                raise OSError("the disk took only a part of the lines")
-            self._unwritten.clear()
-        except OSError as error:
-            logger.warning("%s cannot be written (%s); its lines wait in memory", path, error)
-            del self._unwritten[:-MAX_UNWRITTEN]
 
     def _drop_pending(self) -> None:
         """Forget prefetched steps; threads finish the piece they are at."""
