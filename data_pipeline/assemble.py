@@ -8,10 +8,11 @@ import numpy as np
 
 from data_pipeline.captions import CaptionRule
 from data_pipeline.contract import Batch
-from data_pipeline.decode import decode_array, decode_image
+from data_pipeline.decode import decode_array
+from data_pipeline.decoders import Picture
 from data_pipeline.errors import SAMPLE_ERRORS, BadArray, BadSplit, DataError, UndecodableImage, Where
 from data_pipeline.manifest import View
-from data_pipeline.reader import RawSample, ShardReader
+from data_pipeline.reader import RawSample, ShardReader, Value
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "npy")
 
@@ -77,14 +78,18 @@ class BatchBuffer:
         self._text = np.zeros((num, fields.text_len, shapes.text[0]), shapes.text[1]) if shapes.text else None
         self._text_mask = np.zeros((num, fields.text_len), bool) if shapes.text else None
 
-    def fill(self, slot: int, *, raw: RawSample, where: Where) -> None:
-        """Decode one sample into its slot. Raises UndecodableImage, BadCaption, BadArray or NoCaptionError."""
+    def fill(self, slot: int, *, raw: RawSample, where: Where) -> Picture | None:
+        """Put one sample into its slot, all but its pixels: those are left to a decoder.
+
+        Raises UndecodableImage (no picture), BadCaption, BadArray or NoCaptionError.
+        """
         fields = self._fields
         if fields.captions:  # first: what is skipped need not be decoded
             self._captions[slot] = self._rule.choose(raw, where=where)
+        picture = None
         if self._images is not None:
             name = next((name for name in fields.images if name in raw.fields), fields.images[0])
-            decode_image(_member(raw, name, UndecodableImage, where), out=self._images[slot], where=where)
+            picture = Picture(_member(raw, name, UndecodableImage, where), self._images[slot], where)
         if fields.latents is not None and self._latents is not None and self._shapes.latent is not None:
             latent = decode_array(_member(raw, fields.latents, BadArray, where), where=where)
             _agree(latent, *self._shapes.latent, where)
@@ -97,6 +102,7 @@ class BatchBuffer:
             self._text[slot, :length], self._text[slot, length:] = text[:length], 0
             self._text_mask[slot] = np.arange(fields.text_len) < length
         self.keys[slot] = raw.key
+        return picture
 
     def batch(self) -> Batch:
         """The finished batch, once every slot is filled."""
@@ -156,11 +162,13 @@ def check_fields(fields: Fields, *, view: View) -> None:
         raise BadSplit("fields.text_len = 0: must be the padded number of text tokens, 1 or more")
 
 
-def _member(raw: RawSample, name: str, error: type[Exception], where: Where) -> memoryview:
-    payload = raw.fields.get(name)
-    if payload is None:
+def _member(raw: RawSample, name: str, error: type[Exception], where: Where) -> memoryview | np.ndarray:
+    value: Value | None = raw.fields.get(name)
+    if value is None:
         raise error(f"{where}: the sample has no member {name!r}, only {sorted(raw.fields)}")
-    return payload
+    if isinstance(value, str | dict):
+        raise error(f"{where}: {name} is {type(value).__name__}; must be a file's bytes or an array")
+    return value
 
 
 def _agree(array: np.ndarray, shape: tuple[int, ...], dtype: np.dtype, where: Where) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from data_pipeline.decode import read_caption
 from data_pipeline.errors import BadCaption, BadSplit, Where
 from data_pipeline.feistel import key
@@ -57,6 +59,8 @@ class CaptionRule:
         found: list[tuple[str, float]] = []
         for number, source in enumerate(self.sources):
             payload = raw.fields.get(source.partition(":")[0])
+            if isinstance(payload, np.ndarray):
+                raise BadCaption(f"{where}: {source} is an array instead of text")
             text = None if payload is None else read_caption(payload, source=source, where=where)
             if text is not None and (not self.weights or self.weights[number] > 0):
                 found.append((text, self.weights[number] if self.weights else 1.0))

@@ -1,6 +1,6 @@
 """From bytes of a field to pixels, arrays and text. Image libraries are imported at first use.
 
-Images come out as uint8 RGB, H x W x 3, at one square resolution: shorter side resized, centre cut out (a random crop
+Images come out as uint8 RGB, H x W x 3, at the size of their slot: resized until they cover it, centre cut out (a random crop
 is a draw keyed by position and belongs to the trainer), upright as their EXIF says, transparent ones over white. Headers are
 read before pixels: a 20 KB file can claim 60000 x 60000. Whatever a library raises is a fault of the sample, never the
 end of a run.
@@ -34,7 +34,7 @@ Payload = bytes | memoryview
 
 
 def decode_image(payload: Payload, *, out: np.ndarray, where: Where) -> None:
-    """Decode jpg, png, webp or npy (recognised by content, not by name) into `out`, uint8 (R, R, 3), C-contiguous.
+    """Decode jpg, png, webp or npy (recognised by content, not by name) into `out`, uint8 (H, W, 3), C-contiguous.
 
     A JPEG of the right size is decoded straight into the batch buffer.
 
@@ -46,7 +46,7 @@ def decode_image(payload: Payload, *, out: np.ndarray, where: Where) -> None:
             raise ValueError(f"{len(payload)} bytes; allowed: {MAX_BYTES}")
         kind = _kind(payload)
         height, width = _size(payload, kind)
-        most = MAX_PIXELS if kind == "jpg" else min(MAX_PIXELS, max(4096, MAX_SHRINK * out.shape[0]) ** 2)
+        most = MAX_PIXELS if kind == "jpg" else min(MAX_PIXELS, max(4096, MAX_SHRINK * max(out.shape[:2])) ** 2)
         if not 0 < height * width <= most:
             raise ValueError(f"{height} x {width} pixels; allowed for {kind}: 1 to {most}")
         if kind == "jpg":
@@ -59,23 +59,45 @@ def decode_image(payload: Payload, *, out: np.ndarray, where: Where) -> None:
             image = _decode_opencv(payload)
         upright = _upright(image, orientation=_orientation(payload, kind))
         if upright is not out:
-            out[...] = resize_centre(upright, resolution=out.shape[0])
+            out[...] = resize_centre(upright, height=out.shape[0], width=out.shape[1])
     except Exception as error:
         raise UndecodableImage(f"{where}: {str(error) or type(error).__name__}") from error
 
 
-def resize_centre(image: np.ndarray, *, resolution: int) -> np.ndarray:
-    """Shorter side to `resolution`, centre crop; uint8 (H, W, 3) -> (R, R, 3). Nothing is copied when it fits."""
-    height, width = image.shape[:2]
-    short = min(height, width)
-    if short != resolution:
+def place_pixels(image: np.ndarray, *, out: np.ndarray, where: Where) -> None:
+    """Pixels that are decoded already, uint8 (h, w, 3), resized and cut into `out` (H, W, 3). Raises UndecodableImage."""
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+        raise UndecodableImage(f"{where}: pixels of {image.shape} {image.dtype}; must be uint8 (H, W, 3)")
+    out[...] = resize_centre(image, height=out.shape[0], width=out.shape[1])
+
+
+def is_whole_jpeg(payload: Payload, *, resolution: int) -> bool:
+    """A JPEG of honest size in grey or YCbCr with an end: what any decoder reads alike. Others may be good all the same."""
+    if not 4 < len(payload) <= MAX_BYTES or bytes(payload[:3]) != b"\xff\xd8\xff":
+        return False
+    import simplejpeg
+
+    try:
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(payload)
+    except Exception:
+        return False
+    ends = bytes(payload[-64:]).rfind(b"\xff\xd9") >= 0
+    return ends and 0 < height * width <= MAX_PIXELS and colorspace in ("Gray", "YCbCr")
+
+
+def resize_centre(image: np.ndarray, *, height: int, width: int) -> np.ndarray:
+    """Shrunk or enlarged until it just covers (height, width), centre crop; uint8 (h, w, 3) -> (height, width, 3). Nothing is
+    copied when it fits."""
+    high, wide = image.shape[:2]
+    if not (high == height and wide >= width) and not (wide == width and high >= height):
         cv2 = _cv2()
-        size = (max(resolution, round(width * resolution / short)), max(resolution, round(height * resolution / short)))
+        ratio = max(height / high, width / wide)
+        size = (max(width, round(wide * ratio)), max(height, round(high * ratio)))
         # AREA averages all source pixels (no aliasing) when shrinking; it degrades to nearest when enlarging.
-        image = cv2.resize(image, size, interpolation=cv2.INTER_AREA if short > resolution else cv2.INTER_CUBIC)
-        height, width = image.shape[:2]
-    top, left = (height - resolution) // 2, (width - resolution) // 2
-    return image[top : top + resolution, left : left + resolution]
+        image = cv2.resize(image, size, interpolation=cv2.INTER_AREA if ratio < 1 else cv2.INTER_CUBIC)
+        high, wide = image.shape[:2]
+    top, left = (high - height) // 2, (wide - width) // 2
+    return image[top : top + height, left : left + width]
 
 
 def _orientation(payload: Payload, kind: str) -> int:
@@ -104,14 +126,14 @@ def _upright(image: np.ndarray, *, orientation: int) -> np.ndarray:
     return np.ascontiguousarray(turned[::rows, ::columns])
 
 
-def decode_array(payload: Payload, *, where: Where) -> np.ndarray:
-    """A float16 or float32 array from npy bytes: a read-only view of the payload, no copy, never a pickle.
+def decode_array(payload: Payload | np.ndarray, *, where: Where) -> np.ndarray:
+    """A float16 or float32 array from npy bytes: a read-only view of the payload, never a pickle. An array is checked, too.
 
     Raises:
         BadArray: not npy, another dtype, wrong number of bytes, or a value that is not finite.
     """
     try:
-        array = _npy(payload)
+        array = payload if isinstance(payload, np.ndarray) else _npy(payload)
     except ValueError as error:
         raise BadArray(f"{where}: {error}") from error
     if array.dtype not in (np.float16, np.float32):
@@ -125,14 +147,14 @@ def decode_array(payload: Payload, *, where: Where) -> np.ndarray:
     return array
 
 
-def decode_caption(payload: Payload, *, suffix: str, where: Where) -> str:
+def decode_caption(payload: Payload | str | dict, *, suffix: str, where: Where) -> str:
     """`read_caption` where there must be one. Raises BadCaption."""
     if (found := read_caption(payload, source=suffix, where=where)) is None:
         raise BadCaption(f"{where}: caption is empty or no text")
     return found
 
 
-def read_caption(payload: Payload, *, source: str, where: Where) -> str | None:
+def read_caption(payload: Payload | str | dict, *, source: str, where: Where) -> str | None:
     """Caption of a txt member, or of a json member the string under a key (`json:KEY`; `caption` where none is named),
     outer white space removed. None where there is none: an empty text, null, no such key.
 
@@ -141,9 +163,9 @@ def read_caption(payload: Payload, *, source: str, where: Where) -> str | None:
     """
     field, _, key = source.partition(":")
     try:
-        text: Any = str(payload, "utf-8")
+        text: Any = payload if isinstance(payload, str | dict) else str(payload, "utf-8")
         if field.endswith("json"):
-            text = json.loads(text).get(key or "caption")
+            text = (json.loads(text) if isinstance(text, str) else text).get(key or "caption")
     except UnicodeDecodeError as error:
         raise BadCaption(f"{where}: caption is not UTF-8 (byte {error.start}: {error.reason})") from error
     except (ValueError, AttributeError, RecursionError) as error:
@@ -210,7 +232,7 @@ def _decode_jpeg(payload: Payload, *, size: tuple[int, int], out: np.ndarray) ->
         return out
     # libjpeg can leave out high frequencies: a photo of ten times the resolution is never decoded in full. Twice the
     # wanted side remains, so that the area filter still has pixels to average.
-    least = 2 * out.shape[0]
+    least = 2 * max(out.shape[:2])
     return simplejpeg.decode_jpeg(payload, colorspace="RGB", min_height=least, min_width=least)
 
 

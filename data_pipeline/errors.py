@@ -92,5 +92,11 @@ class BadArray(DataError):
     exit_code = 69
 
 
-SAMPLE_ERRORS = (TruncatedShard, CorruptShard, UndecodableImage, BadCaption, BadArray)
+class BadStage(DataError):
+    """A stage of the user's own failed on a sample, or gave something that is no sample."""
+
+    exit_code = 70
+
+
+SAMPLE_ERRORS = (TruncatedShard, CorruptShard, UndecodableImage, BadCaption, BadArray, BadStage)
 """Faults of one sample, which `on_bad="substitute"` may replace. The others concern a shard or the whole view."""

@@ -22,12 +22,14 @@ import numpy as np
 from data_pipeline.assemble import BatchBuffer, Fields, check_fields, default_fields, probe_shapes
 from data_pipeline.captions import CaptionRule
 from data_pipeline.contract import Batch, LoaderStats
+from data_pipeline.decoders import ImageDecoder, PlainDecoder
 from data_pipeline.errors import BadSplit, TooManyBad, WrongView
 from data_pipeline.filling import Filled, Filler
 from data_pipeline.manifest import View
 from data_pipeline.order import Order, Tail, nearest_divisors, without_tail
 from data_pipeline.quarantine import BadSample, Quarantine
 from data_pipeline.reader import ShardReader, held_for
+from data_pipeline.stages import Stages
 
 STATE_VERSION = 1
 _OTHER_DATA = (
@@ -64,6 +66,8 @@ class StreamingLoader:
             substituted before TooManyBad stops the run.
         quarantine: JSON-lines file that gets one line per substitution (append only); give every rank its own.
         held_out: the last samples of the data set are left out.
+        decoder: of pictures; None is `decoders.PlainDecoder`.
+        stages: a user's own, run on each sample before it is decoded.
         only_held_out: deliver those instead, in their own order, for ever; a whole number of global batches.
 
     Raises:
@@ -75,7 +79,7 @@ class StreamingLoader:
         fields: Fields | None = None, captions: CaptionRule | None = None, resolution: int = 256,
         threads: int = 2, prefetch: int = 2, lanes: int | None = None, window: int = 2,
         on_bad: Literal["fail", "substitute"] = "fail", max_bad: float = 1e-4, quarantine: Path | None = None,
-        held_out: int = 0, only_held_out: bool = False,
+        held_out: int = 0, only_held_out: bool = False, decoder: ImageDecoder | None = None, stages: Stages | None = None,
     ) -> None:  # fmt: skip
         if world < 1 or global_batch % world:
             near = nearest_divisors(global_batch, value=world)
@@ -100,7 +104,11 @@ class StreamingLoader:
         self._max_bad, self._quarantine = max_bad, Quarantine(quarantine)
         at_once = self.order.shards_at_once(world=world, steps=self._prefetch + 1)
         self._reader = ShardReader(view, held=held_for(at_once))
-        self._filler = Filler(view=view, order=self.order, reader=self._reader, substitutes=on_bad == "substitute")
+        self._decoder = decoder or PlainDecoder()
+        self._filler = Filler(
+            view=view, order=self.order, reader=self._reader, decoder=self._decoder,
+            stages=stages, substitutes=on_bad == "substitute",
+        )  # fmt: skip
         self._shapes = probe_shapes(self._reader, view=view, fields=self._fields)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="ecdit-data") if threads else None
         self._pending: deque[_Step] = deque()
@@ -185,6 +193,7 @@ class StreamingLoader:
         self._drop_pending()
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
+        self._decoder.close()
         self._reader.close()
         self._quarantine.close()
 

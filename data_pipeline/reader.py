@@ -12,12 +12,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
+
 from data_pipeline.errors import CorruptShard, MissingShard, TruncatedShard, Where
 from data_pipeline.index import Index
 from data_pipeline.manifest import View
 from data_pipeline.tar import split_proven_name, walk_proven
 
 T = TypeVar("T")
+Value = memoryview | str | dict | np.ndarray
+"""Bytes of a member as they lie in the tar; the others come out of a user's stages (`stages`)."""
 
 _RETRIES = 4
 _BACKOFF_SECONDS = 0.05
@@ -28,7 +32,7 @@ class RawSample:
     """Bytes of one sample. The views share one buffer, which lives as long as any of them."""
 
     key: str
-    fields: dict[str, memoryview]
+    fields: dict[str, Value]
     num_bytes: int
 
 
@@ -92,7 +96,8 @@ class ShardReader:
         if zlib.crc32(payload) != int(index.crc[sample]):
             raise CorruptShard(f"{where}: crc32 of {num_bytes} bytes at {offset} differs from the index")
         # Between the members of a sample may stand others that nobody asked for.
-        key, fields, whole, wanted = "", {}, memoryview(payload), index.fields
+        key, whole, wanted = "", memoryview(payload), index.fields
+        fields: dict[str, Value] = {}
         for member in walk_proven(whole, shard=name):
             of, field = split_proven_name(member.name)
             key = key or of

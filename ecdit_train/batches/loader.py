@@ -10,6 +10,7 @@ from data_pipeline.captions import CaptionRule
 from data_pipeline.errors import DataError
 from data_pipeline.loader import StreamingLoader
 from data_pipeline.manifest import open_view
+from data_pipeline.stages import Stages
 from ecdit_train.config.schema import RunConfig
 from ecdit_train.parallel.mesh import Mesh
 from ecdit_train.run_folder import quarantine_path
@@ -39,6 +40,7 @@ def make_loader(config: RunConfig, mesh: Mesh, *, run: Path, life: int, held_out
                 f"{config.data.shards}: {type(encoder).__name__} needs a member "
                 f"that the shards do not have; they hold {', '.join(view.fields)}"
             )
+    stages = config.data.stages.build()
     return StreamingLoader(
         view,
         global_batch=config.train.global_batch,
@@ -52,6 +54,8 @@ def make_loader(config: RunConfig, mesh: Mesh, *, run: Path, life: int, held_out
             missing=config.data.no_caption,
         ),
         resolution=config.data.resolution,
+        decoder=config.data.decoder.build(),
+        stages=Stages(stages) if stages else None,
         threads=config.data.threads,
         prefetch=config.data.prefetch,
         on_bad=config.data.on_bad,

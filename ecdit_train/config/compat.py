@@ -41,6 +41,8 @@ _CLASSES: dict[str, Kind] = {
     "data.captions": "schedule",
     "data.caption_weights": "schedule",
     "data.no_caption": "schedule",
+    "data.decoder": "schedule",  # resized pictures differ by a few levels
+    "data.stages": "schedule",
     "train.seed": "identity",
     "train.global_batch": "identity",
     "train.microbatch": "free",  # identity when a group is a microbatch, see `kind`

@@ -14,6 +14,7 @@ from typing import Literal
 from ecdit_train.config.cluster import ClusterConfig
 from ecdit_train.config.life import CheckpointConfig, HealthConfig, ValidationConfig, WatchConfig
 from ecdit_train.config.slots import (
+    DecoderConfig,
     DispatcherConfig,
     ExpertsConfig,
     ImageCodecConfig,
@@ -21,6 +22,7 @@ from ecdit_train.config.slots import (
     RouterConfig,
     SamplerConfig,
     SinkConfig,
+    StagesConfig,
     TextEncoderConfig,
 )
 
@@ -159,6 +161,10 @@ class DataConfig:
     """One for each of `captions`: a sample with several has one drawn in each epoch; empty takes the first that it has."""
     no_caption: Literal["bad", "skip", "unconditional"]
     """A sample without a caption is bad (see `on_bad`), replaced by another and counted (skip), or trained on without text."""
+    decoder: DecoderConfig
+    """Files of pictures to pixels."""
+    stages: StagesConfig
+    """What of your own is done to each sample before that."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -317,6 +317,23 @@ class OptimizerConfig(SlotConfig):
         raise NotImplementedError
 
 
+class DecoderConfig(SlotConfig):
+    """Decodes and resizes pictures."""
+
+    def build(self) -> Any:
+        """A `data_pipeline.decoders.ImageDecoder`; called once on each rank."""
+        raise NotImplementedError
+
+
+class StagesConfig(SlotConfig):
+    """What becomes of each sample between its shard and the decoder."""
+
+    def build(self) -> list[Any]:
+        """webdataset stages (`wds.decode`, `wds.map`, ...), or functions from an iterator of samples to one, see
+        `data_pipeline.stages.Stages`; called once on each rank. An empty list leaves all as it is."""
+        raise NotImplementedError
+
+
 class SinkConfig(SlotConfig):
     """Somewhere that records and pictures are copied to, beside metrics.jsonl."""
 
@@ -346,6 +363,8 @@ SLOTS: tuple[Slot, ...] = (
     Slot(key="moe.dispatcher", base=DispatcherConfig, meaning="how rows reach experts and results are summed"),
     Slot(key="encoders.text", base=TextEncoderConfig, meaning="captions to features"),
     Slot(key="encoders.image", base=ImageCodecConfig, meaning="pixels to latents and back"),
+    Slot(key="data.decoder", base=DecoderConfig, meaning="files of pictures to pixels"),
+    Slot(key="data.stages", base=StagesConfig, meaning="a user's webdataset stages, run on each sample"),
     Slot(key="sample.sampler", base=SamplerConfig, meaning="from noise to a picture"),
     Slot(key="optim.optimizer", base=OptimizerConfig, meaning="the update rule"),
     Slot(key="observe.sinks.*", base=SinkConfig, meaning="where records and pictures are copied to"),

@@ -69,7 +69,7 @@ def test_pictures_stand_upright_as_pillow_turns_them(orientation: int, form: str
     payload = saved(Image.fromarray(picture(32, 48)), form, exif=exif, quality=95)
     with Image.open(io.BytesIO(payload)) as image:
         want = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    assert np.abs(decoded(payload, 32).astype(int) - resize_centre(want, resolution=32)).mean() < 1.5
+    assert np.abs(decoded(payload, 32).astype(int) - resize_centre(want, height=32, width=32)).mean() < 1.5
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA"])
@@ -146,7 +146,7 @@ def test_shorter_side_then_centre(height: int, width: int, image_format: str) ->
 def test_large_jpeg_is_shrunk_close_to_the_full_decode() -> None:
     image = picture(600, 900)
     payload = simplejpeg.encode_jpeg(image, quality=95)
-    full = resize_centre(simplejpeg.decode_jpeg(payload), resolution=32)
+    full = resize_centre(simplejpeg.decode_jpeg(payload), height=32, width=32)
     assert np.abs(decoded(payload, 32).astype(int) - full).mean() < 1.5
 
 

@@ -1,0 +1,103 @@
+"""NVIDIA DALI behind the decoder's slot: it decodes and resizes what we chose and read. The only importer of nvidia.dali.
+
+One bad JPEG ends a DALI pipeline and its object. Whole JPEGs of one or three components go to DALI; all others go to the
+reference, which alone decides what is bad: so the same samples are replaced under either decoder. Should DALI fail all the
+same, its pipeline is made anew and the reference takes over for these pictures, counted in `fallbacks`.
+
+Pictures that already have their size come out bit for bit as the reference's (both are libjpeg-turbo; tests hold it). Resized ones
+differ a little: DALI's antialiased triangular filter, ours is OpenCV's area filter.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from data_pipeline.decode import is_whole_jpeg
+from data_pipeline.decoders import Picture, PlainDecoder
+from data_pipeline.errors import DataError, UndecodableImage
+
+
+class DaliDecoder:
+    """Args:
+        device: "cpu", or "mixed": nvJPEG on the GPU of this process; its pixels come back to the host, where batches are made.
+        at_once: pictures of one call.
+
+    Raises DataError where DALI is not installed.
+    """  # fmt: skip
+
+    def __init__(self, *, device: Literal["cpu", "mixed"] = "cpu", device_id: int = 0, at_once: int = 32) -> None:
+        try:
+            import nvidia.dali  # noqa: F401
+        except ImportError as error:
+            raise DataError(
+                f"data/decoder=dali: nvidia-dali cannot be imported ({error}); install the extra: pip install 'ecdit[dali]'"
+            ) from error
+        self.at_once = at_once
+        self._device, self._device_id = device, None if device == "cpu" else device_id
+        self._plain = PlainDecoder()
+        self._own = threading.local()
+        self._lock = threading.Lock()
+        self.fallbacks = 0
+
+    def decode(self, pictures: Sequence[Picture]) -> list[UndecodableImage | None]:
+        answers: list[UndecodableImage | None] = [None] * len(pictures)
+        fit = [n for n, picture in enumerate(pictures) if _takes(picture)]
+        if fit and not self._by_dali([pictures[n] for n in fit]):
+            with self._lock:
+                self.fallbacks += 1
+            fit = []
+        for n in sorted(set(range(len(pictures))) - set(fit)):
+            answers[n] = self._plain.decode([pictures[n]])[0]
+        return answers
+
+    def close(self) -> None:
+        self._own = threading.local()
+
+    def _by_dali(self, pictures: Sequence[Picture]) -> bool:
+        """Whether DALI could. A pipeline belongs to one thread and one size."""
+        height, width = pictures[0].out.shape[:2]
+        pipelines: dict[tuple[int, int], Any] = self._own.__dict__.setdefault("pipelines", {})
+        if (height, width) not in pipelines:
+            pipelines[height, width] = _pipeline(
+                height, width, at_once=self.at_once, device=self._device, device_id=self._device_id
+            )
+        try:
+            pipelines[height, width].feed_input("files", [np.frombuffer(p.payload, np.uint8) for p in pictures])
+            (found,) = pipelines[height, width].run()
+        except RuntimeError:
+            del pipelines[height, width]
+            return False
+        found = found.as_cpu() if self._device == "mixed" else found
+        for n, picture in enumerate(pictures):
+            picture.out[...] = found.at(n)
+        return True
+
+
+def _takes(picture: Picture) -> bool:
+    return not isinstance(picture.payload, np.ndarray) and is_whole_jpeg(
+        picture.payload, resolution=max(picture.out.shape[:2])
+    )
+
+
+def _pipeline(height: int, width: int, *, at_once: int, device: str, device_id: int | None) -> Any:
+    import nvidia.dali as dali
+
+    fn: Any = dali.fn  # its operators and types are made at run time
+    types: Any = dali.types
+
+    def decode() -> Any:
+        files = fn.external_source(name="files", no_copy=True, dtype=types.UINT8, ndim=1)
+        pixels = fn.decoders.image(files, device=device, output_type=types.RGB)  # upright, as EXIF says
+        pixels = fn.resize(
+            pixels, size=[height, width], mode="not_smaller", interp_type=types.INTERP_TRIANGULAR, antialias=True
+        )
+        return fn.crop(pixels, crop=(height, width), crop_pos_x=0.5, crop_pos_y=0.5)
+
+    define: Any = dali.pipeline_def
+    made = define(decode, batch_size=at_once, num_threads=1, device_id=device_id, prefetch_queue_depth=1)()
+    made.build()
+    return made
