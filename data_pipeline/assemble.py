@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,8 +35,12 @@ class Fields:
 
 
 def default_fields(view: View, *, text_len: int = 0) -> Fields:
+    """`usual_fields` of those that a data set has."""
+    return usual_fields(view.fields, text_len=text_len)
+
+
+def usual_fields(have: Collection[str], *, text_len: int = 0) -> Fields:
     """Fields by their usual names: image suffixes, `latent.npy`, `txt` or `json`, `text.npy` (with `text_len`)."""
-    have = view.fields
 
     def first(*names: str) -> str | None:
         return next((name for name in names if name in have), None)
@@ -123,11 +128,30 @@ def probe_shapes(reader: ShardReader, *, view: View, fields: Fields, limit: int 
     if fields.latents is None and fields.text is None:
         return ArrayShapes()
     shard = int(np.flatnonzero(view.shard_sizes)[0])
+
+    def samples() -> Iterator[tuple[RawSample, Where]]:
+        last: DataError | None = None
+        for sample in range(min(limit, int(view.shard_sizes[shard]))):
+            try:
+                raw = reader.read(shard, sample=sample)
+            except SAMPLE_ERRORS as error:
+                last = error
+                continue
+            last = None
+            yield raw, Where(view.shards[shard].name, raw.key)
+        if last is not None:
+            raise last
+
+    return shapes_of(samples(), fields=fields)
+
+
+def shapes_of(samples: Iterable[tuple[RawSample, Where]], *, fields: Fields) -> ArrayShapes:
+    """Shapes of the first sample that has what `fields` ask for. Raises the last one's error when none has."""
+    if fields.latents is None and fields.text is None:
+        return ArrayShapes()
     last: DataError | None = None
-    for sample in range(min(limit, int(view.shard_sizes[shard]))):
+    for raw, where in samples:
         try:
-            raw = reader.read(shard, sample=sample)
-            where = Where(view.shards[shard].name, raw.key)
             latent = text = None
             if fields.latents is not None:
                 array = decode_array(_member(raw, fields.latents, BadArray, where), where=where)
@@ -142,7 +166,7 @@ def probe_shapes(reader: ShardReader, *, view: View, fields: Fields, limit: int 
             return ArrayShapes(latent=latent, text=text)
         except SAMPLE_ERRORS as error:
             last = error
-    raise last if last is not None else BadSplit(f"{view.folder}: no sample to read")
+    raise last if last is not None else BadSplit("no sample to read the shapes of")
 
 
 def check_fields(fields: Fields, *, view: View) -> None:
