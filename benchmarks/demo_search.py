@@ -52,7 +52,7 @@ def main(words: list[str]) -> None:
 
     parallel = spread(c, runtime.alone())
     state = TrainState.fresh(parallel.model, c.optim)
-    flow = Flow(config=c.diffusion, seed=c.train.seed, num_patches=c.patches_per_image, num_kept=c.tokens_per_image)
+    flow = Flow(config=c.diffusion, seed=c.train.seed, patch=c.model.patch, num_kept=c.tokens_per_image)
     pipeline = SamplePipeline(parallel=parallel, text=text, codec=codec, config=c)
     wanted = [m for m in all_prompts(split="all") if m["tag"] == "colors"] * 2
     print(json.dumps({"parameters": sum(p.numel() for p in state.params.values()), "words": words}), flush=True)

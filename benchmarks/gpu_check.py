@@ -103,7 +103,7 @@ def step_without_sync(device: str, *, precision: str) -> float:
         features_BLX=torch.randn(B, c.encoders.text.max_tokens, c.encoders.text.width, device=device),
         mask_BL=torch.ones(B, c.encoders.text.max_tokens, dtype=torch.bool, device=device),
     )
-    flow = Flow(config=c.diffusion, seed=0, num_patches=c.patches_per_image, num_kept=c.tokens_per_image)
+    flow = Flow(config=c.diffusion, seed=0, patch=c.model.patch, num_kept=c.tokens_per_image)
     state = TrainState.fresh(parallel.model, c.optim)
 
     def step() -> Tensor:

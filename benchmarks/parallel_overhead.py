@@ -60,9 +60,7 @@ class Trained:
             features_BLX=torch.randn(B, text.max_tokens, text.width, generator=g)[mine],
             mask_BL=torch.ones(B, text.max_tokens, dtype=torch.bool)[mine],
         )
-        self.flow = Flow(
-            config=config.diffusion, seed=0, num_patches=config.patches_per_image, num_kept=config.tokens_per_image
-        )
+        self.flow = Flow(config=config.diffusion, seed=0, patch=config.model.patch, num_kept=config.tokens_per_image)
 
     def turn(self, steps: int = STEPS) -> None:
         c = self.config

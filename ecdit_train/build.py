@@ -99,7 +99,7 @@ def _assemble(config: RunConfig, runtime: Runtime, owned: Ownership, *, stop_aft
     flow = Flow(
         config=config.diffusion,
         seed=config.train.seed,
-        num_patches=config.patches_per_image,
+        patch=config.model.patch,
         num_kept=config.tokens_per_image,
     )
     trainer = Trainer(

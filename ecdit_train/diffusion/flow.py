@@ -59,16 +59,22 @@ class Flow:
 
     config: DiffusionConfig
     seed: int
-    num_patches: int
+    patch: int
+    """Side of a patch in latent pixels."""
     num_kept: int
+    """K, of every image, whatever its aspect: what follows the mask has one shape."""
 
     def draw(self, position_B: Tensor, *, shape: tuple[int, int, int]) -> Draws:
-        """position: global positions of the samples in the training stream, int64; shape: (C, H, W)."""
+        """position: global positions of the samples in the training stream, int64; shape: (C, H, W), with K patches or more."""
         c, seed = self.config, self.seed
+        num_patches = (shape[1] // self.patch) * (shape[2] // self.patch)
+        assert num_patches >= self.num_kept, (
+            f"{num_patches} patches of a latent {shape}; {self.num_kept} are to be kept"
+        )
         u = keyed.normal(seed, Purpose.TIMESTEP, position_B, shape=(1,))[:, 0]
         keep = None
-        if self.num_kept < self.num_patches:
-            keep = keyed.subset(seed, Purpose.PATCH_MASK, position_B, total=self.num_patches, keep=self.num_kept)
+        if self.num_kept < num_patches:
+            keep = keyed.subset(seed, Purpose.PATCH_MASK, position_B, total=num_patches, keep=self.num_kept)
         return Draws(
             eps_BCHW=keyed.normal(seed, Purpose.NOISE, position_B, shape=shape),
             t_B=torch.sigmoid(c.timestep_mean + c.timestep_std * u),

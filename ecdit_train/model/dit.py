@@ -70,7 +70,8 @@ class DiT(nn.Module):
         `group_tokens`: tokens that compete for an expert. Activations take the type of the weights."""
         dtype = self.patch_embed.weight.dtype
         x = self.patch_embed(patchify(latents_BCHW, patch=self.patch).to(dtype))
-        x = x + sincos_2d(latents_BCHW.shape[-1] // self.patch, x.shape[-1], device=x.device).to(dtype)
+        high, wide = (size // self.patch for size in latents_BCHW.shape[2:])
+        x = x + sincos_2d(high, wide, x.shape[-1], device=x.device).to(dtype)
         if keep_BK is not None:
             x = take_tokens(x, keep_BK)
         c = self.condition(t_B, text)

@@ -25,8 +25,8 @@ def patchify(image_BCHW: Tensor, *, patch: int) -> Tensor:
 
 
 def unpatchify(patches_BNP: Tensor, *, patch: int, side: int) -> Tensor:
-    """(B, N, P) back to (B, C, H, W) with `side` patches in each direction."""
-    return rearrange(patches_BNP, "b (h w) (p q c) -> b c (h p) (w q)", h=side, w=side, p=patch, q=patch)
+    """(B, N, P) back to (B, C, H, W) with `side` patches in a column."""
+    return rearrange(patches_BNP, "b (h w) (p q c) -> b c (h p) (w q)", h=side, p=patch, q=patch)
 
 
 def take_tokens(x_BNX: Tensor, keep_BK: Tensor) -> Tensor:
@@ -34,15 +34,16 @@ def take_tokens(x_BNX: Tensor, keep_BK: Tensor) -> Tensor:
     return x_BNX.gather(1, keep_BK[:, :, None].expand(-1, -1, x_BNX.shape[-1]))
 
 
-def sincos_2d(side: int, width: int, *, device: torch.device) -> Tensor:
-    """Fixed 2-D sine-cosine positions (ViT, DiT): (side * side, width) float32; half of the width per axis."""
+def sincos_2d(high: int, wide: int, width: int, *, device: torch.device) -> Tensor:
+    """Fixed 2-D sine-cosine positions (ViT, DiT) of `high` rows of `wide` patches: (high * wide, width) float32; half of the
+    width per axis. A place means the same in any aspect and resolution: they have no weights."""
     quarter = width // 4
     omega = torch.exp(-math.log(10000.0) * torch.arange(quarter, device=device, dtype=torch.float32) / quarter)
-    angle = torch.arange(side, device=device, dtype=torch.float32)[:, None] * omega
+    angle = torch.arange(max(high, wide), device=device, dtype=torch.float32)[:, None] * omega
     axis = torch.cat([angle.sin(), angle.cos()], dim=1)
-    rows = axis[:, None, :].expand(side, side, -1)
-    cols = axis[None, :, :].expand(side, side, -1)
-    return torch.cat([rows, cols], dim=-1).reshape(side * side, -1)
+    rows = axis[:high, None, :].expand(high, wide, -1)
+    cols = axis[None, :wide, :].expand(high, wide, -1)
+    return torch.cat([rows, cols], dim=-1).reshape(high * wide, -1)
 
 
 class TimestepEmbedding(nn.Module):

@@ -16,7 +16,7 @@ from ecdit_train.diffusion.samplers.heun import Heun
 from ecdit_train.model.embed import patchify
 
 CONFIG = DiffusionConfig(prediction="velocity", timestep_mean=-0.3, timestep_std=1.2, mask_ratio=0.5, caption_drop=0.1)
-FLOW = Flow(config=CONFIG, seed=5, num_patches=16, num_kept=8)
+FLOW = Flow(config=CONFIG, seed=5, patch=2, num_kept=8)
 SHAPE = (3, 8, 8)
 
 
@@ -69,7 +69,7 @@ def test_loss_is_fp32_whatever_the_network_computes_in():
 
 
 def test_timesteps_are_logit_normal():
-    t = FLOW.draw(torch.arange(20000), shape=(1, 2, 2)).t_B
+    t = FLOW.draw(torch.arange(20000), shape=(1, 8, 4)).t_B
     u = torch.logit(t.double())
     assert abs(u.mean() + 0.3) < 4 * 1.2 / math.sqrt(20000)
     assert abs(u.std() - 1.2) < 0.03
@@ -89,11 +89,11 @@ def test_draws_are_functions_of_the_position():
 
 
 def test_captions_are_dropped_as_often_as_configured():
-    drop = FLOW.draw(torch.arange(20000), shape=(1, 2, 2)).drop_B
+    drop = FLOW.draw(torch.arange(20000), shape=(1, 8, 4)).drop_B
     assert abs(drop.double().mean() - 0.1) < 0.01
     for share in (0.0, 1.0):
         flow = dataclasses.replace(FLOW, config=dataclasses.replace(CONFIG, caption_drop=share))
-        assert (flow.draw(torch.arange(500), shape=(1, 2, 2)).drop_B == bool(share)).all()
+        assert (flow.draw(torch.arange(500), shape=(1, 8, 4)).drop_B == bool(share)).all()
 
 
 def test_nothing_is_masked_at_ratio_zero():

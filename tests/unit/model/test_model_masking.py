@@ -19,7 +19,7 @@ POSITIONS = torch.tensor([5, 6, 7, 2**33])
 
 
 def flow(*, kept: int) -> Flow:
-    return Flow(config=CONFIG, seed=1, num_patches=PATCHES, num_kept=kept)
+    return Flow(config=CONFIG, seed=1, patch=2, num_kept=kept)
 
 
 def keep_of(*rows: list[int]) -> torch.Tensor:

@@ -62,13 +62,15 @@ def test_take_tokens_keeps_the_named_ones():
 
 
 def test_positions_tell_rows_from_columns():
-    table = sincos_2d(4, 32, device=torch.device("cpu"))
+    table = sincos_2d(4, 4, 32, device=torch.device("cpu"))
     assert table.shape == (16, 32)
     assert len({tuple(row) for row in table.tolist()}) == 16
     grid = table.view(4, 4, 2, 16)
     assert torch.equal(grid[2, 0, 0], grid[2, 3, 0]), "first half: the row"
     assert torch.equal(grid[0, 3, 1], grid[2, 3, 1]), "second half: the column"
     assert torch.equal(grid[2, 0, 0], grid[0, 2, 1])
+    wide = sincos_2d(2, 8, 32, device=torch.device("cpu")).view(2, 8, 2, 16)
+    assert torch.equal(wide[:, :4], grid[:2]), "a place is the same in another aspect"
 
 
 def test_near_timesteps_differ_in_bf16():

@@ -44,7 +44,7 @@ def make(router: str, *extra: str):
     config = configure("unused", "unused", "model.text_refiner_layers=0", *ROUTERS[router], *extra)
     model = DiT(config.model, config.moe, channels=3, text_features=32)
     initialise(model, seed=0)
-    flow = Flow(config=config.diffusion, seed=0, num_patches=config.patches_per_image, num_kept=config.tokens_per_image)
+    flow = Flow(config=config.diffusion, seed=0, patch=config.model.patch, num_kept=config.tokens_per_image)
     return config, model, flow
 
 
