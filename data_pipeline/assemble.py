@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_pipeline.captions import CaptionRule
+from data_pipeline.catalogue import Shards
 from data_pipeline.contract import Batch
 from data_pipeline.decode import decode_array
 from data_pipeline.decoders import Picture
 from data_pipeline.errors import SAMPLE_ERRORS, BadArray, BadSplit, DataError, UndecodableImage, Where
-from data_pipeline.manifest import View
 from data_pipeline.reader import RawSample, ShardReader, Value
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "npy")
@@ -34,7 +34,7 @@ class Fields:
     text_len: int = 0
 
 
-def default_fields(view: View, *, text_len: int = 0) -> Fields:
+def default_fields(view: Shards, *, text_len: int = 0) -> Fields:
     """`usual_fields` of those that a data set has."""
     return usual_fields(view.fields, text_len=text_len)
 
@@ -123,7 +123,7 @@ class BatchBuffer:
         )
 
 
-def probe_shapes(reader: ShardReader, *, view: View, fields: Fields, limit: int = 16) -> ArrayShapes:
+def probe_shapes(reader: ShardReader, *, view: Shards, fields: Fields, limit: int = 16) -> ArrayShapes:
     """Shapes of the first of `limit` samples that can be read. Raises its error when none can."""
     if fields.latents is None and fields.text is None:
         return ArrayShapes()
@@ -169,7 +169,7 @@ def shapes_of(samples: Iterable[tuple[RawSample, Where]], *, fields: Fields) -> 
     raise last if last is not None else BadSplit("no sample to read the shapes of")
 
 
-def check_fields(fields: Fields, *, view: View) -> None:
+def check_fields(fields: Fields, *, view: Shards) -> None:
     """Refuse fields that no shard has, before the first read. Raises BadSplit naming the ones there are."""
     captions = tuple(source.partition(":")[0] for source in fields.captions)
     asked = (

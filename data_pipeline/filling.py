@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 from data_pipeline.assemble import BatchBuffer
 from data_pipeline.captions import NoCaptionError
+from data_pipeline.catalogue import Shards
 from data_pipeline.decoders import ImageDecoder, Picture
 from data_pipeline.errors import SAMPLE_ERRORS, DataError, TooManyBad, Where
-from data_pipeline.manifest import View
-from data_pipeline.order import Order, Tail
+from data_pipeline.order import Stream
 from data_pipeline.quarantine import BadSample
 from data_pipeline.reader import ShardReader
 from data_pipeline.stages import LeftOutError, Stages
@@ -40,8 +40,8 @@ class _Try(NamedTuple):
 class Filler:
     """Fills slots of any batch of a stream; its calls share nothing but the reader, so threads may make them."""
 
-    view: View
-    order: Order | Tail
+    view: Shards
+    order: Stream
     reader: ShardReader
     decoder: ImageDecoder
     stages: Stages | None = None
