@@ -25,13 +25,16 @@ from torch.utils.data import IterableDataset, get_worker_info
 from data_pipeline.errors import SAMPLE_ERRORS, BadSplit, BadStage, DataError, TooManyBad, WrongView
 from data_pipeline.filling import MAX_ATTEMPTS
 from data_pipeline.manifest import View, open_view
-from data_pipeline.order import Order, nearest_divisors
+from data_pipeline.order import nearest_divisors
+from data_pipeline.place import Place
 from data_pipeline.reader import RawSample, ShardReader, held_for
+from data_pipeline.sources import DataSet
 
 
 class ExactSource(IterableDataset):
     """Args:
-        data: a folder that `ecdit data index` has indexed, or an opened view.
+        data: a folder that `ecdit data index` has indexed, an opened view, or a whole data set (`sources.open_data`: mixtures,
+            what is kept, what is taken down).
         seed: of the order.
         global_batch: samples of one step over all ranks; with the seed it decides the order.
         rank, world: data-parallel rank and size; world must divide global_batch.
@@ -46,14 +49,16 @@ class ExactSource(IterableDataset):
     """  # fmt: skip
 
     def __init__(
-        self, data: View | Path | str, *, global_batch: int, seed: int = 0, rank: int = 0, world: int = 1,
+        self, data: DataSet | View | Path | str, *, global_batch: int, seed: int = 0, rank: int = 0, world: int = 1,
         on_bad: Literal["fail", "substitute"] = "fail",
     ) -> None:  # fmt: skip
-        self.view = data if isinstance(data, View) else open_view(data)
+        data_set = DataSet.of(open_view(data) if isinstance(data, Path | str) else data)
+        self.view = data_set.view
         if world < 1 or global_batch % world or not 0 <= rank < world:
             near = nearest_divisors(global_batch, value=world)
             raise BadSplit(f"rank {rank} of {world}: world must divide global_batch = {global_batch}; nearest: {near}")
-        self.order = Order(self.view.shard_sizes, seed=seed, global_batch=global_batch)
+        self.order = data_set.stream(seed=seed, global_batch=global_batch)
+        self._place = Place(data_set, stream=self.order)
         self._share, self._world = global_batch // world, world
         self._first = rank * self._share
         self._substitutes = on_bad == "substitute"
@@ -87,33 +92,21 @@ class ExactSource(IterableDataset):
         """What was taken of this rank's share, here or, with `taken`, further on; `inside` counts samples of a step that is not
         whole, and fits this world only."""
         step, inside = divmod(self._taken if taken is None else taken, self._share)
-        return {"v": 1, "step": step, "inside": inside, "world": self._world, **self._identity()}
+        return {**self._place.state(step), "inside": inside, "world": self._world}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Where the next `iter` begins; on any world if a whole step was taken. Raises WrongView for another stream."""
-        wrong = [f"{k}: saved {state.get(k)!r}, here {v!r}" for k, v in self._identity().items() if state.get(k) != v]
-        step, inside = state.get("step"), state.get("inside")
-        if not isinstance(step, int) or not isinstance(inside, int) or min(step, inside) < 0:
-            wrong.append(f"step {step!r}, inside {inside!r}: must be 0 or above")
-        elif inside and state.get("world") != self._world:
-            wrong.append(
-                f"saved {inside} samples into a step on {state.get('world')} ranks; on {self._world} only whole steps go on"
-            )
-        if wrong:
-            raise WrongView(f"the saved state belongs to another stream: {'; '.join(wrong)}")
-        self._taken = state["step"] * self._share + state["inside"]
+        inside, world = state.get("inside"), state.get("world")
+        if not isinstance(inside, int) or not 0 <= inside < self._share or (inside and world != self._world):
+            rule = f"a part of a step goes on on {world} ranks only; on {self._world} a whole one does"
+            raise WrongView(f"the saved state is {inside!r} samples into a step: {rule}")
+        step = self._place.load({name: value for name, value in state.items() if name not in ("inside", "world")})
+        self._taken = step * self._share + inside
 
     def number_of(self, position: int) -> int:
         """Which of this rank's samples is at a position."""
         step, slot = divmod(position, self.order.global_batch)
         return step * self._share + slot - self._first
-
-    def _identity(self) -> dict[str, Any]:
-        order = self.order
-        return {
-            "seed": order.seed, "global_batch": order.global_batch, "lanes": order.lanes, "window": order.window,
-            "view_sha256": self.view.sha256,
-        }  # fmt: skip
 
     def _read(self, reader: ShardReader, position: int, shard: int, sample: int) -> dict[str, Any]:
         last: DataError | None = None

@@ -61,8 +61,8 @@ class Columns:
     """uint64 (S,)"""
     sha256: np.ndarray
     """uint8 (S, 32)"""
-    names: memoryview
-    """UTF-8"""
+    names: np.ndarray
+    """uint8, UTF-8"""
 
     @classmethod
     def of(cls, shards: Sequence[Shard]) -> Columns:
@@ -77,7 +77,7 @@ class Columns:
                 name_end=np.cumsum([len(name) for name in names], dtype=np.uint64),
                 bytes=np.array([shard.bytes for shard in shards], np.uint64),
                 sha256=np.frombuffer(b"".join(_sum(shard) for shard in shards), np.uint8).reshape(-1, 32),
-                names=memoryview(b"".join(names)),
+                names=np.frombuffer(b"".join(names), np.uint8),
             )  # fmt: skip
         except OverflowError as error:
             raise ValueError(f"a shard's numbers do not fit a manifest: {error}") from error
@@ -89,7 +89,7 @@ class Columns:
         """Raises CorruptShard for one that leads outside of the data set's folder."""
         first = int(self.name_end[shard - 1]) if shard else 0
         try:
-            name = bytes(self.names[first : int(self.name_end[shard])]).decode()
+            name = self.names[first : int(self.name_end[shard])].tobytes().decode()
         except UnicodeDecodeError:
             name = ""
         if not is_inside(name):
@@ -139,7 +139,12 @@ def encode(columns: Columns) -> bytes:
     """The file's content."""
     sets = _padded(json.dumps(columns.field_sets).encode())
     checked = sets + _padded(_little(columns.fields, "<u2")) + _padded(_little(columns.samples, "<u4"))
-    rest = _little(columns.name_end, "<u8") + _little(columns.bytes, "<u8") + columns.sha256.tobytes() + columns.names
+    rest = (
+        _little(columns.name_end, "<u8")
+        + _little(columns.bytes, "<u8")
+        + columns.sha256.tobytes()
+        + columns.names.tobytes()
+    )
     numbers = (len(sets), len(columns), int(columns.samples.sum(dtype=np.int64)), len(columns.names))
     header = _HEADER.pack(MAGIC, VERSION, 0, zlib.crc32(rest), *numbers)
     crc = zlib.crc32(checked, zlib.crc32(header[_FRESH]))
@@ -203,7 +208,7 @@ def _columns(raw: mmap.mmap, *, path: Path) -> tuple[Columns, int, int]:
         name_end=column("<u8", rest_at, shards),
         bytes=column("<u8", rest_at + 8 * shards, shards),
         sha256=column("u1", rest_at + 16 * shards, 32 * shards).reshape(-1, 32),
-        names=view[rest_at + 48 * shards :],
+        names=column("u1", rest_at + 48 * shards, names_bytes),
     )
     if shards and (int(columns.samples.sum(dtype=np.int64)) != samples or int(columns.fields.max()) >= len(sets)):
         raise _changed(path)

@@ -157,5 +157,5 @@ def test_by_default_they_are_bad(foreign: View) -> None:
 def test_a_set_without_any_caption_ends_the_search(tmp_path: Path) -> None:
     png = cv2.imencode(".png", picture(1))[1].tobytes()
     samples = [RawMembers(key=f"{n:03d}", members={"png": png, "txt": b" "}) for n in range(48)]
-    with pytest.raises(TooManyBad, match="bad or without caption"):
+    with pytest.raises(TooManyBad, match="bad or left out"):
         batches(write_shards(samples, tmp_path), 1, captions=CaptionRule(missing="skip"))

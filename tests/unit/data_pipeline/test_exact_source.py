@@ -123,7 +123,7 @@ def test_another_stream_is_refused(shapes_folder: Path) -> None:
     with pytest.raises(WrongView, match="seed: saved 3, here 4"):
         ExactSource(shapes_folder, global_batch=BATCH, seed=4).load_state_dict(state)
     half = state | {"inside": 3}
-    with pytest.raises(WrongView, match="only whole steps"):
+    with pytest.raises(WrongView, match="a whole one does"):
         ExactSource(shapes_folder, global_batch=BATCH, seed=3, world=2).load_state_dict(half)
     with pytest.raises(BadSplit, match="nearest: 2 or 4"):
         ExactSource(shapes_folder, global_batch=BATCH, world=3)
