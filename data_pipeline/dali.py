@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from data_pipeline.decode import is_whole_jpeg
+from data_pipeline.decode import whole_jpeg
 from data_pipeline.decoders import Picture, PlainDecoder
 from data_pipeline.errors import DataError, UndecodableImage
 
@@ -45,31 +45,39 @@ class DaliDecoder:
 
     def decode(self, pictures: Sequence[Picture]) -> list[UndecodableImage | None]:
         answers: list[UndecodableImage | None] = [None] * len(pictures)
-        fit = [n for n, picture in enumerate(pictures) if _takes(picture)]
-        if fit and not self._by_dali([pictures[n] for n in fit]):
-            with self._lock:
-                self.fallbacks += 1
-            fit = []
-        for n in sorted(set(range(len(pictures))) - set(fit)):
+        left = []
+        kinds: dict[tuple[int, int, bool], list[int]] = {}
+        for n, picture in enumerate(pictures):
+            size = None if isinstance(picture.payload, np.ndarray) else whole_jpeg(picture.payload)
+            wanted = picture.out.shape[:2]
+            if size is None:
+                left.append(n)
+            else:
+                # An operator that resizes to the same size costs as much as decoding, and blurs.
+                kinds.setdefault((*wanted, size == wanted and size[0] == size[1]), []).append(n)
+        for kind, numbers in kinds.items():
+            if not self._by_dali([pictures[n] for n in numbers], *kind):
+                with self._lock:
+                    self.fallbacks += 1
+                left += numbers
+        for n in sorted(left):
             answers[n] = self._plain.decode([pictures[n]])[0]
         return answers
 
     def close(self) -> None:
         self._own = threading.local()
 
-    def _by_dali(self, pictures: Sequence[Picture]) -> bool:
-        """Whether DALI could. A pipeline belongs to one thread and one size."""
-        height, width = pictures[0].out.shape[:2]
-        pipelines: dict[tuple[int, int], Any] = self._own.__dict__.setdefault("pipelines", {})
-        if (height, width) not in pipelines:
-            pipelines[height, width] = _pipeline(
-                height, width, at_once=self.at_once, device=self._device, device_id=self._device_id
-            )
+    def _by_dali(self, pictures: Sequence[Picture], height: int, width: int, fits: bool) -> bool:
+        """Whether DALI could. A pipeline belongs to one thread and one kind of call."""
+        pipelines: dict[tuple[int, int, bool], Any] = self._own.__dict__.setdefault("pipelines", {})
+        kind = height, width, fits
+        if kind not in pipelines:
+            pipelines[kind] = _pipeline(*kind, at_once=self.at_once, device=self._device, device_id=self._device_id)
         try:
-            pipelines[height, width].feed_input("files", [np.frombuffer(p.payload, np.uint8) for p in pictures])
-            (found,) = pipelines[height, width].run()
+            pipelines[kind].feed_input("files", [np.frombuffer(p.payload, np.uint8) for p in pictures])
+            (found,) = pipelines[kind].run()
         except RuntimeError:
-            del pipelines[height, width]
+            del pipelines[kind]
             return False
         found = found.as_cpu() if self._device == "mixed" else found
         for n, picture in enumerate(pictures):
@@ -77,13 +85,7 @@ class DaliDecoder:
         return True
 
 
-def _takes(picture: Picture) -> bool:
-    return not isinstance(picture.payload, np.ndarray) and is_whole_jpeg(
-        picture.payload, resolution=max(picture.out.shape[:2])
-    )
-
-
-def _pipeline(height: int, width: int, *, at_once: int, device: str, device_id: int | None) -> Any:
+def _pipeline(height: int, width: int, fits: bool, *, at_once: int, device: str, device_id: int | None) -> Any:
     import nvidia.dali as dali
 
     fn: Any = dali.fn  # its operators and types are made at run time
@@ -92,6 +94,8 @@ def _pipeline(height: int, width: int, *, at_once: int, device: str, device_id: 
     def decode() -> Any:
         files = fn.external_source(name="files", no_copy=True, dtype=types.UINT8, ndim=1)
         pixels = fn.decoders.image(files, device=device, output_type=types.RGB)  # upright, as EXIF says
+        if fits:
+            return pixels
         pixels = fn.resize(
             pixels, size=[height, width], mode="not_smaller", interp_type=types.INTERP_TRIANGULAR, antialias=True
         )

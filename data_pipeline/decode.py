@@ -71,18 +71,20 @@ def place_pixels(image: np.ndarray, *, out: np.ndarray, where: Where) -> None:
     out[...] = resize_centre(image, height=out.shape[0], width=out.shape[1])
 
 
-def is_whole_jpeg(payload: Payload, *, resolution: int) -> bool:
-    """A JPEG of honest size in grey or YCbCr with an end: what any decoder reads alike. Others may be good all the same."""
+def whole_jpeg(payload: Payload) -> tuple[int, int] | None:
+    """(height, width) of a JPEG of honest size in grey or YCbCr with an end: what any decoder reads alike. None for others, which
+    may be good all the same."""
     if not 4 < len(payload) <= MAX_BYTES or bytes(payload[:3]) != b"\xff\xd8\xff":
-        return False
+        return None
     import simplejpeg
 
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(payload)
     except Exception:
-        return False
+        return None
     ends = bytes(payload[-64:]).rfind(b"\xff\xd9") >= 0
-    return ends and 0 < height * width <= MAX_PIXELS and colorspace in ("Gray", "YCbCr")
+    honest = 0 < height * width <= MAX_PIXELS and colorspace in ("Gray", "YCbCr")
+    return (height, width) if ends and honest else None
 
 
 def resize_centre(image: np.ndarray, *, height: int, width: int) -> np.ndarray:

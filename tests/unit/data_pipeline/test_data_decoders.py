@@ -91,7 +91,7 @@ def test_resized_by_dali_is_close_to_the_reference() -> None:
 
 
 def test_a_picture_that_ends_dalis_pipeline_costs_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data_pipeline.dali.is_whole_jpeg", lambda payload, resolution: True)  # nothing is kept from it
+    monkeypatch.setattr("data_pipeline.dali.whole_jpeg", lambda payload: (64, 64))  # nothing is kept from it
     decoder = DaliDecoder(at_once=4)
     files = [jpeg(64, 64, seed=n) for n in range(8)]
     files[2] = FILES["cut"]
