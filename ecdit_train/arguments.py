@@ -136,6 +136,27 @@ class Shapes:
     format: Literal["png", "jpg"] = word("png|jpg", default="png")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Pack:
+    """What `ecdit data pack` makes of pictures."""
+
+    resolution: int = word("PIXELS", least=1, default=256)
+    crop: Literal["centre", "none"] = word("centre|none", default="centre")
+    least: int | None = word("PIXELS", least=1, default=None)
+    """Of the shorter side; None: the resolution, so that nothing is enlarged."""
+    aspect: float = word("RATIO", default=3.0)
+    quality: int = word("1..100", least=1, default=95)
+    captions: tuple[str, ...] = word("[txt,json,json:KEY,...]", default=("txt", "json"))
+    no_caption: Literal["reject", "keep"] = word("reject|keep", default="reject")
+    form: Literal["set", "tars", "parquet", "files"] | None = word("set|tars|parquet|files", default=None)
+    """None: by what lies there."""
+    table: str | None = word("FILE", default=None)
+    per_shard: int = word("N", least=1, default=1000)
+    """Of pictures in folders; other forms keep their shards."""
+    workers: int = word("N", least=1, default=1)
+    runner: Literal["local", "ray"] = word("local|ray", default="local")
+
+
 def forms(kind: type) -> str:
     """`run=FOLDER, ...; optional: out=FILE, ...`: the words of a verb, for its help."""
     every = {f.name: f"{f.name}={f.metadata['form']}" for f in dataclasses.fields(kind)}
