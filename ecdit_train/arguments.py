@@ -157,6 +157,22 @@ class Pack:
     runner: Literal["local", "ray"] = word("local|ray", default="local")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Encode:
+    """What `ecdit data encode` makes by the encoders of a configuration."""
+
+    batch: int = word("N", least=1, default=32)
+    latents: bool = word("true|false", default=True)
+    text: bool = word("true|false", default=True)
+    device: Literal["auto", "cpu", "cuda"] = word("auto|cpu|cuda", default="auto")
+    threads: int = word("N", least=1, default=2)
+    """That decode, of one worker."""
+    workers: int = word("N", least=1, default=1)
+    runner: Literal["local", "ray"] = word("local|ray", default="local")
+    actors: int = word("N", least=1, default=1)
+    """Of runner=ray: encoders, each on a GPU where there are some."""
+
+
 def forms(kind: type) -> str:
     """`run=FOLDER, ...; optional: out=FILE, ...`: the words of a verb, for its help."""
     every = {f.name: f"{f.name}={f.metadata['form']}" for f in dataclasses.fields(kind)}

@@ -6,9 +6,10 @@ import multiprocessing
 import os
 import threading
 from collections.abc import Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from typing import Protocol
+from contextlib import ExitStack, contextmanager
+from typing import Any, Protocol
 
 from data_pipeline.errors import DataError
 from data_pipeline.preparing.work import Record, Service, Task, Work, run_task
@@ -34,17 +35,18 @@ class Local:
     def run(self, work: Work, tasks: Iterable[Task]) -> Iterator[tuple[Task, Record]]:
         """Raises DataError where `MAX_DEATHS` processes died with the same task in hand; whatever a task raises."""
         if self._workers == 1:
-            service = None if work.service is None else work.service()
-            for task in tasks:
-                yield task, run_task(work, task, service=service)
+            with _service(work, number=0) as service:
+                for task in tasks:
+                    yield task, run_task(work, task, service=service)
             return
         queue, deaths = iter(tasks), dict[int, int]()
         again: list[Task] = []
         while True:
             lost: list[Task] = []
             # spawn, not fork: the caller may hold threads (torch, a loader) that do not survive a fork
+            context = multiprocessing.get_context("spawn")
             with ProcessPoolExecutor(
-                self._workers, mp_context=multiprocessing.get_context("spawn"), initializer=_begin, initargs=(work,)
+                self._workers, mp_context=context, initializer=_begin, initargs=(work, context.Value("i", 0))
             ) as pool:
                 yield from self._drain(pool, again=again, queue=queue, lost=lost)
             if not lost:
@@ -88,14 +90,29 @@ class Local:
                 yield task, record
 
 
+@contextmanager
+def _service(work: Work, *, number: int) -> Iterator[Service | None]:
+    """In one thread beside the caller, which prepares the next batch meanwhile."""
+    if work.service is None:
+        yield None
+        return
+    call = work.service(number)
+    with ThreadPoolExecutor(1, thread_name_prefix="service") as thread:
+        yield lambda batch: thread.submit(call, batch)
+
+
 _WORK: Work | None = None
+_NUMBER = 0
+_HELD = ExitStack()
 _SERVICE: Service | None = None
 
 
-def _begin(work: Work) -> None:
+def _begin(work: Work, started: Any) -> None:
     """Of a worker. It dies with its parent: a killed command would leave processes behind that wait for ever."""
-    global _WORK, _SERVICE
-    _WORK, _SERVICE = work, None
+    global _WORK, _NUMBER
+    with started.get_lock():
+        _WORK, _NUMBER = work, started.value
+        started.value += 1
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -109,6 +126,6 @@ def _begin(work: Work) -> None:
 def _run(task: Task) -> Record:
     global _SERVICE
     assert _WORK is not None
-    if _SERVICE is None and _WORK.service is not None:
-        _SERVICE = _WORK.service()
+    if _SERVICE is None:
+        _SERVICE = _HELD.enter_context(_service(_WORK, number=_NUMBER))
     return run_task(_WORK, task, service=_SERVICE)

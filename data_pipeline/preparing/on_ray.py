@@ -13,10 +13,10 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from data_pipeline.errors import DataError
-from data_pipeline.preparing.work import Record, Service, Task, Work, run_task
+from data_pipeline.preparing.work import Record, Task, Work, run_task
 
-MAX_DEATHS = 3
-"""Of actors that had the same task in hand."""
+RETRIES = 3
+"""Of a task, or a batch, whose actor died."""
 IN_FLIGHT = 2
 """Batches that one worker has with the encoders."""
 
@@ -25,17 +25,17 @@ class OnRay:
     """Args:
     workers: actors that make tasks, of one CPU each.
     encoders: actors that hold the service, for work that has one.
-    encoder_gpus: of each; may be a fraction.
+    encoder_gpus: of each, may be a fraction; None: one each where the cluster has GPUs.
     address: of a cluster; None starts Ray on this machine, or joins what RAY_ADDRESS names.
     """
 
     def __init__(
-        self, *, workers: int = 1, encoders: int = 1, encoder_gpus: float = 0.0, address: str | None = None
+        self, *, workers: int = 1, encoders: int = 1, encoder_gpus: float | None = None, address: str | None = None
     ) -> None:
         self._workers, self._encoders, self._gpus, self._address = workers, encoders, encoder_gpus, address
 
     def run(self, work: Work, tasks: Iterable[Task]) -> Iterator[tuple[Task, Record]]:
-        """Raises DataError where `MAX_DEATHS` actors died with the same task in hand; whatever a task raises."""
+        """Raises DataError where too many actors died with the same task in hand; whatever a task raises."""
         ray = _ray()
         began = not ray.is_initialized()
         if began:
@@ -44,9 +44,12 @@ class OnRay:
         workers: list[Any] = []
         try:
             if work.service is not None:
-                kind = ray.remote(num_cpus=0 if self._gpus else 1, num_gpus=self._gpus, max_restarts=-1)(_Encoder)
-                encoders = [kind.remote(work.service) for _ in range(self._encoders)]
-            kind = ray.remote(num_cpus=1, max_restarts=-1)(_Worker)
+                gpus = self._gpus if self._gpus is not None else float(ray.cluster_resources().get("GPU", 0) > 0)
+                kind = ray.remote(num_cpus=0 if gpus else 1, num_gpus=gpus, max_restarts=-1, max_task_retries=RETRIES)(
+                    _Encoder
+                )
+                encoders = [kind.remote(work.service, number) for number in range(self._encoders)]
+            kind = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=RETRIES)(_Worker)
             shared = ray.put(work)
             workers = [kind.remote(shared, encoders, number) for number in range(self._workers)]
             yield from _drain(ray, workers, iter(tasks))
@@ -59,7 +62,6 @@ class OnRay:
 
 def _drain(ray: Any, workers: list[Any], queue: Iterator[Task]) -> Iterator[tuple[Task, Record]]:
     idle, flying = deque(workers), dict[Any, tuple[Any, Task]]()
-    deaths: dict[int, int] = {}
     while True:
         while idle and (task := next(queue, None)) is not None:
             worker = idle.popleft()
@@ -70,22 +72,15 @@ def _drain(ray: Any, workers: list[Any], queue: Iterator[Task]) -> Iterator[tupl
         for reference in ready:
             worker, task = flying.pop(reference)
             try:
-                answer = ray.get(reference)
+                record = ray.get(reference)
+            except ray.exceptions.RayActorError as error:
+                raise DataError(
+                    f"{task.output.name}: {RETRIES + 1} Ray actors died at it (of memory?): {error}"
+                ) from error
             except ray.exceptions.RayTaskError as error:
-                cause = error.cause
-                if not isinstance(cause, ray.exceptions.RayActorError):  # else: an encoder died under it
-                    raise (cause if isinstance(cause, DataError) else error) from None
-                answer = None
-            except ray.exceptions.RayActorError:
-                answer = None
+                raise (error.cause if isinstance(error.cause, DataError) else error) from None
             idle.append(worker)
-            if answer is not None:
-                yield task, answer
-                continue
-            deaths[task.number] = deaths.get(task.number, 0) + 1
-            if deaths[task.number] >= MAX_DEATHS:
-                raise DataError(f"{task.output.name}: {MAX_DEATHS} Ray actors died at it (of memory?)")
-            queue = itertools.chain([task], queue)
+            yield task, record
 
 
 class _Worker:
@@ -101,8 +96,8 @@ class _Worker:
 class _Encoder:
     """Holds the service."""
 
-    def __init__(self, make: Any) -> None:
-        self._service: Service = make()
+    def __init__(self, make: Any, number: int) -> None:
+        self._service = make(number)
 
     def call(self, batch: Any) -> Any:
         return self._service(batch)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -123,7 +123,9 @@ class PackWork:
                 yield sample
 
     def _pack(self, found: Found, *, where: Where) -> RawMembers:
-        caption = self._caption(found, where=where)
+        caption = caption_of(found, self.rule.captions, where=where)
+        if caption is None and self.rule.no_caption == "reject":
+            raise _RejectedError("no caption", f"has {', '.join(sorted(found.fields))}")
         name = next((suffix for suffix in PICTURES if suffix in found.fields), None)
         if name is None and "npy" in found.fields:
             name = "npy"
@@ -139,16 +141,6 @@ class PackWork:
         if caption is not None:
             members["txt"] = caption.encode()
         return RawMembers(key=found.key, members=members)
-
-    def _caption(self, found: Found, *, where: Where) -> str | None:
-        for source in self.rule.captions:
-            payload = found.fields.get(source.partition(":")[0])
-            text = None if payload is None else read_caption(payload, source=source, where=where)
-            if text is not None:
-                return text
-        if self.rule.no_caption == "reject":
-            raise _RejectedError("no caption", f"has {', '.join(sorted(found.fields))}")
-        return None
 
     def _check_size(self, image: Upright) -> None:
         short, long = sorted(image.size)
@@ -203,6 +195,16 @@ def samples_of(source: Source, piece: Piece, count: Count) -> Iterator[Found]:
             count.damage.append(item.words)
         elif isinstance(item, Sum):
             count.sums[item.name] = item.sha256
+
+
+def caption_of(found: Found, sources: Sequence[str], *, where: Where) -> str | None:
+    """The first caption that a sample has. Raises BadCaption for one that cannot be read."""
+    for source in sources:
+        payload = found.fields.get(source.partition(":")[0])
+        text = None if payload is None else read_caption(payload, source=source, where=where)
+        if text is not None:
+            return text
+    return None
 
 
 def _json(found: Found, *, where: Where) -> dict[str, Any]:

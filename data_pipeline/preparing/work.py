@@ -25,8 +25,14 @@ CODE = 1
 EXAMPLES = 5
 """Rejected samples that a record names, of each reason."""
 
-Service = Callable[[Any], Any]
-"""What makes a batch of something costly (encoders): built once a process, or an actor somewhere else."""
+Service = Callable[[Any], "Promise"]
+"""What makes something costly of a batch (encoders), here or somewhere else."""
+
+
+class Promise(Protocol):
+    """An answer that is on its way."""
+
+    def result(self) -> Any: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,8 +108,8 @@ class Work(Protocol):
         ...
 
     @property
-    def service(self) -> Callable[[], Service] | None:
-        """Makes the service that `make` is given."""
+    def service(self) -> Callable[[int], Callable[[Any], Any]] | None:
+        """Builds what `make` is given as its service, in the process where it runs; told the number of that process."""
         ...
 
     def tasks(self) -> Sequence[Task]: ...

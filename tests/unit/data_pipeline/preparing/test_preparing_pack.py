@@ -113,7 +113,7 @@ def test_changed_inputs_and_other_rules_are_refused_with_what_changed(forms, tmp
     with pytest.raises(WrongView, match=r"1 of another size \(00001/000000008.txt\)"):
         pack(find(source, per_shard=5), out, rule=RULE)
     path.write_bytes(kept[:-1] + b"!")
-    with pytest.raises(WrongView, match="00001/000000008.txt: its content has changed"):
+    with pytest.raises(WrongView, match=r"00001/000000008.txt: its content has changed"):
         pack(find(source, per_shard=5), out, rule=RULE)
     path.write_bytes(kept)  # another time, the same content
     assert path.stat().st_mtime_ns != status.st_mtime_ns
@@ -181,7 +181,7 @@ def test_nothing_to_do_and_nothing_kept(tmp_path, forms):
     table = folder / "captions.csv"
     table.write_text("picture,words\na.jpg,b\n")
     shutil.copy(forms["table"] / "000.jpg", folder / "a.jpg")
-    with pytest.raises(DataError, match="no column for the file: must be one of file, .* there are picture, words"):
+    with pytest.raises(DataError, match=r"no column for the file: must be one of file, .* there are picture, words"):
         pack(find(folder), tmp_path / "out2", rule=RULE)
 
 
