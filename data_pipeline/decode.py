@@ -112,6 +112,16 @@ def decode_upright(payload: Payload, *, least: int | None, where: Where) -> Upri
         raise UndecodableImage(f"{where}: {str(error) or type(error).__name__}") from error
 
 
+def upright_size(payload: Payload, *, where: Where) -> tuple[int, int]:
+    """(height, width) of a picture from its headers alone, upright. Raises UndecodableImage."""
+    try:
+        kind = _kind(payload)
+        height, width = _size(payload, kind)
+        return (width, height) if _orientation(payload, kind) >= 5 else (height, width)
+    except Exception as error:
+        raise UndecodableImage(f"{where}: {str(error) or type(error).__name__}") from error
+
+
 @dataclass(frozen=True, kw_only=True)
 class Upright:
     """`pixels` uint8 (H, W, 3); `size` (height, width) before it was shrunk, upright."""

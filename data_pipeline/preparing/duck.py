@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,12 @@ def quoted(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
+def files_of(paths: Sequence[Path]) -> str:
+    """As SQL's list. DuckDB takes * ? [ in a name for a pattern."""
+    names = ("".join(f"[{letter}]" if letter in "*?[" else letter for letter in str(path)) for path in paths)
+    return "[" + ", ".join(map(quoted, names)) + "]"
+
+
 def _fetch(cursor: Any, path: Path) -> Iterator[dict[str, Any]]:
     import duckdb
 
@@ -62,9 +68,7 @@ def _fetch(cursor: Any, path: Path) -> Iterator[dict[str, Any]]:
 def _table(path: Path) -> str:
     if path.suffix.lower() not in _READERS:
         raise DataError(f"{path}: a table is one of {', '.join(SUFFIXES)}")
-    # DuckDB takes * ? [ ] in a name for a pattern.
-    name = "".join(f"[{letter}]" if letter in "*?[" else letter for letter in str(path))
-    return f"{_READERS[path.suffix.lower()]}({quoted(name)})"
+    return f"{_READERS[path.suffix.lower()]}({files_of([path])})"
 
 
 def _execute(sql: str, path: Path) -> Any:

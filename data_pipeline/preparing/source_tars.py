@@ -75,17 +75,20 @@ class SetSource:
         return found
 
     def read(self, piece: Piece) -> Iterator[Item]:
-        number = piece.rows
-        row = self.view.shards[number]
-        yield Sum(name=row.name, sha256=row.sha256)  # every sample is held against its own checksum instead
+        yield Sum(name=piece.name, sha256=self.view.shards[piece.rows].sha256)  # each sample has a checksum of its own
+        for found in self.every(piece):
+            yield found if isinstance(found, Found) else Lost(reason="damaged", words=str(found))
+
+    def every(self, piece: Piece) -> Iterator[Found | DataError]:
+        """All samples of a shard in its order, or what is wrong with one."""
         reader = ShardReader(self.view)
         try:
-            for sample in range(row.n):
+            for sample in range(self.view.shards[piece.rows].n):
                 try:
-                    raw = reader.read(number, sample=sample)
+                    raw = reader.read(piece.rows, sample=sample)
                 except SAMPLE_ERRORS as error:
-                    yield Lost(reason="damaged", words=str(error))
-                    continue
-                yield Found(key=raw.key, fields=raw.fields)
+                    yield error
+                else:
+                    yield Found(key=raw.key, fields=raw.fields)
         finally:
             reader.close()

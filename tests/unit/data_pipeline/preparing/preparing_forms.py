@@ -1,6 +1,8 @@
 """Sources of every form, of one list of pictures, so that what becomes of them can be told exactly."""
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -97,3 +99,31 @@ def content(folder: Path) -> dict[str, bytes]:
     return {
         path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
     }
+
+
+def kill_once(marker: str) -> None:
+    """Die at the first call, in whatever process that is."""
+    path = Path(marker)
+    try:
+        path.touch(exist_ok=False)
+    except FileExistsError:
+        return
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Deadly:
+    """A source that kills the process which reads its third piece, once or for ever."""
+
+    def __init__(self, source, marker: Path, *, always: bool) -> None:
+        self._source, self._marker, self._always = source, marker, always
+        self.form, self.folder, self.params = source.form, source.folder, source.params
+
+    def pieces(self):
+        return self._source.pieces()
+
+    def read(self, piece):
+        if piece.name == "000002":
+            if self._always:
+                os.kill(os.getpid(), signal.SIGKILL)
+            kill_once(str(self._marker))
+        yield from self._source.read(piece)

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from preparing_forms import content
+from preparing_forms import Deadly, content
 
 from data_pipeline.parts import Part
 from data_pipeline.preparing.drive import PLAN
@@ -138,34 +138,6 @@ def test_processes_die_with_their_command(forms, whole, tmp_path, points):
         pack(find(forms["files"], per_shard=2), out, rule=RULE, runner=Local())
         assert content(out) == whole
         shutil.rmtree(out)
-
-
-def kill_once(marker: str) -> None:
-    """Die at the first call, in whatever process that is."""
-    path = Path(marker)
-    try:
-        path.touch(exist_ok=False)
-    except FileExistsError:
-        return
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-class Deadly:
-    """A source that kills the process which reads its third piece, once or for ever."""
-
-    def __init__(self, source, marker: Path, *, always: bool) -> None:
-        self._source, self._marker, self._always = source, marker, always
-        self.form, self.folder, self.params = source.form, source.folder, source.params
-
-    def pieces(self):
-        return self._source.pieces()
-
-    def read(self, piece):
-        if piece.name == "000002":
-            if self._always:
-                os.kill(os.getpid(), signal.SIGKILL)
-            kill_once(str(self._marker))
-        yield from self._source.read(piece)
 
 
 def test_a_worker_that_dies_is_replaced(forms, whole, tmp_path):

@@ -7,13 +7,12 @@ import random
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from preparing_forms import content
+from preparing_forms import Deadly, content
 
 from data_pipeline.errors import BadArray
 from data_pipeline.preparing.encode import Encoded, EncodeRule, ToEncode, encode
@@ -104,35 +103,10 @@ def test_encoders_are_actors_and_one_that_dies_is_replaced(cluster, forms, tmp_p
 
 
 def test_a_worker_that_dies_is_replaced(cluster, forms, whole, tmp_path):
-    """Actors are killed from outside, while they work."""
-    from ray.util.state import list_actors  # noqa: F401 - fails where Ray has no state
-
-    stop = threading.Event()
-
-    def killer() -> None:
-        import psutil
-
-        while not stop.wait(0.05):
-            for process in psutil.process_iter(["name", "cmdline"]):
-                if any("_Worker.run" in part for part in process.info["cmdline"] or ()) and _is_ours(process):
-                    process.kill()
-                    return
-
-    thread = threading.Thread(target=killer)
-    thread.start()
-    try:
-        pack(find(forms["files"], per_shard=2), tmp_path / "out", rule=RULE, runner=OnRay(workers=1))
-    finally:
-        stop.set()
-        thread.join()
+    deadly = Deadly(find(forms["files"], per_shard=2), tmp_path / "died", always=False)
+    pack(deadly, tmp_path / "out", rule=RULE, runner=OnRay(workers=1))
+    assert (tmp_path / "died").exists()
     assert content(tmp_path / "out") == whole
-
-
-def _is_ours(process) -> bool:
-    import psutil
-
-    here = psutil.Process()
-    return any(parent.pid == here.pid for parent in process.parents())
 
 
 class Wrong(Slow):
