@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_pipeline.captions import CaptionRule
+from data_pipeline.catalogue import Shards
 from data_pipeline.contract import Batch
 from data_pipeline.decode import decode_array, decode_image
 from data_pipeline.errors import SAMPLE_ERRORS, BadArray, BadSplit, DataError, UndecodableImage, Where
-from data_pipeline.manifest import View
 from data_pipeline.reader import RawSample, ShardReader
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "npy")
@@ -32,7 +32,7 @@ class Fields:
     text_len: int = 0
 
 
-def default_fields(view: View, *, text_len: int = 0) -> Fields:
+def default_fields(view: Shards, *, text_len: int = 0) -> Fields:
     """Fields by their usual names: image suffixes, `latent.npy`, `txt` or `json`, `text.npy` (with `text_len`)."""
     have = view.fields
 
@@ -112,7 +112,7 @@ class BatchBuffer:
         )
 
 
-def probe_shapes(reader: ShardReader, *, view: View, fields: Fields, limit: int = 16) -> ArrayShapes:
+def probe_shapes(reader: ShardReader, *, view: Shards, fields: Fields, limit: int = 16) -> ArrayShapes:
     """Shapes of the first of `limit` samples that can be read. Raises its error when none can."""
     if fields.latents is None and fields.text is None:
         return ArrayShapes()
@@ -139,7 +139,7 @@ def probe_shapes(reader: ShardReader, *, view: View, fields: Fields, limit: int 
     raise last if last is not None else BadSplit(f"{view.folder}: no sample to read")
 
 
-def check_fields(fields: Fields, *, view: View) -> None:
+def check_fields(fields: Fields, *, view: Shards) -> None:
     """Refuse fields that no shard has, before the first read. Raises BadSplit naming the ones there are."""
     captions = tuple(source.partition(":")[0] for source in fields.captions)
     asked = (

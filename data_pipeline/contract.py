@@ -6,7 +6,7 @@ C x h x w latent, L text tokens (padded), Y width of a text embedding.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -41,6 +41,21 @@ class Batch:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SourceProgress:
+    """How far a source of a mixture is, over all ranks."""
+
+    name: str
+    share: float
+    """of the samples"""
+    samples: int
+    """delivered since the first step of the run"""
+    epochs: float
+    """the same in passes over the source"""
+    left_out: int
+    """samples that one of its epochs leaves out, others in each"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoaderStats:
     """Counters of one rank since the loader was made (not saved: they describe a life, not a run)."""
 
@@ -60,6 +75,12 @@ class LoaderStats:
     """samples replaced because they have no caption, as was asked for; not among the bad ones"""
     uncaptioned: int = 0
     """delivered samples without a caption"""
+    passed_over: int = 0
+    """delivered samples in whose place another one would stand, had it not been taken down"""
+    left_out: int = 0
+    """samples that one epoch leaves out, because they do not fill a global batch; over all ranks, others in each"""
+    sources: Sequence[SourceProgress] = ()
+    """of a mixture, how far each source is"""
 
 
 class Loader(Protocol):

@@ -9,9 +9,9 @@ import numpy as np
 
 from data_pipeline.assemble import BatchBuffer
 from data_pipeline.captions import NoCaptionError
+from data_pipeline.catalogue import Shards
 from data_pipeline.errors import SAMPLE_ERRORS, TooManyBad, Where
-from data_pipeline.manifest import View
-from data_pipeline.order import Order, Tail
+from data_pipeline.order import Stream
 from data_pipeline.quarantine import BadSample
 from data_pipeline.reader import ShardReader
 
@@ -31,8 +31,8 @@ class Filled:
 class Filler:
     """Fills slots of any batch of a stream; its calls share nothing but the reader, so threads may make them."""
 
-    view: View
-    order: Order | Tail
+    view: Shards
+    order: Stream
     reader: ShardReader
     substitutes: bool
     """False: a bad sample's error is raised."""

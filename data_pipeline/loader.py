@@ -8,6 +8,7 @@ Results are collected by step and slot, so the number of threads changes nothing
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter, deque
 from collections.abc import Mapping
@@ -22,18 +23,17 @@ import numpy as np
 from data_pipeline.assemble import BatchBuffer, Fields, check_fields, default_fields, probe_shapes
 from data_pipeline.captions import CaptionRule
 from data_pipeline.contract import Batch, LoaderStats
-from data_pipeline.errors import BadSplit, TooManyBad, WrongView
+from data_pipeline.errors import BadSplit, TooManyBad
 from data_pipeline.filling import Filled, Filler
 from data_pipeline.manifest import View
-from data_pipeline.order import Order, Tail, nearest_divisors, without_tail
+from data_pipeline.mixture import Mixture
+from data_pipeline.order import nearest_divisors
+from data_pipeline.place import Place
 from data_pipeline.quarantine import BadSample, Quarantine
 from data_pipeline.reader import ShardReader, held_for
+from data_pipeline.sources import DataSet
 
-STATE_VERSION = 1
-_OTHER_DATA = (
-    ". The shards in {} are not those that the run was trained on (their manifest's fingerprint differs): point data.shards at an "
-    "unchanged copy, or start a new run from this one's weights (train.init_from)"
-)
+logger = logging.getLogger("ecdit.data")
 
 
 @dataclass(kw_only=True)
@@ -43,13 +43,15 @@ class _Step:
     number: int
     buffer: BatchBuffer
     pieces: list[Future[Filled]] = field(default_factory=list)
+    passed_over: int = 0
+    """positions whose own sample, or a substitute before the one that they get, was taken down"""
 
 
 class StreamingLoader:
     """Endless batches of one data-parallel rank. Implements `contract.Loader`.
 
     Args:
-        view: an opened data set (`manifest.open_view`).
+        view: an opened data set (`manifest.open_view`), or several, and what is used of them (`sources.open_data`).
         global_batch: samples of one step over all ranks.
         rank, world: data-parallel rank and size; world must divide global_batch.
         seed: of the order.
@@ -63,7 +65,7 @@ class StreamingLoader:
         max_bad: fraction of this rank's share of an epoch (or of what it has seen, when that is more) that may be
             substituted before TooManyBad stops the run.
         quarantine: JSON-lines file that gets one line per substitution (append only); give every rank its own.
-        held_out: the last samples of the data set are left out.
+        held_out: the last samples of the data set are left out; of a mixture, of each source by its weight.
         only_held_out: deliver those instead, in their own order, for ever; a whole number of global batches.
 
     Raises:
@@ -71,7 +73,7 @@ class StreamingLoader:
     """
 
     def __init__(
-        self, view: View, *, global_batch: int, rank: int = 0, world: int = 1, seed: int = 0,
+        self, view: View | DataSet, *, global_batch: int, rank: int = 0, world: int = 1, seed: int = 0,
         fields: Fields | None = None, captions: CaptionRule | None = None, resolution: int = 256,
         threads: int = 2, prefetch: int = 2, lanes: int | None = None, window: int = 2,
         on_bad: Literal["fail", "substitute"] = "fail", max_bad: float = 1e-4, quarantine: Path | None = None,
@@ -84,31 +86,39 @@ class StreamingLoader:
             raise BadSplit(f"rank = {rank}: must be 0 to {world - 1}")
         if on_bad not in ("fail", "substitute"):
             raise BadSplit(f"on_bad = {on_bad!r}: must be 'fail' or 'substitute'")
-        self._fields = default_fields(view) if fields is None else fields
-        check_fields(self._fields, view=view)
-        self.view = view
-        self.order: Order | Tail
-        if only_held_out:
-            self.order = Tail(view.shard_sizes, num_samples=held_out, global_batch=global_batch)
-        else:
-            sizes = without_tail(view.shard_sizes, num_samples=held_out)
-            self.order = Order(sizes, seed=seed, global_batch=global_batch, lanes=lanes, window=window)
+        self.data = DataSet.of(view)
+        self.view = self.data.view
+        self._fields = default_fields(self.view) if fields is None else fields
+        check_fields(self._fields, view=self.view)
+        self.order = self.data.stream(
+            seed=seed,
+            global_batch=global_batch,
+            lanes=lanes,
+            window=window,
+            held_out=held_out,
+            only_held_out=only_held_out,
+        )
+        speaks = rank == 0 and not only_held_out
+        self._place = Place(self.data, stream=self.order, speaks=speaks)
         self._rule = replace(captions or CaptionRule(), sources=self._fields.captions, seed=seed)
         self._slots = np.arange(rank * global_batch // world, (rank + 1) * global_batch // world, dtype=np.int64)
         self._resolution, self._threads = resolution, threads
         self._prefetch = prefetch if threads else 0  # without threads, ahead means only earlier
         self._max_bad, self._quarantine = max_bad, Quarantine(quarantine)
         at_once = self.order.shards_at_once(world=world, steps=self._prefetch + 1)
-        self._reader = ShardReader(view, held=held_for(at_once))
-        self._filler = Filler(view=view, order=self.order, reader=self._reader, substitutes=on_bad == "substitute")
-        self._shapes = probe_shapes(self._reader, view=view, fields=self._fields)
+        self._reader = ShardReader(self.view, held=held_for(at_once))
+        self._filler = Filler(view=self.view, order=self.order, reader=self._reader, substitutes=on_bad == "substitute")
+        self._shapes = probe_shapes(self._reader, view=self.view, fields=self._fields)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="ecdit-data") if threads else None
         self._pending: deque[_Step] = deque()
         self._step = 0
         self._bad: Counter[str] = Counter()
-        self._skipped = self._uncaptioned = 0
+        self._skipped = self._uncaptioned = self._passed_over = 0
         self._delivered = 0
         self._stall_seconds = 0.0
+        if speaks:
+            for line in self._place.lines():
+                logger.info("%s", line)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -136,37 +146,21 @@ class StreamingLoader:
         self._record([sample for piece in filled for sample in piece.bad])
         batch = step.buffer.batch()
         self._skipped += sum(piece.skipped for piece in filled)
+        self._passed_over += step.passed_over
         self._uncaptioned += 0 if batch.captioned is None else int((~batch.captioned).sum())
         self._stall_seconds += time.perf_counter() - began
         return batch
 
     def state_dict(self) -> dict[str, Any]:
         """See `contract.Loader`. `step` is the next one to deliver."""
-        return {
-            "v": STATE_VERSION,
-            "step": self._step,
-            "seed": self.order.seed,
-            "global_batch": self.order.global_batch,
-            "lanes": self.order.lanes,
-            "window": self.order.window,
-            "view_sha256": self.view.sha256,
-        }
+        return self._place.state(self._step)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """See `contract.Loader`. Ranks, threads, prefetch, fields and resolution may differ from the saving run's."""
-        mine = self.state_dict()
-        wrong = [
-            f"{name}: saved {state.get(name)!r}, here {value!r}"
-            for name, value in mine.items()
-            if name != "step" and state.get(name) != value
-        ]
-        if not isinstance(state.get("step"), int) or state.get("step", -1) < 0:
-            wrong.append(f"step: saved {state.get('step')!r}, must be 0 or above")
-        if wrong:
-            other = "" if state.get("view_sha256") == mine["view_sha256"] else _OTHER_DATA.format(self.view.folder)
-            raise WrongView(f"the saved loader state belongs to another stream: {'; '.join(wrong)}{other}")
+        """See `contract.Loader`. Ranks, threads, prefetch, fields and resolution may differ from the saving run's; more samples
+        may be taken down."""
+        step = self._place.load(state)
         self._drop_pending()
-        self._step = state["step"]
+        self._step = step
 
     def stats(self) -> LoaderStats:
         return LoaderStats(
@@ -178,6 +172,9 @@ class StreamingLoader:
             bad=dict(self._bad),
             skipped=self._skipped,
             uncaptioned=self._uncaptioned,
+            passed_over=self._passed_over,
+            left_out=self.order.dropped_per_epoch,
+            sources=self.order.progress(self._step) if isinstance(self.order, Mixture) else (),
         )
 
     def close(self) -> None:
@@ -195,7 +192,8 @@ class StreamingLoader:
         buffer = BatchBuffer(
             position, fields=self._fields, shapes=self._shapes, resolution=self._resolution, captions=self._rule
         )
-        step = _Step(number=number, buffer=buffer)
+        passed_over = 0 if located.passed_over is None else int(located.passed_over.sum())
+        step = _Step(number=number, buffer=buffer, passed_over=passed_over)
         # One piece per thread: fine enough to share a step evenly, coarse enough that a future's cost vanishes.
         for slots in np.array_split(np.arange(len(position)), max(1, min(self._threads, len(position)))):
             fill = partial(

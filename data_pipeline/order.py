@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -28,19 +29,46 @@ MAX_LANES = 1024
 _SHARDS, _TURN, _WINDOW = 1, 2, 3
 """Purposes: the first part of a key, so that the three uses of a seed are independent."""
 
+_BLOCK = 1 << 16
+
 
 @dataclass(frozen=True, kw_only=True)
 class Located:
-    """Where samples lie; each array int64 (K,)."""
+    """Where samples lie."""
 
     shard: np.ndarray
+    """int64 (K,)"""
     sample: np.ndarray
+    """int64 (K,)"""
+    passed_over: np.ndarray | None = None
+    """bool (K,): True where a sample that was taken down came first; None where nothing is taken down"""
+
+
+class Stream(Protocol):
+    """What a loader asks of an order, be it of one data set, of what is kept of it, of several, or of a held-out part."""
+
+    global_batch: int
+    steps_per_epoch: int
+    dropped_per_epoch: int
+    """samples that one epoch leaves out, others in each"""
+
+    def locate(self, position: np.ndarray, *, attempt: int | np.ndarray = 0) -> Located:
+        """See `Order.locate`."""
+        ...
+
+    def shards_at_once(self, *, world: int, steps: int) -> int:
+        """See `Order.shards_at_once`."""
+        ...
+
+    def identity(self) -> dict[str, int]:
+        """What makes the order: part of the loader's state, and must be the same at a resume."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Epoch:
     shards: np.ndarray
-    """int64 (S,) shard number at rank R of the axis"""
+    """int32 (S,) shard number at rank R of the axis"""
     ends: np.ndarray
     """int64 (S,) first axis position after it"""
     turn: int
@@ -93,6 +121,14 @@ class Order:
         self._window_len = max(1, min(self._lane_len, round(window * num_samples / num_shards)))
         self._epochs: dict[int, _Epoch] = {}
 
+    @property
+    def hop(self) -> int:
+        """From a position to one in the next window of its lane."""
+        return -(-self._window_len // self._per_lane) * self.global_batch
+
+    def identity(self) -> dict[str, int]:
+        return {"seed": self.seed, "global_batch": self.global_batch, "lanes": self.lanes, "window": self.window}
+
     def locate(self, position: np.ndarray, *, attempt: int | np.ndarray = 0) -> Located:
         """Shard and sample of every global position.
 
@@ -129,12 +165,15 @@ class Order:
         return (-(-self.lanes // world) + 1) * (math.ceil(reach / mean) + 2)
 
     def _epoch(self, epoch: int) -> _Epoch:
-        """Prefix sums of one epoch: 16 bytes per shard, 14 ms for 120,000 shards, kept for the two latest epochs."""
+        """Prefix sums of one epoch: 12 bytes per shard, 14 ms for 120,000 shards, kept for the two latest epochs."""
         table = self._epochs.get(epoch)
         if table is None:
             num_shards = len(self._size_S)
             epoch_key = feistel.key(_SHARDS, self.seed, epoch)
-            shard_R = feistel.permute(np.arange(num_shards), size=num_shards, key=epoch_key)
+            shard_R = np.empty(num_shards, np.int32)
+            for first in range(0, num_shards, _BLOCK):  # a block at a time: the arithmetic takes ten such arrays
+                block = np.arange(first, min(first + _BLOCK, num_shards))
+                shard_R[block] = feistel.permute(block, size=num_shards, key=epoch_key)
             turn = int(feistel.key(_TURN, self.seed, epoch)[0] % np.uint64(self.num_samples))
             table = _Epoch(shards=shard_R, ends=np.cumsum(self._size_S[shard_R]), turn=turn)
             self._epochs = {**{k: v for k, v in self._epochs.items() if abs(k - epoch) == 1}, epoch: table}
@@ -159,7 +198,11 @@ class Tail:
         self._ends, self._sizes, self._first = np.cumsum(sizes), sizes, total - num_samples
         self.seed, self.window, self.lanes, self.global_batch = 0, 1, 1, global_batch
         self.epoch_len = self.num_samples = num_samples
-        self.steps_per_epoch = num_samples // global_batch
+        self.steps_per_epoch, self.dropped_per_epoch = num_samples // global_batch, 0
+        self.hop = 1
+
+    def identity(self) -> dict[str, int]:
+        return {"seed": self.seed, "global_batch": self.global_batch, "lanes": self.lanes, "window": self.window}
 
     def shards_at_once(self, *, world: int, steps: int) -> int:
         """As `Order.shards_at_once`: these are few, and all are kept."""

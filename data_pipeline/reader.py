@@ -12,9 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
+from data_pipeline.catalogue import Shards
 from data_pipeline.errors import CorruptShard, MissingShard, TruncatedShard, Where
 from data_pipeline.index import Index
-from data_pipeline.manifest import View
 from data_pipeline.tar import split_proven_name, walk_proven
 
 T = TypeVar("T")
@@ -64,7 +64,7 @@ class ShardReader:
     """Thread-safe reads from the shards of a view, of which some stay open."""
 
     def __init__(
-        self, view: View, *, held: Held | None = None, pread: Callable[[int, int, int], bytes] = os.pread
+        self, view: Shards, *, held: Held | None = None, pread: Callable[[int, int, int], bytes] = os.pread
     ) -> None:
         self._view, self._held, self._pread = view, held or Held(files=128, indexes=128), pread
         self._files: OrderedDict[int, _File] = OrderedDict()

@@ -48,7 +48,7 @@ def look(folder: Path | str) -> Stats:
             forms[tuple(sorted(name for name, has in zip(index.fields, row, strict=True) if has))] += int(count)
     sizes = sorted(view.shard_sizes.tolist())
     return Stats(
-        shards=len(view.shards), samples=view.num_samples, bytes=sum(shard.bytes for shard in view.shards),
+        shards=len(view.shards), samples=view.num_samples, bytes=view.num_bytes,
         per_shard=(sizes[0], sizes[len(sizes) // 2], sizes[-1]) if sizes else (0, 0, 0),
         fields={name: (have[name], size[name] / have[name]) for name in view.fields if have[name]},
         forms=dict(forms.most_common()), tallies=tallies_of(view),

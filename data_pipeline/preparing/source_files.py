@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ class FileSource:
     per_shard: int = 1000
     form: Form = "files"
 
-    @property
+    @cached_property
     def params(self) -> dict[str, Any]:
         table = self._find_table()
         return {

@@ -11,7 +11,7 @@ from typing import Any
 
 from data_pipeline.errors import SAMPLE_ERRORS, DataError
 from data_pipeline.index import index_path, scan
-from data_pipeline.manifest import View, open_view
+from data_pipeline.manifest import View, open_view, read_manifest
 from data_pipeline.preparing.sources import Damaged, Form, Found, Item, Lost, Piece, Sum, inputs_of, listed
 from data_pipeline.preparing.work import Input
 from data_pipeline.reader import ShardReader
@@ -64,7 +64,14 @@ class SetSource:
 
     @cached_property
     def view(self) -> View:
-        return open_view(self.folder)
+        return read_manifest(self.folder) if vars(self).get("checked") else open_view(self.folder)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of what was opened here, only that it was: other processes need not look at every file again."""
+        return {"folder": self.folder, "form": self.form, "checked": "view" in vars(self)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
 
     def pieces(self) -> list[Piece]:
         found = []
