@@ -12,6 +12,7 @@ import io
 import json
 import math
 import struct
+from dataclasses import dataclass
 from functools import lru_cache
 from tokenize import TokenError
 from typing import Any
@@ -100,6 +101,60 @@ def resize_centre(image: np.ndarray, *, height: int, width: int) -> np.ndarray:
         high, wide = image.shape[:2]
     top, left = (high - height) // 2, (wide - width) // 2
     return image[top : top + height, left : left + width]
+
+
+def decode_upright(payload: Payload, *, least: int | None, where: Where) -> Upright:
+    """A whole picture by the rules of `decode_image`, for those who prepare data: any size up to `MAX_PIXELS`.
+
+    `least`: a JPEG may be shrunk while it is decoded, its shorter side not below twice this. None: never.
+
+    Raises:
+        UndecodableImage: as `decode_image`.
+    """
+    try:
+        if len(payload) > MAX_BYTES:
+            raise ValueError(f"{len(payload)} bytes; allowed: {MAX_BYTES}")
+        kind = _kind(payload)
+        height, width = _size(payload, kind)
+        if not 0 < height * width <= MAX_PIXELS:
+            raise ValueError(f"{height} x {width} pixels; allowed: 1 to {MAX_PIXELS}")
+        if kind == "jpg":
+            import simplejpeg
+
+            bound = {} if least is None else {"min_height": 2 * least, "min_width": 2 * least}
+            image = simplejpeg.decode_jpeg(payload, colorspace="RGB", **bound)
+        elif kind == "npy":
+            image = _decode_pixels(payload)
+        else:
+            if kind == "png":
+                _check_chunks(payload)
+            image = _decode_opencv(payload)
+        turn = _orientation(payload, kind)
+        size = (width, height) if turn >= 5 else (height, width)
+        return Upright(pixels=_upright(image, orientation=turn), size=size, kind=kind, turned=turn != 1)
+    except Exception as error:
+        raise UndecodableImage(f"{where}: {str(error) or type(error).__name__}") from error
+
+
+def upright_size(payload: Payload, *, where: Where) -> tuple[int, int]:
+    """(height, width) of a picture from its headers alone, upright. Raises UndecodableImage."""
+    try:
+        kind = _kind(payload)
+        height, width = _size(payload, kind)
+        return (width, height) if _orientation(payload, kind) >= 5 else (height, width)
+    except Exception as error:
+        raise UndecodableImage(f"{where}: {str(error) or type(error).__name__}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Upright:
+    """`pixels` uint8 (H, W, 3); `size` (height, width) before it was shrunk, upright."""
+
+    pixels: np.ndarray
+    size: tuple[int, int]
+    kind: str
+    """jpg, png, webp or npy, by its content"""
+    turned: bool
 
 
 def _orientation(payload: Payload, kind: str) -> int:

@@ -102,7 +102,8 @@ class StreamingLoader:
             held_out=held_out,
             only_held_out=only_held_out,
         )
-        self._place = Place(self.data, stream=self.order)
+        speaks = rank == 0 and not only_held_out
+        self._place = Place(self.data, stream=self.order, speaks=speaks)
         self._rule = replace(captions or CaptionRule(), sources=self._fields.captions, seed=seed)
         self._slots = np.arange(rank * global_batch // world, (rank + 1) * global_batch // world, dtype=np.int64)
         self._resolution, self._threads = resolution, threads
@@ -123,7 +124,7 @@ class StreamingLoader:
         self._skipped = self._uncaptioned = self._passed_over = 0
         self._delivered = 0
         self._stall_seconds = 0.0
-        if rank == 0 and not only_held_out:
+        if speaks:
             for line in self._place.lines():
                 logger.info("%s", line)
 

@@ -14,7 +14,7 @@ from data_pipeline.views import Kept
 
 _TRIES = 64
 """Candidates of one shuffle window; where so many in a row are taken down, most of it is, and the next window is asked."""
-_WINDOWS = 1024
+_WINDOWS = 64
 
 
 class Narrowed:
@@ -42,7 +42,7 @@ class Narrowed:
         has no more, those of the same slot's next windows follow.
 
         Raises:
-            TooManyBad: none in a thousand windows.
+            TooManyBad: none in many windows.
             CorruptShard: a list's bits are not those that were written.
         """
         position = np.atleast_1d(np.asarray(position, dtype=np.int64))

@@ -23,10 +23,10 @@ logger = logging.getLogger("ecdit.data")
 
 
 class Place:
-    """What names the stream, and since when samples are taken down in it."""
+    """What names the stream, and since when samples are taken down in it. One rank of a run `speaks`."""
 
-    def __init__(self, data: DataSet, *, stream: Stream) -> None:
-        self._data, self._stream = data, stream
+    def __init__(self, data: DataSet, *, stream: Stream, speaks: bool = True) -> None:
+        self._data, self._stream, self._speaks = data, stream, speaks
         self._identity = {**stream.identity(), **data.identity(global_batch=stream.global_batch)}
         self._since = 0
 
@@ -57,7 +57,7 @@ class Place:
         saved = state.get("taken", taken.NONE)
         self._since = self._data.take_downs.since(saved, step=step)
         now = self._data.take_downs.state(since=self._since)
-        if now["lists"] > saved["lists"]:
+        if self._speaks and now["lists"] > saved["lists"]:
             words = "from step %d on, %d samples of %d lists are taken down (before: %d of %d); the order is the same but for them"
             logger.warning(words, step, now["n"], now["lists"], saved["n"], saved["lists"])
         return step

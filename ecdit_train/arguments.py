@@ -136,6 +136,43 @@ class Shapes:
     format: Literal["png", "jpg"] = word("png|jpg", default="png")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Pack:
+    """What `ecdit data pack` makes of pictures."""
+
+    resolution: int = word("PIXELS", least=1, default=256)
+    crop: Literal["centre", "none"] = word("centre|none", default="centre")
+    least: int | None = word("PIXELS", least=1, default=None)
+    """Of the shorter side; None: the resolution, so that nothing is enlarged."""
+    aspect: float = word("RATIO", default=3.0)
+    quality: int = word("1..100", least=1, default=95)
+    captions: tuple[str, ...] = word("[txt,json,json:KEY,...]", default=("txt", "json"))
+    no_caption: Literal["reject", "keep"] = word("reject|keep", default="reject")
+    form: Literal["set", "tars", "parquet", "files"] | None = word("set|tars|parquet|files", default=None)
+    """None: by what lies there."""
+    table: str | None = word("FILE", default=None)
+    per_shard: int = word("N", least=1, default=1000)
+    """Of pictures in folders; other forms keep their shards."""
+    workers: int = word("N", least=1, default=1)
+    runner: Literal["local", "ray"] = word("local|ray", default="local")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encode:
+    """What `ecdit data encode` makes by the encoders of a configuration."""
+
+    batch: int = word("N", least=1, default=32)
+    latents: bool = word("true|false", default=True)
+    text: bool = word("true|false", default=True)
+    device: Literal["auto", "cpu", "cuda"] = word("auto|cpu|cuda", default="auto")
+    threads: int = word("N", least=1, default=2)
+    """That decode, of one worker."""
+    workers: int = word("N", least=1, default=1)
+    runner: Literal["local", "ray"] = word("local|ray", default="local")
+    actors: int = word("N", least=1, default=1)
+    """Of runner=ray: encoders, each on a GPU where there are some."""
+
+
 def forms(kind: type) -> str:
     """`run=FOLDER, ...; optional: out=FILE, ...`: the words of a verb, for its help."""
     every = {f.name: f"{f.name}={f.metadata['form']}" for f in dataclasses.fields(kind)}

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ecdit_train import arguments, errors
+from ecdit_train import arguments, errors, prepare_verbs
 from ecdit_train.submit_verbs import declare_part
 
 
@@ -59,6 +59,7 @@ def declare(verb: Callable[..., argparse.ArgumentParser], group: Any) -> None:
     )
     p.add_argument("folder")
     declare_part(p)
+    prepare_verbs.declare(verb, group)
 
 
 def data_shapes(args: argparse.Namespace) -> int:

@@ -45,7 +45,7 @@ VENDORS: dict[str, tuple[str, ...]] = {
     "jinja2": ("ecdit_train/observe/page.py",),
     "markupsafe": ("ecdit_train/observe/page.py",),  # jinja2's own strings
     # A live bar, and tables as text.
-    "rich": ("ecdit_train/observe/console.py", "ecdit_train/plan/document.py"),
+    "rich": ("ecdit_train/observe/console.py", "ecdit_train/plan/document.py", "data_pipeline/preparing/progress.py"),
     "pydantic": ("ecdit_train/config/convert.py",),
     "hydra": ("ecdit_train/config/hydra_app.py", "ecdit_train/config/overrides.py", "hydra_plugins/ecdit_launchers.py"),
     "omegaconf": (
@@ -53,13 +53,15 @@ VENDORS: dict[str, tuple[str, ...]] = {
         *("ecdit_train/config/installed.py", "ecdit_train/observe/report.py"),
     ),
     "yaml": ("ecdit_train/config/hydra_app.py", "ecdit_train/config/stored.py", "ecdit_train/config/validate.py"),
-    "scipy": ("data_pipeline/shapes/grader.py",),
+    "scipy": ("data_pipeline/shapes/grader.py", "data_pipeline/preparing/fingerprints.py", "data_pipeline/preparing/dedup.py"),
     # A codec is two halves: what is read in training, and what is written when shards are made.
-    "simplejpeg": ("data_pipeline/decode.py", "data_pipeline/prepare.py"),
-    "cv2": ("data_pipeline/decode.py", "data_pipeline/prepare.py"),
+    "simplejpeg": ("data_pipeline/decode.py", "data_pipeline/preparing/pixels.py"),
+    "cv2": ("data_pipeline/decode.py", "data_pipeline/preparing/pixels.py"),
     # The data pipeline stands alone, so the report cannot share its import.
     "PIL": ("data_pipeline/decode.py", "ecdit_train/observe/figures.py"),
-    "webdataset": (),  # only tests read our tars with it
+    "webdataset": ("data_pipeline/preparing/tarring.py",),  # writes our tars
+    "duckdb": ("data_pipeline/preparing/duck.py",),
+    "ray": ("data_pipeline/preparing/on_ray.py",),
 }
 
 
