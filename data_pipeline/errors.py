@@ -92,5 +92,17 @@ class BadArray(DataError):
     exit_code = 69
 
 
+class StoreTrouble(DataError):
+    """An object store cannot be reached, refuses, or does not keep to its protocol, after all retries."""
+
+    exit_code = 70
+
+
+class ChangedShard(DataError):
+    """A shard was replaced in its store while it was read."""
+
+    exit_code = 71
+
+
 SAMPLE_ERRORS = (TruncatedShard, CorruptShard, UndecodableImage, BadCaption, BadArray)
 """Faults of one sample, which `on_bad="substitute"` may replace. The others concern a shard or the whole view."""

@@ -19,15 +19,17 @@ from typing import Any, Literal
 
 import numpy as np
 
-from data_pipeline.assemble import BatchBuffer, Fields, check_fields, default_fields, probe_shapes
+from data_pipeline.assemble import Allocate, BatchBuffer, Fields, check_fields, default_fields, probe_shapes
 from data_pipeline.captions import CaptionRule
 from data_pipeline.contract import Batch, LoaderStats
 from data_pipeline.errors import BadSplit, TooManyBad, WrongView
 from data_pipeline.filling import Filled, Filler
 from data_pipeline.manifest import View
-from data_pipeline.order import Order, Tail, nearest_divisors, without_tail
+from data_pipeline.order import Located, Order, Tail, nearest_divisors, without_tail
 from data_pipeline.quarantine import BadSample, Quarantine
 from data_pipeline.reader import ShardReader, held_for
+from data_pipeline.store.ahead import Reading
+from data_pipeline.store.patience import Patience
 
 STATE_VERSION = 1
 _OTHER_DATA = (
@@ -63,6 +65,8 @@ class StreamingLoader:
         max_bad: fraction of this rank's share of an epoch (or of what it has seen, when that is more) that may be
             substituted before TooManyBad stops the run.
         quarantine: JSON-lines file that gets one line per substitution (append only); give every rank its own.
+        reading, patience: how an object store is read, and how long it is waited for.
+        allocate: (shape, dtype) -> an array without content for a batch; for memory that a device copies from.
         held_out: the last samples of the data set are left out.
         only_held_out: deliver those instead, in their own order, for ever; a whole number of global batches.
 
@@ -75,7 +79,8 @@ class StreamingLoader:
         fields: Fields | None = None, captions: CaptionRule | None = None, resolution: int = 256,
         threads: int = 2, prefetch: int = 2, lanes: int | None = None, window: int = 2,
         on_bad: Literal["fail", "substitute"] = "fail", max_bad: float = 1e-4, quarantine: Path | None = None,
-        held_out: int = 0, only_held_out: bool = False,
+        held_out: int = 0, only_held_out: bool = False, reading: Reading | None = None, patience: Patience | None = None,
+        allocate: Allocate = np.empty,
     ) -> None:  # fmt: skip
         if world < 1 or global_batch % world:
             near = nearest_divisors(global_batch, value=world)
@@ -98,8 +103,15 @@ class StreamingLoader:
         self._resolution, self._threads = resolution, threads
         self._prefetch = prefetch if threads else 0  # without threads, ahead means only earlier
         self._max_bad, self._quarantine = max_bad, Quarantine(quarantine)
-        at_once = self.order.shards_at_once(world=world, steps=self._prefetch + 1)
-        self._reader = ShardReader(view, held=held_for(at_once))
+        self._allocate = allocate
+        self._lookahead = self._prefetch + 1
+        if view.base:
+            self._lookahead = _lookahead(
+                view, budget=(reading or Reading()).budget, samples=len(self._slots), least=prefetch + 1
+            )
+        at_once = self.order.shards_at_once(world=world, steps=self._lookahead)
+        self._reader = ShardReader(view, held=held_for(at_once), reading=reading, patience=patience, reuse=True)
+        self._told: deque[Located] = deque()
         self._filler = Filler(view=view, order=self.order, reader=self._reader, substitutes=on_bad == "substitute")
         self._shapes = probe_shapes(self._reader, view=view, fields=self._fields)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="ecdit-data") if threads else None
@@ -169,12 +181,20 @@ class StreamingLoader:
         self._step = state["step"]
 
     def stats(self) -> LoaderStats:
+        read = self._reader.stats()
         return LoaderStats(
             steps=self._delivered,
             samples=self._delivered * len(self._slots),
-            bytes_read=self._reader.bytes_read,
+            bytes_read=read.bytes_read,
             stall_seconds=self._stall_seconds,
-            read_retries=self._reader.retries,
+            read_retries=read.retries,
+            store_trouble=read.trouble,
+            requests=read.requests,
+            bytes_fetched=read.bytes_fetched,
+            hedged=read.hedged,
+            hedges_won=read.hedges_won,
+            most_held=read.most_held,
+            index_reads=read.index_reads,
             bad=dict(self._bad),
             skipped=self._skipped,
             uncaptioned=self._uncaptioned,
@@ -183,6 +203,7 @@ class StreamingLoader:
     def close(self) -> None:
         """Stop the threads and close the files. A closed loader delivers nothing more."""
         self._drop_pending()
+        self._reader.stop()  # a thread may wait for bytes
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
         self._reader.close()
@@ -191,10 +212,11 @@ class StreamingLoader:
     def _start(self, number: int) -> _Step:
         """Plan a step and hand its pieces to the threads."""
         position = number * self.order.global_batch + self._slots
-        located = self.order.locate(position)
+        located = self._locate(number)
         buffer = BatchBuffer(
-            position, fields=self._fields, shapes=self._shapes, resolution=self._resolution, captions=self._rule
-        )
+            position, fields=self._fields, shapes=self._shapes, resolution=self._resolution, captions=self._rule,
+            allocate=self._allocate,
+        )  # fmt: skip
         step = _Step(number=number, buffer=buffer)
         # One piece per thread: fine enough to share a step evenly, coarse enough that a future's cost vanishes.
         for slots in np.array_split(np.arange(len(position)), max(1, min(self._threads, len(position)))):
@@ -208,6 +230,18 @@ class StreamingLoader:
                 step.pieces.append(Future())
                 step.pieces[-1].set_result(fill())
         return step
+
+    def _locate(self, number: int) -> Located:
+        """Where this step's samples lie; an object store is told of those of later steps as well."""
+        if not self._reader.is_remote:
+            return self.order.locate(number * self.order.global_batch + self._slots)
+        while len(self._told) < self._lookahead:
+            step = number + len(self._told)
+            located = self.order.locate(step * self.order.global_batch + self._slots)
+            self._told.append(located)
+            self._reader.ahead(step, shards=located.shard.tolist(), samples=located.sample.tolist())
+        self._reader.plan(upto=number)
+        return self._told.popleft()
 
     def _record(self, bad: list[BadSample]) -> None:
         """Count and write down what was substituted in a delivered step."""
@@ -229,3 +263,11 @@ class StreamingLoader:
             for piece in step.pieces:
                 piece.cancel()
         self._pending.clear()
+        self._told.clear()
+        self._reader.forget()
+
+
+def _lookahead(view: View, *, budget: int, samples: int, least: int) -> int:
+    """Steps of which an object store is told: as many as fill half of the budget, so that a new window's shards come bit by bit."""
+    a_step = samples * int(view.shard_bytes.sum()) / max(1, view.num_samples)
+    return max(least, min(64, int(budget / 2 / max(1.0, a_step))))

@@ -19,8 +19,11 @@ import numpy as np
 
 from data_pipeline.commit import write_committed
 from data_pipeline.errors import CorruptShard, DataError, MissingShard, TruncatedShard
-from data_pipeline.index import Index, index_bytes, index_path, load_index
+from data_pipeline.index import Index, index_bytes, index_path, load_index, parse_index
 from data_pipeline.parts import Part
+from data_pipeline.store.contract import Store
+from data_pipeline.store.copies import close, copied_manifest, downloaded
+from data_pipeline.store.place import is_remote, join, open_store
 from data_pipeline.tally import read_tally
 
 MANIFEST = "manifest.json"
@@ -46,6 +49,18 @@ class View:
     shards: tuple[Shard, ...]
     sha256: str
     meta: Mapping[str, Any] = field(default_factory=dict)
+    base: str = ""
+    """URL below which the tars lie, and the indexes that are not in `folder`; none: all in `folder`."""
+
+    @cached_property
+    def store(self) -> Store:
+        """Of the tars."""
+        return open_store(self.base or self.folder)
+
+    @property
+    def place(self) -> str:
+        """Of the tars, for messages."""
+        return self.base or str(self.folder)
 
     @property
     def num_samples(self) -> int:
@@ -61,12 +76,24 @@ class View:
         """int64 (S,) samples per shard"""
         return np.array([shard.n for shard in self.shards], dtype=np.int64)
 
+    @cached_property
+    def shard_bytes(self) -> np.ndarray:
+        """int64 (S,) bytes per tar"""
+        return np.array([shard.bytes for shard in self.shards], dtype=np.int64)
+
     def tar(self, shard: int) -> Path:
         return self.folder / self.shards[shard].name
 
-    def load_index(self, shard: int) -> Index:
-        """Index of one shard. Raises CorruptShard when it was made for other bytes than the manifest names."""
-        row, index = self.shards[shard], load_index(index_path(self.tar(shard)))
+    def load_index(self, shard: int, *, store: Store | None = None) -> Index:
+        """Index of one shard, from the folder, or where it is not there from `store` (that of the tars).
+
+        Raises CorruptShard when it was made for other bytes than the manifest names."""
+        row, path = self.shards[shard], index_path(self.tar(shard))
+        if self.base and not path.exists():
+            name = index_path(Path(row.name)).as_posix()
+            index = parse_index((store or self.store).read(name), path=join(self.base, name))
+        else:
+            index = load_index(path)
         if (index.tar_sha256, len(index), index.tar_bytes) != (row.sha256, row.n, row.bytes):
             raise CorruptShard(f"index of {row.name} in {self.folder}: made for another tar than the manifest names")
         return index
@@ -82,9 +109,12 @@ class Verified:
     view_sha256: str
 
 
-def write_manifest(folder: Path, *, shards: Sequence[Shard], meta: Mapping[str, Any] | None = None) -> View:
-    """Write the manifest, last of all files: a folder without one is an unfinished data set."""
+def write_manifest(
+    folder: Path, *, shards: Sequence[Shard], meta: Mapping[str, Any] | None = None, base: str = ""
+) -> View:
+    """Write the manifest, last of all files: a folder without one is an unfinished data set. `base`: see `View`."""
     content = {"version": VERSION, "meta": dict(meta or {}), "shards": [asdict(shard) for shard in shards]}
+    content |= {"base": base} if base else {}
     write_committed((json.dumps(content, indent=1, sort_keys=True) + "\n").encode(), folder / MANIFEST)
     return read_manifest(folder)
 
@@ -96,6 +126,9 @@ def read_manifest(folder: Path | str) -> View:
         MissingShard: no manifest in this folder.
         CorruptShard: not a manifest of this version.
     """
+    base = ""
+    if is_remote(folder):
+        base, folder = str(folder).rstrip("/"), copied_manifest(str(folder))
     folder = Path(folder)
     try:
         raw = (folder / MANIFEST).read_bytes()
@@ -108,13 +141,13 @@ def read_manifest(folder: Path | str) -> View:
         if content["version"] != VERSION:
             raise CorruptShard(f"{folder / MANIFEST}: version {content['version']}, this program reads {VERSION}")
         shards = tuple(Shard(**{**row, "fields": tuple(row["fields"])}) for row in content["shards"])
-        meta = dict(content.get("meta", {}))
+        meta, base = dict(content.get("meta", {})), base or str(content.get("base", ""))
     except (ValueError, KeyError, TypeError) as error:
         raise CorruptShard(f"{folder / MANIFEST}: not a manifest ({error!r})") from error
     for shard in shards:
         if Path(shard.name).is_absolute() or ".." in Path(shard.name).parts or not shard.name:
             raise CorruptShard(f"{folder / MANIFEST}: shard name {shard.name!r} leads outside of the folder")
-    return View(folder=folder, shards=shards, sha256=hashlib.sha256(raw).hexdigest(), meta=meta)
+    return View(folder=folder, shards=shards, sha256=hashlib.sha256(raw).hexdigest(), meta=meta, base=base)
 
 
 def open_view(folder: Path | str) -> View:
@@ -126,8 +159,8 @@ def open_view(folder: Path | str) -> View:
         CorruptShard: it is larger, or the manifest is unreadable.
     """
     view = read_manifest(folder)
-    problems: list[DataError] = []
-    for shard in view.shards:
+    problems: list[DataError] = check_sizes(view) if view.base else []
+    for shard in () if view.base else view.shards:
         tar = view.folder / shard.name
         sizes = index_bytes(shard.n, fields=shard.fields)
         for path, expected in ((tar, (shard.bytes,)), (index_path(tar), sizes)):
@@ -141,6 +174,29 @@ def open_view(folder: Path | str) -> View:
                 problems.append(kind(f"{path.name} in {view.folder} has {size} bytes, must have {expected[0]}"))
     raise_all(problems)
     return view
+
+
+def check_sizes(view: View) -> list[DataError]:
+    """What is missing or of another size, of tars in a store and of their indexes there or in the folder."""
+    names = [shard.name for shard in view.shards]
+    far = [index_path(Path(name)).as_posix() for name in names if not index_path(view.folder / name).exists()]
+    try:
+        there = {found.path: found.size for found in view.store.sizes([*names, *far])}
+    finally:
+        close(view.store)
+    problems: list[DataError] = []
+    for number, shard in enumerate(view.shards):
+        near = index_path(view.tar(number))
+        index = index_path(Path(shard.name)).as_posix()
+        sizes = {shard.name: there.get(shard.name), index: near.stat().st_size if near.exists() else there.get(index)}
+        for name, expected in ((shard.name, (shard.bytes,)), (index, index_bytes(shard.n, fields=shard.fields))):
+            size = sizes[name]
+            if size is None:
+                problems.append(MissingShard(f"{name} is missing in {view.base}"))
+            elif size not in expected:
+                kind = TruncatedShard if size < expected[0] else CorruptShard
+                problems.append(kind(f"{name} in {view.base} has {size} bytes, must have {expected[0]}"))
+    return problems
 
 
 def describe(tar: Path, *, index: Index, folder: Path | None = None) -> Shard:
@@ -166,6 +222,7 @@ def verify(folder: Path | str, *, part: Part | None = None) -> Verified:
             _verify_shard(view, number)
         except DataError as error:
             problems.append(error)
+    close(view.store)
     raise_all(problems)
     read = [view.shards[number] for number in numbers]
     return Verified(
@@ -180,7 +237,7 @@ def _verify_shard(view: View, number: int) -> None:
     row, index = view.shards[number], view.load_index(number)
     digest, bad = hashlib.sha256(), []
     strange = False
-    with view.tar(number).open("rb") as file:
+    with downloaded(view.store, row.name) if view.base else view.tar(number).open("rb") as file:
         for sample in range(len(index)):
             start, size = index.span(sample)
             between = file.read(start - file.tell())
