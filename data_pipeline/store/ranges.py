@@ -43,6 +43,11 @@ class Range:
     length: int | None = None
     size: int | None = None
 
+    @property
+    def words(self) -> str:
+        """For messages."""
+        return "whole" if self.length is None else f"bytes {self.start} to {self.start + self.length}"
+
 
 @dataclass(kw_only=True)
 class _Buffer:
@@ -66,12 +71,15 @@ async def fetch(wanted: Range, *, client: Any, url: str, patience: Patience, cou
         async with asyncio.timeout(patience.deadline) as limit:
             after = counts.hedging.after() if wanted.length else None
             await (asking.until_it_comes() if after is None else _hedged(asking, after=after))
+    except _UsedUpError as error:
+        raise StoreTrouble(str(error)) from error.__cause__
     except TimeoutError as error:
         if not limit.expired():
             raise
         counts.trouble["timeout"] += 1
-        place = f"{url}, bytes {wanted.start} to {wanted.start + (wanted.length or 0)}"
-        raise StoreTrouble(f"{place}: {buffer.got} came in {patience.deadline:g} s (data.read_deadline)") from error
+        raise StoreTrouble(
+            f"{url}, {wanted.words}: {buffer.got} came in {patience.deadline:g} s (data.read_deadline)"
+        ) from error
     counts.hedging.done(time.monotonic() - began)
     assert buffer.content is not None
     return buffer.content
@@ -131,9 +139,9 @@ class _Asking:
             except Exception as error:
                 failures += 1
                 if failures > self.patience.retries:
-                    first, last = self.wanted.start, self.wanted.start + (self.wanted.length or 0)
-                    words = f"{self.url}, bytes {first} to {last}: failed {failures} times, last by {passing(error)}"
-                    raise _UsedUpError(f"{words}: {str(error).partition(chr(10))[0]}") from error
+                    words = f"{self.url}, {self.wanted.words}: failed {failures} times, last by {passing(error)}"
+                    said = str(error).partition("\n")[0]
+                    raise _UsedUpError(f"{words}{': ' if said else ''}{said}") from error
                 self.counts.retries += 1
             await asyncio.sleep(self.patience.wait(failures))
 
@@ -181,4 +189,5 @@ class _Asking:
             raise ChangedShard(f"{self.url} has {found[0]} bytes, {rule}: it was replaced after it was indexed")
         known = self.counts.versions.setdefault(self.wanted.path, found)
         if known != found:
-            raise ChangedShard(f"{self.url} was replaced while it was read: ETag {known[1]}, then {found[1]}")
+            before, now = (f"{size} bytes, ETag {tag}" for size, tag in (known, found))
+            raise ChangedShard(f"{self.url} was replaced while it was read: {before}; then {now}")
