@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,11 @@ from data_pipeline.contract import Batch
 from data_pipeline.decode import decode_array
 from data_pipeline.decoders import Picture
 from data_pipeline.errors import SAMPLE_ERRORS, BadArray, BadSplit, DataError, UndecodableImage, Where
-from data_pipeline.reader import RawSample, ShardReader, Value
+from data_pipeline.reader import RawSample, Value
+from data_pipeline.readers import Reader
+
+Allocate = Callable[[tuple[int, ...], np.dtype], np.ndarray]
+"""(shape, dtype) -> an array, whatever it holds: each slot is written in full."""
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "npy")
 
@@ -72,15 +76,16 @@ class BatchBuffer:
     """Storage of one batch while threads fill its slots. A new one per step: the consumer may keep what it got."""
 
     def __init__(
-        self, position: np.ndarray, *, fields: Fields, shapes: ArrayShapes, resolution: int, captions: CaptionRule
-    ) -> None:
+        self, position: np.ndarray, *, fields: Fields, shapes: ArrayShapes, resolution: int, captions: CaptionRule,
+        allocate: Allocate = np.empty,
+    ) -> None:  # fmt: skip
         self._fields, self._shapes, self._rule, num = fields, shapes, captions, len(position)
         self.position = position
         self.keys: list[str] = [""] * num
         self._captions: list[str | None] = [None] * num
-        self._images = np.empty((num, resolution, resolution, 3), np.uint8) if fields.images else None
-        self._latents = np.empty((num, *shapes.latent[0]), shapes.latent[1]) if shapes.latent else None
-        self._text = np.zeros((num, fields.text_len, shapes.text[0]), shapes.text[1]) if shapes.text else None
+        self._images = allocate((num, resolution, resolution, 3), np.dtype(np.uint8)) if fields.images else None
+        self._latents = allocate((num, *shapes.latent[0]), shapes.latent[1]) if shapes.latent else None
+        self._text = allocate((num, fields.text_len, shapes.text[0]), shapes.text[1]) if shapes.text else None
         self._text_mask = np.zeros((num, fields.text_len), bool) if shapes.text else None
 
     def fill(self, slot: int, *, raw: RawSample, where: Where) -> Picture | None:
@@ -123,7 +128,7 @@ class BatchBuffer:
         )
 
 
-def probe_shapes(reader: ShardReader, *, view: Shards, fields: Fields, limit: int = 16) -> ArrayShapes:
+def probe_shapes(reader: Reader, *, view: Shards, fields: Fields, limit: int = 16) -> ArrayShapes:
     """Shapes of the first of `limit` samples that can be read. Raises its error when none can."""
     if fields.latents is None and fields.text is None:
         return ArrayShapes()

@@ -28,6 +28,10 @@ class Shards(Protocol):
     def shard_sizes(self) -> np.ndarray: ...
     @property
     def num_samples(self) -> int: ...
+    @property
+    def num_bytes(self) -> int: ...
+    @property
+    def base(self) -> str: ...
     def tar(self, shard: int) -> Path: ...
     def load_index(self, shard: int) -> Index: ...
 
@@ -63,6 +67,15 @@ class Catalogue:
     @property
     def num_samples(self) -> int:
         return sum(view.num_samples for view in self.views)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(view.num_bytes for view in self.views)
+
+    @property
+    def base(self) -> str:
+        """URL of the first that does not lie in a folder."""
+        return next((view.base for view in self.views if view.base), "")
 
     def tar(self, shard: int) -> Path:
         source, number = self.place(shard)

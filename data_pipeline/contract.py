@@ -68,7 +68,21 @@ class LoaderStats:
     stall_seconds: float = 0.0
     """time that the consumer waited in `next()`"""
     read_retries: int = 0
-    """reads repeated after an operating-system error"""
+    """reads repeated after an error of the operating system or of an object store"""
+    store_trouble: Mapping[str, int] = field(default_factory=dict)
+    """requests to an object store that failed in a way that passes, by kind (`store.trouble.PASSING`)"""
+    requests: int = 0
+    """to an object store, repeated ones included"""
+    bytes_fetched: int = 0
+    """from an object store: indexes, repeated ranges and what no sample used included"""
+    hedged: int = 0
+    """ranges asked for a second time because the first answer was slow"""
+    hedges_won: int = 0
+    """of these, where the second answer was first"""
+    most_held: int = 0
+    """largest number of bytes that were under way or kept at once"""
+    index_reads: int = 0
+    """indexes read; one a shard unless more shards are read at once than the order says"""
     bad: Mapping[str, int] = field(default_factory=dict)
     """substituted samples by error class, delivered ones only"""
     skipped: int = 0

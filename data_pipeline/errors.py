@@ -92,10 +92,22 @@ class BadArray(DataError):
     exit_code = 69
 
 
+class StoreTrouble(DataError):
+    """An object store cannot be reached, refuses, or does not keep to its protocol, after all retries."""
+
+    exit_code = 70
+
+
 class BadStage(DataError):
     """A stage of the user's own failed on a sample, or gave something that is no sample."""
 
-    exit_code = 70
+    exit_code = 72
+
+
+class ChangedShard(DataError):
+    """A shard was replaced in its store while it was read."""
+
+    exit_code = 71
 
 
 SAMPLE_ERRORS = (TruncatedShard, CorruptShard, UndecodableImage, BadCaption, BadArray, BadStage)

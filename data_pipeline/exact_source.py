@@ -27,7 +27,8 @@ from data_pipeline.filling import MAX_ATTEMPTS
 from data_pipeline.manifest import View, open_view
 from data_pipeline.order import nearest_divisors
 from data_pipeline.place import Place
-from data_pipeline.reader import RawSample, ShardReader, held_for
+from data_pipeline.reader import RawSample, held_for
+from data_pipeline.readers import Reader, open_reader
 from data_pipeline.sources import DataSet
 
 
@@ -70,7 +71,7 @@ class ExactSource(IterableDataset):
         """From the place that was loaded, or from the start, for ever."""
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
-        reader = ShardReader(self.view, held=held_for(self.order.shards_at_once(world=self._world, steps=1)))
+        reader = open_reader(self.view, held=held_for(self.order.shards_at_once(world=self._world, steps=1)))
         self._taken += (worker - self._taken) % workers
         try:
             while True:
@@ -108,7 +109,7 @@ class ExactSource(IterableDataset):
         step, slot = divmod(position, self.order.global_batch)
         return step * self._share + slot - self._first
 
-    def _read(self, reader: ShardReader, position: int, shard: int, sample: int) -> dict[str, Any]:
+    def _read(self, reader: Reader, position: int, shard: int, sample: int) -> dict[str, Any]:
         last: DataError | None = None
         for attempt in range(MAX_ATTEMPTS):
             if attempt:
@@ -161,5 +162,5 @@ class ExactPipeline(wds.DataPipeline):
 
 
 def _sample(raw: RawSample, *, url: str, position: int) -> dict[str, Any]:
-    fields = {name: bytes(value) for name, value in raw.fields.items() if isinstance(value, memoryview)}
+    fields = {name: bytes(value) for name, value in raw.payloads.items()}
     return {"__key__": raw.key, "__url__": url, "__position__": position, **fields}

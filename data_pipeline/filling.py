@@ -13,7 +13,7 @@ from data_pipeline.decoders import ImageDecoder, Picture
 from data_pipeline.errors import SAMPLE_ERRORS, DataError, TooManyBad, Where
 from data_pipeline.order import Stream
 from data_pipeline.quarantine import BadSample
-from data_pipeline.reader import ShardReader
+from data_pipeline.readers import Reader
 from data_pipeline.stages import LeftOutError, Stages
 
 MAX_ATTEMPTS = 16
@@ -42,7 +42,7 @@ class Filler:
 
     view: Shards
     order: Stream
-    reader: ShardReader
+    reader: Reader
     decoder: ImageDecoder
     stages: Stages | None = None
     """What a user does to each sample before it is decoded."""

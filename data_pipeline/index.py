@@ -171,6 +171,11 @@ def load_index(path: Path) -> Index:
         raw = path.read_bytes()
     except OSError as error:
         raise MissingShard(f"index {path.name} in {path.parent}: {error.strerror}; run `ecdit data index`") from error
+    return parse_index(raw, path=str(path))
+
+
+def parse_index(raw: bytes, *, path: str) -> Index:
+    """An index from its bytes; `path` is for messages. Raises CorruptShard."""
     if len(raw) < _HEADER.size or raw[:8] != MAGIC:
         raise CorruptShard(f"index {path}: not an ecdit index")
     _, version, num_fields, n, tar_bytes, sha, names_bytes, crc = _HEADER.unpack_from(raw)

@@ -10,15 +10,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from data_pipeline.errors import BadMember, CorruptShard, DataError, MissingShard
+from data_pipeline.errors import BadMember, CorruptShard, DataError, MissingShard, StoreTrouble
 from data_pipeline.index import COMPRESSED, Index, index_path, load_index, refuse_damage, scan, write_index
 from data_pipeline.manifest import View, describe, raise_all, read_manifest, write_manifest
 from data_pipeline.parts import Part
 from data_pipeline.tally import Tally, read_tally, table, tally_path, write_tally
+from data_pipeline.tars import LocalTars, Tars
 
 OnBadShard = Literal["set_aside", "salvage", "fail"]
 ON_BAD_SHARD: tuple[OnBadShard, ...] = ("set_aside", "salvage", "fail")
-_COMPRESSED_NAMES = ("*.tar.gz", "*.tgz", "*.tar.zst", "*.tar.bz2", "*.tar.xz")
+_COMPRESSED_NAMES = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +39,18 @@ def index_folder(folder: Path | str, *, on_bad_shard: OnBadShard = "fail", again
 
 
 def index_tars(
-    folder: Path | str, *, on_bad_shard: OnBadShard = "set_aside", again: bool = False, part: Part | None = None
+    folder: Path | str,
+    *,
+    on_bad_shard: OnBadShard = "set_aside",
+    again: bool = False,
+    part: Part | None = None,
+    tars_at: Tars | None = None,
 ) -> Indexed | None:
     """Index all tars of a folder and of those in it.
 
     Args:
+        folder: where indexes and the manifest are written.
+        tars_at: where the tars lie, if not there.
         on_bad_shard: of a damaged tar, "set_aside" uses no sample, "salvage" those that are certainly whole; "fail" raises.
         again: read tars whose index is fresh, too. Otherwise an index that is newer than its tar and names its size is kept, so an
             interrupted pass goes on where it stopped.
@@ -54,15 +62,17 @@ def index_tars(
         DataError: "fail": the class of the first bad tar, a line for each; else if no tar can be used.
     """
     folder = Path(folder)
-    tars = sorted(path for path in folder.rglob("*.tar") if not _is_hidden(path.relative_to(folder)))
-    packed = sorted({path for pattern in _COMPRESSED_NAMES for path in folder.rglob(pattern)})
+    source: Tars = tars_at or LocalTars(folder=folder)
+    files = source.files()
+    tars = [path for path in files if path.suffix == ".tar" and not _is_hidden(path.relative_to(folder))]
+    packed = [path for path in files if path.name.endswith(_COMPRESSED_NAMES)]
     if not tars and not packed:
-        raise MissingShard(f"no *.tar in {folder}")
+        raise MissingShard(f"no *.tar in {source.base or folder}")
     mine = dict.fromkeys(tars if part is None else part.mine(tars))
-    found = {tar: _read(tar, again=again) for tar in mine}
+    found = {tar: _read(tar, source=source, again=again) for tar in mine}
     for tar in tars:
         if tar not in found:
-            if (known := _known(tar)) is None:
+            if (known := _known(tar, source=source)) is None:
                 return None
             found[tar] = known
     found |= {path: _Found(tally=Tally(), problem=_packed(path)) for path in packed}
@@ -85,13 +95,13 @@ def index_tars(
         known_view = read_manifest(folder)
     except DataError:
         known_view = None
-    if known_view is not None and known_view.shards == tuple(shards):
+    if known_view is not None and known_view.shards == tuple(shards) and known_view.base == source.base:
         # The same tars keep the same view, whoever wrote the manifest: a run on them can go on.
         return Indexed(view=known_view, tallies=tallies)
     meta = {"made_by": "index_folder"} | (
         {"set_aside": {names[p]: str(e) for p, e in problems.items()}} if problems else {}
     )
-    return Indexed(view=write_manifest(folder, shards=shards, meta=meta), tallies=tallies)
+    return Indexed(view=write_manifest(folder, shards=shards, meta=meta, base=source.base), tallies=tallies)
 
 
 def tallies_of(view: View) -> dict[str, Tally]:
@@ -112,12 +122,15 @@ class _Found:
     problem: DataError | None = None
 
 
-def _read(tar: Path, *, again: bool) -> _Found:
+def _read(tar: Path, *, source: Tars, again: bool) -> _Found:
     """A tar's index, made anew unless it is known."""
-    if not again and (known := _known(tar)) is not None:
+    if not again and (known := _known(tar, source=source)) is not None:
         return known
     try:
-        scanned = scan(tar)
+        with source.here(tar):
+            scanned = scan(tar)
+    except StoreTrouble:
+        raise  # says nothing of the tar
     except DataError as error:
         index_path(tar).unlink(missing_ok=True)
         write_tally(Tally(set_aside=str(error)), tar)
@@ -132,14 +145,13 @@ def _read(tar: Path, *, again: bool) -> _Found:
     return _Found(index=scanned.index, tally=tally, problem=problem)
 
 
-def _known(tar: Path) -> _Found | None:
-    """What was found of a tar that has not changed since, also one that kept its time of modification."""
+def _known(tar: Path, *, source: Tars) -> _Found | None:
+    """What was found of a tar that has not changed since."""
     try:
-        status = tar.stat()
-        changed = max(status.st_mtime_ns, status.st_ctime_ns)
+        size, changed = source.status(tar)
         if index_path(tar).exists():
             index = load_index(index_path(tar))
-            if index_path(tar).stat().st_mtime_ns < changed or index.tar_bytes != status.st_size:
+            if index_path(tar).stat().st_mtime_ns < changed or index.tar_bytes != size:
                 return None
             tally = read_tally(tar, accepted=len(index))
             words = f"shard {tar.name}: {'; '.join(tally.damage)}; {tally.accepted} whole samples"

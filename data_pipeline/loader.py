@@ -20,20 +20,24 @@ from typing import Any, Literal
 
 import numpy as np
 
-from data_pipeline.assemble import BatchBuffer, Fields, check_fields, default_fields, probe_shapes
+from data_pipeline.assemble import Allocate, BatchBuffer, Fields, check_fields, default_fields, probe_shapes
 from data_pipeline.captions import CaptionRule
+from data_pipeline.catalogue import Shards
 from data_pipeline.contract import Batch, LoaderStats
 from data_pipeline.decoders import ImageDecoder, PlainDecoder
 from data_pipeline.errors import BadSplit, TooManyBad
 from data_pipeline.filling import Filled, Filler
 from data_pipeline.manifest import View
 from data_pipeline.mixture import Mixture
-from data_pipeline.order import nearest_divisors
+from data_pipeline.order import Located, nearest_divisors
 from data_pipeline.place import Place
 from data_pipeline.quarantine import BadSample, Quarantine
-from data_pipeline.reader import ShardReader, held_for
+from data_pipeline.reader import held_for
+from data_pipeline.readers import open_reader
 from data_pipeline.sources import DataSet
 from data_pipeline.stages import Stages
+from data_pipeline.store.ahead import Reading
+from data_pipeline.store.patience import Patience
 
 logger = logging.getLogger("ecdit.data")
 
@@ -67,6 +71,8 @@ class StreamingLoader:
         max_bad: fraction of this rank's share of an epoch (or of what it has seen, when that is more) that may be
             substituted before TooManyBad stops the run.
         quarantine: JSON-lines file that gets one line per substitution (append only); give every rank its own.
+        reading, patience: how an object store is read, and how long it is waited for.
+        allocate: (shape, dtype) -> an array without content for a batch; for memory that a device copies from.
         held_out: the last samples of the data set are left out; of a mixture, of each source by its weight.
         decoder: of pictures; None is `decoders.PlainDecoder`.
         stages: a user's own, run on each sample before it is decoded.
@@ -82,6 +88,7 @@ class StreamingLoader:
         threads: int = 2, prefetch: int = 2, lanes: int | None = None, window: int = 2,
         on_bad: Literal["fail", "substitute"] = "fail", max_bad: float = 1e-4, quarantine: Path | None = None,
         held_out: int = 0, only_held_out: bool = False, decoder: ImageDecoder | None = None, stages: Stages | None = None,
+        reading: Reading | None = None, patience: Patience | None = None, allocate: Allocate = np.empty,
     ) -> None:  # fmt: skip
         if world < 1 or global_batch % world:
             near = nearest_divisors(global_batch, value=world)
@@ -109,9 +116,18 @@ class StreamingLoader:
         self._resolution, self._threads = resolution, threads
         self._prefetch = prefetch if threads else 0  # without threads, ahead means only earlier
         self._max_bad, self._quarantine = max_bad, Quarantine(quarantine)
-        at_once = self.order.shards_at_once(world=world, steps=self._prefetch + 1)
-        self._reader = ShardReader(self.view, held=held_for(at_once))
-        self._decoder = decoder or PlainDecoder()
+        self._allocate, self._decoder = allocate, decoder or PlainDecoder()
+        self._lookahead = self._prefetch + 1
+        if self.view.base:
+            self._lookahead = _lookahead(
+                self.view, budget=(reading or Reading()).budget, samples=len(self._slots), least=prefetch + 1
+            )
+        at_once = self.order.shards_at_once(world=world, steps=self._lookahead)
+        self._reader = open_reader(
+            self.view, held=held_for(at_once), reading=reading, patience=patience,
+            reuse=self._decoder.at_once == 1,  # else several samples wait for their pixels
+        )  # fmt: skip
+        self._told: deque[Located] = deque()
         self._filler = Filler(
             view=self.view, order=self.order, reader=self._reader, decoder=self._decoder,
             stages=stages, substitutes=on_bad == "substitute",
@@ -171,12 +187,20 @@ class StreamingLoader:
         self._step = step
 
     def stats(self) -> LoaderStats:
+        read = self._reader.stats()
         return LoaderStats(
             steps=self._delivered,
             samples=self._delivered * len(self._slots),
-            bytes_read=self._reader.bytes_read,
+            bytes_read=read.bytes_read,
             stall_seconds=self._stall_seconds,
-            read_retries=self._reader.retries,
+            read_retries=read.retries,
+            store_trouble=read.trouble,
+            requests=read.requests,
+            bytes_fetched=read.bytes_fetched,
+            hedged=read.hedged,
+            hedges_won=read.hedges_won,
+            most_held=read.most_held,
+            index_reads=read.index_reads,
             bad=dict(self._bad),
             skipped=self._skipped,
             uncaptioned=self._uncaptioned,
@@ -188,6 +212,7 @@ class StreamingLoader:
     def close(self) -> None:
         """Stop the threads and close the files. A closed loader delivers nothing more."""
         self._drop_pending()
+        self._reader.stop()  # a thread may wait for bytes
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
         self._decoder.close()
@@ -197,10 +222,11 @@ class StreamingLoader:
     def _start(self, number: int) -> _Step:
         """Plan a step and hand its pieces to the threads."""
         position = number * self.order.global_batch + self._slots
-        located = self.order.locate(position)
+        located = self._locate(number)
         buffer = BatchBuffer(
-            position, fields=self._fields, shapes=self._shapes, resolution=self._resolution, captions=self._rule
-        )
+            position, fields=self._fields, shapes=self._shapes, resolution=self._resolution, captions=self._rule,
+            allocate=self._allocate,
+        )  # fmt: skip
         passed_over = 0 if located.passed_over is None else int(located.passed_over.sum())
         step = _Step(number=number, buffer=buffer, passed_over=passed_over)
         # One piece per thread: fine enough to share a step evenly, coarse enough that a future's cost vanishes.
@@ -215,6 +241,18 @@ class StreamingLoader:
                 step.pieces.append(Future())
                 step.pieces[-1].set_result(fill())
         return step
+
+    def _locate(self, number: int) -> Located:
+        """Where this step's samples lie; an object store is told of those of later steps as well."""
+        if not self._reader.is_remote:
+            return self.order.locate(number * self.order.global_batch + self._slots)
+        while len(self._told) < self._lookahead:
+            step = number + len(self._told)
+            located = self.order.locate(step * self.order.global_batch + self._slots)
+            self._told.append(located)
+            self._reader.ahead(step, shards=located.shard.tolist(), samples=located.sample.tolist())
+        self._reader.plan(upto=number)
+        return self._told.popleft()
 
     def _record(self, bad: list[BadSample]) -> None:
         """Count and write down what was substituted in a delivered step."""
@@ -236,3 +274,11 @@ class StreamingLoader:
             for piece in step.pieces:
                 piece.cancel()
         self._pending.clear()
+        self._told.clear()
+        self._reader.forget()
+
+
+def _lookahead(view: Shards, *, budget: int, samples: int, least: int) -> int:
+    """Steps of which an object store is told: as many as fill half of the budget, so that a new window's shards come bit by bit."""
+    a_step = samples * view.num_bytes / max(1, view.num_samples)
+    return max(least, min(64, int(budget / 2 / max(1.0, a_step))))

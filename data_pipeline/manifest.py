@@ -26,8 +26,11 @@ import numpy as np
 
 from data_pipeline.commit import write_committed
 from data_pipeline.errors import CorruptShard, DataError, MissingShard, TruncatedShard
-from data_pipeline.index import Index, index_bytes, index_path, load_index
+from data_pipeline.index import Index, index_bytes, index_path, load_index, parse_index
 from data_pipeline.parts import Part
+from data_pipeline.store.contract import Store
+from data_pipeline.store.copies import close, copied_manifest, downloaded
+from data_pipeline.store.place import is_remote, join, open_store
 from data_pipeline.table import Columns, Rows, Shard, encode, is_inside, open_table
 from data_pipeline.tally import read_tally
 
@@ -49,6 +52,18 @@ class View:
     shards: Rows
     sha256: str
     meta: Mapping[str, Any] = field(default_factory=dict)
+    base: str = ""
+    """URL below which the tars lie, and the indexes that are not in `folder`; none: all in `folder`."""
+
+    @cached_property
+    def store(self) -> Store:
+        """Of the tars."""
+        return open_store(self.base or self.folder)
+
+    @property
+    def place(self) -> str:
+        """Of the tars, for messages."""
+        return self.base or str(self.folder)
 
     @property
     def num_samples(self) -> int:
@@ -69,12 +84,24 @@ class View:
         """int64 (S,) samples per shard"""
         return self.shards.columns.samples.astype(np.int64)
 
+    @cached_property
+    def shard_bytes(self) -> np.ndarray:
+        """int64 (S,) bytes per tar"""
+        return self.shards.columns.bytes.astype(np.int64)
+
     def tar(self, shard: int) -> Path:
         return self.folder / self.shards[shard].name
 
-    def load_index(self, shard: int) -> Index:
-        """Index of one shard. Raises CorruptShard when it was made for other bytes than the manifest names."""
-        row, index = self.shards[shard], load_index(index_path(self.tar(shard)))
+    def load_index(self, shard: int, *, store: Store | None = None) -> Index:
+        """Index of one shard, from the folder, or where it is not there from `store` (that of the tars).
+
+        Raises CorruptShard when it was made for other bytes than the manifest names."""
+        row, path = self.shards[shard], index_path(self.tar(shard))
+        if self.base and not path.exists():
+            name = index_path(Path(row.name)).as_posix()
+            index = parse_index((store or self.store).read(name), path=join(self.base, name))
+        else:
+            index = load_index(path)
         if (index.tar_sha256, len(index), index.tar_bytes) != (row.sha256, row.n, row.bytes):
             raise CorruptShard(f"index of {row.name} in {self.folder}: made for another tar than the manifest names")
         return index
@@ -90,9 +117,11 @@ class Verified:
     view_sha256: str
 
 
-def write_manifest(folder: Path, *, shards: Sequence[Shard], meta: Mapping[str, Any] | None = None) -> View:
-    """Write the manifest, last of all files: a folder without one is an unfinished data set."""
-    content: dict[str, Any] = {"version": 1, "meta": dict(meta or {})}
+def write_manifest(
+    folder: Path, *, shards: Sequence[Shard], meta: Mapping[str, Any] | None = None, base: str = ""
+) -> View:
+    """Write the manifest, last of all files: a folder without one is an unfinished data set. `base`: see `View`."""
+    content: dict[str, Any] = {"version": 1, "meta": dict(meta or {})} | ({"base": base} if base else {})
     if len(shards) <= READABLE:
         content["shards"] = [asdict(shard) for shard in shards]
     else:
@@ -115,6 +144,9 @@ def read_manifest(folder: Path | str, *, which: str | None = None, whole: bool =
         CorruptShard: not a manifest of this version.
         TruncatedShard: its table is shorter than it must be.
     """
+    base = ""
+    if is_remote(folder):
+        base, folder = str(folder).rstrip("/"), copied_manifest(str(folder))
     folder = Path(folder)
     path, raw = _manifest_bytes(folder, which=which)
     try:
@@ -122,7 +154,7 @@ def read_manifest(folder: Path | str, *, which: str | None = None, whole: bool =
         if content["version"] not in VERSIONS:
             known = " and ".join(map(str, VERSIONS))
             raise CorruptShard(f"{path}: version {content['version']}, this program reads {known}")
-        meta = dict(content.get("meta", {}))
+        meta, base = dict(content.get("meta", {})), base or str(content.get("base", ""))
         if content["version"] == 2:
             columns = _read_table(folder, content["table"], whole=whole)
         else:
@@ -132,7 +164,7 @@ def read_manifest(folder: Path | str, *, which: str | None = None, whole: bool =
                     raise CorruptShard(f"{path}: shard name {row['name']!r} leads outside of the folder")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptShard(f"{path}: not a manifest ({error!r})") from error
-    return View(folder=folder, shards=Rows(columns), sha256=hashlib.sha256(raw).hexdigest(), meta=meta)
+    return View(folder=folder, shards=Rows(columns), sha256=hashlib.sha256(raw).hexdigest(), meta=meta, base=base)
 
 
 def open_view(folder: Path | str, *, which: str | None = None, check_files: bool = True) -> View:
@@ -149,7 +181,7 @@ def open_view(folder: Path | str, *, which: str | None = None, check_files: bool
     """
     view = read_manifest(folder, which=which, whole=check_files)
     if check_files:
-        raise_all(list(_wrong_files(view)))
+        raise_all(check_sizes(view) if view.base else list(_wrong_files(view)))
     return view
 
 
@@ -226,6 +258,29 @@ def _keep_previous(folder: Path, *, unless: bytes) -> None:
         write_committed(raw, path)
 
 
+def check_sizes(view: View) -> list[DataError]:
+    """What is missing or of another size, of tars in a store and of their indexes there or in the folder."""
+    names = [shard.name for shard in view.shards]
+    far = [index_path(Path(name)).as_posix() for name in names if not index_path(view.folder / name).exists()]
+    try:
+        there = {found.path: found.size for found in view.store.sizes([*names, *far])}
+    finally:
+        close(view.store)
+    problems: list[DataError] = []
+    for number, shard in enumerate(view.shards):
+        near = index_path(view.tar(number))
+        index = index_path(Path(shard.name)).as_posix()
+        sizes = {shard.name: there.get(shard.name), index: near.stat().st_size if near.exists() else there.get(index)}
+        for name, expected in ((shard.name, (shard.bytes,)), (index, index_bytes(shard.n, fields=shard.fields))):
+            size = sizes[name]
+            if size is None:
+                problems.append(MissingShard(f"{name} is missing in {view.base}"))
+            elif size not in expected:
+                kind = TruncatedShard if size < expected[0] else CorruptShard
+                problems.append(kind(f"{name} in {view.base} has {size} bytes, must have {expected[0]}"))
+    return problems
+
+
 def describe(tar: Path, *, index: Index, folder: Path | None = None) -> Shard:
     """The manifest row of an indexed tar; `folder` is the data set's, that of the tar by default."""
     name = tar.name if folder is None else tar.relative_to(folder).as_posix()
@@ -249,6 +304,7 @@ def verify(folder: Path | str, *, part: Part | None = None) -> Verified:
             _verify_shard(view, number)
         except DataError as error:
             problems.append(error)
+    close(view.store)
     raise_all(problems)
     read = [view.shards[number] for number in numbers]
     return Verified(
@@ -272,7 +328,7 @@ def _verify_shard(view: View, number: int) -> None:
     row, index = view.shards[number], view.load_index(number)
     digest, bad = hashlib.sha256(), []
     strange = False
-    with view.tar(number).open("rb") as file:
+    with downloaded(view.store, row.name) if view.base else view.tar(number).open("rb") as file:
         for sample in range(len(index)):
             start, size = index.span(sample)
             between = file.read(start - file.tell())

@@ -1,30 +1,30 @@
-"""From (shard, sample) to bytes: one `pread` of the sample's range, its checksum, then its fields."""
+"""From (shard, sample) to bytes: one read of the sample's range, its checksum, then its fields."""
 
 from __future__ import annotations
 
 import os
 import resource
 import threading
-import time
-import zlib
-from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TypeVar
+from collections import OrderedDict, deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from data_pipeline.catalogue import Shards
-from data_pipeline.errors import CorruptShard, MissingShard, TruncatedShard, Where
+from data_pipeline.checksum import crc32
+from data_pipeline.errors import CorruptShard, TruncatedShard, Where
 from data_pipeline.index import Index
+from data_pipeline.manifest import View
+from data_pipeline.store.ahead import ReadAhead, Reading, Want
+from data_pipeline.store.files import OpenFiles, Preadv
+from data_pipeline.store.patience import Patience
+from data_pipeline.store.remote import RemoteStore
 from data_pipeline.tar import split_proven_name, walk_proven
 
-T = TypeVar("T")
 Value = memoryview | str | dict | np.ndarray
 """Bytes of a member as they lie in the tar; the others come out of a user's stages (`stages`)."""
-
-_RETRIES = 4
-_BACKOFF_SECONDS = 0.05
+_INDEX_THREADS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,15 +35,10 @@ class RawSample:
     fields: dict[str, Value]
     num_bytes: int
 
-
-class _File:
-    """A file descriptor; closed when the last reader lets go of it, so eviction needs no lock."""
-
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
-
-    def __del__(self) -> None:
-        os.close(self.fd)
+    @property
+    def payloads(self) -> dict[str, memoryview]:
+        """Of `fields` those that are bytes: all, of a sample as it was read."""
+        return {name: value for name, value in self.fields.items() if isinstance(value, memoryview)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,108 +59,205 @@ def held_for(shards: int) -> Held:
     return Held(files=few, indexes=shards)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReaderStats:
+    """Since the reader was made. All but the first three are of an object store."""
+
+    bytes_read: int
+    """of samples"""
+    index_reads: int
+    retries: int
+    trouble: Mapping[str, int] = field(default_factory=dict)
+    """failed requests by kind"""
+    requests: int = 0
+    bytes_fetched: int = 0
+    """over the network, indexes and what no sample used included"""
+    hedged: int = 0
+    hedges_won: int = 0
+    most_held: int = 0
+    """largest number of bytes under way or kept at once"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Steps:
+    """Samples that were told of, and the indexes that are being read for them."""
+
+    shards: Sequence[int]
+    samples: Sequence[int]
+    loading: Mapping[int, Future[Index]]
+
+
+class _Buffer(threading.local):
+    """A thread's own bytes, reused from sample to sample."""
+
+    content = bytearray()
+
+
 class ShardReader:
-    """Thread-safe reads from the shards of a view, of which some stay open."""
+    """Thread-safe reads from the shards of a view, in a folder or in an object store.
+
+    Args:
+        held: shards kept at hand.
+        reading, patience: how an object store is read.
+        reuse: a sample's bytes are valid until the same thread reads its next one: no memory is asked for at every sample.
+        preadv: the system's; tests put trouble in its place.
+    """
 
     def __init__(
-        self, view: Shards, *, held: Held | None = None, pread: Callable[[int, int, int], bytes] = os.pread
-    ) -> None:
-        self._view, self._held, self._pread = view, held or Held(files=128, indexes=128), pread
-        self._files: OrderedDict[int, _File] = OrderedDict()
+        self, view: View, *, held: Held | None = None, reading: Reading | None = None, patience: Patience | None = None,
+        reuse: bool = False, preadv: Preadv = os.preadv,
+    ) -> None:  # fmt: skip
+        self._view, self._held, self._reuse = view, held or Held(files=128, indexes=128), reuse
         self._indexes: OrderedDict[int, Index] = OrderedDict()
-        self._lock = threading.Lock()
-        self.bytes_read = 0
-        self.retries = 0
-        self.index_reads = 0
+        self._lock, self._buffer = threading.Lock(), _Buffer()
+        self._bytes_read = self._index_reads = 0
+        self._files: OpenFiles | None = None
+        self._ahead: ReadAhead | None = None
+        self._store: RemoteStore | None = None
+        self._told: deque[tuple[int, _Steps]] = deque()
+        self._loading: dict[int, Future[Index]] = {}
+        if view.base:
+            self._reading = reading or Reading()
+            self._store = RemoteStore(view.base, patience=patience or Patience())
+            sizes = view.shard_bytes
+            keeps = self._held.indexes * float(sizes.mean()) <= self._reading.budget
+            self._ahead = ReadAhead(self._store, shards=self._named, reading=self._reading, keeps=keeps)
+            self._pool = ThreadPoolExecutor(_INDEX_THREADS, thread_name_prefix="ecdit-index")
+        else:
+            self._files = OpenFiles(view.tar, most=self._held.files, preadv=preadv)
+
+    @property
+    def is_remote(self) -> bool:
+        return self._store is not None
 
     def read(self, shard: int, *, sample: int, position: int = -1) -> RawSample:
         """One whole sample.
 
         Raises:
             MissingShard: the file cannot be opened, or reading fails after all retries.
+            StoreTrouble, ChangedShard: the same of an object store.
             TruncatedShard: the range ends behind the end of the file.
             CorruptShard: the crc32 of the range is not that of the index.
         """
-        index, file = self._index(shard), self._file(shard)
+        index = self._index(shard)
         offset, num_bytes = index.span(sample)
-        payload = self._range(file.fd, offset, num_bytes, shard=shard)
-        name = self._view.shards[shard].name
-        where = Where(name, f"number {sample}", position)
-        if len(payload) != num_bytes:
-            raise TruncatedShard(f"{where}: file ends at byte {offset + len(payload)}, needs {offset + num_bytes}")
-        if zlib.crc32(payload) != int(index.crc[sample]):
+        whole = self._space(num_bytes)
+        if self._ahead is not None:
+            self._ahead.read(Want(shard=shard, start=offset, length=num_bytes), into=whole)
+            got = num_bytes
+        else:
+            assert self._files is not None
+            got = self._files.read(shard, start=offset, into=whole)
+        with self._lock:
+            self._bytes_read += got
+        if got != num_bytes:
+            where = self._where(shard, sample, position)
+            raise TruncatedShard(f"{where}: file ends at byte {offset + got}, needs {offset + num_bytes}")
+        if crc32(whole) != int(index.crc[sample]):
+            where = self._where(shard, sample, position)
             raise CorruptShard(f"{where}: crc32 of {num_bytes} bytes at {offset} differs from the index")
         # Between the members of a sample may stand others that nobody asked for.
-        key, whole, wanted = "", memoryview(payload), index.fields
+        key, wanted = "", index.fields
         fields: dict[str, Value] = {}
-        for member in walk_proven(whole, shard=name):
+        for member in walk_proven(whole, shard=self._view.shards[shard].name):
             of, field = split_proven_name(member.name)
             key = key or of
             if of == key and field in wanted:
                 fields[field] = whole[member.data : member.data + member.size]
         return RawSample(key=key, fields=fields, num_bytes=num_bytes)
 
+    def ahead(self, step: int, *, shards: Sequence[int], samples: Sequence[int]) -> None:
+        """These samples of a later step are read soon: their indexes are fetched, and their bytes once those are here. Steps
+        come in order. Nothing happens for local files: the system reads those ahead."""
+        if self._ahead is None:
+            return
+        for shard in set(shards) - self._indexes.keys() - self._loading.keys():
+            self._loading[shard] = self._pool.submit(self._index, shard)
+        loading = {shard: self._loading[shard] for shard in set(shards) & self._loading.keys()}
+        self._told.append((step, _Steps(shards=shards, samples=samples, loading=loading)))
+        self.plan(upto=-1)
+
+    def plan(self, *, upto: int) -> None:
+        """Fetch what was told of in `ahead`: of steps up to this one now, of later ones as far as their indexes are here.
+
+        Raises what reading an index raises."""
+        while self._ahead is not None and self._told:
+            step, told = self._told[0]
+            if step > upto and not all(index.done() for index in told.loading.values()):
+                return
+            self._told.popleft()
+            for shard, index in told.loading.items():
+                self._loading.pop(shard, None)
+                index.result()
+            wants = []
+            for shard, sample in zip(told.shards, told.samples, strict=True):
+                start, length = self._index(shard).span(sample)
+                wants.append(Want(shard=shard, start=start, length=length))
+            self._ahead.plan(wants)
+
+    def forget(self) -> None:
+        """What was told of is not read after all."""
+        self._told.clear()
+        self._loading.clear()
+        if self._ahead is not None:
+            self._ahead.forget()
+
+    def stats(self) -> ReaderStats:
+        local = ReaderStats(
+            bytes_read=self._bytes_read,
+            index_reads=self._index_reads,
+            retries=self._files.retries if self._files else 0,
+        )
+        if self._store is None or self._ahead is None:
+            return local
+        counts = self._store.counts
+        return replace(
+            local, retries=counts.retries, requests=counts.requests,
+            trouble={str(kind): count for kind, count in counts.trouble.items()},
+            bytes_fetched=counts.bytes, hedged=counts.hedged, hedges_won=counts.hedges_won,
+            most_held=self._ahead.most_held,
+        )  # fmt: skip
+
+    def stop(self) -> None:
+        """Threads that wait for bytes of an object store get an error instead."""
+        if self._ahead is not None:
+            self._ahead.close()
+
     def close(self) -> None:
-        """Drop every open file."""
+        """Drop every open file and connection."""
+        self.stop()
+        if self._store is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+        if self._files is not None:
+            self._files.close()
         with self._lock:
-            self._files.clear()
             self._indexes.clear()
 
+    def _space(self, num_bytes: int) -> memoryview:
+        if not self._reuse:
+            return memoryview(bytearray(num_bytes))
+        if len(self._buffer.content) < num_bytes:
+            self._buffer.content = bytearray(max(num_bytes + num_bytes // 4, 1 << 16))
+        return memoryview(self._buffer.content)[:num_bytes]
+
+    def _named(self, shard: int) -> tuple[str, int]:
+        row = self._view.shards[shard]
+        return row.name, row.bytes
+
+    def _where(self, shard: int, sample: int, position: int) -> Where:
+        return Where(self._view.shards[shard].name, f"number {sample}", position)
+
     def _index(self, shard: int) -> Index:
-        if (known := self._kept(self._indexes, shard)) is not None:
-            return known
-        index = self._view.load_index(shard)
         with self._lock:
-            self.index_reads += 1
-        return self._keep(self._indexes, shard, index, most=self._held.indexes)
-
-    def _file(self, shard: int) -> _File:
-        if (known := self._kept(self._files, shard)) is not None:
-            return known
-        try:
-            file = _File(os.open(self._view.tar(shard), os.O_RDONLY))
-        except OSError as error:
-            name = self._view.shards[shard].name
-            raise MissingShard(f"shard {name} in {self._view.folder}: {error.strerror}") from error
-        return self._keep(self._files, shard, file, most=self._held.files)
-
-    def _kept(self, held: OrderedDict[int, T], shard: int) -> T | None:
+            if (found := self._indexes.get(shard)) is not None:
+                self._indexes.move_to_end(shard)
+                return found
+        view = self._view
+        index = view.load_index(shard) if self._store is None else view.load_index(shard, store=self._store)
         with self._lock:
-            if (found := held.get(shard)) is not None:
-                held.move_to_end(shard)
-            return found
-
-    def _keep(self, held: OrderedDict[int, T], shard: int, made: T, *, most: int) -> T:
-        """What is held from now on; another thread may have been first. Least recently used ones go."""
-        with self._lock:
-            found = held.setdefault(shard, made)
-            held.move_to_end(shard)
-            while len(held) > most:
-                held.popitem(last=False)
+            self._index_reads += 1
+            found = self._indexes.setdefault(shard, index)  # another thread may have been first
+            self._indexes.move_to_end(shard)
+            while len(self._indexes) > self._held.indexes:
+                self._indexes.popitem(last=False)
         return found
-
-    def _range(self, fd: int, offset: int, num_bytes: int, *, shard: int) -> bytes:
-        """`pread` until complete; network file systems return short reads and passing errors."""
-        parts: list[bytes] = []
-        missing, failures = num_bytes, 0
-        while missing:
-            try:
-                part = self._pread(fd, missing, offset + num_bytes - missing)
-            except OSError as error:
-                failures += 1
-                if failures > _RETRIES:
-                    name = self._view.shards[shard].name
-                    raise MissingShard(
-                        f"shard {name} in {self._view.folder}: reading failed {failures} times ({error.strerror})"
-                    ) from error
-                with self._lock:
-                    self.retries += 1
-                time.sleep(_BACKOFF_SECONDS * 2 ** (failures - 1))
-                continue
-            if not part:
-                break
-            parts.append(part)
-            missing -= len(part)
-        with self._lock:
-            self.bytes_read += num_bytes - missing
-        return parts[0] if len(parts) == 1 else b"".join(parts)

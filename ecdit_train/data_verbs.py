@@ -26,10 +26,13 @@ def declare(verb: Callable[..., argparse.ArgumentParser], group: Any) -> None:
         "index",
         data_index,
         "index plain WebDataset tars: an .idx beside each tar and a manifest.json; says what is used and what is not\n\n"
-        "  ecdit data index data/images\n  ecdit data index data/images --on-bad-shard salvage",
+        "  ecdit data index data/images\n  ecdit data index data/images --on-bad-shard salvage\n"
+        "  ecdit data index s3://bucket/images --out data/images\n"
+        "  ecdit data index 'https://host/images/{000..239}.tar' --out data/images",
         parent=group,
     )
-    p.add_argument("folder")
+    p.add_argument("folder", metavar="FOLDER|URL")
+    p.add_argument("--out", metavar="FOLDER", help="where the indexes of tars at a URL are written")
     p.add_argument(
         "--on-bad-shard",
         choices=("set_aside", "salvage", "fail"),
@@ -92,20 +95,39 @@ def _say_part(part: Any, *, last: bool) -> None:
 def data_index(args: argparse.Namespace) -> int:
     from data_pipeline import indexing, tally
 
-    indexed = indexing.index_tars(Path(args.folder), on_bad_shard=args.on_bad_shard, again=args.again, part=args.part)
+    tars_at, folder = _tars_at(args.folder, out=args.out)
+    indexed = indexing.index_tars(
+        folder, on_bad_shard=args.on_bad_shard, again=args.again, part=args.part, tars_at=tars_at
+    )
     _say_part(args.part, last=indexed is not None)
     if indexed is None:
         return errors.EXIT_OK
-    print("\n".join([*tally.table(indexed.tallies), f"{args.folder}: {indexed.view.sha256[:12]}"]))
+    print("\n".join([*tally.table(indexed.tallies), f"{folder}: {indexed.view.sha256[:12]}"]))
     if any(one.set_aside and one.damage for one in indexed.tallies.values()):
-        print(f"to use their whole samples: ecdit data index {args.folder} --on-bad-shard salvage")
+        where = args.folder if args.out is None else f"{args.folder} --out {args.out}"
+        print(f"to use their whole samples: ecdit data index {where} --on-bad-shard salvage")
     return errors.EXIT_OK
+
+
+def _tars_at(place: str, *, out: str | None) -> tuple[Any, Path]:
+    """(None, the folder), or (where the tars at a URL lie, the folder of their indexes)."""
+    from data_pipeline.store.place import expanded, is_remote, open_store
+    from data_pipeline.tars import RemoteTars
+
+    if not is_remote(place):
+        if out is not None:
+            raise errors.EcditError("--out is for tars at a URL; the indexes of a folder lie beside its tars")
+        return None, Path(place)
+    if out is None:
+        raise errors.EcditError(f"{place}: name the folder for its indexes and the manifest with --out FOLDER")
+    base, names = expanded(place)
+    return RemoteTars(open_store(base), folder=Path(out), names=names), Path(out)
 
 
 def data_stats(args: argparse.Namespace) -> int:
     from data_pipeline import stats
 
-    print(stats.text(stats.look(Path(args.folder))))
+    print(stats.text(stats.look(args.folder)))
     return errors.EXIT_OK
 
 
@@ -122,7 +144,7 @@ def data_verify(args: argparse.Namespace) -> int:
     from data_pipeline import indexing, tally
     from data_pipeline.manifest import open_view, verify
 
-    verify(Path(args.folder), part=args.part)
+    verify(args.folder, part=args.part)
     if args.part is None:
         print("\n".join(tally.table(indexing.tallies_of(open_view(args.folder)))))
     which = "" if args.part is None else f" of part {args.part}"

@@ -23,6 +23,7 @@ TABLE: dict[int, ExitClass] = {
     errors.EXIT_REQUEUE: ExitClass(then=SAVED, reason="saved and stopped on request"),
     2: ExitClass(then=STOP, reason="the command line of the ranks cannot be read"),
     **{code: ExitClass(then=STOP, reason="the data cannot be used as they are") for code in range(60, 75)},
+    70: ExitClass(then=AGAIN, reason="an object store did not answer"),
     errors.NoProgressError.exit_code: ExitClass(then=STOP, reason="no progress over several lives"),
     errors.ConfigError.exit_code: ExitClass(then=STOP, reason="the configuration is refused"),
     errors.CheckpointError.exit_code: ExitClass(then=STOP, reason="no checkpoint can be used"),

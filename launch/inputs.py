@@ -39,8 +39,8 @@ class Planned:
 def problems(cfg: RunConfig) -> Iterator[Problem]:
     """What is not there, seen from this machine and folder, where the job will look for it too."""
     mounts = cfg.cluster.mounts if cfg.cluster.container else ()
-    shards = outside(cfg.data.shards, mounts=mounts)
-    if not (shards / MANIFEST).is_file():
+    shards, is_remote = outside(cfg.data.shards, mounts=mounts), "://" in cfg.data.shards
+    if not is_remote and not (shards / MANIFEST).is_file():
         what = f"has no {MANIFEST}" if shards.is_dir() else "is not a folder"
         rule = f"{shards} {what}; `ecdit data` makes a data set, and all nodes must see it"
         yield Problem(field="data.shards", value=cfg.data.shards, rule=rule)

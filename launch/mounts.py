@@ -22,7 +22,7 @@ def mounts(cfg: RunConfig, *, run: str, cwd: str) -> tuple[tuple[str, str], ...]
     found: dict[str, str] = {inside: out for out, inside in own}
     slots = [path for slot in slots_of(cfg).values() for path in slot.paths()]
     for path in (cwd, run, cfg.data.shards, cfg.train.init_from, *slots):
-        if path is None:
+        if path is None or "://" in path:
             continue
         seen = os.path.normpath(os.path.join(cwd, path))
         for place in dict.fromkeys((seen, os.path.realpath(seen))):

@@ -155,7 +155,7 @@ class PackWork:
         of the upright original."""
         side = self.rule.resolution
         if self.rule.crop == "centre":
-            pixels = resize_centre(image.pixels, resolution=side)
+            pixels = resize_centre(image.pixels, height=side, width=side)
         else:
             pixels = shorter_side(image.pixels, side=side)
         about: dict[str, Any] = {

@@ -96,6 +96,6 @@ class SetSource:
                 except SAMPLE_ERRORS as error:
                     yield error
                 else:
-                    yield Found(key=raw.key, fields=raw.fields)
+                    yield Found(key=raw.key, fields=raw.payloads)
         finally:
             reader.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from data_pipeline.contract import Batch
@@ -86,25 +87,30 @@ class EncodedBatches:
     def _encode(self, batch: Batch) -> Microbatch:
         if batch.latents is not None:
             image = self._config.image
-            latents = (torch.from_numpy(batch.latents).to(self._device).float() - image.shift) * image.scale
+            latents = (self._sent(batch.latents).float() - image.shift) * image.scale
         else:
             assert self._encoders.image is not None
             assert batch.images is not None
-            latents = self._encoders.image.encode(torch.from_numpy(batch.images).to(self._device))
+            latents = self._encoders.image.encode(self._sent(batch.images))
         if batch.text is not None:
             assert batch.text_mask is not None
-            features, mask = torch.from_numpy(batch.text), torch.from_numpy(batch.text_mask)
+            features, mask = self._sent(batch.text), self._sent(batch.text_mask)
         else:
             assert self._encoders.text is not None
             assert batch.captions is not None
             features, mask = self._encoders.text.encode(batch.captions)
         return Microbatch(
-            position_B=torch.from_numpy(batch.position).to(self._device),
+            position_B=self._sent(batch.position),
             latents_BCHW=latents,
             features_BLX=features.to(self._device),
             mask_BL=mask.to(self._device),
-            captioned_B=None if batch.captioned is None else torch.from_numpy(batch.captioned).to(self._device),
+            captioned_B=None if batch.captioned is None else self._sent(batch.captioned),
         )
+
+    def _sent(self, array: np.ndarray) -> torch.Tensor:
+        """On the device; the CPU does not wait where the loader made the array in page-locked memory. torch keeps that from being
+        used again until the copy is done."""
+        return torch.from_numpy(array).to(self._device, non_blocking=True)
 
     def close(self) -> None:
         self._loader.close()

@@ -5,15 +5,25 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import torch
+
 from data_pipeline.assemble import default_fields
 from data_pipeline.captions import CaptionRule
 from data_pipeline.errors import DataError
 from data_pipeline.loader import StreamingLoader
 from data_pipeline.manifest import open_view
 from data_pipeline.stages import Stages
+from data_pipeline.store.ahead import Reading
+from data_pipeline.store.patience import Patience
 from ecdit_train.config.schema import RunConfig
 from ecdit_train.parallel.mesh import Mesh
 from ecdit_train.run_folder import quarantine_path
+
+
+def pinned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Page-locked memory, which a GPU copies from while the CPU goes on. The array keeps it as long as it lives."""
+    return torch.empty(shape, dtype=torch.from_numpy(np.empty(0, dtype)).dtype, pin_memory=True).numpy()
 
 
 def make_loader(config: RunConfig, mesh: Mesh, *, run: Path, life: int, held_out: bool = False) -> StreamingLoader:
@@ -21,7 +31,7 @@ def make_loader(config: RunConfig, mesh: Mesh, *, run: Path, life: int, held_out
     read is written down for this life.
 
     Raises DataError where the shards lack what the encoders need."""
-    view = open_view(Path(config.data.shards))
+    view = open_view(config.data.shards)
     stored_latents, stored_text = config.encoders.image.stored, config.encoders.text.stored
     have = default_fields(view, text_len=config.encoders.text.max_tokens if stored_text else 0)
     fields = replace(
@@ -65,6 +75,14 @@ def make_loader(config: RunConfig, mesh: Mesh, *, run: Path, life: int, held_out
         quarantine=quarantine_path(run, dp_rank=mesh.dp_rank, life=life)
         if mesh.tp_rank == 0 and not held_out
         else None,
+        reading=Reading(in_flight=config.data.in_flight, budget=config.data.read_budget),
+        patience=Patience(
+            retries=config.data.read_retries,
+            deadline=config.data.read_deadline,
+            idle=min(Patience.idle, config.data.read_deadline / 2),
+            hedge_after=config.data.hedge_after,
+        ),
+        allocate=pinned if torch.cuda.is_available() else np.empty,
         held_out=config.validation.images,
         only_held_out=held_out,
     )

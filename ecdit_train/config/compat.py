@@ -43,6 +43,11 @@ _CLASSES: dict[str, Kind] = {
     "data.no_caption": "schedule",
     "data.decoder": "schedule",  # resized pictures differ by a few levels
     "data.stages": "schedule",
+    "data.in_flight": "free",
+    "data.read_budget": "free",
+    "data.read_retries": "free",
+    "data.read_deadline": "free",
+    "data.hedge_after": "free",
     "train.seed": "identity",
     "train.global_batch": "identity",
     "train.microbatch": "free",  # identity when a group is a microbatch, see `kind`

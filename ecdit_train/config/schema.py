@@ -143,7 +143,8 @@ class DataConfig:
     """Shards and how they are read."""
 
     shards: str
-    """Folder with tars, indexes and manifest.json (`ecdit data` writes it)."""
+    """Folder with tars, indexes and manifest.json (`ecdit data` writes it), or `https://HOST/SET`, `s3://BUCKET/SET`: the
+    credentials and the endpoint of a bucket come from the environment (AWS_*) or the files of the AWS tools."""
     resolution: int
     """Side of the square training image, pixels."""
     threads: int
@@ -165,6 +166,18 @@ class DataConfig:
     """Files of pictures to pixels."""
     stages: StagesConfig
     """What of your own is done to each sample before that."""
+    in_flight: int
+    """Ranges of remote shards that a rank has under way at once; independent of `threads`."""
+    read_budget: int
+    """Bytes of remote shards that a rank has under way or keeps. Where all shards that it reads at once fit, each
+    is fetched once and not by the sample."""
+    read_retries: int
+    """Requests after the first that failed, for one range of a remote shard."""
+    read_deadline: float
+    """Seconds for one range of a remote shard, all its requests together; then the run stops, to be started again where it was."""
+    hedge_after: float | None
+    """Seconds after which a range is asked for a second time and the first answer is taken; null learns it from the
+    durations of late, 0 never asks twice."""
 
 
 @dataclass(frozen=True, kw_only=True)

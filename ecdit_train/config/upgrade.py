@@ -63,6 +63,11 @@ ADDED: Mapping[str, Any] = {
     # Since format 6.
     "data.decoder": {TARGET: "ecdit_train.batches.decoders.Turbo"},
     "data.stages": {TARGET: "ecdit_train.batches.stages.NoStages"},
+    "data.in_flight": 32,
+    "data.read_budget": 2 << 30,
+    "data.read_retries": 8,
+    "data.read_deadline": 120.0,
+    "data.hedge_after": None,
 }
 """Keys since format 3 and what was there before them."""
 

@@ -125,7 +125,14 @@ def _ranges(check: Checker) -> None:
     check.at_least(1, ["moe.num_experts", "moe.group_size", "sample.steps", "sample.group_size"])
     check.at_least(0, ["observe.sample_every", "sample.guidance", "optim.clip_norm"])
     check.at_least(1, ["data.resolution", "data.threads", "train.steps", "train.global_batch", "train.microbatch"])
-    check.at_least(1, ["observe.log_every"])
+    check.at_least(1, ["observe.log_every", "data.in_flight", "data.read_budget"])
+    check.at_least(0, ["data.read_retries"])
+    check.positive(["data.read_deadline"])
+    if check.values["data.hedge_after"] is not None:
+        check.at_least(0, ["data.hedge_after"])
+    scheme, _, rest = check.values["data.shards"].partition("://")
+    rule = "must be a folder or begin with s3://, https:// or http://"
+    check.require(not rest or scheme in ("s3", "http", "https"), "data.shards", rule=rule, nearest=f"s3://{rest}")
     check.positive(["diffusion.timestep_std", "optim.lr"])
     check.share(["diffusion.caption_drop", "data.max_bad"])
     _captions(check)

@@ -54,11 +54,12 @@ def shards(cfg: RunConfig | None) -> Iterator[Finding]:
     from data_pipeline.manifest import MANIFEST, open_view
 
     folder = outside(cfg.data.shards, mounts=cfg.cluster.mounts if cfg.cluster.container else ())
-    if not (folder / MANIFEST).is_file():
+    is_remote = "://" in cfg.data.shards
+    if not is_remote and not (folder / MANIFEST).is_file():
         return  # said by `there`
     try:
-        view = open_view(folder)
-        for shard in range(min(SHOWN_SHARDS, len(view.shards))):
+        view = open_view(cfg.data.shards if is_remote else folder)
+        for shard in range(0 if view.base else min(SHOWN_SHARDS, len(view.shards))):
             with view.tar(shard).open("rb") as file:
                 file.read(1)
     except (DataError, OSError) as error:

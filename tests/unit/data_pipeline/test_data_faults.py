@@ -4,6 +4,7 @@ import json
 import os
 import tarfile
 from collections import deque
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -63,7 +64,7 @@ def test_every_error_has_an_exit_code_of_its_own() -> None:
     classes = [c for c in vars(errors).values() if isinstance(c, type) and issubclass(c, DataError)]
     codes = {c.__name__: c.exit_code for c in classes}
     assert codes.pop("DataError") == 74
-    assert sorted(codes.values()) == list(range(60, 71))
+    assert sorted(codes.values()) == list(range(60, 73))
     assert all(c.__doc__ for c in classes)  # `ecdit --help` and the reference show the first line
 
 
@@ -242,25 +243,25 @@ def test_too_many_substitutes_stop_the_run(tmp_path: Path) -> None:
 def test_passing_read_errors_are_retried_and_lasting_ones_named(
     shapes_view: View, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data_pipeline.reader._BACKOFF_SECONDS", 0.0)
+    monkeypatch.setattr("data_pipeline.store.files._BACKOFF_SECONDS", 0.0)
     calls = []
 
-    def flaky(fd: int, size: int, offset: int) -> bytes:
-        calls.append(size)
+    def flaky(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        calls.append(len(buffers[0]))
         if len(calls) in (1, 3):
             raise OSError(5, "Input/output error")
-        return os.pread(fd, min(size, 1000), offset)  # short reads as well
+        return os.preadv(fd, [buffers[0][:1000]], offset)  # short reads as well
 
-    reader = ShardReader(shapes_view, pread=flaky)
+    reader = ShardReader(shapes_view, preadv=flaky)
     assert reader.read(0, sample=0).key == "00000000"
-    assert reader.retries == 2
+    assert reader.stats().retries == 2
     assert max(calls[:4]) > 1000
 
-    def broken(fd: int, size: int, offset: int) -> bytes:
+    def broken(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
         raise OSError(116, "Stale file handle")
 
     with pytest.raises(MissingShard, match=r"shapes-000000.tar in .*failed 5 times .Stale"):
-        ShardReader(shapes_view, pread=broken).read(0, sample=0)
+        ShardReader(shapes_view, preadv=broken).read(0, sample=0)
 
 
 def test_open_files_are_limited_and_closed(shapes_view: View) -> None:

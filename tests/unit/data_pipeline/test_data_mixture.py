@@ -285,7 +285,7 @@ def test_a_mixture_reads_no_index_twice(folders: dict[str, View]) -> None:
     stream = loader(dataset(folders), rank=0, world=2)
     for _ in range(60):
         next(stream)
-    assert stream._reader.index_reads <= 8 + 14 + 2 + 1
+    assert stream._reader.stats().index_reads <= 8 + 14 + 2 + 1
     stream.close()
 
 

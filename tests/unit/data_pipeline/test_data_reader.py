@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,17 @@ from data_pipeline.reader import Held, ShardReader, held_for
 class Counting:
     """A view that only counts whose index is read."""
 
+    base = ""
+
     def __init__(self) -> None:
         self.reads: Counter[int] = Counter()
 
     def load_index(self, shard: int) -> Any:
         self.reads[shard] += 1
         return shard
+
+    def tar(self, shard: int) -> Path:
+        raise NotImplementedError
 
 
 def reads(order: Order, *, world: int, held: Held, prefetch: int) -> list[Counter[int]]:

@@ -1,0 +1,13 @@
+"""zlib's crc32, by Intel's ISA-L where it is installed: the same sum, several times as fast where zlib is the plain one."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+
+try:
+    from isal.isal_zlib import crc32 as _fast
+except ImportError:
+    _fast = zlib.crc32
+
+crc32: Callable[[bytes | bytearray | memoryview], int] = _fast

@@ -1,0 +1,98 @@
+"""The reader of a data set, or of several as one: each has a reader of its own, since each may lie in another place."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Protocol
+
+from data_pipeline.catalogue import Catalogue, Shards
+from data_pipeline.manifest import View
+from data_pipeline.reader import Held, RawSample, ReaderStats, ShardReader
+from data_pipeline.store.ahead import Reading
+from data_pipeline.store.patience import Patience
+
+
+class Reader(Protocol):
+    """See `reader.ShardReader`."""
+
+    @property
+    def is_remote(self) -> bool: ...
+    def read(self, shard: int, *, sample: int, position: int = -1) -> RawSample: ...
+    def ahead(self, step: int, *, shards: Sequence[int], samples: Sequence[int]) -> None: ...
+    def plan(self, *, upto: int) -> None: ...
+    def forget(self) -> None: ...
+    def stats(self) -> ReaderStats: ...
+    def stop(self) -> None: ...
+    def close(self) -> None: ...
+
+
+def open_reader(
+    shards: Shards, *, held: Held | None = None, reading: Reading | None = None, patience: Patience | None = None,
+    reuse: bool = False,
+) -> Reader:  # fmt: skip
+    """The arguments are those of `ShardReader`. `reading.budget` and what is `held` are for all data sets together."""
+    if isinstance(shards, Catalogue):
+        return _JoinedReader(shards, held=held, reading=reading, patience=patience, reuse=reuse)
+    assert isinstance(shards, View)
+    return ShardReader(shards, held=held, reading=reading, patience=patience, reuse=reuse)
+
+
+class _JoinedReader:
+    def __init__(
+        self, catalogue: Catalogue, *, held: Held | None, reading: Reading | None, patience: Patience | None, reuse: bool
+    ) -> None:  # fmt: skip
+        self._catalogue, reading = catalogue, reading or Reading()
+        far = sum(bool(view.base) for view in catalogue.views)
+        share = replace(reading, budget=max(1, reading.budget // max(1, far)))
+        self._readers = [
+            ShardReader(view, held=held, reading=share, patience=patience, reuse=reuse) for view in catalogue.views
+        ]
+
+    @property
+    def is_remote(self) -> bool:
+        return any(reader.is_remote for reader in self._readers)
+
+    def read(self, shard: int, *, sample: int, position: int = -1) -> RawSample:
+        source, number = self._catalogue.place(shard)
+        return self._readers[source].read(number, sample=sample, position=position)
+
+    def ahead(self, step: int, *, shards: Sequence[int], samples: Sequence[int]) -> None:
+        places = [self._catalogue.place(shard) for shard in shards]
+        for source, reader in enumerate(self._readers):
+            mine = [(number, sample) for (of, number), sample in zip(places, samples, strict=True) if of == source]
+            reader.ahead(step, shards=[number for number, _ in mine], samples=[sample for _, sample in mine])
+
+    def plan(self, *, upto: int) -> None:
+        for reader in self._readers:
+            reader.plan(upto=upto)
+
+    def forget(self) -> None:
+        for reader in self._readers:
+            reader.forget()
+
+    def stats(self) -> ReaderStats:
+        all_of = [reader.stats() for reader in self._readers]
+        trouble: Counter[str] = Counter()
+        for one in all_of:
+            trouble.update(one.trouble)
+        names = (
+            "bytes_read",
+            "index_reads",
+            "retries",
+            "requests",
+            "bytes_fetched",
+            "hedged",
+            "hedges_won",
+            "most_held",
+        )
+        return ReaderStats(**{name: sum(getattr(one, name) for one in all_of) for name in names}, trouble=dict(trouble))
+
+    def stop(self) -> None:
+        for reader in self._readers:
+            reader.stop()
+
+    def close(self) -> None:
+        for reader in self._readers:
+            reader.close()
