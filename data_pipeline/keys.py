@@ -87,7 +87,7 @@ def keys_of(view: View, shard: int) -> Iterator[str]:
                 with whole[start : start + size] as part:
                     members = walk_proven(part, shard=view.shards[shard].name)
                     yield split_proven_name(next(members).name)[0]
-                    members.close()
+                    del members
     except OSError as error:
         raise MissingShard(f"shard {view.shards[shard].name} in {view.folder}: {error.strerror}") from error
 

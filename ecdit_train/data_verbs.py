@@ -45,6 +45,7 @@ def declare(verb: Callable[..., argparse.ArgumentParser], group: Any) -> None:
         parent=group,
     )
     p.add_argument("folder")
+    p.add_argument("--global-batch", type=int, metavar="N", help="also say what an epoch of such batches leaves out")
     p = verb(
         "salvage",
         data_salvage,
@@ -105,7 +106,7 @@ def data_index(args: argparse.Namespace) -> int:
 def data_stats(args: argparse.Namespace) -> int:
     from data_pipeline import stats
 
-    print(stats.text(stats.look(Path(args.folder))))
+    print(stats.text(stats.look(Path(args.folder)), global_batch=args.global_batch))
     return errors.EXIT_OK
 
 

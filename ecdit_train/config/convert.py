@@ -222,6 +222,19 @@ def key_types(cfg: Any) -> dict[str, Any]:
     return {key: hint for key, hint, _ in _leaves(cls, cfg, prefix="")}
 
 
+@cache
+def named_sections(cls: type = RunConfig, prefix: str = "") -> Mapping[str, type]:
+    """Dotted key -> class of each of its sections, for keys whose sections have names of the user's own."""
+    found: dict[str, type] = {}
+    for name, hint in hints(cls).items():
+        named, inner = _named(hint), _without_none(hint)
+        if named is not None and _slot_base(named) is None:
+            found[f"{prefix}{name}"] = named
+        elif named is None and dataclasses.is_dataclass(inner) and isinstance(inner, type) and _slot_base(hint) is None:
+            found |= named_sections(inner, f"{prefix}{name}.")
+    return found
+
+
 def section_names(cfg: Any) -> tuple[str, ...]:
     """Dotted names of all sections of a configuration or tree: model, encoders, encoders.text, ..."""
     return tuple(dict.fromkeys(key[:i] for key in key_types(cfg) for i, char in enumerate(key) if char == "."))

@@ -27,6 +27,9 @@ def _sources(check: Checker) -> None:
     weights = [key for key in check.values if re.fullmatch(r"data\.sources\.[^.]+\.weight", key)]
     check.positive(weights)
     for key in weights:
+        name = key.split(".")[2]
+        rule = "a source's name is letters, digits, - and _"
+        check.require(re.fullmatch(r"[\w-]+", name) is not None, key, shown=name, rule=rule)
         shards = key.removesuffix("weight") + "shards"
         check.require(bool(check.values[shards].strip()), shards, rule="must not be empty")
     for key in ("data.keep", "data.manifest"):

@@ -37,7 +37,7 @@ VERBS = {
     "data": ["shapes", "index", "stats", "salvage", "keep", "takedown", "verify"],
     "data keep": ["FILE", "--keys", "--drop-keys", "data.keep", "--manifest"],
     "data takedown": ["FILE", "--keys", "data.take_down", "--manifest"],
-    "data stats": ["folder", "fields"],
+    "data stats": ["folder", "fields", "--global-batch"],
     "data salvage": ["TAR", "whole"],
     "data shapes": ["out=FOLDER", "count=N", "mix={task: weight, ...}", "--part I/N"],
     "submit": ["WORD", "--array", "--after", "--nproc", "--parsable", "--folder"],
