@@ -180,8 +180,8 @@ def _read_value(word: Word, vocabulary: Vocabulary, ledger: Ledger) -> None:
 
 
 def _named_by(words: Sequence[Word]) -> dict[str, Any]:
-    """Dotted key -> type of every key in sections to which words give a name: `data.sources={photos: {...}}` or
-    `data.sources.photos.weight=1`."""
+    """Dotted key -> type of every key in sections to which words give a name:
+    `data.sources={photos: {...}}` or `data.sources.photos.weight=1`."""
     found: dict[str, Any] = {}
     for key, cls in named_sections().items():
         names: dict[str, None] = {}
