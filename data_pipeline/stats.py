@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_pipeline.errors import BadSplit
 from data_pipeline.index import ABSENT
 from data_pipeline.indexing import tallies_of
 from data_pipeline.manifest import open_view
@@ -55,13 +56,21 @@ def look(folder: Path | str) -> Stats:
     )  # fmt: skip
 
 
-def text(stats: Stats) -> str:
-    """For people."""
+def _epoch(samples: int, *, global_batch: int) -> str:
+    if not 1 <= global_batch <= samples:
+        raise BadSplit(f"global batch {global_batch}: must be 1 to the number of samples, {samples}")
+    left = samples % global_batch
+    return f"an epoch     {samples // global_batch:>12,} steps of {global_batch:,}; {left:,} samples are left out, others in each"
+
+
+def text(stats: Stats, *, global_batch: int | None = None) -> str:
+    """For people. Raises BadSplit where there are fewer samples than one global batch."""
     fewest, median, most = stats.per_shard
     lines = [
         *table(stats.tallies),
         f"bytes        {stats.bytes:>12,}",
         f"per shard    {fewest:,} to {most:,} samples, median {median:,}",
+        *([] if global_batch is None else [_epoch(stats.samples, global_batch=global_batch)]),
         "",
         "field              samples     share    mean bytes",
     ]

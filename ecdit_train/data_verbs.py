@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ecdit_train import arguments, errors, prepare_verbs
+from ecdit_train import arguments, errors, prepare_verbs, set_verbs
 from ecdit_train.submit_verbs import declare_part
 
 
@@ -48,6 +48,7 @@ def declare(verb: Callable[..., argparse.ArgumentParser], group: Any) -> None:
         parent=group,
     )
     p.add_argument("folder")
+    p.add_argument("--global-batch", type=int, metavar="N", help="also say what an epoch of such batches leaves out")
     p = verb(
         "salvage",
         data_salvage,
@@ -57,6 +58,7 @@ def declare(verb: Callable[..., argparse.ArgumentParser], group: Any) -> None:
     )
     p.add_argument("tars", nargs="+", metavar="TAR")
     p.add_argument("--out", required=True, metavar="FOLDER", help="where tars of the same names are written")
+    set_verbs.declare(verb, group)
     p = verb(
         "verify", data_verify, "read every byte of a data set and check it against its index and manifest", parent=group
     )
@@ -127,7 +129,7 @@ def _tars_at(place: str, *, out: str | None) -> tuple[Any, Path]:
 def data_stats(args: argparse.Namespace) -> int:
     from data_pipeline import stats
 
-    print(stats.text(stats.look(args.folder)))
+    print(stats.text(stats.look(args.folder), global_batch=args.global_batch))
     return errors.EXIT_OK
 
 

@@ -86,8 +86,8 @@ def describe(
             command = shlex.join([*inside, "--pwd", cwd, cluster.container, interpreter])
             ranks = f'#!/usr/bin/env bash\n# Python inside the image, for the ranks.\nexec {command} "$@"\n'
             interpreter = f"{run}/{RANKS_SCRIPT}"
-    shards = [] if "://" in cfg.data.shards else [cfg.data.shards]
-    folders = [*shards, *(path for slot in slots_of(cfg).values() for path in slot.paths())]
+    data = [source.shards for source in cfg.data.named.values() if "://" not in source.shards]
+    folders = [*data, *(path for slot in slots_of(cfg).values() for path in slot.paths())]
     description: dict[str, Any] = {
         "format": 1,
         "run": run,

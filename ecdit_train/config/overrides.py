@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, get_origin
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType, Quote, QuotedString
 from hydra.errors import HydraException
 
-from ecdit_train.config.convert import convert
+from ecdit_train.config.convert import convert, hints, named_sections
 from ecdit_train.config.nearest import closest_key
 from ecdit_train.errors import Problem
 
@@ -137,6 +137,7 @@ class Vocabulary:
 def read_values(words: Sequence[Word], vocabulary: Vocabulary, ledger: Ledger) -> list[Override]:
     """The words that set keys, as Hydra is to apply them; wrong ones go into the ledger."""
     good = []
+    vocabulary = replace(vocabulary, types={**vocabulary.types, **_named_by(words)})
     for word in words:
         before = len(ledger.found)
         _read_value(word, vocabulary, ledger)
@@ -176,6 +177,22 @@ def _read_value(word: Word, vocabulary: Vocabulary, ledger: Ledger) -> None:
     else:
         for key, value in _leaves(word.key, shown, types):
             _check_type(word, key, value, vocabulary, ledger)
+
+
+def _named_by(words: Sequence[Word]) -> dict[str, Any]:
+    """Dotted key -> type of every key in sections to which words give a name:
+    `data.sources={photos: {...}}` or `data.sources.photos.weight=1`."""
+    found: dict[str, Any] = {}
+    for key, cls in named_sections().items():
+        names: dict[str, None] = {}
+        for word in words:
+            if word.key == key and word.parsed is not None and not word.parsed.is_sweep_override():
+                value = plain(word.parsed)
+                names |= dict.fromkeys(value if isinstance(value, Mapping) else ())
+            elif word.key.startswith(f"{key}."):
+                names[word.key.removeprefix(f"{key}.").split(".")[0]] = None
+        found |= {f"{key}.{name}.{field}": hint for name in names for field, hint in hints(cls).items()}
+    return found
 
 
 def _known(key: str, vocabulary: Vocabulary) -> bool:

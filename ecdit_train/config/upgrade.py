@@ -68,6 +68,10 @@ ADDED: Mapping[str, Any] = {
     "data.read_retries": 8,
     "data.read_deadline": 120.0,
     "data.hedge_after": None,
+    "data.sources": {},
+    "data.keep": [],
+    "data.take_down": [],
+    "data.manifest": None,
 }
 """Keys since format 3 and what was there before them."""
 

@@ -50,15 +50,23 @@ def there(cfg: RunConfig | None) -> Iterator[Finding]:
 def shards(cfg: RunConfig | None) -> Iterator[Finding]:
     """The data set opens, and its first shards can be read by us."""
     assert cfg is not None
-    from data_pipeline.errors import DataError
-    from data_pipeline.manifest import MANIFEST, open_view
+    from data_pipeline.manifest import MANIFEST
 
-    folder = outside(cfg.data.shards, mounts=cfg.cluster.mounts if cfg.cluster.container else ())
-    is_remote = "://" in cfg.data.shards
-    if not is_remote and not (folder / MANIFEST).is_file():
-        return  # said by `there`
+    for source in cfg.data.named.values():
+        if "://" in source.shards:
+            yield from _set(source.shards, which=source.manifest)
+            continue
+        folder = outside(source.shards, mounts=cfg.cluster.mounts if cfg.cluster.container else ())
+        if (folder / MANIFEST).is_file():  # else said by `there`
+            yield from _set(folder, which=source.manifest)
+
+
+def _set(place: Path | str, *, which: str | None) -> Iterator[Finding]:
+    from data_pipeline.errors import DataError
+    from data_pipeline.manifest import open_view
+
     try:
-        view = open_view(cfg.data.shards if is_remote else folder)
+        view = open_view(place, which=which)
         for shard in range(0 if view.base else min(SHOWN_SHARDS, len(view.shards))):
             with view.tar(shard).open("rb") as file:
                 file.read(1)

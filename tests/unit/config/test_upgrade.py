@@ -72,6 +72,11 @@ def test_a_run_of_format_4_asks_slurm_for_what_it_asked(name, words, tmp_path):
     assert load(tmp_path) == compose([*words, "run=runs/old"], local=False)
 
 
+def test_a_run_of_format_5_reads_the_data_that_it_read(tmp_path):
+    shutil.copy(OLD.parent / "format5" / "shapes_tiny.yaml", tmp_path / "resolved.yaml")
+    assert load(tmp_path) == compose(["experiment=shapes_tiny", "run=runs/old"], local=False)
+
+
 def test_what_is_written_says_its_format(tmp_path):
     config = compose(["experiment=shapes_tiny"], local=False)
     freeze(config, tmp_path)

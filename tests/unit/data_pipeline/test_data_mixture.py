@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,9 +30,9 @@ def bare(sizes: np.ndarray | list[int], *, name: int = 0) -> View:
     return View(folder=Path(f"/none/{name}"), shards=Rows(Columns.of(rows)), sha256=f"{name:064x}")
 
 
-def mixed(weights: dict[str, float], sizes: dict[str, list[int] | np.ndarray], **more: object) -> Mixture:
+def mixed(weights: dict[str, float], sizes: dict[str, list[int] | np.ndarray], **more: Any) -> Mixture:
     sources = [Source(name=k, weight=w, view=bare(sizes[k], name=i)) for i, (k, w) in enumerate(weights.items())]
-    made = DataSet(sources=tuple(sources)).stream(**{"seed": 5, "global_batch": 32, **more})  # type: ignore[arg-type]
+    made = DataSet(sources=tuple(sources)).stream(**{"seed": 5, "global_batch": 32, **more})
     assert isinstance(made, Mixture)
     return made
 
@@ -187,7 +188,8 @@ PINNED = [(2, 43), (4, 13), (3, 35), (4, 35), (0, 20)]
 
 @pytest.mark.parametrize("weights", [(0.7, 0.3), (1, 1), (0.9, 0.09), (0.61803398, 0.3819660)])
 def test_a_rank_reads_its_own_lanes_of_every_source(weights: tuple[float, float]) -> None:
-    """Read amplification of a mixture, in indexes read: each shard of a large source by one rank, and by its neighbours at the edges."""
+    """Read amplification of a mixture, in indexes read: each shard of a large source by one rank, and by its
+    neighbours at the edges."""
     rng = np.random.default_rng(0)
     sizes = {"a": rng.integers(900, 1100, 512), "b": rng.integers(900, 1100, 512)}
     stream = mixed(dict(zip("ab", weights, strict=True)), sizes, global_batch=512)
@@ -217,13 +219,13 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, View]:
 WEIGHTS = {"photos": 0.6, "art": 0.3, "tiny": 0.1}
 
 
-def dataset(folders: dict[str, View], weights: dict[str, float] = WEIGHTS, **more: object) -> DataSet:
+def dataset(folders: dict[str, View], weights: dict[str, float] = WEIGHTS, **more: Any) -> DataSet:
     sources = [Source(name=name, view=folders[name], weight=weight) for name, weight in weights.items()]
-    return DataSet(sources=tuple(sources), **more)  # type: ignore[arg-type]
+    return DataSet(sources=tuple(sources), **more)
 
 
-def loader(data: DataSet, **more: object) -> StreamingLoader:
-    return StreamingLoader(data, **{"global_batch": 16, "seed": 2, "threads": 1, **more})  # type: ignore[arg-type]
+def loader(data: DataSet, **more: Any) -> StreamingLoader:
+    return StreamingLoader(data, **{"global_batch": 16, "seed": 2, "threads": 1, **more})
 
 
 def told(batch: Batch) -> list[tuple[int, str, str]]:

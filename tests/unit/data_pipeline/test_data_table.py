@@ -74,7 +74,7 @@ def test_every_changed_byte_of_a_table_is_found(as_table: Path, seed: int) -> No
     at = int(rng.integers(0, len(raw)))
     raw[at] ^= 1 << int(rng.integers(0, 8))
     path.write_bytes(raw)
-    with pytest.raises((CorruptShard, TruncatedShard), match="table|changed|version"):
+    with pytest.raises((CorruptShard, TruncatedShard), match=r"table|changed|version"):
         read_manifest(as_table)
     shards = 8
     rest_at = len(raw) - 48 * shards - names_bytes

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ def flat(view: View, located) -> np.ndarray:
 @pytest.mark.parametrize("seed", range(8))
 def test_a_keep_says_what_was_written(tmp_path: Path, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    view = bare(tmp_path, rng.choice([0, 1, 63, 64, 65, 128, 300], 12).tolist() + [5])
+    view = bare(tmp_path, [*rng.choice([0, 1, 63, 64, 65, 128, 300], 12).tolist(), 5])
     masks = [rng.random(view.num_samples) < share for share in (0.7, 0.5)]
     masks[0][-1] = masks[1][-1] = True
     keeps = [write_keep(view, mask, reason="räson", out=tmp_path / f"{i}.keep") for i, mask in enumerate(masks)]
@@ -82,8 +83,8 @@ def test_an_order_over_what_is_kept_visits_just_that(tmp_path: Path) -> None:
         assert mask[seen].all()
     assert mask.sum() - length == stream.dropped_per_epoch < 16
     assert data.sha256 not in (view.sha256, "")
+    none = write_keep(view, ~mask, reason="", out=tmp_path / "b.keep")
     with pytest.raises(BadSplit, match="keep no sample"):
-        none = write_keep(view, ~mask, reason="", out=tmp_path / "b.keep")
         kept(view, [keep, none])
 
 
@@ -102,8 +103,7 @@ def test_every_changed_byte_of_a_keep_is_found(tmp_path: Path, seed: int) -> Non
     if at >= len(raw) - keep.words.nbytes:  # a bit: found when its shard is looked at, and only then
         opened = open_keep(path, view=view)
         with pytest.raises(CorruptShard, match="bits of shard number"):
-            for shard in range(5):
-                opened.of(shard)
+            [opened.of(shard) for shard in range(5)]
 
 
 def test_keeps_that_are_cut_missing_foreign_or_of_another_kind_are_refused(tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_keeps_that_are_cut_missing_foreign_or_of_another_kind_are_refused(tmp_p
     raw = path.read_bytes()
     for cut in (0, 5, 100, 130, len(raw) - 1):
         path.write_bytes(raw[:cut])
-        with pytest.raises((TruncatedShard, CorruptShard), match="a.keep"):
+        with pytest.raises((TruncatedShard, CorruptShard), match=r"a\.keep"):
             open_keep(path, view=view)
     path.write_bytes(raw + b"\0" * 8)
     with pytest.raises(CorruptShard):
@@ -125,7 +125,7 @@ def test_keeps_that_are_cut_missing_foreign_or_of_another_kind_are_refused(tmp_p
     with pytest.raises(MissingShard, match="ecdit data keep"):
         open_keep(tmp_path / "none.keep", view=view)
     path.write_bytes(raw)
-    with pytest.raises(WrongView, match="belongs to data.keep"):
+    with pytest.raises(WrongView, match=r"belongs to data\.keep"):
         open_bitmap(path, kind="takedown", view=view)
     other = bare(tmp_path / "other", [100, 71])
     with pytest.raises(WrongView, match=f"data.manifest={view.sha256[:12]}"):
@@ -195,7 +195,7 @@ def test_a_run_resumes_through_more_taken_down_and_never_through_less(
     a = str(taken(shapes_view, tmp_path / "a.down", np.arange(0, 400, 9)).path)
     b = str(taken(shapes_view, tmp_path / "b.down", np.arange(0, 400, 5)).path)
 
-    def loader(*lists: str, **more: int) -> StreamingLoader:
+    def loader(*lists: str, **more: Any) -> StreamingLoader:
         data = open_data({"data": Named(shards=str(shapes_view.folder))}, take_down=lists)
         return StreamingLoader(data, global_batch=40, resolution=16, seed=1, **more)
 
@@ -250,7 +250,7 @@ def test_a_kept_run_resumes_on_itself_alone(shapes_view: View, tmp_path: Path) -
     for path in files:
         write_keep(shapes_view, rng.random(400) < 0.7, reason="", out=path)
 
-    def loader(*keep: Path, **more: int) -> StreamingLoader:
+    def loader(*keep: Path, **more: Any) -> StreamingLoader:
         data = open_data({"data": Named(shards=str(shapes_view.folder), keep=[str(k) for k in keep])})
         return StreamingLoader(data, global_batch=16, resolution=16, **more)
 
