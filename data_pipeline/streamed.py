@@ -112,10 +112,12 @@ class StreamedLoader:
             raise BadSplit(f"rank {rank} of {world}: world must divide global_batch = {global_batch}; nearest: {near}")
         self.urls, self.seed, self.global_batch = tuple(urls), seed, global_batch
         self._rank, self._world, self._share = rank, world, global_batch // world
-        probed = _probe(self.urls, patient=on_bad == "substitute")
-        self.fields = usual_fields({name for raw in probed for name in raw.fields}) if fields is None else fields
+        probed = probe(self.urls, patient=on_bad == "substitute")
+        self.fields = usual_fields(probed.fields) if fields is None else fields
         self._rule = replace(captions or CaptionRule(), sources=self.fields.captions, seed=seed)
-        self._shapes = shapes_of(((raw, Where("the first shard", raw.key)) for raw in probed), fields=self.fields)
+        self._shapes = shapes_of(
+            ((raw, Where("the first shard", raw.key)) for raw in probed.samples), fields=self.fields
+        )
         self._resolution, self._prefetch, self._buffer = resolution, prefetch, max(1, shuffle)
         self._substitutes, self._max_bad, self._quarantine = on_bad == "substitute", max_bad, Quarantine(quarantine)
         self._decoder, self._stages, self._agree = decoder or PlainDecoder(), stages, agree
@@ -398,13 +400,24 @@ def _samples(url: str) -> Iterator[RawSample]:
         raise MissingShard(f"{url} cannot be read to its end: {words}") from error
 
 
-def _probe(urls: Sequence[str], *, patient: bool) -> list[RawSample]:
-    """The first samples of the first URL that has any; `patient`: one that breaks is passed over."""
+@dataclass(frozen=True, kw_only=True)
+class Probed:
+    """What the first samples of some URLs hold."""
+
+    samples: tuple[RawSample, ...]
+
+    @property
+    def fields(self) -> frozenset[str]:
+        return frozenset(name for raw in self.samples for name in raw.fields)
+
+
+def probe(urls: Sequence[str], *, patient: bool) -> Probed:
+    """The first samples of the first URL that has any; `patient`: one that breaks is passed over. Raises MissingShard."""
     last: DataError | None = None
     for url in urls:
         try:
             if found := list(_first(_samples(url), PROBED)):
-                return found
+                return Probed(samples=tuple(found))
         except DataError as error:
             last = error
             if not patient:

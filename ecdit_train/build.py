@@ -197,7 +197,14 @@ def make_batches(
 ) -> EncodedBatches:
     """The training's images, or those held out of it."""
     return EncodedBatches(
-        make_loader(config, mesh, run=Path(config.run), life=life, held_out=held_out),
+        make_loader(
+            config,
+            mesh,
+            run=Path(config.run),
+            life=life,
+            held_out=held_out,
+            agree=lambda own: min(runtime.all_gather_json(own)),
+        ),
         encoders=encoders,
         config=config.encoders,
         latent_side=config.latent_side,

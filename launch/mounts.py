@@ -23,6 +23,8 @@ def mounts(cfg: RunConfig, *, run: str, cwd: str) -> tuple[tuple[str, str], ...]
     slots = [path for slot in slots_of(cfg).values() for path in slot.paths()]
     sources = cfg.data.named.values()
     data = [path for source in sources for path in (source.shards, *source.keep)]
+    if cfg.data.order == "streamed" and not cfg.data.shards.startswith("pipe:"):
+        data.append(cfg.data.shards.partition("{")[0])
     for path in (cwd, run, *data, *cfg.data.take_down, cfg.train.init_from, *slots):
         if path is None or "://" in path:
             continue

@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_pipeline.contract import Batch
+from data_pipeline.contract import Batch, Loader
 from data_pipeline.errors import BadArray
-from data_pipeline.loader import StreamingLoader
 from ecdit_train.config.schema import EncodersConfig, RunConfig
 from ecdit_train.diffusion.encoders import ImageCodec, TextEncoder
 from ecdit_train.diffusion.microbatch import Microbatch
@@ -38,7 +37,7 @@ class EncodedBatches:
 
     def __init__(
         self,
-        loader: StreamingLoader,
+        loader: Loader,
         *,
         encoders: Encoders,
         config: EncodersConfig,
@@ -65,7 +64,7 @@ class EncodedBatches:
             ("text embeddings of width", batch.features_BLX.shape[2], text.width),
         ):
             if found != wanted:
-                raise BadArray(f"{self._loader.view.folder}: {what} {found}; the configuration says {wanted}")
+                raise BadArray(f"the shards hold {what} {found}; the configuration says {wanted}")
 
     def fetch(self) -> Batch:
         return next(self._loader) if self._first is None else self._first[0]

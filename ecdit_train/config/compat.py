@@ -47,6 +47,9 @@ _CLASSES: dict[str, Kind] = {
     "data.no_caption": "schedule",
     "data.decoder": "schedule",  # resized pictures differ by a few levels
     "data.stages": "schedule",
+    "data.order": "identity",
+    "data.shuffle": "schedule",
+    "data.allow_pipe": "free",
     "data.in_flight": "free",
     "data.read_budget": "free",
     "data.read_retries": "free",

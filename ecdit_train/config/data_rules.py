@@ -10,6 +10,31 @@ from ecdit_train.config.rules import Checker
 def check_data(check: Checker) -> None:
     _captions(check)
     _sources(check)
+    _places(check)
+
+
+def _places(check: Checker) -> None:
+    """Of `data.shards`, and what a stream without an index has not."""
+    check.at_least(1, ["data.shuffle"])
+    shards = check.values["data.shards"]
+    if check.values["data.order"] == "streamed":
+        rule = "needs data.order=exact: what has no index has no place to go by"
+        for key in ("data.keep", "data.take_down"):
+            check.require(not check.values[key], key, rule=rule, nearest=[])
+        check.require(check.values["data.manifest"] is None, "data.manifest", rule=rule)
+        check.require(not check.values["validation.images"], "validation.images", rule=rule, nearest=0)
+        mixed = any(key.startswith("data.sources.") for key in check.values)
+        check.require(not mixed, "data.order", rule="a mixture has indexed sources (data.sources)", nearest="exact")
+        rule = "a pipe runs a command that the configuration names; data.allow_pipe=true allows it"
+        check.require(not shards.startswith("pipe:") or check.values["data.allow_pipe"], "data.shards", rule=rule)
+        return
+    scheme, _, rest = shards.partition("://")
+    rule = "must be a folder or begin with s3://, https:// or http://"
+    check.require(not rest or scheme in ("s3", "http", "https"), "data.shards", rule=rule, nearest=f"s3://{rest}")
+    rule = (
+        "names tars or a command: index them (ecdit data index URL --out FOLDER), or read them with data.order=streamed"
+    )
+    check.require(not (shards.startswith("pipe:") or shards.endswith(".tar")), "data.shards", rule=rule)
 
 
 def _captions(check: Checker) -> None:

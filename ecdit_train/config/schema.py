@@ -170,6 +170,14 @@ class DataConfig:
     manifest: str | None
     """Go on with a manifest that `ecdit data index` has replaced since: the first 12 digits of its
     fingerprint. null: the folder's."""
+    order: Literal["exact", "streamed"]
+    """exact: over indexed tars, resumed to the sample. streamed: `shards` are URLs of tars that nobody has indexed, with
+    braces as in `https://HOST/{000..239}.tar`, read from the front by webdataset; at least once: a resume sees a part of its
+    last shards again."""
+    shuffle: int
+    """Samples in the buffer of a stream, from which each is drawn; read only with `order: streamed`."""
+    allow_pipe: bool
+    """Whether `shards` may be `pipe:COMMAND`, which runs the command; read only with `order: streamed`."""
     resolution: int
     """Side of the square training image, pixels."""
     threads: int
@@ -206,7 +214,9 @@ class DataConfig:
 
     @property
     def named(self) -> Mapping[str, SourceConfig]:
-        """What is read, by name: the sources, or the one data set."""
+        """Indexed data sets that are read, by name: the sources, or the one of `shards`."""
+        if self.order == "streamed":
+            return {}
         one = SourceConfig(shards=self.shards, weight=1.0, keep=self.keep, manifest=self.manifest)
         return self.sources or {"data": one}
 

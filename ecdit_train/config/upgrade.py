@@ -63,6 +63,9 @@ ADDED: Mapping[str, Any] = {
     # Since format 6.
     "data.decoder": {TARGET: "ecdit_train.batches.decoders.Turbo"},
     "data.stages": {TARGET: "ecdit_train.batches.stages.NoStages"},
+    "data.order": "exact",
+    "data.shuffle": 1000,
+    "data.allow_pipe": False,
     "data.in_flight": 32,
     "data.read_budget": 2 << 30,
     "data.read_retries": 8,

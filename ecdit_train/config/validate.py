@@ -130,9 +130,6 @@ def _ranges(check: Checker) -> None:
     check.positive(["data.read_deadline"])
     if check.values["data.hedge_after"] is not None:
         check.at_least(0, ["data.hedge_after"])
-    scheme, _, rest = check.values["data.shards"].partition("://")
-    rule = "must be a folder or begin with s3://, https:// or http://"
-    check.require(not rest or scheme in ("s3", "http", "https"), "data.shards", rule=rule, nearest=f"s3://{rest}")
     check.positive(["diffusion.timestep_std", "optim.lr"])
     check.share(["diffusion.caption_drop", "data.max_bad"])
     check_data(check)
