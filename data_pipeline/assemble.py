@@ -73,17 +73,18 @@ class ArrayShapes:
 
 
 class BatchBuffer:
-    """Storage of one batch while threads fill its slots. A new one per step: the consumer may keep what it got."""
+    """Storage of one batch while threads fill its slots. A new one per step: the consumer may keep what it got. `size`: height
+    and width of its pictures."""
 
     def __init__(
-        self, position: np.ndarray, *, fields: Fields, shapes: ArrayShapes, resolution: int, captions: CaptionRule,
+        self, position: np.ndarray, *, fields: Fields, shapes: ArrayShapes, size: tuple[int, int], captions: CaptionRule,
         allocate: Allocate = np.empty,
     ) -> None:  # fmt: skip
         self._fields, self._shapes, self._rule, num = fields, shapes, captions, len(position)
         self.position = position
         self.keys: list[str] = [""] * num
         self._captions: list[str | None] = [None] * num
-        self._images = allocate((num, resolution, resolution, 3), np.dtype(np.uint8)) if fields.images else None
+        self._images = allocate((num, *size, 3), np.dtype(np.uint8)) if fields.images else None
         self._latents = allocate((num, *shapes.latent[0]), shapes.latent[1]) if shapes.latent else None
         self._text = allocate((num, fields.text_len, shapes.text[0]), shapes.text[1]) if shapes.text else None
         self._text_mask = np.zeros((num, fields.text_len), bool) if shapes.text else None

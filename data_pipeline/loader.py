@@ -21,6 +21,7 @@ from typing import Any, Literal
 import numpy as np
 
 from data_pipeline.assemble import Allocate, BatchBuffer, Fields, check_fields, default_fields, probe_shapes
+from data_pipeline.buckets import Buckets
 from data_pipeline.captions import CaptionRule
 from data_pipeline.catalogue import Shards
 from data_pipeline.contract import Batch, LoaderStats
@@ -63,7 +64,7 @@ class StreamingLoader:
         seed: of the order.
         fields: which members to decode; None takes `default_fields(view)`.
         captions: which caption is taken and what becomes of a sample without; its sources are those of `fields`.
-        resolution: side R of the images in pixels (not used without an image field).
+        resolution: side R of the images in pixels (not used without an image field, nor with buckets).
         threads: decoding threads; 0 works in the caller's thread (debugging).
         prefetch: steps prepared ahead of the delivered one.
         lanes, window: see `order.Order`.
@@ -224,7 +225,7 @@ class StreamingLoader:
         position = number * self.order.global_batch + self._slots
         located = self._locate(number)
         buffer = BatchBuffer(
-            position, fields=self._fields, shapes=self._shapes, resolution=self._resolution, captions=self._rule,
+            position, fields=self._fields, shapes=self._shapes, size=self._size(number), captions=self._rule,
             allocate=self._allocate,
         )  # fmt: skip
         passed_over = 0 if located.passed_over is None else int(located.passed_over.sum())
@@ -241,6 +242,13 @@ class StreamingLoader:
                 step.pieces.append(Future())
                 step.pieces[-1].set_result(fill())
         return step
+
+    def _size(self, number: int) -> tuple[int, int]:
+        """Height and width of a step's pictures."""
+        if isinstance(self.order, Buckets):
+            bucket = self.order.of(number)
+            return bucket.height, bucket.width
+        return self._resolution, self._resolution
 
     def _locate(self, number: int) -> Located:
         """Where this step's samples lie; an object store is told of those of later steps as well."""

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.bitmap import Bitmap, open_bitmap
+from data_pipeline.buckets import Bucket, Buckets
 from data_pipeline.catalogue import Catalogue, Shards
 from data_pipeline.errors import BadSplit, WrongView
 from data_pipeline.held_out import HeldOut, shared_out
@@ -57,11 +58,15 @@ class DataSet:
 
     sources: tuple[Source, ...]
     take_downs: TakeDowns = field(default_factory=lambda: TakeDowns(lists=()))
+    buckets: tuple[Bucket, ...] = ()
+    """Sizes of pictures; none: all have the loader's resolution."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sources", tuple(sorted(self.sources, key=lambda source: source.name)))
         if len({source.name for source in self.sources}) < len(self.sources) or not self.sources:
             raise BadSplit(f"sources {[source.name for source in self.sources]}: must be some, of different names")
+        if self.buckets and self.is_mixture:
+            raise BadSplit("buckets are of one data set: join the sources in it, or leave one of both out")
 
     @classmethod
     def of(cls, data: View | DataSet) -> DataSet:
@@ -118,6 +123,8 @@ class DataSet:
         """
         if not self.is_mixture:
             source = self.sources[0]
+            if self.buckets:
+                return self._by_size(source, seed=seed, global_batch=global_batch, window=window, held_out=held_out)
             if only_held_out:
                 return self._narrow(source, Tail(source.sizes, num_samples=held_out, global_batch=global_batch))
             sizes = without_tail(source.sizes, num_samples=held_out)
@@ -140,9 +147,26 @@ class DataSet:
         streams = [self._narrow(source, cycle.order(i, sizes=used[i])) for i, source in enumerate(self.sources)]
         return Mixture(cycle, streams=streams, first_shards=first_shards)
 
+    def _by_size(self, source: Source, *, seed: int, global_batch: int, window: int, held_out: int) -> Buckets:
+        if held_out:
+            raise BadSplit(f"held_out = {held_out}: with buckets nothing is held out; leave one of both out")
+        return Buckets(
+            source.view, self.buckets, seed=seed, global_batch=global_batch, window=window,
+            keeps=source.keeps, taken=self.take_downs.of(source.view),
+        )  # fmt: skip
+
     def _narrow(self, source: Source, order: Order | Tail) -> Order | Tail | Narrowed:
         taken = self.take_downs.of(source.view)
         return Narrowed(order, kept=source.kept, taken=taken) if source.kept is not None or taken else order
+
+
+@dataclass(frozen=True, kw_only=True)
+class SizeNamed:
+    """A bucket as a configuration names it: the file of its samples, their height and width in pixels."""
+
+    samples: str
+    height: int
+    width: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,10 +179,14 @@ class Named:
     manifest: str | None = None
 
 
-def open_data(named: Mapping[str, Named], *, take_down: Sequence[str] = (), check_files: bool = True) -> DataSet:
+def open_data(
+    named: Mapping[str, Named], *, take_down: Sequence[str] = (), buckets: Mapping[str, SizeNamed] | None = None,
+    check_files: bool = True,
+) -> DataSet:  # fmt: skip
     """Open all sources.
 
     Args:
+        buckets: of one source, by name.
         take_down: lists of samples that are not to be delivered; each names the manifest that it was made for.
         check_files: look at the size of every tar and index, and at every bit; else another rank does.
 
@@ -176,7 +204,11 @@ def open_data(named: Mapping[str, Named], *, take_down: Sequence[str] = (), chec
     if check_files:
         for bitmap in (*lists, *(keep for source in sources for keep in source.keeps)):
             bitmap.check()
-    return DataSet(sources=tuple(sources), take_downs=TakeDowns(lists=lists))
+    sizes = tuple(
+        Bucket(name=name, height=one.height, width=one.width, samples=open_keep(one.samples, view=sources[0].view))
+        for name, one in (buckets or {}).items()
+    )
+    return DataSet(sources=tuple(sources), take_downs=TakeDowns(lists=lists), buckets=sizes)
 
 
 def _take_down(path: str, *, views: Sequence[View]) -> Bitmap:

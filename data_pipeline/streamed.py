@@ -204,7 +204,11 @@ class StreamedLoader:
         """A batch of `samples`, in which what is bad or left out gives its slot to the next of the stream."""
         position = step * self.global_batch + self._rank * self._share + np.arange(self._share, dtype=np.int64)
         buffer = BatchBuffer(
-            position, fields=self.fields, shapes=self._shapes, resolution=self._resolution, captions=self._rule
+            position,
+            fields=self.fields,
+            shapes=self._shapes,
+            size=(self._resolution, self._resolution),
+            captions=self._rule,
         )
         bad: list[BadSample] = []
         skipped, read = 0, sum(sample.raw.num_bytes for sample in samples)

@@ -54,17 +54,23 @@ class EncodedBatches:
         raw = next(self._loader)
         batch = self._encode(raw)
         self._first = raw, batch
-        image, text, side = self._config.image, self._config.text, self._latent_side
+        text = self._config.text
         for what, found, wanted in (
             (
-                "latents of shape (channels, side, side)",
+                "latents of shape (channels, height, width)",
                 tuple(batch.latents_BCHW.shape[1:]),
-                (image.channels, side, side),
+                self._latent_shape(raw),
             ),
             ("text embeddings of width", batch.features_BLX.shape[2], text.width),
         ):
             if found != wanted:
                 raise BadArray(f"the shards hold {what} {found}; the configuration says {wanted}")
+
+    def _latent_shape(self, raw: Batch) -> tuple[int, int, int]:
+        """What the configuration says: of stored latents its resolution, of pictures what the codec makes of their size."""
+        image, side = self._config.image, self._latent_side
+        high, wide = (side, side) if raw.images is None else (size // image.factor for size in raw.images.shape[1:3])
+        return image.channels, high, wide
 
     def fetch(self) -> Batch:
         return next(self._loader) if self._first is None else self._first[0]

@@ -15,7 +15,7 @@ from data_pipeline.captions import CaptionRule
 from data_pipeline.contract import Loader
 from data_pipeline.errors import DataError
 from data_pipeline.loader import StreamingLoader
-from data_pipeline.sources import Named, open_data
+from data_pipeline.sources import Named, SizeNamed, open_data
 from data_pipeline.stages import Stages
 from data_pipeline.store.ahead import Reading
 from data_pipeline.store.patience import Patience
@@ -70,7 +70,11 @@ def make_loader(
     }
     # Two questions to the file system for every shard: one rank asks them, once. The others meet its error (`runtime.together`).
     asks = mesh.rank == 0 and not held_out
-    data = open_data(named, take_down=config.data.take_down, check_files=asks)
+    sizes = {
+        name: SizeNamed(samples=bucket.samples, height=bucket.height, width=bucket.width)
+        for name, bucket in config.data.buckets.items()
+    }
+    data = open_data(named, take_down=config.data.take_down, buckets=sizes, check_files=asks)
     fields = _fields(config, have=data.view.fields)
     return StreamingLoader(
         data,

@@ -37,6 +37,7 @@ _CLASSES: dict[str, Kind] = {
     "data.keep": "free",
     "data.take_down": "free",
     "data.manifest": "free",
+    "data.buckets": "identity",
     "data.resolution": "identity",
     "data.threads": "free",
     "data.prefetch": "free",

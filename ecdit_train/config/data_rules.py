@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from ecdit_train.config.rules import Checker
+from ecdit_train.config.schema import RunConfig
 
 
 def check_data(check: Checker) -> None:
@@ -23,6 +24,7 @@ def _places(check: Checker) -> None:
             check.require(not check.values[key], key, rule=rule, nearest=[])
         check.require(check.values["data.manifest"] is None, "data.manifest", rule=rule)
         check.require(not check.values["validation.images"], "validation.images", rule=rule, nearest=0)
+        check.require(not _buckets(check), "data.buckets", shown=_buckets(check), rule=rule, nearest={})
         mixed = any(key.startswith("data.sources.") for key in check.values)
         check.require(not mixed, "data.order", rule="a mixture has indexed sources (data.sources)", nearest="exact")
         rule = "a pipe runs a command that the configuration names; data.allow_pipe=true allows it"
@@ -45,6 +47,39 @@ def _captions(check: Checker) -> None:
     rule = f"must be one number for each of data.captions = {list(sources)}, none below 0, one above it; or none"
     ok = not weights or (len(weights) == len(sources) and min(weights) >= 0 and sum(weights) > 0)
     check.require(ok, "data.caption_weights", rule=rule, nearest=[1.0] * len(sources))
+
+
+def _buckets(check: Checker) -> list[str]:
+    return [key.split(".")[2] for key in check.values if re.fullmatch(r"data\.buckets\.[^.]+\.height", key)]
+
+
+def check_buckets(cfg: RunConfig, check: Checker) -> None:
+    """Whole patches, and as many left by the mask as in the square: what follows the mask has one shape."""
+    names = _buckets(check)
+    if not names:
+        return
+    rule = "buckets are of data.shards alone, of pictures, and nothing is held out"
+    check.require(not cfg.data.sources, "data.buckets", shown=names, rule=rule, nearest={})
+    check.require(not cfg.encoders.image.stored, "data.buckets", shown=names, rule=rule, nearest={})
+    check.require(cfg.validation.images == 0, "validation.images", rule=rule, nearest=0)
+    unit, kept = cfg.encoders.image.factor * cfg.model.patch, cfg.tokens_per_image
+    for name in names:
+        bucket = cfg.data.buckets[name]
+        sides = {"height": bucket.height, "width": bucket.width}
+        for side, pixels in sides.items():
+            rule = f"must be a multiple of encoders.image.factor * model.patch = {unit}"
+            near = max(unit, round(pixels / unit) * unit)
+            check.require(pixels > 0 and pixels % unit == 0, f"data.buckets.{name}.{side}", rule=rule, nearest=near)
+        patches = (bucket.height // unit) * (bucket.width // unit)
+        if cfg.tokens_per_image == cfg.patches_per_image:
+            ok, rule = (
+                patches == kept,
+                f"nothing is masked: must have just the {kept} patches of the square of data.resolution",
+            )
+        else:
+            ok, rule = patches >= kept, f"must have at least the {kept} patches that the mask keeps"
+        rule += f"; {bucket.height} x {bucket.width} pixels have {patches}"
+        check.require(ok, f"data.buckets.{name}.height", rule=rule)
 
 
 def _sources(check: Checker) -> None:

@@ -153,6 +153,18 @@ class SourceConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BucketConfig:
+    """Samples that are trained on at a height and width of their own."""
+
+    samples: str
+    """File that names them (`ecdit data buckets`, or any that `data.keep` takes)."""
+    height: int
+    """Pixels."""
+    width: int
+    """Pixels."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Shards and how they are read."""
 
@@ -178,6 +190,9 @@ class DataConfig:
     """Samples in the buffer of a stream, from which each is drawn; read only with `order: streamed`."""
     allow_pipe: bool
     """Whether `shards` may be `pipe:COMMAND`, which runs the command; read only with `order: streamed`."""
+    buckets: Mapping[str, BucketConfig]
+    """Heights and widths of pictures, by name: {wide: {samples: FILE, height: 192, width: 320}, ...}; every global batch
+    is of one. Each must leave the mask as many patches as the square of `resolution` has. Empty: all are that square."""
     resolution: int
     """Side of the square training image, pixels."""
     threads: int

@@ -64,6 +64,7 @@ ADDED: Mapping[str, Any] = {
     "data.decoder": {TARGET: "ecdit_train.batches.decoders.Turbo"},
     "data.stages": {TARGET: "ecdit_train.batches.stages.NoStages"},
     "data.order": "exact",
+    "data.buckets": {},
     "data.shuffle": 1000,
     "data.allow_pipe": False,
     "data.in_flight": 32,

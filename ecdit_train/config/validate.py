@@ -13,7 +13,7 @@ import yaml  # type: ignore[import-untyped]
 
 from ecdit_train.config.cluster_rules import check_cluster, check_secrets
 from ecdit_train.config.convert import flatten, with_values
-from ecdit_train.config.data_rules import check_data
+from ecdit_train.config.data_rules import check_buckets, check_data
 from ecdit_train.config.layout import check_layout
 from ecdit_train.config.life_rules import check_life
 from ecdit_train.config.nearest import divisors, nearest_divisor, nearest_multiple
@@ -80,6 +80,7 @@ def _problems(cfg: RunConfig, *, world: int | None) -> list[Problem]:
     _ranges(check)
     _model(cfg, check)
     _image(cfg, check)
+    check_buckets(cfg, check)
     for key, slot in slots_of(cfg).items():
         slot.check(cfg, check, key=key)
     if cfg.moe.router is not None:
