@@ -245,7 +245,7 @@ def test_batches_hold_the_samples_of_their_sources(folders: dict[str, View]) -> 
     stream.close()
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", [*range(8), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(8, 200))])
 def test_batches_are_equal_over_ranks_threads_restarts(folders: dict[str, View], seed: int) -> None:
     """{1, 2, 4, 8} ranks x stops at random, with keeps, take-downs and threads."""
     rng = np.random.default_rng(seed)
