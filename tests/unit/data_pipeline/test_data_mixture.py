@@ -331,6 +331,12 @@ def test_held_out_samples_are_of_each_source_by_weight(folders: dict[str, View])
         loader(dataset(folders, weights), held_out=33)
 
 
+def test_a_source_that_lacks_a_member_is_refused(folders: dict[str, View], shapes_view: View) -> None:
+    sources = (Source(name="art", view=folders["art"]), Source(name="shapes", view=shapes_view))
+    with pytest.raises(BadSplit, match=r"source 'art': no shard of .* has png, which the others have; there are txt"):
+        loader(DataSet(sources=sources), resolution=16)
+
+
 def test_messages_name_the_source(folders: dict[str, View]) -> None:
     data = dataset(folders)
     names = [row.name for row in data.view.shards]
