@@ -102,6 +102,9 @@ class StreamingLoader:
         self.view = self.data.view
         self._fields = default_fields(self.view) if fields is None else fields
         check_fields(self._fields, view=self.view)
+        of_captions = tuple(source.partition(":")[0] for source in self._fields.captions)
+        single = [(name,) for name in (self._fields.latents, self._fields.text) if name is not None]
+        self.data.check_members([self._fields.images, of_captions, *single])
         self.order = self.data.stream(
             seed=seed,
             global_batch=global_batch,

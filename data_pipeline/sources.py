@@ -91,6 +91,16 @@ class DataSet:
         words = [f"{source.name}\n{source.sha256}" for source in self.sources]
         return hashlib.sha256("\n".join(["ecdit mixture", *words]).encode()).hexdigest()
 
+    def check_members(self, asked: Sequence[tuple[str, ...]]) -> None:
+        """Of each group of member names, every source must have one. Raises BadSplit: one that lacks it would
+        be bad samples alone."""
+        for source in self.sources:
+            for names in asked:
+                if names and not set(names) & set(source.view.fields):
+                    have = ", ".join(source.view.fields)
+                    rule = f"no shard of {source.view.folder} has {' or '.join(names)}, which the others have; there are {have}"
+                    raise BadSplit(f"source {source.name!r}: {rule}")
+
     def shares(self, *, global_batch: int) -> Shares:
         """Raises BadSplit for weights that make none."""
         return shares_of({source.name: source.weight for source in self.sources}, global_batch=global_batch)

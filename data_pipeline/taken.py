@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +45,11 @@ class TakeDowns:
 
     def state(self, *, since: int = 0, first: int | None = None) -> dict[str, Any]:
         """For the loader's state: how many lists, how many samples, a sum that grows list by list, and the step from which on."""
-        lists, sha, total = self.lists[:first], "", 0
+        lists = self.lists[:first]
+        sha = ""
         for one in lists:
             sha = hashlib.sha256(f"{sha}\n{one.manifest_sha256}\n{one.bits_sha256}".encode()).hexdigest()[:32]
-        for manifest in dict.fromkeys(one.manifest_sha256 for one in lists):
-            same = [one for one in lists if one.manifest_sha256 == manifest]
-            total += int(counts_of(same, op=np.bitwise_or).sum())
-        return {"lists": len(lists), "n": total, "sha": sha, "since": since}
+        return {"lists": len(lists), "n": _samples(lists), "sha": sha, "since": since}
 
     def since(self, saved: Mapping[str, Any], *, step: int) -> int:
         """The step from which these lists count, in a run that saved another state at `step`.
@@ -68,6 +67,16 @@ class TakeDowns:
             "was taken down stays so: name all lists of before, in the same order, and add new ones at the end; or start a new run "
             "from this one's weights (train.init_from)"
         )
+
+
+@cache
+def _samples(lists: tuple[Bitmap, ...]) -> int:
+    """In any of the lists; asked for at every checkpoint, and a look at all bits where there are several."""
+    total = 0
+    for manifest in dict.fromkeys(one.manifest_sha256 for one in lists):
+        same = [one for one in lists if one.manifest_sha256 == manifest]
+        total += int(counts_of(same, op=np.bitwise_or).sum())
+    return total
 
 
 def is_taken(lists: Sequence[Bitmap], *, shard: np.ndarray, sample: np.ndarray) -> np.ndarray:

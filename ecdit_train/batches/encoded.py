@@ -84,7 +84,12 @@ class EncodedBatches:
 
     def counts(self) -> dict[str, int]:
         stats = self._loader.stats()
-        return {"substituted": self.substituted(), "skipped": stats.skipped, "uncaptioned": stats.uncaptioned}
+        return {
+            "substituted": self.substituted(),
+            "skipped": stats.skipped,
+            "uncaptioned": stats.uncaptioned,
+            "passed_over": stats.passed_over,
+        }
 
     def bad(self) -> dict[str, int]:
         return dict(self._loader.stats().bad)

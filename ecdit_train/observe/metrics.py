@@ -137,6 +137,9 @@ METRICS: dict[str, Metric] = {
     "data/uncaptioned": _metric(
         "samples", "sum", "How many were trained on without text since then, as they have no caption (`unconditional`)?"
     ),
+    "data/passed_over": _metric(
+        "samples", "sum", "How many samples stand in for ones that were taken down (`data.take_down`) since then?"
+    ),
     # reliability/: only in runs where it happened.
     "reliability/skipped": _metric(
         "updates", "last", "How many updates were left out? Their samples are in the log and in the checkpoints."

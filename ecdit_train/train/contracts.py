@@ -24,7 +24,8 @@ class Batches(Protocol):
         ...
 
     def counts(self) -> dict[str, int]:
-        """The same, and samples without a caption: `skipped` for another, `uncaptioned` trained on without text."""
+        """The same, and samples without a caption: `skipped` for another, `uncaptioned` trained on without text;
+        `passed_over` for others, as they are taken down."""
         ...
 
     def bad(self) -> dict[str, int]:

@@ -245,7 +245,7 @@ def test_batches_hold_the_samples_of_their_sources(folders: dict[str, View]) -> 
     stream.close()
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", [*range(8), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(8, 200))])
 def test_batches_are_equal_over_ranks_threads_restarts(folders: dict[str, View], seed: int) -> None:
     """{1, 2, 4, 8} ranks x stops at random, with keeps, take-downs and threads."""
     rng = np.random.default_rng(seed)
@@ -329,6 +329,12 @@ def test_held_out_samples_are_of_each_source_by_weight(folders: dict[str, View])
     assert not seen & wanted
     with pytest.raises(BadSplit, match="whole global batches"):
         loader(dataset(folders, weights), held_out=33)
+
+
+def test_a_source_that_lacks_a_member_is_refused(folders: dict[str, View], shapes_view: View) -> None:
+    sources = (Source(name="art", view=folders["art"]), Source(name="shapes", view=shapes_view))
+    with pytest.raises(BadSplit, match=r"source 'art': no shard of .* has png, which the others have; there are txt"):
+        loader(DataSet(sources=sources), resolution=16)
 
 
 def test_messages_name_the_source(folders: dict[str, View]) -> None:
