@@ -129,6 +129,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, default=400)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--in-flight", type=int, default=192, help="of samples alone; blocks are 32 at a time")
     parser.add_argument(
         "--step", type=float, default=0.06, help="seconds that a consumer's step takes; 0: as fast as it can"
     )

@@ -115,8 +115,12 @@ def write_manifest(
     """Write the manifest, last of all files: a folder without one is an unfinished data set. `base`: see `View`."""
     content = {"version": VERSION, "meta": dict(meta or {}), "shards": [asdict(shard) for shard in shards]}
     content |= {"base": base} if base else {}
-    write_committed((json.dumps(content, indent=1, sort_keys=True) + "\n").encode(), folder / MANIFEST)
+    write_committed(_dumped(content), folder / MANIFEST)
     return read_manifest(folder)
+
+
+def _dumped(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
 
 
 def read_manifest(folder: Path | str) -> View:
@@ -141,13 +145,15 @@ def read_manifest(folder: Path | str) -> View:
         if content["version"] != VERSION:
             raise CorruptShard(f"{folder / MANIFEST}: version {content['version']}, this program reads {VERSION}")
         shards = tuple(Shard(**{**row, "fields": tuple(row["fields"])}) for row in content["shards"])
-        meta, base = dict(content.get("meta", {})), base or str(content.get("base", ""))
+        meta, named = dict(content.get("meta", {})), str(content.pop("base", ""))
     except (ValueError, KeyError, TypeError) as error:
         raise CorruptShard(f"{folder / MANIFEST}: not a manifest ({error!r})") from error
     for shard in shards:
         if Path(shard.name).is_absolute() or ".." in Path(shard.name).parts or not shard.name:
             raise CorruptShard(f"{folder / MANIFEST}: shard name {shard.name!r} leads outside of the folder")
-    return View(folder=folder, shards=shards, sha256=hashlib.sha256(raw).hexdigest(), meta=meta, base=base)
+    # Where the tars lie is no part of the name: the same set in a folder and in a bucket is one.
+    sha256 = hashlib.sha256(_dumped(content) if named else raw).hexdigest()
+    return View(folder=folder, shards=shards, sha256=sha256, meta=meta, base=base or named)
 
 
 def open_view(folder: Path | str) -> View:

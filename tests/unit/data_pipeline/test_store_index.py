@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.object_server import FAULTS, Answer, ObjectServer
 from data_pipeline.errors import ChangedShard, CorruptShard, DataError, MissingShard, StoreTrouble, TruncatedShard
-from data_pipeline.indexing import index_tars
+from data_pipeline.indexing import index_folder, index_tars
 from data_pipeline.loader import StreamingLoader
 from data_pipeline.manifest import View, open_view, verify
 from data_pipeline.sources import RemoteTars
@@ -68,6 +68,7 @@ def test_a_bucket_is_indexed_without_keeping_a_tar(server: ObjectServer, shapes_
     assert ecdit(["data", "index", "s3://b/set", "--out", str(out)]) == 0
     assert server.seen["bytes"] == read, "fresh indexes are kept"
     assert open_view(out).sha256 == view.sha256
+    assert index_folder(server.folder / "set").sha256 == view.sha256, "where the tars lie is no part of a set's name"
 
 
 def test_a_web_server_is_indexed_by_names(server: ObjectServer, shapes_view: View, tmp_path: Path) -> None:
