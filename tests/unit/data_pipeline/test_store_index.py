@@ -198,7 +198,7 @@ def test_hedging_learns_what_is_usual_and_stays_rare() -> None:
     assert hedging.after() is None
     for number in range(200):
         hedging.done(10.0 if number % 50 == 0 else 0.1)
-    assert hedging.after() == pytest.approx(0.2)
+    assert hedging.after() == pytest.approx(0.3)
     hedging.hedged = 29
     assert hedging.after() is None
     assert Hedging(0).after() is None
