@@ -170,6 +170,7 @@ def test_a_file_that_changes_under_the_reader_is_refused(server: ObjectServer) -
         ("s3:/b/x", r"no URL; must be as s3://b/x"),
         ("s3:///x", r"names no bucket; must be as s3://BUCKET/folder"),
         ("https://", r"names no host; must be as https://HOST/folder"),
+        ("https://me:word@host/set", r"^https://host: names a user or password; set credentials in the environment$"),
     ],
 )
 def test_a_url_with_a_typo_is_refused_at_once(place: str, words: str) -> None:
