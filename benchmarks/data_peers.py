@@ -5,9 +5,9 @@ worker processes over the same number of samples, after a warm-up: batches of 64
 arrays. The page cache is warm. The floor decodes the same files from memory into one buffer with libjpeg-turbo. A result is
 the median over rounds of t(variant) / t(floor) within the round.
 
-Peers are set up as their documents say, once with the decoder that they bring and once (where that is possible) with ours, so
-that order, reading and batches are compared and not decoders. Megatron-Energon is measured where it is installed, or in another
-interpreter: `--energon PYTHON`.
+Peers are set up as their documents say, once with the decoder that they bring and once (where that is possible) with
+ours, so that order, reading and batches are compared and not decoders. Megatron-Energon is measured where it is
+installed, or in another interpreter: `--energon PYTHON`.
 """
 
 from __future__ import annotations

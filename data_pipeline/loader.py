@@ -26,7 +26,7 @@ from data_pipeline.captions import CaptionRule
 from data_pipeline.catalogue import Shards
 from data_pipeline.contract import Batch, LoaderStats
 from data_pipeline.decoders import ImageDecoder, PlainDecoder
-from data_pipeline.errors import BadSplit, TooManyBad
+from data_pipeline.errors import BadSplit, DataError, TooManyBad
 from data_pipeline.filling import Filled, Filler
 from data_pipeline.manifest import View
 from data_pipeline.mixture import Mixture
@@ -159,14 +159,21 @@ class StreamingLoader:
         """This rank's share of the next global step.
 
         Raises:
-            DataError: with on_bad="fail" the first bad sample of the step in slot order; always for a missing shard.
+            DataError: with on_bad="fail" the first bad sample of the step in slot order; always for a missing shard, a store
+                that gives up, and whatever else ends a thread.
             TooManyBad: more substitutes than `max_bad` allows, or none found for one position.
         """
         began = time.perf_counter()
         while len(self._pending) <= self._prefetch:
             self._pending.append(self._start(self._step + len(self._pending)))
         step = self._pending[0]
-        filled = [piece.result() for piece in step.pieces]
+        try:
+            filled = [piece.result() for piece in step.pieces]
+        except DataError:
+            raise
+        except Exception as error:
+            words = f"step {step.number}: a decoding thread ended with {type(error).__name__}: {error}"
+            raise DataError(f"{words}; this is a mistake in ecdit, not in the data: please report it") from error
         # Only now: an error above leaves the state at the step that was not delivered.
         self._pending.popleft()
         self._step += 1

@@ -126,10 +126,26 @@ def write_manifest(
         content["shards"] = [asdict(shard) for shard in shards]
     else:
         content |= {"version": 2, "table": _write_table(folder, Columns.of(shards))}
-    raw = (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
+    raw = _dumped(content)
     _keep_previous(folder, unless=raw)
     write_committed(raw, folder / MANIFEST)
     return read_manifest(folder)
+
+
+def _dumped(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
+
+
+def _name_of(raw: bytes) -> str:
+    """Where the tars lie is no part of a data set's name: the same set in a folder and in a bucket is one."""
+    if b'"base"' in raw:
+        try:
+            content = json.loads(raw)
+            if content.pop("base", ""):
+                raw = _dumped(content)
+        except (ValueError, AttributeError):
+            pass  # the reader of manifests says what is wrong with it
+    return hashlib.sha256(raw).hexdigest()
 
 
 def read_manifest(folder: Path | str, *, which: str | None = None, whole: bool = True) -> View:
@@ -164,7 +180,7 @@ def read_manifest(folder: Path | str, *, which: str | None = None, whole: bool =
                     raise CorruptShard(f"{path}: shard name {row['name']!r} leads outside of the folder")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptShard(f"{path}: not a manifest ({error!r})") from error
-    return View(folder=folder, shards=Rows(columns), sha256=hashlib.sha256(raw).hexdigest(), meta=meta, base=base)
+    return View(folder=folder, shards=Rows(columns), sha256=_name_of(raw), meta=meta, base=base)
 
 
 def open_view(folder: Path | str, *, which: str | None = None, check_files: bool = True) -> View:
@@ -211,10 +227,10 @@ def _manifest_bytes(folder: Path, *, which: str | None) -> tuple[Path, bytes]:
     path = folder / MANIFEST
     try:
         raw = path.read_bytes()
-        if which is not None and not hashlib.sha256(raw).hexdigest().startswith(which):
+        if which is not None and not _name_of(raw).startswith(which):
             path = folder / HISTORY / f"{which[:12]}.json"
             raw = path.read_bytes()
-            if not hashlib.sha256(raw).hexdigest().startswith(which):
+            if not _name_of(raw).startswith(which):
                 raise CorruptShard(f"{path}: is not the manifest that its name says; copy it anew")
     except OSError as error:
         if path.parent.name == HISTORY:
@@ -252,7 +268,7 @@ def _keep_previous(folder: Path, *, unless: bytes) -> None:
         raw = (folder / MANIFEST).read_bytes()
     except OSError:
         return
-    path = folder / HISTORY / f"{hashlib.sha256(raw).hexdigest()[:12]}.json"
+    path = folder / HISTORY / f"{_name_of(raw)[:12]}.json"
     if raw != unless and not path.exists():
         path.parent.mkdir(exist_ok=True)
         write_committed(raw, path)

@@ -20,7 +20,7 @@ from data_pipeline.store.ahead import ReadAhead, Reading, Want
 from data_pipeline.store.files import OpenFiles, Preadv
 from data_pipeline.store.patience import Patience
 from data_pipeline.store.remote import RemoteStore
-from data_pipeline.tar import split_proven_name, walk_proven
+from data_pipeline.tar import proven_fields
 
 Value = memoryview | str | dict | np.ndarray
 """Bytes of a member as they lie in the tar; the others come out of a user's stages (`stages`)."""
@@ -156,14 +156,8 @@ class ShardReader:
         if crc32(whole) != int(index.crc[sample]):
             where = self._where(shard, sample, position)
             raise CorruptShard(f"{where}: crc32 of {num_bytes} bytes at {offset} differs from the index")
-        # Between the members of a sample may stand others that nobody asked for.
-        key, wanted = "", index.fields
-        fields: dict[str, Value] = {}
-        for member in walk_proven(whole, shard=self._view.shards[shard].name):
-            of, field = split_proven_name(member.name)
-            key = key or of
-            if of == key and field in wanted:
-                fields[field] = whole[member.data : member.data + member.size]
+        key, found = proven_fields(whole, wanted=index.fields, shard=self._view.shards[shard].name)
+        fields: dict[str, Value] = {**found}
         return RawSample(key=key, fields=fields, num_bytes=num_bytes)
 
     def ahead(self, step: int, *, shards: Sequence[int], samples: Sequence[int]) -> None:

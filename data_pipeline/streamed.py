@@ -19,7 +19,7 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,7 +34,6 @@ from data_pipeline.contract import Batch, LoaderStats
 from data_pipeline.decoders import ImageDecoder, Picture, PlainDecoder
 from data_pipeline.errors import (
     SAMPLE_ERRORS,
-    BadMember,
     BadSplit,
     DataError,
     MissingShard,
@@ -46,11 +45,10 @@ from data_pipeline.order import nearest_divisors
 from data_pipeline.quarantine import BadSample, Quarantine
 from data_pipeline.reader import RawSample
 from data_pipeline.stages import LeftOutError, Stages
-from data_pipeline.tar import split_name
+from data_pipeline.url_samples import probe, samples_of
 from data_pipeline.urls import digest_of
 
 LABEL = "streamed, at least once: a resume sees again what its ranks had of shards that were not delivered whole"
-PROBED = 64
 _ORDER, _BUFFER = 0x75726C73, 0x62756666
 """Purposes of keys."""
 logger = logging.getLogger("ecdit.data")
@@ -308,7 +306,7 @@ class _Life:
             for turn, url in self._loader.shards():
                 number, error = 0, None
                 try:
-                    for number, raw in enumerate(_samples(url), start=1):
+                    for number, raw in enumerate(samples_of(url), start=1):
                         self._put(self._read, _Sample(turn, number - 1, raw, url))
                 except DataError as broken:
                     error = broken
@@ -380,57 +378,3 @@ class _Life:
 
 class _StoppedError(Exception):
     """Nobody waits any more."""
-
-
-def _samples(url: str) -> Iterator[RawSample]:
-    """Samples of one tar in its order, of what `tar.split_name` allows. Raises MissingShard where it cannot be read to its end."""
-    import webdataset as wds
-
-    def allowed(name: str) -> bool:
-        try:
-            split_name(name)
-        except BadMember:
-            return False
-        return True
-
-    try:
-        for found in wds.tariterators.tarfile_samples([{"url": url}], select_files=allowed):
-            fields = {name: memoryview(value) for name, value in found.items() if not name.startswith("__")}
-            if fields:
-                size = sum(len(value) for value in fields.values())
-                yield RawSample(key=found["__key__"], fields=dict(fields), num_bytes=size)
-    except Exception as error:
-        words = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
-        raise MissingShard(f"{url} cannot be read to its end: {words}") from error
-
-
-@dataclass(frozen=True, kw_only=True)
-class Probed:
-    """What the first samples of some URLs hold."""
-
-    samples: tuple[RawSample, ...]
-
-    @property
-    def fields(self) -> frozenset[str]:
-        return frozenset(name for raw in self.samples for name in raw.fields)
-
-
-def probe(urls: Sequence[str], *, patient: bool) -> Probed:
-    """The first samples of the first URL that has any; `patient`: one that breaks is passed over. Raises MissingShard."""
-    last: DataError | None = None
-    for url in urls:
-        try:
-            if found := list(_first(_samples(url), PROBED)):
-                return Probed(samples=tuple(found))
-        except DataError as error:
-            last = error
-            if not patient:
-                raise
-    raise MissingShard(f"no sample in any of {len(urls)} URLs; last: {last or 'empty'}")
-
-
-def _first(samples: Iterable[RawSample], count: int) -> Iterator[RawSample]:
-    for number, sample in enumerate(samples, start=1):
-        yield sample
-        if number == count:
-            return

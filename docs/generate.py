@@ -259,7 +259,7 @@ def metrics() -> str:
 # --- exit-codes.md ---------------------------------------------------------------------------------------------------
 
 ERROR_MODULES = ("ecdit_train.errors", "data_pipeline.errors", "launch.submit")
-_SHARDS = "MissingShard TruncatedShard CorruptShard UndecodableImage BadCaption WrongView BadMember BadSplit TooManyBad BadArray DataError"
+_SHARDS = "MissingShard TruncatedShard CorruptShard UndecodableImage BadCaption WrongView BadMember BadSplit TooManyBad BadArray StoreTrouble ChangedShard DataError"
 RUNBOOK = dict.fromkeys(_SHARDS.split(), "bad-shards") | {
     "NoProgressError": "no-progress",
     "ConfigError": "config-refused",

@@ -31,7 +31,7 @@ def declare(verb: Callable[..., argparse.ArgumentParser], group: Any) -> None:
         "  ecdit data index 'https://host/images/{000..239}.tar' --out data/images",
         parent=group,
     )
-    p.add_argument("folder", metavar="FOLDER|URL")
+    p.add_argument("folder", help="of tars, or their URL")
     p.add_argument("--out", metavar="FOLDER", help="where the indexes of tars at a URL are written")
     p.add_argument(
         "--on-bad-shard",

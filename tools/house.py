@@ -60,7 +60,7 @@ VENDORS: dict[str, tuple[str, ...]] = {
     ),
     "isal": ("data_pipeline/checksum.py",),
     "obstore": ("data_pipeline/store/remote.py",),
-    "braceexpand": ("data_pipeline/store/place.py",),
+    "braceexpand": ("data_pipeline/store/place.py", "data_pipeline/urls.py"),
     # A codec is two halves: what is read in training, and what is written when shards are made.
     "simplejpeg": ("data_pipeline/decode.py", "data_pipeline/preparing/pixels.py"),
     "cv2": ("data_pipeline/decode.py", "data_pipeline/preparing/pixels.py"),

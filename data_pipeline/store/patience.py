@@ -12,7 +12,7 @@ class Patience:
     """Of one range: a piece of a file that is asked for at once.
 
     A range that has not come after `hedge_after` seconds is asked for a second time and the first answer is taken; None
-    waits for twice the time that 95 of 100 took lately (`Hedging`), 0 never asks twice.
+    waits for three times what 95 of 100 took lately (`Hedging`), 0 never asks twice.
     """
 
     retries: int = 8
@@ -34,7 +34,7 @@ class Patience:
 
 
 class Hedging:
-    """When to ask a second time: after twice the 95th of 100 durations of late. The 99th itself would be a slow one where one
+    """When to ask a second time: after three times the 95th of 100 durations of late. The 99th itself would be a slow one where one
     request in a hundred is slow. At most one range in ten is asked for twice, or an overloaded store would get more to do."""
 
     SEEN = 64
@@ -52,7 +52,7 @@ class Hedging:
         self._lately.append(seconds)
         self._new += 1
         if len(self._lately) >= self.SEEN and (self._new >= 32 or not self._after):
-            self._after, self._new = 2 * sorted(self._lately)[int(0.95 * len(self._lately))], 0
+            self._after, self._new = 3 * sorted(self._lately)[int(0.95 * len(self._lately))], 0
 
     def after(self) -> float | None:
         """Seconds, or None: not."""

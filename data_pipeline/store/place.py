@@ -37,6 +37,9 @@ def open_store(place: Path | str, *, patience: Patience | None = None) -> Store:
     if not rest.strip("/") or rest.startswith("/"):
         what = "bucket" if scheme.lower() == "s3" else "host"
         raise StoreTrouble(f"{place}: names no {what}; must be as {scheme}://{what.upper()}/folder")
+    if "@" in rest.partition("/")[0]:
+        host = rest.partition("/")[0].rpartition("@")[2]
+        raise StoreTrouble(f"{scheme}://{host}: names a user or password; set credentials in the environment")
     from data_pipeline.store.remote import RemoteStore
 
     return RemoteStore(place, patience=patience or Patience())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,7 +92,8 @@ async def _hedged(asking: _Asking, *, after: float) -> None:
     first, second = asyncio.ensure_future(asking.until_it_comes()), None
     pending: set[asyncio.Future[None]] = {first}
     try:
-        if not (await asyncio.wait(pending, timeout=after))[0]:
+        late = not (await asyncio.wait(pending, timeout=after))[0]
+        if late and asking.buffer.got < (asking.wanted.length or 0):
             counts.hedged += 1
             if counts.hedging is not None:
                 counts.hedging.hedged += 1
@@ -108,9 +110,10 @@ async def _hedged(asking: _Asking, *, after: float) -> None:
                     raise error
         first.result()  # used up
     finally:
-        for task in pending:
+        both = [task for task in (first, second) if task is not None]
+        for task in both:
             task.cancel()
-        await asyncio.gather(*pending, return_exceptions=True)
+        await asyncio.gather(*both, return_exceptions=True)
 
 
 class _UsedUpError(StoreTrouble):
@@ -158,12 +161,7 @@ class _Asking:
                 buffer.content, got = bytearray(answer.meta["size"]), 0
             elif wanted.length is None:
                 got = 0  # a whole file is asked for again from its beginning
-            stream = aiter(answer.stream(min_chunk_size=_CHUNK))
-            while True:
-                async with asyncio.timeout(self.patience.idle):
-                    chunk = await anext(stream, None)
-                if chunk is None:
-                    break
+            async for chunk in self._chunks(answer, small=len(buffer.content) - got <= _CHUNK):
                 if got + len(chunk) > len(buffer.content):
                     raise StoreTrouble(f"{self.url}: more bytes came than were asked for")
                 buffer.content[got : got + len(chunk)] = chunk
@@ -180,6 +178,21 @@ class _Asking:
                 raise lasting(error, url=self.url) from error
             self.counts.trouble[kind] += 1
             raise
+
+    async def _chunks(self, answer: Any, *, small: bool) -> AsyncIterator[Any]:
+        """Of one answer, each within the time that it may take; a small one in one piece, which costs half."""
+        if small:
+            async with asyncio.timeout(self.patience.idle):
+                content = await answer.bytes_async()
+            yield memoryview(content)
+            return
+        stream = aiter(answer.stream(min_chunk_size=_CHUNK))
+        while True:
+            async with asyncio.timeout(self.patience.idle):
+                chunk = await anext(stream, None)
+            if chunk is None:
+                return
+            yield chunk
 
     def _check_version(self, meta: Any) -> None:
         """A file that is replaced between two requests would be a mixture of both."""

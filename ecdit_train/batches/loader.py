@@ -19,6 +19,8 @@ from data_pipeline.sources import Named, SizeNamed, open_data
 from data_pipeline.stages import Stages
 from data_pipeline.store.ahead import Reading
 from data_pipeline.store.patience import Patience
+from data_pipeline.streamed import StreamedLoader
+from data_pipeline.url_samples import probe
 from data_pipeline.urls import expand
 from ecdit_train.config.schema import RunConfig
 from ecdit_train.parallel.mesh import Mesh
@@ -57,8 +59,6 @@ def make_loader(
         else None,
     }
     if config.data.order == "streamed":
-        from data_pipeline.streamed import StreamedLoader, probe
-
         urls = expand(config.data.shards, allow_pipe=config.data.allow_pipe)
         fields = _fields(config, have=probe(urls, patient=config.data.on_bad == "substitute").fields)
         return StreamedLoader(

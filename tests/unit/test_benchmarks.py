@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
+import pytest
 import torch
 
-from benchmarks import checkpoint_scale, gpu_check
+from benchmarks import checkpoint_scale, data_paths, data_store, gpu_check
 
 
 def test_skips_with_a_reason(monkeypatch, capsys):
@@ -30,3 +33,23 @@ def test_planning_a_save_and_a_load_are_measured_on_a_few_ranks():
     assert {"planning", "save", "load"} < costs.keys()
     assert all(costs[part]["peak_mb"] > 0 for part in ("planning", "save", "load"))
     assert costs["manifest_mb"] > 0
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "latent", "latent_text"])
+def test_paths_of_data_are_measured_on_a_few_samples(kind):
+    found = data_paths.measure(kind, samples=64, rounds=1)
+    assert found["ours_us"] > found["floor_us"] > 0
+
+
+def test_a_store_with_latency_and_faults_is_measured_against_its_folder(capsys):
+    assert data_store.main(["--shards", "4", "--samples", "64", "--rounds", "1", "--steps", "3", "--step", "0"]) in (
+        0,
+        1,
+    )
+    told = capsys.readouterr().out
+    found = json.loads(told[: told.rindex("}") + 1])
+    assert set(found) == {"local"} | {
+        f"{what}, {how}" for what in ("blocks", "samples") for how in ("20 ms", "100 ms", "20 ms, faults")
+    }
+    assert found["samples, 20 ms, faults"]["trouble"]["http_5xx"] > 0
+    assert found["local"]["requests"] == 0

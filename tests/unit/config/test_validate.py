@@ -318,3 +318,26 @@ def test_whole_numbers_survive_floating_point():
     assert is_whole(256 * (1 - 0.3125))
     assert is_whole(0.1 * 30)
     assert not is_whole(2.5)
+
+
+def test_a_place_of_shards_is_a_folder_or_a_url_that_is_read(base):
+    for place in ("data/images", "s3://bucket/set", "https://host/set", "http://host:8080/set"):
+        assert broken(with_values(base, {"data.shards": place})) == []
+    (line,) = broken(with_values(base, {"data.shards": "gs://bucket/set"}))
+    assert line.endswith("must be a folder or begin with s3://, https:// or http://; nearest valid: s3://bucket/set")
+    (line,) = broken(with_values(base, {"data.shards": "https://me:word@host/set"}))
+    assert "address with a password in it" in line
+    assert "word@" not in line
+
+
+def test_how_a_store_is_read_has_bounds(base):
+    wrong = {
+        "data.in_flight": 0,
+        "data.read_budget": 0,
+        "data.read_retries": -1,
+        "data.read_deadline": 0.0,
+        "data.hedge_after": -1.0,
+    }
+    lines = broken(with_values(base, wrong))
+    assert [line.partition(" ")[0] for line in sorted(lines)] == sorted(wrong)
+    assert broken(with_values(base, {"data.hedge_after": 0.0})) == []

@@ -23,7 +23,8 @@ from data_pipeline.store.patience import Patience
 from data_pipeline.store.ranges import Range
 from data_pipeline.store.remote import RemoteStore
 
-QUICK = Patience(back_off=0.001, longest_wait=0.01, deadline=20.0, idle=0.3, hedge_after=0)
+QUICK = Patience(back_off=0.001, longest_wait=0.01, deadline=60.0, idle=2.0, hedge_after=0)
+"""Two seconds are silence on a busy machine, too."""
 SMALL = Reading(block=16 << 10, in_flight=8)
 
 

@@ -152,6 +152,7 @@ def test_every_path_of_the_run():
 
 def test_none_lies_inside_another():
     assert seen({"data.shards": "images"}, run="/home/me/runs/x") == ["/home/me"]
+    assert seen({"data.shards": "s3://bucket/set"}) == ["/home/me", "/runs/x"]
     assert seen({"data.shards": "/runs/images"}, run="/runs/images/x", cwd="/runs/images/x") == ["/runs/images"]
     assert seen({"data.shards": "/datasets/a", "cluster.mounts": ("/lustre:/datasets",)}) == [
         "/lustre:/datasets", "/home/me", "/runs/x",
