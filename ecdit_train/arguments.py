@@ -173,6 +173,24 @@ class Encode:
     """Of runner=ray: encoders, each on a GPU where there are some."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Tables:
+    """What `ecdit data filter` and `report` make of each shard first."""
+
+    tables: str | None = word("FOLDER", default=None)
+    """None: `tables` inside of the data set."""
+    workers: int = word("N", least=1, default=1)
+    runner: Literal["local", "ray"] = word("local|ray", default="local")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dedup(Tables):
+    """What `ecdit data dedup` takes for duplicates."""
+
+    distance: int = word("BITS", least=-1, default=4)
+    """In which fingerprints of 64 bits may differ; -1: equal pixels only."""
+
+
 def forms(kind: type) -> str:
     """`run=FOLDER, ...; optional: out=FILE, ...`: the words of a verb, for its help."""
     every = {f.name: f"{f.name}={f.metadata['form']}" for f in dataclasses.fields(kind)}

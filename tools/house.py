@@ -42,7 +42,7 @@ VENDORS: dict[str, tuple[str, ...]] = {
     "safetensors": ("ecdit_train/diffusion/encoders/local_folder.py",),
     "wandb": ("ecdit_train/observe/wandb_sink.py",),
     "matplotlib": ("ecdit_train/observe/figures.py",),
-    "jinja2": ("ecdit_train/observe/page.py",),
+    "jinja2": ("ecdit_train/observe/page.py", "data_pipeline/preparing/page.py"),
     "markupsafe": ("ecdit_train/observe/page.py",),  # jinja2's own strings
     # A live bar, and tables as text.
     "rich": ("ecdit_train/observe/console.py", "ecdit_train/plan/document.py", "data_pipeline/preparing/progress.py"),

@@ -13,7 +13,7 @@ from data_pipeline.manifest import View
 from data_pipeline.parts import Part
 from data_pipeline.preparing import drive
 from data_pipeline.preparing.drive import Done, Watch
-from data_pipeline.preparing.duck import connect, files_of, quoted
+from data_pipeline.preparing.duck import connect, error_class, files_of, quoted
 from data_pipeline.preparing.facts import OWN, FactsWork
 from data_pipeline.preparing.local import Runner
 from data_pipeline.preparing.source_tars import SetSource
@@ -91,9 +91,7 @@ class _Asking:
     """A few shards at a time, with the types that columns have over all of them."""
 
     def __init__(self, *, files: Sequence[Path], side: Sequence[Path | None], where: str) -> None:
-        import duckdb
-
-        self._files, self._where, self._db, self._error = files, where, connect(), duckdb.Error
+        self._files, self._where, self._db, self._error = files, where, connect(), error_class()
         described = self._db.execute(f"DESCRIBE SELECT * FROM read_json({files_of(files)}, {_HOW})").fetchall()
         found = {name: kind for name, kind, *_ in described}
         self._columns = {**found, **OWN}
