@@ -174,9 +174,11 @@ class Encode:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tables:
-    """What `ecdit data filter` and `report` make of each shard first."""
+class Filter:
+    """Where `ecdit data filter` writes, and how the tables that it asks are made."""
 
+    out: str = word("FILE")
+    """The keep-bitmap, for `data.keep`."""
     tables: str | None = word("FOLDER", default=None)
     """None: `tables` inside of the data set."""
     workers: int = word("N", least=1, default=1)
@@ -184,11 +186,19 @@ class Tables:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dedup(Tables):
+class Dedup(Filter):
     """What `ecdit data dedup` takes for duplicates."""
 
     distance: int = word("BITS", least=-1, default=4)
     """In which fingerprints of 64 bits may differ; -1: equal pixels only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report(Dedup):
+    """What `ecdit data report` shows."""
+
+    out: str | None = word("FILE", default=None)  # type: ignore[assignment]
+    """None: `report.html` inside of the data set."""
 
 
 def forms(kind: type) -> str:

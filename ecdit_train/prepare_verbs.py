@@ -23,16 +23,16 @@ ENCODE = """run frozen encoders once: latents (the mean, unscaled) and text embe
 
 FILTER = """write which samples satisfy a condition: SQL over what is known of picture, caption, json and side file
 
-  ecdit data filter data/images --where "width >= 256 and caption_length > 10 and similarity > 0.3" --out data/good.keep
+  ecdit data filter data/images out=data/good.keep --where "width >= 256 and caption_length > 10 and similarity > 0.3"
   ecdit train experiment=ec_dit_xl_8e data.shards=data/images data.keep=[data/good.keep] run=runs/good"""
 
 DEDUP = """write which samples are no duplicates: equal pixels, or fingerprints that differ in a few of 64 bits; the first is kept
 
-  ecdit data dedup data/images --out data/unique.keep workers=8"""
+  ecdit data dedup data/images out=data/unique.keep workers=8"""
 
 REPORT = """one HTML file about a data set: what became of every sample, sizes, pictures with captions, duplicates
 
-  ecdit data report data/images --out report.html"""
+  ecdit data report data/images out=report.html"""
 
 
 def declare(verb: Callable[..., argparse.ArgumentParser], group: Any) -> None:
@@ -54,20 +54,15 @@ def declare(verb: Callable[..., argparse.ArgumentParser], group: Any) -> None:
     p = verb("filter", data_filter, FILTER, parent=group)
     p.add_argument("set", metavar="SET")
     p.add_argument("--where", required=True, metavar="SQL", help="a condition on one sample, in DuckDB's SQL")
-    _keeps(p, arguments.Tables)
+    p.add_argument("words", nargs="*", metavar="WORD", help=arguments.forms(arguments.Filter))
+    declare_part(p)
     p = verb("dedup", data_dedup, DEDUP, parent=group)
     p.add_argument("set", metavar="SET")
-    _keeps(p, arguments.Dedup)
+    p.add_argument("words", nargs="*", metavar="WORD", help=arguments.forms(arguments.Dedup))
+    declare_part(p)
     p = verb("report", data_report, REPORT, parent=group)
     p.add_argument("set", metavar="SET")
-    p.add_argument("--out", metavar="FILE", help="default SET/report.html")
-    p.add_argument("words", nargs="*", metavar="WORD", help=arguments.forms(arguments.Dedup))
-
-
-def _keeps(p: argparse.ArgumentParser, kind: type) -> None:
-    p.add_argument("--out", required=True, metavar="FILE", help="the keep-bitmap, for data.keep")
-    p.add_argument("words", nargs="*", metavar="WORD", help=arguments.forms(kind))
-    declare_part(p)
+    p.add_argument("words", nargs="*", metavar="WORD", help=arguments.forms(arguments.Report))
 
 
 def data_pack(args: argparse.Namespace) -> int:
@@ -118,14 +113,13 @@ def data_filter(args: argparse.Namespace) -> int:
     from data_pipeline import views
     from data_pipeline.preparing.select import make_facts, select
 
-    work, complete = _make(
-        make_facts, arguments.read(arguments.Tables, args.words, alone=True).build(arguments.Tables), args
-    )
+    asked = arguments.read(arguments.Filter, args.words, alone=True).build(arguments.Filter)
+    work, complete = _make(make_facts, asked, args)
     if not complete:
         return errors.EXIT_OK
     found = select(work, where=args.where)
-    views.write_keep(found.view, found.mask, reason=f"filter: {args.where}", out=Path(args.out))
-    print("\n".join([*found.lines(), f"{args.out}: use it with data.keep=[{args.out}]"]))
+    views.write_keep(found.view, found.mask, reason=f"filter: {args.where}", out=Path(asked.out))
+    print("\n".join([*found.lines(), f"{asked.out}: use it with data.keep=[{asked.out}]"]))
     return errors.EXIT_OK
 
 
@@ -138,10 +132,10 @@ def data_dedup(args: argparse.Namespace) -> int:
     if not complete:
         return errors.EXIT_OK
     found = find_duplicates(work, distance=asked.distance)
-    views.write_keep(found.view, found.mask, reason=f"dedup: distance {asked.distance}", out=Path(args.out))
-    clusters = write_clusters(found, Path(f"{args.out}.clusters.jsonl"))
+    views.write_keep(found.view, found.mask, reason=f"dedup: distance {asked.distance}", out=Path(asked.out))
+    clusters = write_clusters(found, Path(f"{asked.out}.clusters.jsonl"))
     print("\n".join([*found.lines(), f"{clusters}: what is dropped, and for what"]))
-    print(f"{args.out}: use it with data.keep=[{args.out}]")
+    print(f"{asked.out}: use it with data.keep=[{asked.out}]")
     return errors.EXIT_OK
 
 
@@ -150,12 +144,12 @@ def data_report(args: argparse.Namespace) -> int:
     from data_pipeline.preparing.report import write_report
     from data_pipeline.preparing.select import make_facts
 
-    asked = arguments.read(arguments.Dedup, args.words, alone=True).build(arguments.Dedup)
+    asked = arguments.read(arguments.Report, args.words, alone=True).build(arguments.Report)
     args.part = None
     work, _ = _make(make_facts, asked, args)
     prints = made_prints(args.set, tables=None if asked.tables is None else Path(asked.tables))
     duplicates = None if prints is None else find_duplicates(prints, distance=asked.distance)
-    out = write_report(work, out=Path(args.out or Path(args.set) / "report.html"), duplicates=duplicates)
+    out = write_report(work, out=Path(asked.out or Path(args.set) / "report.html"), duplicates=duplicates)
     print(out)
     return errors.EXIT_OK
 
@@ -167,7 +161,7 @@ def _make(make: Callable[..., Any], asked: Any, args: argparse.Namespace) -> tup
     tables = None if asked.tables is None else Path(asked.tables)
     runner = _runner(asked.runner, workers=asked.workers)
     work, done = make(
-        args.set, tables=tables, runner=runner, part=args.part, watch=watch(make.__name__.replace("_", " "))
+        args.set, tables=tables, runner=runner, part=args.part, watch=watch(make.__name__.removeprefix("make_"))
     )
     if args.part is not None:
         _say_part(done, args)
