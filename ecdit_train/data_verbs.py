@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ecdit_train import arguments, errors, prepare_verbs
+from ecdit_train import arguments, errors, prepare_verbs, set_verbs
 from ecdit_train.submit_verbs import declare_part
 
 
@@ -54,6 +54,7 @@ def declare(verb: Callable[..., argparse.ArgumentParser], group: Any) -> None:
     )
     p.add_argument("tars", nargs="+", metavar="TAR")
     p.add_argument("--out", required=True, metavar="FOLDER", help="where tars of the same names are written")
+    set_verbs.declare(verb, group)
     p = verb(
         "verify", data_verify, "read every byte of a data set and check it against its index and manifest", parent=group
     )

@@ -86,7 +86,8 @@ def describe(
             command = shlex.join([*inside, "--pwd", cwd, cluster.container, interpreter])
             ranks = f'#!/usr/bin/env bash\n# Python inside the image, for the ranks.\nexec {command} "$@"\n'
             interpreter = f"{run}/{RANKS_SCRIPT}"
-    folders = [cfg.data.shards, *(path for slot in slots_of(cfg).values() for path in slot.paths())]
+    data = [source.shards for source in cfg.data.named.values()]
+    folders = [*data, *(path for slot in slots_of(cfg).values() for path in slot.paths())]
     description: dict[str, Any] = {
         "format": 1,
         "run": run,

@@ -39,11 +39,17 @@ class Planned:
 def problems(cfg: RunConfig) -> Iterator[Problem]:
     """What is not there, seen from this machine and folder, where the job will look for it too."""
     mounts = cfg.cluster.mounts if cfg.cluster.container else ()
-    shards = outside(cfg.data.shards, mounts=mounts)
-    if not (shards / MANIFEST).is_file():
-        what = f"has no {MANIFEST}" if shards.is_dir() else "is not a folder"
-        rule = f"{shards} {what}; `ecdit data` makes a data set, and all nodes must see it"
-        yield Problem(field="data.shards", value=cfg.data.shards, rule=rule)
+    for name, source in cfg.data.named.items():
+        field = f"data.sources.{name}" if cfg.data.sources else "data"
+        shards = outside(source.shards, mounts=mounts)
+        if not (shards / MANIFEST).is_file():
+            what = f"has no {MANIFEST}" if shards.is_dir() else "is not a folder"
+            rule = f"{shards} {what}; `ecdit data` makes a data set, and all nodes must see it"
+            yield Problem(field=f"{field}.shards", value=source.shards, rule=rule)
+        lists = [(f"{field}.keep", path) for path in source.keep]
+        for key, path in [*lists, *(("data.take_down", path) for path in cfg.data.take_down)]:
+            if not (there := outside(path, mounts=mounts)).is_file():
+                yield Problem(field=key, value=path, rule=f"{there} is not there; all nodes must see it")
     for key, slot in slots_of(cfg).items():
         for path in slot.paths():
             if not (there := outside(path, mounts=mounts)).exists():

@@ -21,7 +21,9 @@ def mounts(cfg: RunConfig, *, run: str, cwd: str) -> tuple[tuple[str, str], ...]
     own = [_pair(text) for text in cfg.cluster.mounts]
     found: dict[str, str] = {inside: out for out, inside in own}
     slots = [path for slot in slots_of(cfg).values() for path in slot.paths()]
-    for path in (cwd, run, cfg.data.shards, cfg.train.init_from, *slots):
+    sources = cfg.data.named.values()
+    data = [path for source in sources for path in (source.shards, *source.keep)]
+    for path in (cwd, run, *data, *cfg.data.take_down, cfg.train.init_from, *slots):
         if path is None:
             continue
         seen = os.path.normpath(os.path.join(cwd, path))

@@ -9,7 +9,7 @@ from data_pipeline.assemble import default_fields
 from data_pipeline.captions import CaptionRule
 from data_pipeline.errors import DataError
 from data_pipeline.loader import StreamingLoader
-from data_pipeline.manifest import open_view
+from data_pipeline.sources import Named, open_data
 from ecdit_train.config.schema import RunConfig
 from ecdit_train.parallel.mesh import Mesh
 from ecdit_train.run_folder import quarantine_path
@@ -20,7 +20,14 @@ def make_loader(config: RunConfig, mesh: Mesh, *, run: Path, life: int, held_out
     read is written down for this life.
 
     Raises DataError where the shards lack what the encoders need."""
-    view = open_view(Path(config.data.shards))
+    named = {
+        name: Named(shards=source.shards, weight=source.weight, keep=source.keep, manifest=source.manifest)
+        for name, source in config.data.named.items()
+    }
+    # Two questions to the file system for every shard: one rank asks them, once. The others meet its error (`runtime.together`).
+    asks = mesh.rank == 0 and not held_out
+    data = open_data(named, take_down=config.data.take_down, check_files=asks)
+    view = data.view
     stored_latents, stored_text = config.encoders.image.stored, config.encoders.text.stored
     have = default_fields(view, text_len=config.encoders.text.max_tokens if stored_text else 0)
     fields = replace(
@@ -36,11 +43,11 @@ def make_loader(config: RunConfig, mesh: Mesh, *, run: Path, life: int, held_out
     ):
         if not found:
             raise DataError(
-                f"{config.data.shards}: {type(encoder).__name__} needs a member "
+                f"{view.folder}: {type(encoder).__name__} needs a member "
                 f"that the shards do not have; they hold {', '.join(view.fields)}"
             )
     return StreamingLoader(
-        view,
+        data,
         global_batch=config.train.global_batch,
         rank=mesh.dp_rank,
         world=mesh.dp_size,

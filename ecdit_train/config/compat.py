@@ -33,6 +33,10 @@ _CLASSES: dict[str, Kind] = {
     "encoders.image.path": "free",
     "encoders.image.parameters": "free",
     "data.shards": "free",  # a copy elsewhere is the same data; the loader's state holds the manifest's fingerprint
+    "data.sources": "free",  # so are these: what of them makes the order is in the loader's state
+    "data.keep": "free",
+    "data.take_down": "free",
+    "data.manifest": "free",
     "data.resolution": "identity",
     "data.threads": "free",
     "data.prefetch": "free",

@@ -49,9 +49,10 @@ def _slot_base(hint: Any) -> type[SlotConfig] | None:
     return hint if isinstance(hint, type) and issubclass(hint, SlotConfig) else None
 
 
-def _named_slots(hint: Any) -> type[SlotConfig] | None:
-    """The base of `Mapping[str, SomeSlotConfig]`."""
-    return _slot_base(get_args(hint)[1]) if get_origin(hint) in (dict, Mapping) else None
+def _named(hint: Any) -> type | None:
+    """The class of `Mapping[str, SomeSlotConfig]`, or of one of other sections."""
+    inner = get_args(hint)[1] if get_origin(hint) in (dict, Mapping) else None
+    return inner if isinstance(inner, type) and dataclasses.is_dataclass(inner) else _slot_base(inner)
 
 
 # --- reading -----------------------------------------------------------------------------------------------------------
@@ -71,11 +72,13 @@ def convert(hint: Any, value: Any, *, field: str, problems: list[Problem]) -> An
     if isinstance(value, str) and value == MISSING:
         problems.append(Problem(field=field, value=MISSING, rule=f"must be given: {type_name(hint)}"))
         return None
-    if (base := _named_slots(hint)) is not None:
+    if (named := _named(hint)) is not None:
         if not isinstance(value, Mapping):
             problems.append(Problem(field=field, value=value, rule="must be a section: a name and an object for each"))
             return None
-        return {k: _slot(base, v, field=f"{field}.{k}", problems=problems) for k, v in value.items()}
+        if _slot_base(named) is None:
+            return {k: _section(named, v, prefix=f"{field}.{k}.", problems=problems) for k, v in value.items()}
+        return {k: _slot(named, v, field=f"{field}.{k}", problems=problems) for k, v in value.items()}
     if (base := _slot_base(hint)) is not None:
         optional = hint is not base
         return None if value is None and optional else _slot(base, value, field=field, problems=problems)
@@ -233,9 +236,9 @@ def _leaves(cls: Any, node: Any, *, prefix: str) -> Iterator[tuple[str, Any, Any
 
 def _leaves_of(hint: Any, value: Any, *, key: str) -> Iterator[tuple[str, Any, Any]]:
     inner = _without_none(hint)
-    if (base := _named_slots(hint)) is not None:
-        for name, slot in (value or {}).items() if isinstance(value, Mapping) else ():
-            yield from _leaves_of(base, slot, key=f"{key}.{name}")
+    if (named := _named(hint)) is not None:
+        for name, part in (value or {}).items() if isinstance(value, Mapping) else ():
+            yield from _leaves_of(named, part, key=f"{key}.{name}")
     elif (base := _slot_base(hint)) is not None:
         if value is None:
             yield key, hint, None

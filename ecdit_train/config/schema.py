@@ -137,11 +137,35 @@ class EncodersConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One data set of a mixture."""
+
+    shards: str
+    """As `data.shards`, of this source."""
+    weight: float
+    """Its samples are this share of all, over the sum of all weights; exact where they are short decimals."""
+    keep: tuple[str, ...] = ()
+    """As `data.keep`, of this source."""
+    manifest: str | None = None
+    """As `data.manifest`, of this source."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Shards and how they are read."""
 
     shards: str
-    """Folder with tars, indexes and manifest.json (`ecdit data` writes it)."""
+    """Folder with tars, indexes and manifest.json (`ecdit data` writes it). Not read where there are `sources`."""
+    sources: Mapping[str, SourceConfig]
+    """Data sets that are mixed, by name: {photos: {shards: FOLDER, weight: 0.7}, art: {shards: FOLDER, weight:
+    0.3}}; empty reads `shards`."""
+    keep: tuple[str, ...]
+    """Files that say which samples are used (`ecdit data keep`, filters, duplicates); of several, those that all of them keep."""
+    take_down: tuple[str, ...]
+    """Files of samples that are not to be delivered any more (`ecdit data takedown`); a resume may add some at the end."""
+    manifest: str | None
+    """Go on with a manifest that `ecdit data index` has replaced since: the first 12 digits of its
+    fingerprint. null: the folder's."""
     resolution: int
     """Side of the square training image, pixels."""
     threads: int
@@ -159,6 +183,12 @@ class DataConfig:
     """One for each of `captions`: a sample with several has one drawn in each epoch; empty takes the first that it has."""
     no_caption: Literal["bad", "skip", "unconditional"]
     """A sample without a caption is bad (see `on_bad`), replaced by another and counted (skip), or trained on without text."""
+
+    @property
+    def named(self) -> Mapping[str, SourceConfig]:
+        """What is read, by name: the sources, or the one data set."""
+        one = SourceConfig(shards=self.shards, weight=1.0, keep=self.keep, manifest=self.manifest)
+        return self.sources or {"data": one}
 
 
 @dataclass(frozen=True, kw_only=True)

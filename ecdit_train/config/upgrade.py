@@ -1,8 +1,8 @@
 """Run folders of older versions, read as this version would have written them.
 
-`resolved.yaml` says its format since format 2; format 1 (ecdit 0.1, before slots) says nothing. Format 3 has keys that format 2 had
-not, format 4 has the sections that keep a run alive, format 5 what a job asks of Slurm and how it comes back: each new key gets the
-value that says what the code did before it (`ADDED`).
+`resolved.yaml` says its format since format 2; format 1 (ecdit 0.1, before slots) says nothing. Format 3 has keys that
+format 2 had not, format 4 has the sections that keep a run alive, format 5 what a job asks of Slurm and how it comes
+back, format 6 how data are read: each new key gets the value that says what the code did before it (`ADDED`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from ecdit_train.config.slots import TARGET
 from ecdit_train.errors import RunFolderError
 
-FORMAT = 5
+FORMAT = 6
 """What this version writes."""
 
 KEY = "format"
@@ -60,6 +60,11 @@ ADDED: Mapping[str, Any] = {
     "cluster.back_off": [15.0, 60.0, 240.0],
     "cluster.bad_node": "exclude",
     "cluster.preflight_bandwidth": 0.0,
+    # Since format 6.
+    "data.sources": {},
+    "data.keep": [],
+    "data.take_down": [],
+    "data.manifest": None,
 }
 """Keys since format 3 and what was there before them."""
 

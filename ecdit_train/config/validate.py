@@ -5,7 +5,6 @@ What a single value may look like (type, choice) is `convert`'s; layouts over ra
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from math import gcd
@@ -14,6 +13,7 @@ import yaml  # type: ignore[import-untyped]
 
 from ecdit_train.config.cluster_rules import check_cluster, check_secrets
 from ecdit_train.config.convert import flatten, with_values
+from ecdit_train.config.data_rules import check_data
 from ecdit_train.config.layout import check_layout
 from ecdit_train.config.life_rules import check_life
 from ecdit_train.config.nearest import divisors, nearest_divisor, nearest_multiple
@@ -128,7 +128,7 @@ def _ranges(check: Checker) -> None:
     check.at_least(1, ["observe.log_every"])
     check.positive(["diffusion.timestep_std", "optim.lr"])
     check.share(["diffusion.caption_drop", "data.max_bad"])
-    _captions(check)
+    check_data(check)
     check.share(["diffusion.mask_ratio", "optim.ema_decay", "optim.decay_floor"], below_one=True)
     text, image = ("width", "max_tokens"), ("channels", "factor")
     of_encoders = [*(f"encoders.text.{name}" for name in text), *(f"encoders.image.{name}" for name in image)]
@@ -136,16 +136,6 @@ def _ranges(check: Checker) -> None:
 
 
 # --- the network and what it sees ------------------------------------------------------------------------------
-
-
-def _captions(check: Checker) -> None:
-    sources, weights = check.values["data.captions"], check.values["data.caption_weights"]
-    for source in sources:
-        ok = re.fullmatch(r"(\w+\.)*(txt|json|json:.+)", source) is not None
-        check.require(ok, "data.captions", shown=source, rule="must be txt, json or json:KEY", nearest="json:caption")
-    rule = f"must be one number for each of data.captions = {list(sources)}, none below 0, one above it; or none"
-    ok = not weights or (len(weights) == len(sources) and min(weights) >= 0 and sum(weights) > 0)
-    check.require(ok, "data.caption_weights", rule=rule, nearest=[1.0] * len(sources))
 
 
 def _model(cfg: RunConfig, check: Checker) -> None:

@@ -50,14 +50,20 @@ def there(cfg: RunConfig | None) -> Iterator[Finding]:
 def shards(cfg: RunConfig | None) -> Iterator[Finding]:
     """The data set opens, and its first shards can be read by us."""
     assert cfg is not None
-    from data_pipeline.errors import DataError
-    from data_pipeline.manifest import MANIFEST, open_view
+    from data_pipeline.manifest import MANIFEST
 
-    folder = outside(cfg.data.shards, mounts=cfg.cluster.mounts if cfg.cluster.container else ())
-    if not (folder / MANIFEST).is_file():
-        return  # said by `there`
+    for source in cfg.data.named.values():
+        folder = outside(source.shards, mounts=cfg.cluster.mounts if cfg.cluster.container else ())
+        if (folder / MANIFEST).is_file():  # else said by `there`
+            yield from _set(folder, which=source.manifest)
+
+
+def _set(folder: Path, *, which: str | None) -> Iterator[Finding]:
+    from data_pipeline.errors import DataError
+    from data_pipeline.manifest import open_view
+
     try:
-        view = open_view(folder)
+        view = open_view(folder, which=which)
         for shard in range(min(SHOWN_SHARDS, len(view.shards))):
             with view.tar(shard).open("rb") as file:
                 file.read(1)

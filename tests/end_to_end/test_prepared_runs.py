@@ -110,6 +110,7 @@ def test_filter_dedup_and_report(packed, tmp_path, capsys):
     assert all(len(cluster) > 1 for cluster in clusters)
     both = views.kept(open_view(packed), [good, unique]).mask()
     assert both.sum() == 119 - sum(len(cluster) - 1 for cluster in clusters)
+    assert live(configure(tmp_path / "run", packed, f"data.keep=[{good},{unique}]", "train.steps=4")).finished
     code, lines = refused(capsys, "data", "filter", packed, f"out={good}", "--where", "widht > 3")
     assert code == 74
     assert "there are columns aspect, bytes, caption, caption_length" in lines[-1]

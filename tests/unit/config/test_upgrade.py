@@ -72,6 +72,11 @@ def test_a_run_of_format_4_asks_slurm_for_what_it_asked(name, words, tmp_path):
     assert load(tmp_path) == compose([*words, "run=runs/old"], local=False)
 
 
+def test_a_run_of_format_5_reads_the_data_that_it_read(tmp_path):
+    shutil.copy(OLD.parent / "format5" / "shapes_tiny.yaml", tmp_path / "resolved.yaml")
+    assert load(tmp_path) == compose(["experiment=shapes_tiny", "run=runs/old"], local=False)
+
+
 def test_what_is_written_says_its_format(tmp_path):
     config = compose(["experiment=shapes_tiny"], local=False)
     freeze(config, tmp_path)
@@ -81,9 +86,9 @@ def test_what_is_written_says_its_format(tmp_path):
 
 def test_a_newer_format_is_refused_by_its_number(tmp_path):
     with pytest.raises(
-        RunFolderError, match=r"has format 6; this ecdit reads formats 1 to 5: use the one that wrote it"
+        RunFolderError, match=r"has format 7; this ecdit reads formats 1 to 6: use the one that wrote it"
     ):
-        load(run_folder(tmp_path, "format: 6\nrun: x\n"))
+        load(run_folder(tmp_path, "format: 7\nrun: x\n"))
 
 
 def test_what_only_looks_old_is_refused_by_the_version_it_should_be_of(tmp_path):

@@ -187,7 +187,8 @@ PINNED = [(2, 43), (4, 13), (3, 35), (4, 35), (0, 20)]
 
 @pytest.mark.parametrize("weights", [(0.7, 0.3), (1, 1), (0.9, 0.09), (0.61803398, 0.3819660)])
 def test_a_rank_reads_its_own_lanes_of_every_source(weights: tuple[float, float]) -> None:
-    """Read amplification of a mixture, in indexes read: each shard of a large source by one rank, and by its neighbours at the edges."""
+    """Read amplification of a mixture, in indexes read: each shard of a large source by one rank, and by its
+    neighbours at the edges."""
     rng = np.random.default_rng(0)
     sizes = {"a": rng.integers(900, 1100, 512), "b": rng.integers(900, 1100, 512)}
     stream = mixed(dict(zip("ab", weights, strict=True)), sizes, global_batch=512)
