@@ -77,7 +77,7 @@ def data_pack(args: argparse.Namespace) -> int:
     )  # fmt: skip
     packed = pack(
         find(args.source, form=asked.form, table=asked.table, per_shard=asked.per_shard), Path(args.out), rule=rule,
-        runner=_runner(asked.runner, workers=asked.workers), part=args.part, watch=watch("pack"),
+        runner=_runner(asked.runner, workers=asked.workers), part=args.part, watch=watch("ecdit: pack"),
     )  # fmt: skip
     return _say(packed.done, packed.view, args)
 
@@ -104,16 +104,17 @@ def data_encode(args: argparse.Namespace) -> int:
     made = encode(
         find(args.source), Path(args.out), rule=rule, encoders=encoders, identity=encoders.identity(),
         runner=_runner(asked.runner, workers=asked.workers, actors=asked.actors, device=asked.device), part=args.part,
-        watch=watch("encode"),
+        watch=watch("ecdit: encode"),
     )  # fmt: skip
     return _say(made.done, made.view, args)
 
 
 def data_filter(args: argparse.Namespace) -> int:
     from data_pipeline import views
-    from data_pipeline.preparing.select import make_facts, select
+    from data_pipeline.preparing.select import check_grammar, make_facts, select
 
     asked = arguments.read(arguments.Filter, args.words, alone=True).build(arguments.Filter)
+    check_grammar(args.where)
     work, complete = _make(make_facts, asked, args)
     if not complete:
         return errors.EXIT_OK
@@ -161,7 +162,11 @@ def _make(make: Callable[..., Any], asked: Any, args: argparse.Namespace) -> tup
     tables = None if asked.tables is None else Path(asked.tables)
     runner = _runner(asked.runner, workers=asked.workers)
     work, done = make(
-        args.set, tables=tables, runner=runner, part=args.part, watch=watch(make.__name__.removeprefix("make_"))
+        args.set,
+        tables=tables,
+        runner=runner,
+        part=args.part,
+        watch=watch(f"ecdit: {make.__name__.removeprefix('make_')}"),
     )
     if args.part is not None:
         _say_part(done, args)

@@ -53,7 +53,11 @@ VENDORS: dict[str, tuple[str, ...]] = {
         *("ecdit_train/config/installed.py", "ecdit_train/observe/report.py"),
     ),
     "yaml": ("ecdit_train/config/hydra_app.py", "ecdit_train/config/stored.py", "ecdit_train/config/validate.py"),
-    "scipy": ("data_pipeline/shapes/grader.py", "data_pipeline/preparing/fingerprints.py", "data_pipeline/preparing/dedup.py"),
+    "scipy": (
+        "data_pipeline/shapes/grader.py",
+        "data_pipeline/preparing/fingerprints.py",
+        "data_pipeline/preparing/dedup.py",
+    ),
     # A codec is two halves: what is read in training, and what is written when shards are made.
     "simplejpeg": ("data_pipeline/decode.py", "data_pipeline/preparing/pixels.py"),
     "cv2": ("data_pipeline/decode.py", "data_pipeline/preparing/pixels.py"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +86,20 @@ def select(work: FactsWork, *, where: str) -> Selected:
         mask[position[holds == 1]] = True
         unknown += int((holds == 2).sum())
     return Selected(view=view, mask=mask, unknown=unknown)
+
+
+def check_grammar(where: str) -> None:
+    """Raises BadFilterError for what is no condition, before any table is made; columns are known afterwards."""
+    sql = f"SELECT 1 FROM samples WHERE ({where}\n)"
+    try:
+        ((said,),) = connect().execute("SELECT json_serialize_sql(?)", [sql]).fetchall()
+    except error_class() as error:
+        raise BadFilterError(f"where = {where!r}: {error}") from error
+    answer = json.loads(said)
+    if answer["error"]:
+        raise BadFilterError(f"where = {where!r}: {str(answer.get('error_message'))[:300]}")
+    if len(answer["statements"]) != 1:
+        raise BadFilterError(f"where = {where!r}: more than one statement; must be one condition on a sample")
 
 
 class _Asking:
