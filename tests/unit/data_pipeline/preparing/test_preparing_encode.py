@@ -89,7 +89,11 @@ def test_company_does_not_matter(packed, forms, tmp_path):
     assert stored(made(tmp_path / "in", tmp_path / "two").view) == one
 
 
-@pytest.mark.parametrize("how", [{"runner": Local(workers=2)}, {"part": Part(number=1, of=3)}], ids=["two", "part"])
+@pytest.mark.parametrize(
+    "how",
+    [pytest.param({"runner": Local(workers=2)}, marks=pytest.mark.slow), {"part": Part(number=1, of=3)}],
+    ids=["two", "part"],
+)
 def test_bytes_do_not_depend_on_who_encodes(packed, tmp_path, how):
     made(packed, tmp_path / "one")
     made(packed, tmp_path / "two", **how)
