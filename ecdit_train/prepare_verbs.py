@@ -99,7 +99,7 @@ def data_encode(args: argparse.Namespace) -> int:
     encoders = FrozenEncoders(config=config.encoders, latents=asked.latents, text=asked.text, device=asked.device)
     rule = EncodeRule(
         resolution=config.data.resolution, batch=asked.batch, captions=config.data.captions or ("txt", "json"),
-        threads=asked.threads,
+        no_caption="reject" if asked.text else "keep", threads=asked.threads,
     )  # fmt: skip
     made = encode(
         find(args.source), Path(args.out), rule=rule, encoders=encoders, identity=encoders.identity(),

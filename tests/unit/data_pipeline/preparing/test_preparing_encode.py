@@ -110,6 +110,13 @@ def test_rejections_are_counted(forms, tmp_path):
     assert done.taken == done.kept + done.rejected.total() == 20
 
 
+def test_latents_alone_need_no_captions(forms, tmp_path):
+    rule = EncodeRule(resolution=16, batch=4, no_caption="keep")
+    done = encode(find(forms["tars"]), tmp_path, rule=rule, encoders=Toy(), identity={"sha": "a"})
+    assert done.done.rejected["no caption"] == 0
+    assert sum("txt" not in sample for sample in stored(done.view).values()) == 2
+
+
 def test_other_encoders_are_refused(packed, tmp_path):
     made(packed, tmp_path)
     with pytest.raises(WrongView, match=r"encoders: there {'sha': 'a'}, asked {'sha': 'b'}"):
