@@ -8,8 +8,7 @@ Everything else is the exact loader's: fields, captions, stages, decoders, quara
 2. A rank reads shards base + rank, base + rank + world, ... ; `base` is where the run began or resumed.
 3. Of a rank's shards the first r are delivered whole. The smallest r of all ranks makes the next base: base + r * world.
 
-A reader thread streams bytes, an assembler thread shuffles in a small buffer and makes batches, a pool decodes. Only this imports
-webdataset's readers (and torch with them).
+A reader thread streams bytes, an assembler thread shuffles in a small buffer and makes batches, a pool decodes.
 """
 
 from __future__ import annotations

@@ -173,6 +173,34 @@ class Encode:
     """Of runner=ray: encoders, each on a GPU where there are some."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Filter:
+    """Where `ecdit data filter` writes, and how the tables that it asks are made."""
+
+    out: str = word("FILE")
+    """The keep-bitmap, for `data.keep`."""
+    tables: str | None = word("FOLDER", default=None)
+    """None: `tables` inside of the data set."""
+    workers: int = word("N", least=1, default=1)
+    runner: Literal["local", "ray"] = word("local|ray", default="local")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dedup(Filter):
+    """What `ecdit data dedup` takes for duplicates."""
+
+    distance: int = word("BITS", least=-1, default=4)
+    """In which fingerprints of 64 bits may differ; -1: equal pixels only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report(Dedup):
+    """What `ecdit data report` shows."""
+
+    out: str | None = word("FILE", default=None)  # type: ignore[assignment]
+    """None: `report.html` inside of the data set."""
+
+
 def forms(kind: type) -> str:
     """`run=FOLDER, ...; optional: out=FILE, ...`: the words of a verb, for its help."""
     every = {f.name: f"{f.name}={f.metadata['form']}" for f in dataclasses.fields(kind)}

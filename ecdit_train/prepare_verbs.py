@@ -1,4 +1,4 @@
-"""`ecdit data pack|encode|filter|dedup|report`: a data set is prepared. Each verb is one call of `data_pipeline.preparing`."""
+"""`ecdit data pack|encode|filter|dedup|report`: a data set is prepared. Each verb is a call or two of `data_pipeline.preparing`."""
 
 from __future__ import annotations
 
@@ -16,11 +16,23 @@ PACK = """make shards of pictures and captions: WebDataset tars, img2dataset's o
   ecdit data pack downloads data/images resolution=256 workers=8
   ecdit submit cluster=h100_ib400 --array 32 data pack downloads data/images resolution=256 workers=16"""
 
-
 ENCODE = """run frozen encoders once: latents (the mean, unscaled) and text embeddings (real tokens), float16, beside captions
 
   ecdit data encode data/images data/latents experiment=ec_dit_xl_8e workers=8
   ecdit data encode data/images data/latents experiment=ec_dit_xl_8e text=false runner=ray workers=64 actors=8"""
+
+FILTER = """write which samples satisfy a condition: SQL over what is known of picture, caption, json and side file
+
+  ecdit data filter data/images out=data/good.keep --where "width >= 256 and caption_length > 10 and similarity > 0.3"
+  ecdit train experiment=ec_dit_xl_8e data.shards=data/images data.keep=[data/good.keep] run=runs/good"""
+
+DEDUP = """write which samples are no duplicates: equal pixels, or fingerprints that differ in a few of 64 bits; the first is kept
+
+  ecdit data dedup data/images out=data/unique.keep workers=8"""
+
+REPORT = """one HTML file about a data set: what became of every sample, sizes, pictures with captions, duplicates
+
+  ecdit data report data/images out=report.html"""
 
 
 def declare(verb: Callable[..., argparse.ArgumentParser], group: Any) -> None:
@@ -35,14 +47,22 @@ def declare(verb: Callable[..., argparse.ArgumentParser], group: Any) -> None:
     p = verb("encode", data_encode, ENCODE, parent=group)
     p.add_argument("source", metavar="IN", help="a data set, or anything that `pack` takes")
     p.add_argument("out", metavar="OUT")
-    p.add_argument(
-        "words",
-        nargs="+",
-        metavar="WORD",
-        help=f"{arguments.forms(arguments.Encode)}; any other word is about the configuration whose encoders run",
-    )
+    more = "any other word is about the configuration whose encoders run"
+    p.add_argument("words", nargs="+", metavar="WORD", help=f"{arguments.forms(arguments.Encode)}; {more}")
     p.add_argument("--config-dir", metavar="DIR", help="your own configuration and modules")
     declare_part(p)
+    p = verb("filter", data_filter, FILTER, parent=group)
+    p.add_argument("set", metavar="SET")
+    p.add_argument("--where", required=True, metavar="SQL", help="a condition on one sample, in DuckDB's SQL")
+    p.add_argument("words", nargs="*", metavar="WORD", help=arguments.forms(arguments.Filter))
+    declare_part(p)
+    p = verb("dedup", data_dedup, DEDUP, parent=group)
+    p.add_argument("set", metavar="SET")
+    p.add_argument("words", nargs="*", metavar="WORD", help=arguments.forms(arguments.Dedup))
+    declare_part(p)
+    p = verb("report", data_report, REPORT, parent=group)
+    p.add_argument("set", metavar="SET")
+    p.add_argument("words", nargs="*", metavar="WORD", help=arguments.forms(arguments.Report))
 
 
 def data_pack(args: argparse.Namespace) -> int:
@@ -57,7 +77,7 @@ def data_pack(args: argparse.Namespace) -> int:
     )  # fmt: skip
     packed = pack(
         find(args.source, form=asked.form, table=asked.table, per_shard=asked.per_shard), Path(args.out), rule=rule,
-        runner=_runner(asked.runner, workers=asked.workers), part=args.part, watch=watch("pack"),
+        runner=_runner(asked.runner, workers=asked.workers), part=args.part, watch=watch("ecdit: pack"),
     )  # fmt: skip
     return _say(packed.done, packed.view, args)
 
@@ -79,14 +99,78 @@ def data_encode(args: argparse.Namespace) -> int:
     encoders = FrozenEncoders(config=config.encoders, latents=asked.latents, text=asked.text, device=asked.device)
     rule = EncodeRule(
         resolution=config.data.resolution, batch=asked.batch, captions=config.data.captions or ("txt", "json"),
-        threads=asked.threads,
+        no_caption="reject" if asked.text else "keep", threads=asked.threads,
     )  # fmt: skip
     made = encode(
         find(args.source), Path(args.out), rule=rule, encoders=encoders, identity=encoders.identity(),
         runner=_runner(asked.runner, workers=asked.workers, actors=asked.actors, device=asked.device), part=args.part,
-        watch=watch("encode"),
+        watch=watch("ecdit: encode"),
     )  # fmt: skip
     return _say(made.done, made.view, args)
+
+
+def data_filter(args: argparse.Namespace) -> int:
+    from data_pipeline import views
+    from data_pipeline.preparing.select import check_grammar, make_facts, select
+
+    asked = arguments.read(arguments.Filter, args.words, alone=True).build(arguments.Filter)
+    check_grammar(args.where)
+    work, complete = _make(make_facts, asked, args)
+    if not complete:
+        return errors.EXIT_OK
+    found = select(work, where=args.where)
+    views.write_keep(found.view, found.mask, reason=f"filter: {args.where}", out=Path(asked.out))
+    print("\n".join([*found.lines(), f"{asked.out}: use it with data.keep=[{asked.out}]"]))
+    return errors.EXIT_OK
+
+
+def data_dedup(args: argparse.Namespace) -> int:
+    from data_pipeline import views
+    from data_pipeline.preparing.dedup import find_duplicates, make_prints, write_clusters
+
+    asked = arguments.read(arguments.Dedup, args.words, alone=True).build(arguments.Dedup)
+    work, complete = _make(make_prints, asked, args)
+    if not complete:
+        return errors.EXIT_OK
+    found = find_duplicates(work, distance=asked.distance)
+    views.write_keep(found.view, found.mask, reason=f"dedup: distance {asked.distance}", out=Path(asked.out))
+    clusters = write_clusters(found, Path(f"{asked.out}.clusters.jsonl"))
+    print("\n".join([*found.lines(), f"{clusters}: what is dropped, and for what"]))
+    print(f"{asked.out}: use it with data.keep=[{asked.out}]")
+    return errors.EXIT_OK
+
+
+def data_report(args: argparse.Namespace) -> int:
+    from data_pipeline.preparing.dedup import find_duplicates, made_prints
+    from data_pipeline.preparing.report import write_report
+    from data_pipeline.preparing.select import make_facts
+
+    asked = arguments.read(arguments.Report, args.words, alone=True).build(arguments.Report)
+    args.part = None
+    work, _ = _make(make_facts, asked, args)
+    prints = made_prints(args.set, tables=None if asked.tables is None else Path(asked.tables))
+    duplicates = None if prints is None else find_duplicates(prints, distance=asked.distance)
+    out = write_report(work, out=Path(asked.out or Path(args.set) / "report.html"), duplicates=duplicates)
+    print(out)
+    return errors.EXIT_OK
+
+
+def _make(make: Callable[..., Any], asked: Any, args: argparse.Namespace) -> tuple[Any, bool]:
+    """Tables of a data set, and whether all are there."""
+    from data_pipeline.preparing.progress import watch
+
+    tables = None if asked.tables is None else Path(asked.tables)
+    runner = _runner(asked.runner, workers=asked.workers)
+    work, done = make(
+        args.set,
+        tables=tables,
+        runner=runner,
+        part=args.part,
+        watch=watch(f"ecdit: {make.__name__.removeprefix('make_')}"),
+    )
+    if args.part is not None:
+        _say_part(done, args)
+    return work, done.complete
 
 
 def _runner(name: str, *, workers: int, actors: int = 1, device: str = "cpu") -> Any:
@@ -101,10 +185,12 @@ def _runner(name: str, *, workers: int, actors: int = 1, device: str = "cpu") ->
 
 def _say(done: Any, view: Any, args: argparse.Namespace) -> int:
     if args.part is not None:
-        more = (
-            "" if view is not None else f"; {done.of - len(done.records)} shards are still in the hands of other parts"
-        )
-        print(f"part {args.part}: done{more}")
+        _say_part(done, args)
     if view is not None:
         print("\n".join([*done.lines(), f"{args.out}: {view.sha256[:12]}"]))
     return errors.EXIT_OK
+
+
+def _say_part(done: Any, args: argparse.Namespace) -> None:
+    left = done.of - len(done.records)
+    print(f"part {args.part}: done{f'; {left} shards are still in the hands of other parts' if left else ''}")

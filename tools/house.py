@@ -42,7 +42,7 @@ VENDORS: dict[str, tuple[str, ...]] = {
     "safetensors": ("ecdit_train/diffusion/encoders/local_folder.py",),
     "wandb": ("ecdit_train/observe/wandb_sink.py",),
     "matplotlib": ("ecdit_train/observe/figures.py",),
-    "jinja2": ("ecdit_train/observe/page.py",),
+    "jinja2": ("ecdit_train/observe/page.py", "data_pipeline/preparing/page.py"),
     "markupsafe": ("ecdit_train/observe/page.py",),  # jinja2's own strings
     # A live bar, and tables as text.
     "rich": ("ecdit_train/observe/console.py", "ecdit_train/plan/document.py", "data_pipeline/preparing/progress.py"),
@@ -66,7 +66,13 @@ VENDORS: dict[str, tuple[str, ...]] = {
     "cv2": ("data_pipeline/decode.py", "data_pipeline/preparing/pixels.py"),
     # The data pipeline stands alone, so the report cannot share its import.
     "PIL": ("data_pipeline/decode.py", "ecdit_train/observe/figures.py"),
-    "webdataset": ("data_pipeline/preparing/tarring.py",),  # writes our tars
+    # Writes our tars; reads those that nobody has indexed; our order as its first stage.
+    "webdataset": (
+        "data_pipeline/preparing/tarring.py",
+        "data_pipeline/url_samples.py",
+        "data_pipeline/exact_source.py",
+    ),
+    "nvidia": ("data_pipeline/dali.py",),
     "duckdb": ("data_pipeline/preparing/duck.py",),
     "ray": ("data_pipeline/preparing/on_ray.py",),
 }

@@ -62,15 +62,21 @@ class Claims:
         path = claim_path(task)
         with self._lock:
             self._held.discard(path)
-        path.unlink(missing_ok=True)
+        self._give_back(path)
 
     def close(self) -> None:
         """Give back what is still held."""
         self._stop.set()
         self._thread.join()
         for path in self._held:
-            path.unlink(missing_ok=True)
+            self._give_back(path)
         self._held.clear()
+
+    def _give_back(self, path: Path) -> None:
+        """Unless another has taken it over."""
+        with contextlib.suppress(OSError):
+            if path.read_text() == self._me:
+                path.unlink()
 
     def _is_stale(self, path: Path, *, now: float) -> bool:
         try:

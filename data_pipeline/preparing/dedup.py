@@ -8,12 +8,14 @@ first sample in the manifest's order is kept: the answer depends on the set alon
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from data_pipeline.commit import write_committed
 from data_pipeline.errors import DataError
 from data_pipeline.manifest import View
 from data_pipeline.parts import Part
@@ -23,6 +25,7 @@ from data_pipeline.preparing.fingerprints import BOTH, NONE, PrintWork
 from data_pipeline.preparing.local import Runner
 from data_pipeline.preparing.select import tables_of
 from data_pipeline.preparing.source_tars import SetSource
+from data_pipeline.preparing.work import digest, finished
 
 MOST = 15
 """Of the distance: above, unlike pictures meet too often."""
@@ -79,6 +82,28 @@ def make_prints(
     source = SetSource(folder=Path(folder))
     work = PrintWork(source=source, folder=tables_of(folder, tables) / "prints")
     return work, drive.run(work, work.folder, runner=runner, part=part, watch=watch)
+
+
+def made_prints(folder: Path | str, *, tables: Path | None = None) -> PrintWork | None:
+    """The fingerprints of a data set where all of them have been made."""
+    work = PrintWork(source=SetSource(folder=Path(folder)), folder=tables_of(folder, tables) / "prints")
+    params_sha256 = digest(work.params)
+    return work if all(finished(task, params_sha256=params_sha256) is not None for task in work.tasks()) else None
+
+
+def write_clusters(found: Duplicates, out: Path) -> Path:
+    """A line for each cluster, its first sample first: `[{"shard": name, "sample": number}, ...]`."""
+    starts = np.cumsum([0, *found.view.shard_sizes])
+    lines = []
+    for cluster in found.clusters():
+        shards = np.searchsorted(starts, cluster, side="right") - 1
+        members = [
+            {"shard": found.view.shards[shard].name, "sample": position - int(starts[shard])}
+            for shard, position in zip(shards.tolist(), cluster.tolist(), strict=True)
+        ]
+        lines.append(json.dumps(members) + "\n")
+    write_committed("".join(lines).encode(), out)
+    return out
 
 
 def find_duplicates(work: PrintWork, *, distance: int = 4) -> Duplicates:

@@ -28,6 +28,13 @@ def connect() -> Any:
     )
 
 
+def error_class() -> type[Exception]:
+    """What DuckDB raises."""
+    import duckdb
+
+    return duckdb.Error
+
+
 def columns_of(path: Path) -> dict[str, str]:
     """Name -> type as DuckDB names it. Raises DataError."""
     return {name: kind for name, kind, *_ in _execute(f"DESCRIBE SELECT * FROM {_table(path)}", path).fetchall()}
@@ -51,13 +58,11 @@ def files_of(paths: Sequence[Path]) -> str:
 
 
 def _fetch(cursor: Any, path: Path) -> Iterator[dict[str, Any]]:
-    import duckdb
-
     names = [column[0] for column in cursor.description]
     while True:
         try:
             rows = cursor.fetchmany(ROWS)
-        except duckdb.Error as error:
+        except error_class() as error:
             raise DataError(f"{path}: {_first_line(error)}") from error
         if not rows:
             return
@@ -72,13 +77,11 @@ def _table(path: Path) -> str:
 
 
 def _execute(sql: str, path: Path) -> Any:
-    import duckdb
-
     if not path.exists():
         raise DataError(f"{path}: no such table")
     try:
         return connect().execute(sql)
-    except duckdb.Error as error:
+    except error_class() as error:
         raise DataError(f"{path}: {_first_line(error)}") from error
 
 

@@ -25,7 +25,7 @@ from data_pipeline.parts import Part
 from data_pipeline.preparing import drive
 from data_pipeline.preparing.drive import Done, Watch
 from data_pipeline.preparing.local import Runner
-from data_pipeline.preparing.pack import caption_of, samples_of, tasks_of
+from data_pipeline.preparing.pack import NoCaption, caption_of, samples_of, tasks_of
 from data_pipeline.preparing.pixels import npy_bytes
 from data_pipeline.preparing.sources import Found, Piece, Source, refuse_inside
 from data_pipeline.preparing.tarring import RawMembers, write_tar
@@ -61,6 +61,7 @@ class EncodeRule:
         resolution: side of the pictures that the codec sees; shorter side resized, centre cut out, as in training.
         batch: samples that the encoders see at once.
         captions: where they are looked for; the first found is encoded.
+        no_caption: of a sample without one; "keep" for latents alone.
         threads: that decode, of one worker. They do not change a byte.
 
     Raises DataError for values outside their range.
@@ -69,6 +70,7 @@ class EncodeRule:
     resolution: int
     batch: int = 32
     captions: tuple[str, ...] = ("txt", "json")
+    no_caption: NoCaption = "reject"
     threads: int = 2
 
     def __post_init__(self) -> None:
@@ -193,7 +195,7 @@ class EncodeWork:
         where = Where(piece.name, found.file or found.key)
         try:
             caption = caption_of(found, self.rule.captions, where=where)
-            if caption is None:
+            if caption is None and self.rule.no_caption == "reject":
                 return _Rejected(reason="no caption", words=str(where))
             name = next((suffix for suffix in IMAGE_SUFFIXES if suffix in found.fields), None)
             if name is None:
@@ -205,7 +207,9 @@ class EncodeWork:
         except BadCaption as error:
             return _Rejected(reason="unreadable caption", words=str(error))
         members = {field: bytes(found.fields[field]) for field in _KEPT if field in found.fields}
-        return _Ready(found=found, members={**members, "txt": caption.encode()}, caption=caption), pixels
+        if caption is not None:
+            members["txt"] = caption.encode()
+        return _Ready(found=found, members=members, caption=caption or ""), pixels
 
     def _finish(self, ready: list[_Ready], promise: Any, *, piece: Piece, count: Count) -> Iterator[RawMembers]:
         encoded: Encoded = promise.result()

@@ -146,9 +146,9 @@ class PackWork:
         short, long = sorted(image.size)
         least = self.rule.resolution if self.rule.least is None else self.rule.least
         if short < least:
-            raise _RejectedError("too small", f"{image.size[0]} x {image.size[1]} pixels")
+            raise _RejectedError("too small", f"{image.size[0]} x {image.size[1]} pixels (height x width)")
         if self.rule.most_aspect and long > self.rule.most_aspect * short:
-            raise _RejectedError("aspect", f"{image.size[0]} x {image.size[1]} pixels")
+            raise _RejectedError("aspect", f"{image.size[0]} x {image.size[1]} pixels (height x width)")
 
     def _picture(self, payload: bytes | memoryview, image: Upright) -> tuple[bytes, dict[str, Any]]:
         """Its bytes, and what was done to it: sizes are (height, width), the box (top, left, bottom, right)

@@ -42,6 +42,17 @@ def shorter_side(image: np.ndarray, *, side: int) -> np.ndarray:
     return cv2.resize(image, size, interpolation=cv2.INTER_AREA if short > side else cv2.INTER_CUBIC)
 
 
+def shrunk(image: np.ndarray, *, longest: int) -> np.ndarray:
+    """The whole picture with no side above `longest`; uint8 (H, W, 3)."""
+    height, width = image.shape[:2]
+    if max(height, width) <= longest:
+        return image
+    scale = longest / max(height, width)
+    return _cv2().resize(
+        image, (max(1, round(width * scale)), max(1, round(height * scale))), interpolation=_cv2().INTER_AREA
+    )
+
+
 def grey(image: np.ndarray, *, side: int) -> np.ndarray:
     """float32 (side, side): luminance of uint8 (H, W, 3), each pixel the mean of an area."""
     cv2 = _cv2()

@@ -37,11 +37,8 @@ class _Lines(Watcher):
             self._say()
 
     def line(self) -> str:
-        rate = self._fresh / max(time.monotonic() - self._start, 1e-3)
-        return (
-            f"{self._label}: {self.done:,}/{self._total:,} shards, {self.samples:,} samples, {rate:,.0f}/s, "
-            f"{self.rejected:,} rejected"
-        )
+        rate = f"{self._fresh / max(time.monotonic() - self._start, 1e-3):,.0f}/s, " if self._fresh else ""
+        return f"{self._label}: {self.done:,}/{self._total:,} shards, {self.samples:,} samples, {rate}{self.rejected:,} rejected"
 
     def _say(self) -> None:
         print(self.line(), file=self._out, flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from data_pipeline.manifest import View
 from data_pipeline.parts import Part
 from data_pipeline.preparing import drive
 from data_pipeline.preparing.drive import Done, Watch
-from data_pipeline.preparing.duck import connect, files_of, quoted
+from data_pipeline.preparing.duck import connect, error_class, files_of, quoted
 from data_pipeline.preparing.facts import OWN, FactsWork
 from data_pipeline.preparing.local import Runner
 from data_pipeline.preparing.source_tars import SetSource
@@ -87,13 +88,25 @@ def select(work: FactsWork, *, where: str) -> Selected:
     return Selected(view=view, mask=mask, unknown=unknown)
 
 
+def check_grammar(where: str) -> None:
+    """Raises BadFilterError for what is no condition, before any table is made; columns are known afterwards."""
+    sql = f"SELECT 1 FROM samples WHERE ({where}\n)"
+    try:
+        ((said,),) = connect().execute("SELECT json_serialize_sql(?)", [sql]).fetchall()
+    except error_class() as error:
+        raise BadFilterError(f"where = {where!r}: {error}") from error
+    answer = json.loads(said)
+    if answer["error"]:
+        raise BadFilterError(f"where = {where!r}: {str(answer.get('error_message'))[:300]}")
+    if len(answer["statements"]) != 1:
+        raise BadFilterError(f"where = {where!r}: more than one statement; must be one condition on a sample")
+
+
 class _Asking:
     """A few shards at a time, with the types that columns have over all of them."""
 
     def __init__(self, *, files: Sequence[Path], side: Sequence[Path | None], where: str) -> None:
-        import duckdb
-
-        self._files, self._where, self._db, self._error = files, where, connect(), duckdb.Error
+        self._files, self._where, self._db, self._error = files, where, connect(), error_class()
         described = self._db.execute(f"DESCRIBE SELECT * FROM read_json({files_of(files)}, {_HOW})").fetchall()
         found = {name: kind for name, kind, *_ in described}
         self._columns = {**found, **OWN}

@@ -188,8 +188,13 @@ def check_command(line: str) -> None:
     if name == "submit":
         check_composed(args, submit_verbs.cluster_words(args))
         check_command(shlex.join(["ecdit", *args.line]))
-    elif name == "data_shapes":
-        arguments.read(arguments.Shapes, args.words, alone=True).build(arguments.Shapes)
+    elif name in ("data_shapes", "data_pack", "data_filter", "data_dedup", "data_report"):
+        kind = getattr(arguments, name.removeprefix("data_").capitalize())
+        arguments.read(kind, args.words, alone=True).build(kind)
+    elif name == "data_encode":
+        request = arguments.read(arguments.Encode, args.words)
+        request.build(arguments.Encode)
+        compose.compose(request.rest, local=False)
     elif name == "merge":
         arguments.read(arguments.Merge, args.words, alone=True).build(arguments.Merge)
     elif name == "verify":

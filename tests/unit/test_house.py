@@ -93,7 +93,7 @@ def test_long_files(tmp_path: Path) -> None:
     ("line", "says"),
     [
         ("import megatron.core", "imports megatron, whose home is ecdit_train/parallel/tensor_parallel.py"),
-        ("from webdataset import TarWriter", "imports webdataset, whose home is no shipped file"),
+        ("from webdataset import TarWriter", "imports webdataset, whose home is data_pipeline/preparing/tarring.py"),
         ("import astropy", "imports astropy, whose home is a file of its own"),
     ],
 )

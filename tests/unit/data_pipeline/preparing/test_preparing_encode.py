@@ -89,7 +89,11 @@ def test_company_does_not_matter(packed, forms, tmp_path):
     assert stored(made(tmp_path / "in", tmp_path / "two").view) == one
 
 
-@pytest.mark.parametrize("how", [{"runner": Local(workers=2)}, {"part": Part(number=1, of=3)}], ids=["two", "part"])
+@pytest.mark.parametrize(
+    "how",
+    [pytest.param({"runner": Local(workers=2)}, marks=pytest.mark.slow), {"part": Part(number=1, of=3)}],
+    ids=["two", "part"],
+)
 def test_bytes_do_not_depend_on_who_encodes(packed, tmp_path, how):
     made(packed, tmp_path / "one")
     made(packed, tmp_path / "two", **how)
@@ -104,6 +108,13 @@ def test_rejections_are_counted(forms, tmp_path):
     done = made(forms["tars"], tmp_path / "huge", toy=Toy(huge=True)).done
     assert done.rejected["not finite"] == 2  # 8 and 18
     assert done.taken == done.kept + done.rejected.total() == 20
+
+
+def test_latents_alone_need_no_captions(forms, tmp_path):
+    rule = EncodeRule(resolution=16, batch=4, no_caption="keep")
+    done = encode(find(forms["tars"]), tmp_path, rule=rule, encoders=Toy(), identity={"sha": "a"})
+    assert done.done.rejected["no caption"] == 0
+    assert sum("txt" not in sample for sample in stored(done.view).values()) == 2
 
 
 def test_other_encoders_are_refused(packed, tmp_path):

@@ -87,7 +87,7 @@ def test_a_packed_set_is_a_source_again_and_its_pictures_are_copied(forms, tmp_p
     assert all(json.loads(sample["json"])["pack"]["quality"] == "as it was" for sample in two.values())
 
 
-@pytest.mark.parametrize("form", ["tars", "files"])
+@pytest.mark.parametrize("form", ["tars", pytest.param("files", marks=pytest.mark.slow)])
 def test_bytes_do_not_depend_on_workers_or_parts(forms, tmp_path, form):
     source = find(forms[form], per_shard=3)
     pack(source, tmp_path / "one", rule=RULE)

@@ -114,6 +114,7 @@ class Wrong(Slow):
         return Encoded()
 
 
+@pytest.mark.slow
 def test_what_an_encoder_does_wrong_is_said_as_ever(cluster, forms, tmp_path):
     with pytest.raises(BadArray, match="neither latents nor text"):
         encoded(forms, tmp_path / "out", Wrong(tmp_path, dies=False), OnRay(workers=1))

@@ -14,7 +14,7 @@ from data_pipeline.prepare import RawMembers, encode_image, write_shards
 from data_pipeline.preparing.dedup import find_duplicates, make_prints
 from data_pipeline.preparing.fingerprints import fingerprint
 from data_pipeline.preparing.local import Local
-from data_pipeline.preparing.select import BadFilterError, make_facts, select
+from data_pipeline.preparing.select import BadFilterError, check_grammar, make_facts, select
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +81,13 @@ def test_a_condition_that_is_wrong_is_one_error_with_the_columns(filtered, tmp_p
         return
     with pytest.raises(BadFilterError, match=f"(?is)where = .*{why}.*there are columns .*caption_length"):
         select(work, where=where)
+
+
+@pytest.mark.parametrize("where", ["width >", "width; drop table x", "width > 3); select (1"])
+def test_what_is_no_condition_is_refused_before_any_work(where):
+    with pytest.raises(BadFilterError, match="where = "):
+        check_grammar(where)
+    check_grammar("no_such_column > 3 -- known later")
 
 
 def test_side_files_of_img2dataset(filtered, tmp_path):
