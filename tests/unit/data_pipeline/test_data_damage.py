@@ -15,8 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_pipeline.errors import SAMPLE_ERRORS
 from data_pipeline.gather import gather
 from data_pipeline.index import scan
+from data_pipeline.indexing import index_folder
+from data_pipeline.reader import ShardReader
 from data_pipeline.tar import BLOCK, Member, survey
 
 Sample = dict[str, bytes]
@@ -183,3 +186,30 @@ def test_zeros_that_no_writer_leaves() -> None:
     assert [part.kind for part in gather(content + bytes(5 * 10240)).damage] == ["zero_tail"]
     end = members_of(content)[-1].end
     assert not gather(content[:end] + bytes(2 * BLOCK)).damage
+
+
+@pytest.mark.parametrize("kind", ["ustar", "pax", "gnu"])
+def test_damage_after_the_index_was_made_is_found_in_each_sample_and_in_no_other(tmp_path: Path, kind: str) -> None:
+    content, truth = make(30, seed=4, kind=kind, captions_missing=False)
+    tar = tmp_path / "a.tar"
+    tar.write_bytes(content)
+    view = index_folder(tmp_path)
+    index, tried, found = view.load_index(0), 0, 0
+    for bad in mutations(content, np.random.default_rng(8)):
+        tar.write_bytes(bad.content)
+        reader = ShardReader(view)
+        tried += 1
+        for sample, key in enumerate(truth):
+            start, size = index.span(sample)
+            same = bad.content[start : start + size] == content[start : start + size]
+            try:
+                raw = reader.read(0, sample=sample)
+            except SAMPLE_ERRORS:
+                assert not same, (bad.what, key)
+                found += 1
+                continue
+            assert same, (bad.what, key)
+            assert {name: bytes(value) for name, value in raw.payloads.items()} == truth[key], (bad.what, key)
+        reader.close()
+    assert tried > 300
+    assert found > 300
