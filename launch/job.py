@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import signal
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,8 +21,9 @@ from ecdit_train.supervise.exit_file import EXIT_FILE_VARIABLE
 from launch import bandwidth, classes, interface, job_file, leftover, life, preflight, record, reports
 from launch.comeback import Comeback
 from launch.decide import AGAIN, DONE, LEAVE, PREEMPTED, REQUEUE, STOP, Decision, Ending, decide
+from launch.entry import serve
 from launch.job_file import JobFile
-from launch.outside import WARNINGS, Outside
+from launch.outside import Outside
 from launch.place import expand, port_of
 from launch.slurm import Slurm
 
@@ -272,19 +272,9 @@ def _restarts(environ: Mapping[str, str]) -> int:
 
 
 def main(argv: Sequence[str]) -> int:
-    outside = Outside()
-    outside.open_ears()
-    if len(argv) != 1:
-        print("usage: python -m launch.job RUN/job.json", file=sys.stderr)
-        return 2
-    try:
-        return supervise(Path(argv[0]), environ=os.environ, outside=outside)
-    except EcditError as error:
-        for line in str(error).splitlines():
-            print(f"ecdit: {type(error).__name__}: {line}", file=sys.stderr)
-        return error.exit_code
-    finally:  # Slurm ends what it has requeued; an interpreter that is leaving has no handlers any more
-        signal.pthread_sigmask(signal.SIG_BLOCK, WARNINGS)
+    return serve(
+        argv, module="launch.job", work=lambda path, outside: supervise(path, environ=os.environ, outside=outside)
+    )
 
 
 if __name__ == "__main__":

@@ -47,8 +47,4 @@ def _left(slurm: Slurm) -> list[str]:
     command = ["squeue", "--noheader", "--steps", "--jobs", slurm.job, "--format", "%i|%j"]
     answer = slurm.outside.call(command, seconds=CALL_SECONDS)
     rows = [line.strip().split("|") for line in answer.out.splitlines()] if answer.code == 0 else []
-    # Of an array the last task's number is that of all.
-    mine = {slurm.job}
-    if (task := slurm.environ.get("SLURM_ARRAY_TASK_ID")) is not None:
-        mine = {f"{slurm.environ.get('SLURM_ARRAY_JOB_ID')}_{task}"}
-    return [row[0] for row in rows if len(row) == 2 and row[1] == NAME and row[0].partition(".")[0] in mine]
+    return [row[0] for row in rows if len(row) == 2 and row[1] == NAME and row[0].partition(".")[0] == slurm.name]

@@ -15,8 +15,9 @@ from pathlib import Path
 
 from ecdit_train.errors import EXIT_REQUEUE, EcditError, NoProgressError
 from launch import job_file
+from launch.entry import serve
 from launch.job_file import JobFile
-from launch.outside import WARNINGS, Outside
+from launch.outside import Outside
 from launch.slurm import Slurm
 
 TASK = "SLURM_ARRAY_TASK_ID"
@@ -42,7 +43,9 @@ def run(path: Path, *, environ: Mapping[str, str], outside: Outside) -> int:
     job, number = job_file.read(path), environ.get("SLURM_JOB_ID")
     if not number:
         raise EcditError("SLURM_JOB_ID is not set: this is what job.sh starts; run: sbatch")
-    step = outside.start(command(job, environ=environ), environ={**environ, "PYTHONSAFEPATH": "1"})
+    # A NODE_RANK of the shell that this was submitted from says nothing here.
+    clean = {name: value for name, value in environ.items() if name != "NODE_RANK"}
+    step = outside.start(command(job, environ=environ), environ={**clean, "PYTHONSAFEPATH": "1"})
     listens, passed_on = bool(set(LISTEN) & set(job.words)), float("-inf")
     while step.poll() is None:
         # Slurm's SIGTERM reaches the step without us.
@@ -78,18 +81,7 @@ def _say(job: str, words: str) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    outside = Outside()
-    outside.open_ears()
-    if len(argv) != 1:
-        print("usage: python -m launch.task RUN/job.json", file=sys.stderr)
-        return 2
-    try:
-        return run(Path(argv[0]), environ=os.environ, outside=outside)
-    except EcditError as error:
-        print(f"ecdit: {type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
-    finally:  # Slurm ends what it has requeued; an interpreter that is leaving has no handlers any more
-        signal.pthread_sigmask(signal.SIG_BLOCK, WARNINGS)
+    return serve(argv, module="launch.task", work=lambda path, outside: run(path, environ=os.environ, outside=outside))
 
 
 if __name__ == "__main__":
