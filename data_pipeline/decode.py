@@ -46,21 +46,8 @@ def decode_image(payload: Payload, *, out: np.ndarray, where: Where) -> None:
         UndecodableImage: damaged, of another kind, larger than `MAX_PIXELS`, `MAX_SHRINK` or `MAX_BYTES`, or without pixels.
     """
     try:
-        if len(payload) > MAX_BYTES:
-            raise ValueError(f"{len(payload)} bytes; allowed: {MAX_BYTES}")
-        kind = _kind(payload)
-        height, width = _size(payload, kind)
-        most = MAX_PIXELS if kind == "jpg" else min(MAX_PIXELS, max(4096, MAX_SHRINK * max(out.shape[:2])) ** 2)
-        if not 0 < height * width <= most:
-            raise ValueError(f"{height} x {width} pixels; allowed for {kind}: 1 to {most}")
-        if kind == "jpg":
-            image = _decode_jpeg(payload, size=(height, width), out=out)
-        elif kind == "npy":
-            image = _decode_pixels(payload)
-        else:
-            if kind == "png":
-                _check_chunks(payload)
-            image = _decode_opencv(payload)
+        kind, size = _claims(payload, most=max(4096, MAX_SHRINK * max(out.shape[:2])) ** 2)
+        image = _decode_jpeg(payload, size=size, out=out) if kind == "jpg" else _decode_other(payload, kind)
         upright = _upright(image, orientation=_orientation(payload, kind))
         if upright is not out:
             out[...] = resize_centre(upright, height=out.shape[0], width=out.shape[1])
@@ -115,25 +102,16 @@ def decode_upright(payload: Payload, *, least: int | None, where: Where) -> Upri
         UndecodableImage: as `decode_image`.
     """
     try:
-        if len(payload) > MAX_BYTES:
-            raise ValueError(f"{len(payload)} bytes; allowed: {MAX_BYTES}")
-        kind = _kind(payload)
-        height, width = _size(payload, kind)
-        if not 0 < height * width <= MAX_PIXELS:
-            raise ValueError(f"{height} x {width} pixels; allowed: 1 to {MAX_PIXELS}")
+        kind, size = _claims(payload, most=MAX_PIXELS)
         if kind == "jpg":
             import simplejpeg
 
             bound = {} if least is None else {"min_height": 2 * least, "min_width": 2 * least}
             image = simplejpeg.decode_jpeg(payload, colorspace="RGB", **bound)
-        elif kind == "npy":
-            image = _decode_pixels(payload)
         else:
-            if kind == "png":
-                _check_chunks(payload)
-            image = _decode_opencv(payload)
+            image = _decode_other(payload, kind)
         turn = _orientation(payload, kind)
-        size = (width, height) if turn >= 5 else (height, width)
+        size = size[::-1] if turn >= 5 else size
         return Upright(pixels=_upright(image, orientation=turn), size=size, kind=kind, turned=turn != 1)
     except Exception as error:
         raise UndecodableImage(f"{where}: {str(error) or type(error).__name__}") from error
@@ -158,6 +136,28 @@ class Upright:
     kind: str
     """jpg, png, webp or npy, by its content"""
     turned: bool
+
+
+def _claims(payload: Payload, *, most: int) -> tuple[str, tuple[int, int]]:
+    """Kind, and (height, width), of what is honest in bytes and pixels; `most` pixels of one that must be
+    decoded in full. ValueError."""
+    if len(payload) > MAX_BYTES:
+        raise ValueError(f"{len(payload)} bytes; allowed: {MAX_BYTES}")
+    kind = _kind(payload)
+    height, width = _size(payload, kind)
+    most = MAX_PIXELS if kind == "jpg" else min(MAX_PIXELS, most)
+    if not 0 < height * width <= most:
+        raise ValueError(f"{height} x {width} pixels; allowed for {kind}: 1 to {most}")
+    return kind, (height, width)
+
+
+def _decode_other(payload: Payload, kind: str) -> np.ndarray:
+    """All but JPEG."""
+    if kind == "npy":
+        return _decode_pixels(payload)
+    if kind == "png":
+        _check_chunks(payload)
+    return _decode_opencv(payload)
 
 
 def _orientation(payload: Payload, kind: str) -> int:
