@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.errors import SAMPLE_ERRORS, DataError
+from data_pipeline.errors import SAMPLE_ERRORS, DataError, MissingShard
 from data_pipeline.index import index_path, scan
 from data_pipeline.manifest import View, open_view, read_manifest
 from data_pipeline.preparing.sources import Damaged, Form, Found, Item, Lost, Piece, Sum, inputs_of, listed
@@ -76,9 +76,13 @@ class SetSource:
     def pieces(self) -> list[Piece]:
         found = []
         for number, row in enumerate(self.view.shards):
-            tar = Input(path=self.view.tar(number), name=row.name, bytes=row.bytes)
-            index = inputs_of(self.folder, [index_path(tar.path)])
-            found.append(Piece(name=row.name, inputs=(tar, *index), rows=number))
+            path = self.view.tar(number)
+            if self.view.base and not index_path(path).exists():
+                rule = f"index them here first: ecdit data index {self.view.base} --out FOLDER"
+                raise MissingShard(f"no index of {row.name} in {self.folder}: {rule}")
+            # An index names its tar's sum: of a tar that lies in a store it is all that is looked at here.
+            tar = () if self.view.base else (Input(path=path, name=row.name, bytes=row.bytes),)
+            found.append(Piece(name=row.name, inputs=(*tar, *inputs_of(self.folder, [index_path(path)])), rows=number))
         return found
 
     def read(self, piece: Piece) -> Iterator[Item]:

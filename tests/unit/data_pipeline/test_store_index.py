@@ -204,3 +204,14 @@ def test_hedging_learns_what_is_usual_and_stays_rare() -> None:
     assert hedging.after() is None
     assert Hedging(0).after() is None
     assert Hedging(1.5).after() == 1.5
+
+
+def test_what_lies_in_a_bucket_is_packed_as_if_it_lay_here(
+    server: ObjectServer, shapes_folder: Path, tmp_path: Path
+) -> None:
+    assert ecdit(["data", "index", "s3://b/set", "--out", str(tmp_path / "indexed")]) == 0
+    for source, out in ((tmp_path / "indexed", "far"), (shapes_folder, "near")):
+        assert ecdit(["data", "pack", str(source), str(tmp_path / out), "resolution=16"]) == 0
+    far, near = (sorted((tmp_path / out).glob("*.tar")) for out in ("far", "near"))
+    assert [path.name for path in far] == [path.name for path in near]
+    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(far, near, strict=True))
