@@ -24,7 +24,7 @@ import numpy as np
 from data_pipeline.contract import Batch
 from data_pipeline.decoders import ImageDecoder
 from data_pipeline.loader import StreamingLoader
-from data_pipeline.sources import DataSet, Named, open_data
+from data_pipeline.sources import DataSet, Named, SizeNamed, open_data
 from data_pipeline.stages import Stages
 
 GLOBAL_BATCH = 16
@@ -39,12 +39,13 @@ class Stream:
 
     sources: tuple[tuple[str, Named], ...]
     take_down: tuple[str, ...] = ()
+    buckets: tuple[tuple[str, SizeNamed], ...] = ()
     decoder: str = "plain"
     stages: bool = False
     seed: int = 11
 
     def data(self) -> DataSet:
-        return open_data(dict(self.sources), take_down=self.take_down)
+        return open_data(dict(self.sources), take_down=self.take_down, buckets=dict(self.buckets))
 
     def open(self, *, rank: int = 0, world: int = 1, threads: int = 0) -> StreamingLoader:
         return StreamingLoader(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import random
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -15,14 +16,15 @@ import pytest
 import simplejpeg
 from exactness_ranks import GLOBAL_BATCH, Stream, Trial, undisturbed, with_take_down
 
+from benchmarks.object_server import ObjectServer, Rates
 from data_pipeline.manifest import View, open_view
 from data_pipeline.prepare import RawMembers, write_shards
-from data_pipeline.sources import Named
+from data_pipeline.sources import Named, SizeNamed
 from data_pipeline.taken import write_take_down
 from data_pipeline.views import write_keep
 
 STEPS = 40
-KINDS = ("one source", "mixture", "view", "take-down", "bad samples", "dali", "stages")
+KINDS = ("one source", "mixture", "view", "take-down", "bad samples", "dali", "stages", "sizes", "store")
 
 multiprocessing.set_forkserver_preload(["exactness_ranks", "webdataset"])
 
@@ -53,10 +55,20 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed, (name, count) in enumerate((("a", 300), ("b", 140), ("c", 60), ("bad", 300))):
         view = draw(root / name, count=count, seed=seed)
         write_keep(view, rng.random(count) < 0.6, reason="a draw", out=root / f"{name}.keep")
+        for size in range(2):
+            mine = np.arange(count) % 3 < 1 if size else np.arange(count) % 3 >= 1
+            write_keep(view, mine, reason="a size", out=root / f"{name}-{size}.keep")
         for leg in range(8):
             write_take_down(view, rng.random(count) < 0.04, reason="a draw", out=root / f"{name}-{leg}.down")
     damage(open_view(root / "bad"), rng)
     return root
+
+
+@pytest.fixture(scope="module")
+def served(sets: Path) -> Iterator[str]:
+    """The same sets on a web server, which now and then fails."""
+    with ObjectServer(sets, script=Rates(unavailable=0.02, resets=0.02)) as server:
+        yield server.url
 
 
 def damage(view: View, rng: np.random.Generator) -> None:
@@ -73,7 +85,7 @@ def damage(view: View, rng: np.random.Generator) -> None:
                 file.write(bytes([old[0] ^ 0x41]))
 
 
-def stream_of(kind: str, sets: Path) -> Stream:
+def stream_of(kind: str, sets: Path, url: str = "") -> Stream:
     one = (("data", Named(shards=str(sets / "a"))),)
     if kind == "mixture":
         weights = {"a": 5.0, "b": 2.0, "c": 1.5}
@@ -82,6 +94,13 @@ def stream_of(kind: str, sets: Path) -> Stream:
         return Stream(sources=(("data", Named(shards=str(sets / "a"), keep=(str(sets / "a.keep"),))),))
     if kind == "bad samples":
         return Stream(sources=(("data", Named(shards=str(sets / "bad"))),))
+    if kind == "sizes":
+        sizes = ((0, 16, 16), (1, 8, 24))
+        named = ((f"s{n}", SizeNamed(samples=str(sets / f"a-{n}.keep"), height=h, width=w)) for n, h, w in sizes)
+        return Stream(sources=one, buckets=tuple(named))
+    if kind == "store":
+        assert url
+        return Stream(sources=(("far", Named(shards=f"{url}/a")), ("near", Named(shards=str(sets / "b")))))
     return Stream(sources=one, decoder="dali" if kind == "dali" else "plain", stages=kind == "stages")
 
 
@@ -92,19 +111,19 @@ def wanted(stream: Stream) -> list[int]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seed", range(2))
-def test_trial(kind: str, seed: int, sets: Path, tmp_path: Path) -> None:
-    trial(kind, seed, sets, tmp_path)
+def test_trial(kind: str, seed: int, sets: Path, served: str, tmp_path: Path) -> None:
+    trial(kind, seed, sets, served, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seed", range(100, 172))
-def test_many_trials(kind: str, seed: int, sets: Path, tmp_path: Path) -> None:
-    trial(kind, seed, sets, tmp_path)
+def test_many_trials(kind: str, seed: int, sets: Path, served: str, tmp_path: Path) -> None:
+    trial(kind, seed, sets, served, tmp_path)
 
 
-def trial(kind: str, seed: int, sets: Path, folder: Path) -> None:
-    first = stream_of(kind, sets)
+def trial(kind: str, seed: int, sets: Path, url: str, folder: Path) -> None:
+    first = stream_of(kind, sets, url)
     run = Trial(stream=first, steps=STEPS, chance=random.Random(f"{kind} {seed}"), folder=folder)
     if kind == "take-down":
         run.change = lambda stream, leg: with_take_down(stream, sets / f"a-{leg % 8}.down") if 0 < leg < 8 else stream
