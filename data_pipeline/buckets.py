@@ -8,6 +8,7 @@ order of its own. So a step knows its bucket, and its number among that bucket's
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,11 +18,13 @@ from data_pipeline import feistel
 from data_pipeline.bitmap import Bitmap, counts_of
 from data_pipeline.errors import BadSplit
 from data_pipeline.manifest import View
-from data_pipeline.mixture import balanced, shares_of
+from data_pipeline.mixture import balanced
 from data_pipeline.narrowed import Narrowed
 from data_pipeline.order import Located, Order
 from data_pipeline.views import Kept
 
+MAX_STEPS = 1 << 20
+"""Entries of the sequence of buckets; a second to make."""
 _BUCKET = 5
 """Purpose: the first part of a key, as in `order`."""
 
@@ -34,6 +37,14 @@ class Bucket:
     height: int
     width: int
     samples: Bitmap
+
+
+def _weights(steps: Sequence[int]) -> list[int]:
+    """Their ratio in whole numbers; exact up to `MAX_STEPS` in sum, then to one in that many."""
+    shortest = math.gcd(*steps)
+    if sum(steps) // shortest <= MAX_STEPS:
+        return [one // shortest for one in steps]
+    return [max(1, round(one * MAX_STEPS / sum(steps))) for one in steps]
 
 
 class Buckets:
@@ -72,7 +83,7 @@ class Buckets:
             self._steps[bucket.name] = order.steps_per_epoch
             self._shas.append(f"{bucket.name}\n{bucket.height}\n{bucket.width}\n{kept.sha256}")
         # Steps are what is shared out, so the shortest cycle is the sum of the weights.
-        weights = shares_of({name: float(steps) for name, steps in self._steps.items()}, global_batch=1).weights
+        weights = _weights(list(self._steps.values()))
         self._weights = np.array(weights)
         self._sequence = balanced(weights)
         self._number = np.empty(len(self._sequence), np.int64)
@@ -82,11 +93,18 @@ class Buckets:
         self.steps_per_epoch = sum(self._steps.values())
         self.epoch_len = self.steps_per_epoch * global_batch
         self.dropped_per_epoch = sum(stream.dropped_per_epoch for stream in self._streams)
+        used = int(Kept(view, keeps).sizes.sum()) if keeps else view.num_samples
+        self.in_no_bucket = used - sum(int(stream.num_samples) for stream in self._streams)
+        """Samples that are used, but of no size."""
 
     def identity(self) -> dict[str, int]:
         words = "\n".join(["ecdit buckets", *self._shas]).encode()
         buckets = int.from_bytes(hashlib.sha256(words).digest()[:6], "little")
         return {"seed": self.seed, "global_batch": self.global_batch, "window": self.window, "buckets": buckets}
+
+    def steps_of(self, name: str) -> int:
+        """Of an epoch."""
+        return self._steps[name]
 
     def of(self, step: int) -> Bucket:
         """What a step's batch is of."""

@@ -1,8 +1,11 @@
 """NVIDIA DALI behind the decoder's slot: it decodes and resizes what we chose and read. The only importer of nvidia.dali.
 
 One bad JPEG ends a DALI pipeline and its object. Whole JPEGs of one or three components go to DALI; all others go to the
-reference, which alone decides what is bad: so the same samples are replaced under either decoder. Should DALI fail all the
-same, its pipeline is made anew and the reference takes over for these pictures, counted in `fallbacks`.
+reference, which decides what is bad. Should DALI fail all the same, its pipeline is made anew and the reference takes over for
+these pictures, counted in `fallbacks`.
+
+One thing DALI lets through: a JPEG whose compressed data are damaged but end well, which libjpeg-turbo warns of and the reference
+calls bad. After the index was made its checksum finds such a picture; before, nothing but the reference does.
 
 Pictures that already have their size come out bit for bit as the reference's (both are libjpeg-turbo; tests hold it). Resized ones
 differ a little: DALI's antialiased triangular filter, ours is OpenCV's area filter.

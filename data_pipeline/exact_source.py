@@ -104,6 +104,10 @@ class ExactSource(IterableDataset):
         step = self._place.load({name: value for name, value in state.items() if name not in ("inside", "world")})
         self._taken = step * self._share + inside
 
+    def seek(self, taken: int) -> None:
+        """Where the next `iter` begins, in samples of this rank's share."""
+        self._taken = taken
+
     def number_of(self, position: int) -> int:
         """Which of this rank's samples is at a position."""
         step, slot = divmod(position, self.order.global_batch)
@@ -138,6 +142,8 @@ class ExactPipeline(wds.DataPipeline):
         self._delivered: int | None = None
 
     def __iter__(self) -> Iterator[Any]:
+        if self._delivered is not None:
+            self._source.seek(self._delivered)  # what stages held back comes again
         last = -1
         for found in super().__iter__():
             if not isinstance(found, Mapping) or "__position__" not in found:

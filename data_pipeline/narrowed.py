@@ -30,6 +30,7 @@ class Narrowed:
         self._stream, self._kept, self._taken = stream, kept, taken
         self.global_batch, self.steps_per_epoch = stream.global_batch, stream.steps_per_epoch
         self.dropped_per_epoch, self.epoch_len = stream.dropped_per_epoch, stream.epoch_len
+        self.num_samples = stream.num_samples
 
     def identity(self) -> dict[str, int]:
         return self._stream.identity()

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from data_pipeline import taken
+from data_pipeline.buckets import Buckets
 from data_pipeline.errors import WrongView
 from data_pipeline.history import advice
 from data_pipeline.order import Stream
@@ -74,6 +75,14 @@ class Place:
                 f"{left:,} of {used:,} samples ({left / used:.2%}) are left out of each epoch, others in each: what does not fill "
                 f"a global batch of {self._stream.global_batch}"
             )
+        if isinstance(self._stream, Buckets):
+            if self._stream.in_no_bucket:
+                lines.append(f"{self._stream.in_no_bucket:,} samples are in no bucket (data.buckets) and never come")
+            for bucket in self._stream.buckets:
+                steps = self._stream.steps_of(bucket.name)
+                lines.append(
+                    f"bucket {bucket.name}: {bucket.height} x {bucket.width} pixels, {steps:,} steps of an epoch"
+                )
         if self._data.is_mixture:
             shares = self._data.shares(global_batch=self._stream.global_batch)
             total = sum(source.weight for source in self._data.sources)

@@ -31,26 +31,26 @@ class Quarantine:
     """The file of one rank; `path` None keeps nothing."""
 
     def __init__(self, path: Path | None) -> None:
-        self._path = path
+        self.path = path
         self._unwritten: list[str] = []
         self._handle = -1
 
     def add(self, bad: Sequence[BadSample]) -> None:
         """A disk that refuses ends nothing: the lines are tried again with the next ones."""
-        if self._path is None or not bad:
+        if self.path is None or not bad:
             return
         self._unwritten += [json.dumps(asdict(sample)) + "\n" for sample in bad]
         try:
             # Held open: a folder that is renamed keeps its file, and nothing is made under the old name.
             if self._handle < 0:
-                self._handle = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+                self._handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
             size, lines = os.fstat(self._handle).st_size, "".join(self._unwritten).encode()
             if os.write(self._handle, lines) != len(lines):
                 os.ftruncate(self._handle, size)
                 raise OSError("the disk took only a part of the lines")
             self._unwritten.clear()
         except OSError as error:
-            logger.warning("%s cannot be written (%s); its lines wait in memory", self._path, error)
+            logger.warning("%s cannot be written (%s); its lines wait in memory", self.path, error)
             del self._unwritten[:-MAX_UNWRITTEN]
 
     def close(self) -> None:

@@ -40,6 +40,7 @@ from data_pipeline.errors import (
     Where,
     WrongView,
 )  # fmt: skip
+from data_pipeline.filling import MAX_ATTEMPTS
 from data_pipeline.order import nearest_divisors
 from data_pipeline.quarantine import BadSample, Quarantine
 from data_pipeline.reader import RawSample
@@ -210,7 +211,7 @@ class StreamedLoader:
         bad: list[BadSample] = []
         skipped, read = 0, sum(sample.raw.num_bytes for sample in samples)
         todo = list(enumerate(samples))
-        while todo:
+        for _ in range(MAX_ATTEMPTS):
             pieces = [todo[n :: self._pool._max_workers] for n in range(min(len(todo), self._pool._max_workers))]
             answers = [
                 answer for piece in self._pool.map(lambda part: self._fill(buffer, part), pieces) for answer in piece
@@ -230,7 +231,10 @@ class StreamedLoader:
                     skipped += 1
                 if error is not None:
                     todo.append((slot, draw()))
-        return buffer.batch(), bad, skipped, read
+            if not todo:
+                return buffer.batch(), bad, skipped, read
+        last = f"; last: {bad[-1].message}" if bad else ""
+        raise TooManyBad(f"position {position[todo[0][0]]}: {MAX_ATTEMPTS} samples in a row are bad or left out{last}")
 
     def _fill(
         self, buffer: BatchBuffer, part: Sequence[tuple[int, _Sample]]
@@ -260,6 +264,7 @@ class _Life:
     def __init__(self, loader: StreamedLoader, *, step: int) -> None:
         self._loader, self._step = loader, step
         self._stopped = threading.Event()
+        self._ended: Exception | None = None
         self._read: queue.Queue[_Sample | _End | Exception] = queue.Queue(maxsize=max(2 * loader._share, 64))
         self._made: queue.Queue[_Made | Exception] = queue.Queue(maxsize=max(1, loader._prefetch))
         self._threads = [threading.Thread(target=run, daemon=True) for run in (self._reader, self._assembler)]
@@ -267,8 +272,11 @@ class _Life:
             thread.start()
 
     def next(self) -> _Made:
+        if self._ended is not None:
+            raise self._ended
         found = self._made.get()
         if isinstance(found, Exception):
+            self._ended = found  # its threads are gone: a next call would wait for ever
             self.stop()
             raise found
         return found

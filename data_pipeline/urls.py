@@ -36,6 +36,9 @@ def expand(shards: str, *, allow_pipe: bool = False) -> list[str]:
                 raise BadSplit(
                     f"data.shards = {url}: a pipe runs a command of the configuration; data.allow_pipe=true allows it"
                 )
+        elif "@" in url.partition("://")[2].partition("/")[0]:
+            rule = "a password does not belong into a URL, which is written down; use ~/.netrc, or index the tars of a store"
+            raise BadSplit(f"data.shards = {url.partition('://')[0]}://...@...: {rule}")
         elif (strange := _STRANGE.search(url)) is not None:
             raise BadSplit(
                 f"data.shards = {url}: {strange[0]!r} may not stand in a URL, webdataset gives it to a shell"

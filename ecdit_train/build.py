@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from data_pipeline.errors import WrongView
 from ecdit_train import atomic, lineage
 from ecdit_train.batches.encoded import EncodedBatches, Encoders, make_encoders
 from ecdit_train.batches.loader import make_loader
@@ -92,6 +94,7 @@ def _assemble(config: RunConfig, runtime: Runtime, owned: Ownership, *, stop_aft
     mesh = make_mesh(config.parallel, device_type=runtime.device.type, world=runtime.world)
     encoders = runtime.together(lambda: make_encoders(config, runtime.device))
     batches = runtime.together(lambda: make_batches(config, mesh, runtime=runtime, encoders=encoders, life=owned.life))
+    runtime.together(partial(same_data, runtime.all_gather_json(batches.state_dict())))
     parallel = spread(config, runtime, mesh=mesh)
     pipeline = make_pipeline(config, parallel, encoders=encoders)
     progress = Progress(config.train.steps, stream=sys.stdout if runtime.rank == 0 else None)
@@ -210,6 +213,17 @@ def make_batches(
         latent_side=config.latent_side,
         device=runtime.device,
     )
+
+
+def same_data(states: Sequence[Mapping[str, Any]]) -> None:
+    """Of each rank: a set that is indexed anew while a job starts is another one for some of them. Raises WrongView."""
+    strange = [rank for rank, state in enumerate(states) if state != states[0]]
+    if strange:
+        names = sorted(key for key in states[0] if states[strange[0]].get(key) != states[0][key])
+        raise WrongView(
+            f"rank {strange[0]} (of {len(strange)}) reads other data than rank 0: {', '.join(names) or 'more keys'} differ; "
+            "was the set indexed while the run started? Start it again"
+        )
 
 
 def make_validation(

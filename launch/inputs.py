@@ -48,6 +48,7 @@ def problems(cfg: RunConfig) -> Iterator[Problem]:
             rule = f"{shards} {what}; `ecdit data` makes a data set, and all nodes must see it"
             yield Problem(field=f"{field}.shards", value=source.shards, rule=rule)
         lists += [(f"{field}.keep", path) for path in source.keep]
+    lists += [(f"data.buckets.{name}.samples", bucket.samples) for name, bucket in cfg.data.buckets.items()]
     for key, path in [*lists, *(("data.take_down", path) for path in cfg.data.take_down)]:
         if not (there := outside(path, mounts=mounts)).is_file():
             yield Problem(field=key, value=path, rule=f"{there} is not there; all nodes must see it")

@@ -24,7 +24,8 @@ def mounts(cfg: RunConfig, *, run: str, cwd: str) -> tuple[tuple[str, str], ...]
     sources = cfg.data.named.values()
     data = [path for source in sources for path in (source.shards, *source.keep)]
     if cfg.data.order == "streamed" and not cfg.data.shards.startswith("pipe:"):
-        data.append(cfg.data.shards.partition("{")[0])
+        data.append(os.path.dirname(cfg.data.shards.partition("{")[0]) if "{" in cfg.data.shards else cfg.data.shards)
+    data += [bucket.samples for bucket in cfg.data.buckets.values()]
     for path in (cwd, run, *data, *cfg.data.take_down, cfg.train.init_from, *slots):
         if path is None or "://" in path:
             continue

@@ -131,3 +131,10 @@ def test_another_stream_is_refused(shapes_folder: Path) -> None:
         ExactSource(shapes_folder, global_batch=BATCH).order.locate(np.arange(4)).shard,
         ExactSource(open_view(shapes_folder), global_batch=BATCH).order.locate(np.arange(4)).shard,
     )
+
+
+def test_iterated_again_what_a_stage_held_back_comes_again(shapes_folder: Path) -> None:
+    pipeline = ExactPipeline(ExactSource(shapes_folder, global_batch=BATCH), wds.batched(8))
+    first = next(iter(pipeline))["__position__"].tolist()
+    second = next(iter(pipeline))["__position__"].tolist()
+    assert first + second == list(range(16))

@@ -158,7 +158,7 @@ def test_one_tensor_parallel_rank_writes_the_quarantine(tiny_shards, tmp_path):
     degrees = Degrees(world=4, dp_replicate=1, dp_shard=2, tp=2, ep=1)
     for rank in range(4):
         loader = build.make_loader(config, Mesh(degrees=degrees, rank=rank, device_type="cpu"), run=tmp_path, life=1)
-        names.append(loader._quarantine and loader._quarantine.name)
+        names.append(loader._quarantine.path and loader._quarantine.path.name)
         loader.close()
     assert names == ["quarantine-0000-life-0001.jsonl", None, "quarantine-0001-life-0001.jsonl", None]
 
