@@ -80,7 +80,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # the reader of a pipe has seen enough, as in `ecdit plan ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = errors.EXIT_OK
-    except Exception as e:
+    except Exception as error:
+        e = errors.of_disk(error) if isinstance(error, OSError) else error
         if not isinstance(getattr(e, "exit_code", None), int):
             raise
         _tell(e)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,7 @@ def data_index(args: argparse.Namespace) -> int:
         return errors.EXIT_OK
     print("\n".join([*tally.table(indexed.tallies), f"{folder}: {indexed.view.sha256[:12]}"]))
     if any(one.set_aside and one.damage for one in indexed.tallies.values()):
-        where = args.folder if args.out is None else f"{args.folder} --out {args.out}"
+        where = shlex.join([args.folder] if args.out is None else [args.folder, "--out", args.out])
         print(f"to use their whole samples: ecdit data index {where} --on-bad-shard salvage")
     return errors.EXIT_OK
 

@@ -5,6 +5,7 @@ Every message is one line per problem: what, where, the rule, and the nearest va
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -103,6 +104,14 @@ class StorageError(EcditError):
 
     exit_code = 87
     everywhere = True
+
+
+def of_disk(error: OSError) -> Exception:
+    """What a full or read-only disk said, as StorageError; anything else as it is."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+        return error
+    where = f"{error.filename}: " if error.filename else ""
+    return StorageError(f"{where}{error.strerror}; make room and run the same command again: what is finished is kept")
 
 
 class RendezvousError(EcditError):

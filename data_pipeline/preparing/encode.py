@@ -28,7 +28,7 @@ from data_pipeline.preparing.local import Runner
 from data_pipeline.preparing.pack import NoCaption, caption_of, samples_of, tasks_of
 from data_pipeline.preparing.pixels import npy_bytes
 from data_pipeline.preparing.sources import Found, Piece, Source, refuse_inside
-from data_pipeline.preparing.tarring import RawMembers, write_tar
+from data_pipeline.preparing.tarring import RawMembers, is_short, write_tar
 from data_pipeline.preparing.work import Count, Service, Task
 
 IN_FLIGHT = 2
@@ -193,6 +193,8 @@ class EncodeWork:
 
     def _decode(self, found: Found, piece: Piece) -> tuple[_Ready, np.ndarray] | _Rejected:
         where = Where(piece.name, found.file or found.key)
+        if not is_short(found.key, suffix="latent.npy"):
+            return _Rejected(reason="name too long", words=f"{len(found.key.encode())} bytes")
         try:
             caption = caption_of(found, self.rule.captions, where=where)
             if caption is None and self.rule.no_caption == "reject":

@@ -28,6 +28,10 @@ OWN = {
 """Name -> DuckDB's type."""
 
 
+MAX_DEPTH = 64
+"""Of what is kept of a sample's json; DuckDB reads 128."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class FactsWork:
     """`work.Work`: `000000.jsonl.gz`, ... in a folder, by the number of the shard."""
@@ -72,6 +76,19 @@ def rows(path: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
 
 
+def _tame(value: Any, *, depth: int = 0) -> Any:
+    """A json that any reader takes: no half of a surrogate pair, and nothing deeper than `MAX_DEPTH`."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if depth >= MAX_DEPTH and isinstance(value, dict | list):
+        return None
+    if isinstance(value, dict):
+        return {_tame(name): _tame(one, depth=depth + 1) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_tame(one, depth=depth + 1) for one in value]
+    return value
+
+
 def _row(found: Found | DataError, *, where: Where) -> dict[str, Any]:
     nothing = dict.fromkeys(OWN)
     if isinstance(found, DataError):
@@ -81,7 +98,7 @@ def _row(found: Found | DataError, *, where: Where) -> dict[str, Any]:
     try:
         if "json" in found.fields:
             loaded = json.loads(str(found.fields["json"], "utf-8"), parse_constant=lambda _: None)
-            about = loaded if isinstance(loaded, dict) else {}
+            about = _tame(loaded) if isinstance(loaded, dict) else {}
         caption = caption_of(found, [name for name in ("txt", "json") if name in found.fields], where=where)
         row |= {"caption": caption, "caption_length": len(caption or "")}
         picture = next((suffix for suffix in IMAGE_SUFFIXES if suffix in found.fields), None)

@@ -8,6 +8,7 @@ faster than it is encoded waits.
 from __future__ import annotations
 
 import itertools
+import logging
 from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -19,6 +20,8 @@ RETRIES = 3
 """Of a task, or a batch, whose actor died."""
 IN_FLIGHT = 2
 """Batches that one worker has with the encoders."""
+
+logger = logging.getLogger("ecdit.data")
 
 
 class OnRay:
@@ -42,6 +45,7 @@ class OnRay:
             ray.init(address=self._address, include_dashboard=False, log_to_driver=False, logging_level="warning")
         encoders: list[Any] = []
         workers: list[Any] = []
+        gpus = 0.0
         try:
             if work.service is not None:
                 gpus = self._gpus if self._gpus is not None else float(ray.cluster_resources().get("GPU", 0) > 0)
@@ -51,13 +55,24 @@ class OnRay:
                 encoders = [kind.remote(work.service, number) for number in range(self._encoders)]
             kind = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=RETRIES)(_Worker)
             shared = ray.put(work)
-            workers = [kind.remote(shared, encoders, number) for number in range(self._workers)]
+            room = self._room(ray, encoders=len(encoders), on_cpus=bool(encoders) and not gpus)
+            workers = [kind.remote(shared, encoders, number) for number in range(room)]
             yield from _drain(ray, workers, iter(tasks))
         finally:
             for actor in [*workers, *encoders]:
                 ray.kill(actor)
             if began:
                 ray.shutdown()
+
+    def _room(self, ray: Any, *, encoders: int, on_cpus: bool) -> int:
+        """Workers that the cluster has CPUs for: an actor without one would hold its task for ever, without a word."""
+        cpus = int(ray.cluster_resources().get("CPU", 0)) - (encoders if on_cpus else 0)
+        if cpus < 1:
+            rule = f"must leave a CPU of {int(ray.cluster_resources().get('CPU', 0))} for a worker"
+            raise DataError(f"actors = {encoders}: {rule}; nearest: {max(1, encoders + cpus - 1)}")
+        if cpus < self._workers:
+            logger.warning("Ray has CPUs for %d of %d workers", cpus, self._workers)
+        return min(self._workers, cpus)
 
 
 def _drain(ray: Any, workers: list[Any], queue: Iterator[Task]) -> Iterator[tuple[Task, Record]]:

@@ -19,7 +19,7 @@ from data_pipeline.preparing.drive import Done, Watch
 from data_pipeline.preparing.local import Runner
 from data_pipeline.preparing.pixels import encode_image, shorter_side
 from data_pipeline.preparing.sources import PICTURES, Damaged, Found, Lost, Piece, Source, Sum, refuse_inside
-from data_pipeline.preparing.tarring import RawMembers, write_tar
+from data_pipeline.preparing.tarring import RawMembers, is_short, write_tar
 from data_pipeline.preparing.work import Count, Service, Task
 
 Crop = Literal["centre", "none"]
@@ -123,6 +123,8 @@ class PackWork:
                 yield sample
 
     def _pack(self, found: Found, *, where: Where) -> RawMembers:
+        if not is_short(found.key, suffix="json"):
+            raise _RejectedError("name too long", f"{len(found.key.encode())} bytes")
         caption = caption_of(found, self.rule.captions, where=where)
         if caption is None and self.rule.no_caption == "reject":
             raise _RejectedError("no caption", f"has {', '.join(sorted(found.fields))}")

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -107,17 +108,23 @@ class _Asking:
 
     def __init__(self, *, files: Sequence[Path], side: Sequence[Path | None], where: str) -> None:
         self._files, self._where, self._db, self._error = files, where, connect(), error_class()
-        described = self._db.execute(f"DESCRIBE SELECT * FROM read_json({files_of(files)}, {_HOW})").fetchall()
+        described = self._described(f"read_json({files_of(files)}, {_HOW})")
         found = {name: kind for name, kind, *_ in described}
         self._columns = {**found, **OWN}
         self._side = [(number, path) for number, path in enumerate(side) if path is not None]
         self._more: dict[str, str] = {}
         if self._side:
             paths = files_of([path for _, path in self._side])
-            table = self._db.execute(f"DESCRIBE SELECT * FROM read_parquet({paths}, union_by_name = true)").fetchall()
+            table = self._described(f"read_parquet({paths}, union_by_name = true)")
             known = {name.lower() for name in self._columns}
             if any(name == "key" for name, *_ in table):
                 self._more = {name: kind for name, kind, *_ in table if name.lower() not in known and kind != "BLOB"}
+
+    def _described(self, source: str) -> list[tuple[Any, ...]]:
+        try:
+            return self._db.execute(f"DESCRIBE SELECT * FROM {source}").fetchall()
+        except self._error as error:
+            raise BadFilterError(f"what is known of the samples cannot be read: {error}") from error
 
     def answers(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """(shard, sample, 1 where the condition holds, 2 where nobody can tell), of those that are not plainly dropped."""

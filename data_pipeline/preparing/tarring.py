@@ -18,6 +18,11 @@ MAX_NAME = 255
 """Bytes of a member's name, as in plain ustar."""
 
 
+def is_short(key: str, *, suffix: str) -> bool:
+    """Whether a member may have this name."""
+    return len(f"{key}.{suffix}".encode()) <= MAX_NAME
+
+
 @dataclass(frozen=True, kw_only=True)
 class RawMembers:
     """One sample to write: a key and the bytes of its members by suffix ("png", "txt", "latent.npy")."""
@@ -45,7 +50,7 @@ def _check_name(key: str, suffix: str, *, shard: str) -> None:
     try:
         if split_name(name) != (key, suffix):
             raise BadMember("the key may not contain a dot")
-        if len(name.encode()) > MAX_NAME:
+        if not is_short(key, suffix=suffix):
             raise BadMember(f"a member's name may have {MAX_NAME} bytes")
     except BadMember as error:
         raise BadMember(f"shard {shard}: key {key!r}, suffix {suffix!r}: {error}") from None

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from data_pipeline.commit import commit, temporary_sibling, write_committed
-from data_pipeline.errors import BadMember, WrongView
+from data_pipeline.errors import BadMember, MissingShard, WrongView
 from data_pipeline.index import Index, index_bytes, index_path, refuse_damage, scan, write_index
 from data_pipeline.manifest import Shard, describe
 
@@ -137,7 +137,6 @@ def run_task(work: Work, task: Task, *, service: Service | None = None) -> Recor
     known = finished(task, params_sha256=params_sha256)
     if known is not None:
         return known
-    task.done.unlink(missing_ok=True)  # from here until the end the output counts as unmade
     task.output.parent.mkdir(parents=True, exist_ok=True)
     part = temporary_sibling(task.output)
     index = None
@@ -148,7 +147,7 @@ def run_task(work: Work, task: Task, *, service: Service | None = None) -> Recor
             index = _index(part, shard=task.output.name, kept=count.kept)
         sha256, size = index.tar_sha256 if index is not None else file_sha256(part), part.stat().st_size
         commit(part, task.output)
-    except FileNotFoundError:
+    except (FileNotFoundError, MissingShard):
         known = finished(task, params_sha256=params_sha256)
         if known is None:
             raise

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cli_commands import ecdit, files, refused
@@ -321,3 +323,14 @@ def test_launch_render_only_writes_nothing(tmp_path, capsys):
     assert ecdit("launch", "experiment=ec_dit_xl_8e", "cluster=h100_ib400", run, "--render-only") == 0
     assert capsys.readouterr().out.startswith("#!")
     assert not (tmp_path / "r").exists()
+
+
+def test_a_full_disk_is_one_line_with_its_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "a.tar"))
+
+    monkeypatch.setattr("data_pipeline.stats.look", full)
+    with pytest.raises(SystemExit) as left:
+        cli.main(["data", "stats", str(tmp_path)])
+    assert left.value.code == 87
+    assert "a.tar: No space left on device; make room" in capsys.readouterr().err

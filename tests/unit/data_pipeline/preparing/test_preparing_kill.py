@@ -72,7 +72,10 @@ def test_killed_at_random_and_run_again(forms, whole, tmp_path):
         trials += 1
         assert trials < 200
         process = life(forms["files"], out)
-        time.sleep(chance.uniform(0, span))
+        written = chance.randrange(len(whole))  # a moment of the work, however fast this machine is just now
+        while process.is_alive() and (not out.exists() or len(list(out.iterdir())) < written):
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0, span / len(whole)))
         killed += kill(process)
         if out.exists():
             there = content(out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import tarfile
@@ -239,3 +240,22 @@ def test_quality_and_png_sources(tmp_path):
         pack(find(tmp_path / "in"), tmp_path / f"{quality}", rule=PackRule(resolution=32, quality=quality))
         sizes.append(len(members(tmp_path / f"{quality}")["a"]["jpg"]))
     assert sizes[0] < sizes[1]
+
+
+def test_a_name_that_no_tar_may_have_is_one_rejected_sample(tmp_path):
+    source = tmp_path / "in"
+    source.mkdir()
+    with tarfile.open(source / "a.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        for key in ("a", "b" * 260, "c"):
+            for suffix, payload in (
+                ("png", encode_image(picture(7, height=64, width=64), image_format="png")),
+                ("txt", b"words"),
+            ):
+                info = tarfile.TarInfo(f"{key}.{suffix}")
+                info.size = len(payload)
+                tar.addfile(info, io.BytesIO(payload))
+    index_folder(source)
+    made = pack(find(source), tmp_path / "out", rule=PackRule(resolution=16))
+    assert made.view is not None
+    assert made.view.num_samples == 2
+    assert made.done.rejected["name too long"] == 1

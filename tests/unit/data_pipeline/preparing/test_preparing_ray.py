@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from preparing_forms import Deadly, content
 
@@ -64,9 +65,22 @@ def test_killed_at_random_and_run_again(cluster, forms, whole, tmp_path, points)
                 time.sleep(0.005)
             time.sleep(chance.uniform(0, 0.1))
             child.kill()
+        gone(out)
         pack(find(forms["files"], per_shard=2), out, rule=RULE, runner=OnRay(workers=2))
         assert content(out) == whole
         shutil.rmtree(out)
+
+
+def gone(out: Path) -> None:
+    """Waits until an actor of a driver that was killed has ended, too: it works on for a moment, and may leave a file
+    behind what a rerun sweeps."""
+    for _ in range(200):
+        before = {path: path.stat().st_mtime_ns for path in out.glob("*.part-*")}
+        time.sleep(0.25)
+        busy = [p for p in psutil.process_iter(["cmdline"]) if "ray::_Worker" in " ".join(p.info["cmdline"] or ())]
+        if not busy and {path: path.stat().st_mtime_ns for path in out.glob("*.part-*")} == before:
+            return
+    raise AssertionError("an actor outlived its driver")
 
 
 class Slow:

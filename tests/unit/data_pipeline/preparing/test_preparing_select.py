@@ -195,3 +195,17 @@ def test_tables_are_resumed_and_do_not_depend_on_workers(tmp_path):
         again = [path.name for path in times if path.stat().st_mtime_ns != times[path]]
         assert all(name.startswith("000002") for name in again)
         assert again
+
+
+def test_a_json_that_no_database_reads_costs_no_other_sample(tmp_path):
+    deep: object = 1
+    for _ in range(500):
+        deep = [deep]
+    about = [{"a": "\ud800", "\ud801": 1}, {"a": deep}, {"a": "good", "score": 3}]
+    pixels = encode_image(picture(1, height=8, width=8), image_format="jpg")
+    members = [{"jpg": pixels, "json": json.dumps(one).encode()} for one in about]
+    write_shards([RawMembers(key=f"{n}", members=m) for n, m in enumerate(members)], tmp_path / "set")
+    work, done = make_facts(tmp_path / "set", tables=tmp_path / "tables")
+    assert done.kept == 3
+    assert np.flatnonzero(select(work, where="score = 3").mask).tolist() == [2]
+    assert np.flatnonzero(select(work, where="height = 8").mask).tolist() == [0, 1, 2]
