@@ -99,6 +99,14 @@ def test_a_job_is_not_sent_where_a_source_or_list_is_missing(sets, tmp_path):
     assert fields[:3] == ["data.sources.b.shards", "data.sources.a.keep", "data.take_down"]
 
 
+def test_files_of_sizes_are_looked_for_before_a_launch(sets, tmp_path):
+    bucket = f"data.buckets={{tall:{{samples:{tmp_path}/no.keep,height:40,width:24}}}}"
+    config = compose(
+        ["experiment=shapes_tiny", f"run={tmp_path}/run", f"data.shards={sets['art']}", bucket], local=False
+    )
+    assert "data.buckets.tall.samples" in [problem.field for problem in problems(config)]
+
+
 def test_the_commands_write_lists_that_runs_read(sets, tmp_path, capsys):
     (tmp_path / "keys").write_text("00000003\n00000017\nnobody\n")
     folder, out = str(sets["art"]), str(tmp_path / "x.keep")
