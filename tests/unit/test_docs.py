@@ -188,7 +188,7 @@ def check_command(line: str) -> None:
     if name == "submit":
         check_composed(args, submit_verbs.cluster_words(args))
         check_command(shlex.join(["ecdit", *args.line]))
-    elif name in ("data_shapes", "data_pack", "data_filter", "data_dedup", "data_report"):
+    elif name in ("data_shapes", "data_pack", "data_filter", "data_dedup", "data_buckets", "data_report"):
         kind = getattr(arguments, name.removeprefix("data_").capitalize())
         arguments.read(kind, args.words, alone=True).build(kind)
     elif name == "data_encode":
