@@ -78,8 +78,7 @@ def _runs(buffer: Buffer, found: Gathered) -> Iterator[Sample | Damage]:
     current: Sample | None = None
     for part in survey(buffer):
         if isinstance(part, LeftOut):
-            if part.reason not in ("folder", "global header"):
-                found.left_out[part.reason] += 1
+            found.left_out[part.reason] += 1
             continue
         if isinstance(part, Damage):
             found.damage.append(part)

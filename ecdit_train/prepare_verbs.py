@@ -1,8 +1,10 @@
-"""`ecdit data pack|encode|filter|dedup|buckets|report`: a data set is prepared. Each verb is a call or two of `data_pipeline.preparing`."""
+"""`ecdit data pack|encode|filter|dedup|buckets|report`: a data set is prepared. Each verb is a call or two of
+`data_pipeline.preparing`."""
 
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -163,15 +165,21 @@ def data_buckets(args: argparse.Namespace) -> int:
     written = found.write(Path(asked.out))
     print("\n".join(f"{count:>12,} samples  {written[size]}" for size, count in found.counts.items()))
     for name, count in found.left_out.items():
-        print(f"{count:>12,} samples are nearest to {name}, fewer than least={asked.least}: they are with another size")
+        few = f", fewer than {asked.least}: they are with another size" if count else ", so it is left out"
+        print(f"{count:>12,} samples are nearest to {name}{few}")
     if found.without:
         print(f"{found.without:>12,} samples have no picture that can be read, and are of no size")
     named = ", ".join(
-        f"{size.name}: {{samples: {quoted(str(path))}, height: {size.height}, width: {size.width}}}"
+        f"{size.name}: {{samples: {_word(str(path))}, height: {size.height}, width: {size.width}}}"
         for size, path in written.items()
     )
     print("train on them with " + shlex.quote(f"data.buckets={{{named}}}"))
     return errors.EXIT_OK
+
+
+def _word(text: str) -> str:
+    """As Hydra's grammar reads it back."""
+    return text if re.fullmatch(r"[\w./-]*[A-Za-z_/][\w./-]*", text, re.ASCII) else quoted(text)
 
 
 def data_report(args: argparse.Namespace) -> int:

@@ -57,7 +57,7 @@ VERBS = {
     "data pack": ["IN", "resolution=PIXELS", "runner=local|ray", "--part I/N"],
     "data keep": ["FILE", "--keys", "--drop-keys", "data.keep", "--manifest"],
     "data takedown": ["FILE", "--keys", "data.take_down", "--manifest"],
-    "data stats": ["folder", "fields", "--global-batch"],
+    "data stats": ["folder", "fields", "--global-batch", "FOLDER|WORD"],
     "data salvage": ["TAR", "whole"],
     "data shapes": ["out=FOLDER", "count=N", "mix={task: weight, ...}", "--part I/N"],
     "submit": ["WORD", "--array", "--after", "--nproc", "--parsable", "--folder"],

@@ -191,6 +191,8 @@ def check_command(line: str) -> None:
     elif name in ("data_shapes", "data_pack", "data_filter", "data_dedup", "data_buckets", "data_report"):
         kind = getattr(arguments, name.removeprefix("data_").capitalize())
         arguments.read(kind, args.words, alone=True).build(kind)
+    elif name == "data_stats" and (len(args.what) > 1 or "=" in args.what[0]):
+        compose.compose(args.what, local=False)
     elif name == "data_encode":
         request = arguments.read(arguments.Encode, args.words)
         request.build(arguments.Encode)
