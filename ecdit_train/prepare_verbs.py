@@ -1,5 +1,5 @@
-"""`ecdit data pack|encode|filter|dedup|buckets|report`: a data set is prepared. Each verb is a call or two of
-`data_pipeline.preparing`."""
+"""`ecdit data pack|encode|filter|dedup|buckets|report`: a data set is prepared. Each verb is a call
+or two of `data_pipeline.preparing`."""
 
 from __future__ import annotations
 

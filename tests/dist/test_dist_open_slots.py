@@ -1,5 +1,6 @@
-"""A folder outside the package fills router, experts, encoder, sampler, stages of data and cluster: composed, planned, trained, saved,
-resumed on another layout, drawn and reported, without an edit in the package. `tests/open_slots/lab` is that folder."""
+"""A folder outside the package fills router, experts, encoder, sampler, stages of data and cluster: composed,
+planned, trained, saved, resumed on another layout, drawn and reported, without an edit in the package.
+`tests/open_slots/lab` is that folder."""
 
 from __future__ import annotations
 

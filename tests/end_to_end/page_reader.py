@@ -88,8 +88,8 @@ def files_of(text: str) -> dict[str, str]:
 
 
 def steady(said: str) -> str:
-    """An output without what differs from machine to machine: sums, what a library calls a damaged picture, speeds, blanks at
-    the end."""
+    """An output without what differs from machine to machine: sums, what a library calls a damaged picture, speeds,
+    blanks at the end."""
     said = re.sub(r"\b[0-9a-f]{12}\b", "<sum>", said)
     said = re.sub(r"(undecodable \(.*?\.jpg: ).*", r"\1...", said)
     return "\n".join(line.rstrip() for line in said.strip().splitlines())

@@ -68,7 +68,8 @@ SHAPES = [(24, 24)] * 20 + [(40, 64)] * 26 + [(64, 40)] * 6 + [(30, 33)] * 8
 
 def given_sets(folder: Path) -> None:
     photos = [
-        (f"{n:06d}", {"jpg": picture(n, height=h, width=w), "txt": f"photo {n}".encode()}) for n, (h, w) in enumerate(SHAPES)
+        (f"{n:06d}", {"jpg": picture(n, height=h, width=w), "txt": f"photo {n}".encode()})
+        for n, (h, w) in enumerate(SHAPES)
     ]
     order = np.random.default_rng(0).permutation(len(photos))
     for tar in range(3):
@@ -180,6 +181,6 @@ def check_choose_what_a_run_reads(folder: Path) -> None:
     assert {path.name for path in (folder / "data" / "sizes").iterdir()} == {"24x24.keep", "20x32.keep"}
     config = (runs / "warm" / "resolved.yaml").read_text()
     assert "warm.Warm" in config
-    assert 0 < max(line["data/skipped"] for line in records(runs / "warm"))  # captions of fewer than 8 letters
+    assert max(line["data/skipped"] for line in records(runs / "warm")) > 0  # captions of fewer than 8 letters
     assert {"mixed", "sharp", "long", "shapes", "large", "far", "streamed", "warm", "dali"} <= set(os.listdir(runs))
     assert json.loads((folder / "data" / "far" / "manifest.json").read_text())["base"] == "s3://bucket/photos"
