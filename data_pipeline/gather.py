@@ -14,6 +14,9 @@ from dataclasses import dataclass, field
 from data_pipeline.errors import BadMember
 from data_pipeline.tar import Buffer, Damage, LeftOut, Member, split_name, survey
 
+APART = "members apart"
+"""Why a sample is rejected whose members do not stand side by side."""
+
 
 @dataclass(kw_only=True)
 class Sample:
@@ -172,7 +175,7 @@ def _apart(samples: list[Sample]) -> set[str]:
 
 def _why_not(sample: Sample, *, apart: set[str], known: bool) -> str:
     if sample.key in apart:
-        return "members apart"
+        return APART
     if known:
         return "key comes again"
     return f"field {sample.twice} twice" if sample.twice else ""

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from foreign_sets import PACKED, PLAIN, Expected
+from foreign_sets import PACKED, PLAIN, Expected, named, plain, tar_file
 from page_reader import Reader, commands, section, text_of
 from tiny_runs import records
 
@@ -66,6 +66,26 @@ def test_tars_of_others(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     check(reader.must(VERIFY), expected)
     check_run(reader, expected)
     assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_tar_in_the_order_of_a_directory_is_mended_as_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Plain `tar -cf` takes files as the file system lists them."""
+    members = named([(f"{n:03d}", plain(n)) for n in range(20)])
+    tar = tmp_path / "data" / "images" / "all.tar"
+    tar_file(tar, sorted(members, key=lambda member: member[0].partition(".")[::-1]))
+    reader = Reader(tmp_path, monkeypatch)
+    code, said = reader.types(INDEX)
+    assert code == 66
+    assert counted(said.replace("ecdit: BadMember: ", ""), "rejected") == {"members apart": 40}
+    mend = re.search(r"tar --sort=name -cf NAME\.tar -C FOLDER \.", said)
+    assert mend is not None
+    (tmp_path / "unpacked").mkdir()
+    reader.must(f"tar -xf {tar} -C unpacked")
+    reader.must(mend[0].replace("NAME.tar", str(tar)).replace("FOLDER", "unpacked"))
+    check(reader.must(INDEX), Expected(accepted=20, shards=1, ignored={"folder": 1}))
+    check(reader.must(VERIFY), Expected(accepted=20, shards=1, ignored={"folder": 1}))
 
 
 def test_whoever_has_too_few_captions_is_told_what_to_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
