@@ -14,6 +14,9 @@ from dataclasses import dataclass, field
 from data_pipeline.errors import BadMember
 from data_pipeline.tar import Buffer, Damage, LeftOut, Member, split_name, survey
 
+APART = "members apart"
+"""Why a sample is rejected whose members do not stand side by side."""
+
 
 @dataclass(kw_only=True)
 class Sample:
@@ -78,8 +81,7 @@ def _runs(buffer: Buffer, found: Gathered) -> Iterator[Sample | Damage]:
     current: Sample | None = None
     for part in survey(buffer):
         if isinstance(part, LeftOut):
-            if part.reason not in ("folder", "global header"):
-                found.left_out[part.reason] += 1
+            found.left_out[part.reason] += 1
             continue
         if isinstance(part, Damage):
             found.damage.append(part)
@@ -173,7 +175,7 @@ def _apart(samples: list[Sample]) -> set[str]:
 
 def _why_not(sample: Sample, *, apart: set[str], known: bool) -> str:
     if sample.key in apart:
-        return "members apart"
+        return APART
     if known:
         return "key comes again"
     return f"field {sample.twice} twice" if sample.twice else ""

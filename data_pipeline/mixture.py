@@ -236,6 +236,10 @@ class Mixture:
         cycles = -(-steps // self.cycle.steps) + 1
         return sum(stream.shards_at_once(world=world, steps=cycles) for stream in self._streams)
 
+    def epoch_steps(self, source: int) -> float:
+        """Steps in which a source's samples come once; on average, since a batch has a sample of it more or less."""
+        return self._streams[source].epoch_len / self.cycle.batches[source] * self.cycle.steps
+
     def progress(self, step: int) -> list[SourceProgress]:
         """Of every source before `step`."""
         made = []

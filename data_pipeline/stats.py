@@ -13,6 +13,8 @@ from data_pipeline.errors import BadSplit
 from data_pipeline.index import ABSENT
 from data_pipeline.indexing import tallies_of
 from data_pipeline.manifest import open_view
+from data_pipeline.mixture import Mixture
+from data_pipeline.sources import DataSet
 from data_pipeline.tally import Tally, table
 
 
@@ -79,4 +81,40 @@ def text(stats: Stats, *, global_batch: int | None = None) -> str:
     if len(stats.forms) > 1:
         lines += ["", "samples by their fields"]
         lines += [f"{count:>12,}  {' '.join(form)}" for form, count in stats.forms.items()]
+    return "\n".join(lines)
+
+
+def of_run(data: DataSet, *, global_batch: int, held_out: int = 0) -> str:
+    """What a run reads of its sources, for people: what is used, shares, and what an epoch is and leaves out.
+
+    Raises BadSplit for sizes and weights that do not go together.
+    """
+    stream = data.stream(seed=0, global_batch=global_batch, held_out=held_out)
+    lines = ["source             samples          used     share   of a batch         epoch      left out"]
+    if isinstance(stream, Mixture):
+        cycle = stream.cycle
+        # An epoch of a source, in steps of the run: of its `N_i` samples a cycle of T steps.
+        each = [(one.share, stream.epoch_steps(i), one.left_out) for i, one in enumerate(stream.progress(0))]
+        rounded = cycle.shares.rounded
+    else:
+        each, rounded = [(1.0, float(stream.steps_per_epoch), stream.dropped_per_epoch)], False
+    for source, (share, steps, left_out) in zip(data.sources, each, strict=True):
+        samples, used = source.view.num_samples, int(source.sizes.sum())
+        lines.append(
+            f"{source.name:<14}{samples:>12,}{used:>14,}{100 * share:>8.2f} %{share * global_batch:>13,.2f}"
+            f"{steps:>8,.1f} steps{left_out:>14,}"
+        )
+    lines += ["", "used is without what data.keep drops; left out are samples of each epoch, others in each"]
+    if rounded:
+        lines.append("shares are rounded: as they are written they have no common period that is short enough")
+    if held_out:
+        lines.append(f"{held_out:,} samples are held out besides (validation.images)")
+    if data.take_downs.lists:
+        taken = sum(one.num_set for one in data.take_downs.lists)
+        lines.append(f"{taken:,} samples are taken down: where they would come, others do")
+    if data.buckets:
+        lines += [
+            "",
+            *(f"{one.samples.num_set:>12,} samples at {one.height} x {one.width} ({one.name})" for one in data.buckets),
+        ]
     return "\n".join(lines)

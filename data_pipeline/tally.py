@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.commit import write_committed
-from data_pipeline.gather import Gathered
+from data_pipeline.gather import APART, Gathered
 
 DAMAGE_SHOWN = 8
 
@@ -71,6 +71,10 @@ def table(tallies: Mapping[str, Tally]) -> list[str]:
     lines = [f"accepted     {sum(t.accepted for t in used):>12,} samples in {len(used):,} shards"]
     rejected, left_out = _sum(t.rejected for t in used), _sum(t.left_out for t in used)
     lines += [f"rejected     {count:>12,} samples: {why}" for why, count in rejected.most_common()]
+    if APART in rejected:
+        lines.append(
+            f"to mend: {APART}: unpack the tar, and make it with its names sorted: tar --sort=name -cf NAME.tar -C FOLDER ."
+        )
     lines += [f"ignored      {count:>12,} members: {why}" for why, count in left_out.most_common()]
     lines += [
         f"damaged      {name}: {'; '.join(t.damage)}" for name, t in tallies.items() if t.damage and not t.set_aside

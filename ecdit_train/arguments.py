@@ -194,6 +194,17 @@ class Dedup(Filter):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Buckets(Filter):
+    """Among which sizes `ecdit data buckets` shares out a data set."""
+
+    sizes: tuple[str, ...] = word("[HEIGHTxWIDTH,...]")
+    least: int = word("N", least=1, default=1)
+    """Samples that a size must have; those of a smaller one go to the nearest of the others."""
+    out: str = word("FOLDER")
+    """Where the lists of samples are written, one for each size."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report(Dedup):
     """What `ecdit data report` shows."""
 

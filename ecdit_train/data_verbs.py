@@ -45,11 +45,15 @@ def declare(verb: Callable[..., argparse.ArgumentParser], group: Any) -> None:
     p = verb(
         "stats",
         data_stats,
-        "what a data set holds: samples, bytes, fields, what was ignored, rejected and set aside",
+        "what a data set holds: samples, bytes, fields, what was ignored, rejected and set aside; or what a run of some\n"
+        "words reads of its sources, and what an epoch leaves out\n\n"
+        "  ecdit data stats data/images --global-batch 256\n"
+        "  ecdit data stats experiment=ec_dit_xl_8e data.shards=data/images 'data.keep=[good.keep]'",
         parent=group,
     )
-    p.add_argument("folder")
+    p.add_argument("what", nargs="+", metavar="FOLDER|WORD", help="a folder or URL; or words of a configuration")
     p.add_argument("--global-batch", type=int, metavar="N", help="also say what an epoch of such batches leaves out")
+    p.add_argument("--config-dir", metavar="DIR", help="your own configuration and modules")
     p = verb(
         "salvage",
         data_salvage,
@@ -130,8 +134,26 @@ def _tars_at(place: str, *, out: str | None) -> tuple[Any, Path]:
 def data_stats(args: argparse.Namespace) -> int:
     from data_pipeline import stats
 
-    print(stats.text(stats.look(args.folder), global_batch=args.global_batch))
+    if len(args.what) == 1 and ("=" not in args.what[0] or Path(args.what[0]).exists()):
+        print(stats.text(stats.look(args.what[0]), global_batch=args.global_batch))
+        return errors.EXIT_OK
+    print(_stats_of_run(args.what, global_batch=args.global_batch, config_dir=args.config_dir))
     return errors.EXIT_OK
+
+
+def _stats_of_run(words: list[str], *, global_batch: int | None, config_dir: str | None) -> str:
+    from data_pipeline import stats
+    from ecdit_train.batches.sources import open_sources
+    from ecdit_train.config.compose import compose
+
+    config = compose(words, config_dir=config_dir)
+    if config.data.order == "streamed":
+        raise errors.EcditError(
+            "data.order=streamed: what nobody has indexed cannot be counted; see `ecdit data index`"
+        )
+    data = open_sources(config.data, check_files=True)
+    asked = global_batch or config.train.global_batch
+    return stats.of_run(data, global_batch=asked, held_out=config.validation.images)
 
 
 def data_salvage(args: argparse.Namespace) -> int:

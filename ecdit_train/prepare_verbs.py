@@ -1,13 +1,17 @@
-"""`ecdit data pack|encode|filter|dedup|report`: a data set is prepared. Each verb is a call or two of `data_pipeline.preparing`."""
+"""`ecdit data pack|encode|filter|dedup|buckets|report`: a data set is prepared. Each verb is a call
+or two of `data_pipeline.preparing`."""
 
 from __future__ import annotations
 
 import argparse
+import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ecdit_train import arguments, errors
+from ecdit_train.config.overrides import quoted
 from ecdit_train.errors import ConfigError
 from ecdit_train.submit_verbs import declare_part
 
@@ -29,6 +33,10 @@ FILTER = """write which samples satisfy a condition: SQL over what is known of p
 DEDUP = """write which samples are no duplicates: equal pixels, or fingerprints that differ in a few of 64 bits; the first is kept
 
   ecdit data dedup data/images out=data/unique.keep workers=8"""
+
+BUCKETS = """write which samples are trained at which size: the one that is nearest to the shape of their picture, by its header
+
+  ecdit data buckets data/images out=data/sizes sizes='[256x256,192x320,320x192]'"""
 
 REPORT = """one HTML file about a data set: what became of every sample, sizes, pictures with captions, duplicates
 
@@ -59,6 +67,10 @@ def declare(verb: Callable[..., argparse.ArgumentParser], group: Any) -> None:
     p = verb("dedup", data_dedup, DEDUP, parent=group)
     p.add_argument("set", metavar="SET")
     p.add_argument("words", nargs="*", metavar="WORD", help=arguments.forms(arguments.Dedup))
+    declare_part(p)
+    p = verb("buckets", data_buckets, BUCKETS, parent=group)
+    p.add_argument("set", metavar="SET")
+    p.add_argument("words", nargs="+", metavar="WORD", help=arguments.forms(arguments.Buckets))
     declare_part(p)
     p = verb("report", data_report, REPORT, parent=group)
     p.add_argument("set", metavar="SET")
@@ -138,6 +150,36 @@ def data_dedup(args: argparse.Namespace) -> int:
     print("\n".join([*found.lines(), f"{clusters}: what is dropped, and for what"]))
     print(f"{asked.out}: use it with data.keep=[{asked.out}]")
     return errors.EXIT_OK
+
+
+def data_buckets(args: argparse.Namespace) -> int:
+    from data_pipeline.preparing.select import make_facts
+    from data_pipeline.preparing.sizes import read_size, sort_by_size
+
+    asked = arguments.read(arguments.Buckets, args.words, alone=True).build(arguments.Buckets)
+    sizes = [read_size(one) for one in asked.sizes]
+    work, complete = _make(make_facts, asked, args)
+    if not complete:
+        return errors.EXIT_OK
+    found = sort_by_size(work, sizes=sizes, least=asked.least)
+    written = found.write(Path(asked.out))
+    print("\n".join(f"{count:>12,} samples  {written[size]}" for size, count in found.counts.items()))
+    for name, count in found.left_out.items():
+        few = f", fewer than {asked.least}: they are with another size" if count else ", so it is left out"
+        print(f"{count:>12,} samples are nearest to {name}{few}")
+    if found.without:
+        print(f"{found.without:>12,} samples have no picture that can be read, and are of no size")
+    named = ", ".join(
+        f"{size.name}: {{samples: {_word(str(path))}, height: {size.height}, width: {size.width}}}"
+        for size, path in written.items()
+    )
+    print("train on them with " + shlex.quote(f"data.buckets={{{named}}}"))
+    return errors.EXIT_OK
+
+
+def _word(text: str) -> str:
+    """As Hydra's grammar reads it back."""
+    return text if re.fullmatch(r"[\w./-]*[A-Za-z_/][\w./-]*", text, re.ASCII) else quoted(text)
 
 
 def data_report(args: argparse.Namespace) -> int:

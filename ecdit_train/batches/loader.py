@@ -15,13 +15,13 @@ from data_pipeline.captions import CaptionRule
 from data_pipeline.contract import Loader
 from data_pipeline.errors import DataError
 from data_pipeline.loader import StreamingLoader
-from data_pipeline.sources import Named, SizeNamed, open_data
 from data_pipeline.stages import Stages
 from data_pipeline.store.ahead import Reading
 from data_pipeline.store.patience import Patience
 from data_pipeline.streamed import StreamedLoader
 from data_pipeline.url_samples import probe
 from data_pipeline.urls import expand
+from ecdit_train.batches.sources import open_sources
 from ecdit_train.config.schema import RunConfig
 from ecdit_train.parallel.mesh import Mesh
 from ecdit_train.run_folder import quarantine_path
@@ -64,17 +64,9 @@ def make_loader(
         return StreamedLoader(
             urls, fields=fields, captions=_captions(config, fields), shuffle=config.data.shuffle, agree=agree, **common
         )
-    named = {
-        name: Named(shards=source.shards, weight=source.weight, keep=source.keep, manifest=source.manifest)
-        for name, source in config.data.named.items()
-    }
     # Two questions to the file system for every shard: one rank asks them, once. The others meet its error (`runtime.together`).
     asks = mesh.rank == 0 and not held_out
-    sizes = {
-        name: SizeNamed(samples=bucket.samples, height=bucket.height, width=bucket.width)
-        for name, bucket in config.data.buckets.items()
-    }
-    data = open_data(named, take_down=config.data.take_down, buckets=sizes, check_files=asks)
+    data = open_sources(config.data, check_files=asks)
     fields = _fields(config, have=data.view.fields)
     return StreamingLoader(
         data,

@@ -1,5 +1,6 @@
-"""A folder outside the package fills router, experts, encoder, sampler and cluster: composed, planned, trained, saved,
-resumed on another layout, drawn and reported, without an edit in the package. `tests/open_slots/lab` is that folder."""
+"""A folder outside the package fills router, experts, encoder, sampler, stages of data and cluster: composed,
+planned, trained, saved, resumed on another layout, drawn and reported, without an edit in the package.
+`tests/open_slots/lab` is that folder."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from tiny_runs import records
 LAB = Path(__file__).parents[1] / "open_slots" / "lab"
 STEPS = 20
 LAB_RUN = ("moe/router=corrected", "moe/experts=gated", "encoders/text=letters", "encoders.text.width=32",
-           "encoders.text.max_tokens=8", "sample/sampler=midpoint", "cluster=desk", f"--config-dir={LAB}")  # fmt: skip
+           "encoders.text.max_tokens=8", "sample/sampler=midpoint", "data/stages=mirrored", "cluster=desk", f"--config-dir={LAB}")  # fmt: skip
 RUN = (*LAB_RUN, f"train.steps={STEPS}", "train.global_batch=8", "train.microbatch=2", "optim.warmup_steps=4",
        "checkpoint.every_steps=10", "observe.log_every=5")  # fmt: skip
 ONE = {"one": Layout(world=1)}
@@ -91,7 +92,7 @@ def test_misspelt_keys_are_answered(tmp_path):
 
 def test_listed_with_its_keys(tmp_path):
     said = ecdit("slots", "--config-dir", str(LAB), cwd=tmp_path).stdout
-    for words in ("corrected", "toy_router.Corrected", "spread_weight = 0.1: a number. Weight of the loss", "gated", "letters", "midpoint"):
+    for words in ("corrected", "toy_router.Corrected", "spread_weight = 0.1: a number. Weight of the loss", "gated", "letters", "midpoint", "mirrored", "toy_stages.Mirrored"):
         assert words in said
     assert "corrected" not in ecdit("slots", cwd=tmp_path).stdout
 

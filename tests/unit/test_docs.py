@@ -188,9 +188,11 @@ def check_command(line: str) -> None:
     if name == "submit":
         check_composed(args, submit_verbs.cluster_words(args))
         check_command(shlex.join(["ecdit", *args.line]))
-    elif name in ("data_shapes", "data_pack", "data_filter", "data_dedup", "data_report"):
+    elif name in ("data_shapes", "data_pack", "data_filter", "data_dedup", "data_buckets", "data_report"):
         kind = getattr(arguments, name.removeprefix("data_").capitalize())
         arguments.read(kind, args.words, alone=True).build(kind)
+    elif name == "data_stats" and (len(args.what) > 1 or "=" in args.what[0]):
+        compose.compose(args.what, local=False, config_dir=args.config_dir)
     elif name == "data_encode":
         request = arguments.read(arguments.Encode, args.words)
         request.build(arguments.Encode)
@@ -323,7 +325,8 @@ def example_files() -> dict[str, str]:
 def example_folder(tmp_path_factory) -> Path:
     """A working directory with those files."""
     folder = tmp_path_factory.mktemp("reader")
-    pages = PAGES["CONTRIBUTING.md"] + PAGES["docs/how-to/write-a-cluster-file.md"]
+    own = ("CONTRIBUTING.md", "docs/how-to/write-a-cluster-file.md", "docs/how-to/choose-what-a-run-reads.md")
+    pages = "".join(PAGES[page] for page in own)
     walk = re.findall(r"`(mylab/[\w./]+)`[^`]*```\w+\n(.*?)```", pages, re.DOTALL)
     for path, text in [*example_files().items(), *walk]:
         (folder / path).parent.mkdir(parents=True, exist_ok=True)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from cli_commands import ecdit, refused
@@ -68,7 +70,6 @@ def test_a_run_on_encoded_shards(packed, tmp_path, capsys):
         for sample in range(row.n):
             one = reader.read(shard, sample=sample)
             pictures[one.key] = {name: bytes(payload) for name, payload in one.fields.items()}
-    import numpy as np
 
     from data_pipeline.decode import decode_image
     from data_pipeline.errors import Where
@@ -123,3 +124,25 @@ def test_parts_of_a_preparation(folder, packed, tmp_path, capsys):
     assert ecdit("data", "pack", folder, out, "resolution=16", "per_shard=32", "--part", "2/2") == 0
     assert "part 2/2: done" in capsys.readouterr().out
     assert open_view(out).sha256 == open_view(packed).sha256
+
+
+def test_stats_of_a_runs_words(packed, tmp_path, capsys):
+    keep = tmp_path / "some.keep"
+    view = open_view(packed)
+    views.write_keep(view, np.arange(view.num_samples) < 100, reason="r", out=keep)
+    words = [*ENCODERS, f"data.shards={packed}", f"data.keep=[{keep}]"]
+    capsys.readouterr()
+    assert ecdit("data", "stats", *words, "--global-batch", 32) == 0
+    assert re.search(r"^data +119 +100 +100\.00 % +32\.00 +3\.0 steps +4$", capsys.readouterr().out, re.MULTILINE)
+    code, lines = refused(capsys, "data", "stats", *words, "train.global_batch=101")
+    assert (code, len(lines)) == (67, 1)
+    code, lines = refused(capsys, "data", "stats", "data.order=streamed")
+    assert "cannot be counted" in lines[-1]
+
+
+def test_buckets_answers_mistakes(packed, tmp_path, capsys):
+    code, lines = refused(capsys, "data", "buckets", packed, f"out={tmp_path}", "sizes=[16by16]")
+    assert (code, "HEIGHTxWIDTH" in lines[-1]) == (67, True)
+    code, lines = refused(capsys, "data", "buckets", packed, "sizes=[16x16]", "lest=3")
+    assert all(any(part in line for line in lines) for part in ("least", "out=FOLDER"))
+    assert not list(tmp_path.iterdir())
