@@ -1,7 +1,8 @@
 """CPU time of a sample from tar to batch, against what the machine must do at least: `python -m benchmarks.data_paths`.
 
 Floors and ours take turns in one process with one thread, everything in the page cache; the smallest of the rounds counts, since
-other work on the machine only ever adds. Printed as JSON, microseconds of CPU a sample.
+other work on the machine only ever adds. Both use the memory of batches again, as the loader does. Printed as JSON,
+microseconds of CPU a sample.
 
 - JPEG 256 x 256: libjpeg-turbo into a batch buffer from bytes in memory. Bar: 1.15 (E1).
 - Latent and padded text embedding, 508 KB: a copy from a memory map into batch buffers. Bar: 2.5 (E2).
@@ -27,10 +28,14 @@ import simplejpeg
 
 from data_pipeline.assemble import ArrayShapes, BatchBuffer, Fields, probe_shapes
 from data_pipeline.captions import CaptionRule
-from data_pipeline.errors import Where
+from data_pipeline.decoders import PlainDecoder
+from data_pipeline.filling import Filler
 from data_pipeline.manifest import View, open_view
+from data_pipeline.memory import Recycled
 from data_pipeline.prepare import RawMembers, write_shards
 from data_pipeline.reader import ShardReader
+from data_pipeline.sources import DataSet
+from data_pipeline.straight import Straight
 
 BATCH = 64
 Kind = Literal["jpeg", "latent", "latent_text"]
@@ -82,24 +87,32 @@ class Way:
         self.reader = ShardReader(view, reuse=True)
         self.shapes: ArrayShapes = probe_shapes(self.reader, view=view, fields=self.fields)
         self.rule = CaptionRule(sources=self.fields.captions)
+        self.memory = Recycled()
+        straight = Straight(self.reader, fields=self.fields, shapes=self.shapes, captions=self.rule)
+        self.filler = Filler(
+            view=view, order=DataSet.of(view).stream(seed=0, global_batch=BATCH), reader=self.reader, decoder=PlainDecoder(),
+            substitutes=False, straight=straight if Straight.serves(self.reader, fields=self.fields) else None,
+        )  # fmt: skip
         self._maps = [mapped(view.tar(number)) for number in range(len(view.shards))]
         self._places = [self._members(n) for n in range(view.num_samples)]
 
     def ours(self, numbers: np.ndarray) -> None:
-        buffer = BatchBuffer(numbers, fields=self.fields, shapes=self.shapes, resolution=256, captions=self.rule)
+        buffer = BatchBuffer(
+            numbers, fields=self.fields, shapes=self.shapes, size=(256, 256), captions=self.rule, allocate=self.memory,
+        )  # fmt: skip
         size = self.view.shards[0].n
-        for slot, number in enumerate(numbers.tolist()):
-            raw = self.reader.read(number // size, sample=number % size, position=number)
-            buffer.fill(slot, raw=raw, where=Where(self.view.shards[number // size].name, raw.key, number))
+        self.filler.fill(
+            buffer, slots=range(len(numbers)), shards=(numbers // size).tolist(), samples=(numbers % size).tolist()
+        )
         buffer.batch()
 
     def floor(self, numbers: np.ndarray) -> None:
         if self.kind == "jpeg":
-            images = np.empty((len(numbers), 256, 256, 3), np.uint8)
+            images = self.memory((len(numbers), 256, 256, 3), np.dtype(np.uint8))
             for slot, number in enumerate(numbers.tolist()):
                 simplejpeg.decode_jpeg(self._places[number][0], colorspace="RGB", buffer=images[slot])
             return
-        rows = [np.empty((len(numbers), len(part)), np.uint8) for part in self._places[0]]
+        rows = [self.memory((len(numbers), len(part)), np.dtype(np.uint8)) for part in self._places[0]]
         for slot, number in enumerate(numbers.tolist()):
             for row, part in zip(rows, self._places[number], strict=True):
                 row[slot] = part

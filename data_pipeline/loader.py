@@ -29,6 +29,7 @@ from data_pipeline.decoders import ImageDecoder, PlainDecoder
 from data_pipeline.errors import BadSplit, DataError, TooManyBad
 from data_pipeline.filling import Filled, Filler
 from data_pipeline.manifest import View
+from data_pipeline.memory import Recycled
 from data_pipeline.mixture import Mixture
 from data_pipeline.order import Located, nearest_divisors
 from data_pipeline.place import Place
@@ -39,6 +40,7 @@ from data_pipeline.sources import DataSet
 from data_pipeline.stages import Stages
 from data_pipeline.store.ahead import Reading
 from data_pipeline.store.patience import Patience
+from data_pipeline.straight import Straight
 
 logger = logging.getLogger("ecdit.data")
 
@@ -73,7 +75,8 @@ class StreamingLoader:
             substituted before TooManyBad stops the run.
         quarantine: JSON-lines file that gets one line per substitution (append only); give every rank its own.
         reading, patience: how an object store is read, and how long it is waited for.
-        allocate: (shape, dtype) -> an array without content for a batch; for memory that a device copies from.
+        allocate: (shape, dtype) -> an array without content for a batch, as for memory that a device copies from; None uses the
+            memory of batches again that nobody holds any more.
         held_out: the last samples of the data set are left out; of a mixture, of each source by its weight.
         decoder: of pictures; None is `decoders.PlainDecoder`.
         stages: a user's own, run on each sample before it is decoded.
@@ -89,7 +92,7 @@ class StreamingLoader:
         threads: int = 2, prefetch: int = 2, lanes: int | None = None, window: int = 2,
         on_bad: Literal["fail", "substitute"] = "fail", max_bad: float = 1e-4, quarantine: Path | None = None,
         held_out: int = 0, only_held_out: bool = False, decoder: ImageDecoder | None = None, stages: Stages | None = None,
-        reading: Reading | None = None, patience: Patience | None = None, allocate: Allocate = np.empty,
+        reading: Reading | None = None, patience: Patience | None = None, allocate: Allocate | None = None,
     ) -> None:  # fmt: skip
         if world < 1 or global_batch % world:
             near = nearest_divisors(global_batch, value=world)
@@ -120,7 +123,7 @@ class StreamingLoader:
         self._resolution, self._threads = resolution, threads
         self._prefetch = prefetch if threads else 0  # without threads, ahead means only earlier
         self._max_bad, self._quarantine = max_bad, Quarantine(quarantine)
-        self._allocate, self._decoder = allocate, decoder or PlainDecoder()
+        self._allocate, self._decoder = allocate or Recycled(), decoder or PlainDecoder()
         self._lookahead = self._prefetch + 1
         if self.view.base:
             self._lookahead = _lookahead(
@@ -132,11 +135,14 @@ class StreamingLoader:
             reuse=self._decoder.at_once == 1,  # else several samples wait for their pixels
         )  # fmt: skip
         self._told: deque[Located] = deque()
+        self._shapes = probe_shapes(self._reader, view=self.view, fields=self._fields)
         self._filler = Filler(
             view=self.view, order=self.order, reader=self._reader, decoder=self._decoder,
             stages=stages, substitutes=on_bad == "substitute",
+            straight=Straight(
+                self._reader, fields=self._fields, shapes=self._shapes, captions=self._rule
+            ) if stages is None and Straight.serves(self._reader, fields=self._fields) else None,
         )  # fmt: skip
-        self._shapes = probe_shapes(self._reader, view=self.view, fields=self._fields)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="ecdit-data") if threads else None
         self._pending: deque[_Step] = deque()
         self._step = 0
