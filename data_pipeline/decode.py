@@ -162,9 +162,13 @@ class Upright:
 
 def _orientation(payload: Payload, kind: str) -> int:
     """1 to 8 as in EXIF's tag 274; 1 is upright, and what a file says that says nothing."""
-    marks = {"jpg": b"Exif\0\0", "png": b"eXIf", "webp": b"EXIF"}
-    # Before the pixels in all but webp; a byte search, since parsing costs more than decoding a small picture.
-    if kind not in marks or bytes(payload if kind == "webp" else payload[:65536]).find(marks[kind]) < 0:
+    # Looked for before it is parsed, since parsing costs more than decoding a small picture.
+    if kind == "jpg":
+        if not _has_exif(payload):
+            return 1
+    elif kind not in (marks := {"png": b"eXIf", "webp": b"EXIF"}) or (
+        bytes(payload if kind == "webp" else payload[:65536]).find(marks[kind]) < 0
+    ):
         return 1
     from PIL import Image
 
@@ -174,6 +178,19 @@ def _orientation(payload: Payload, kind: str) -> int:
     except Exception:  # the pixels may be good all the same
         return 1
     return found if isinstance(found, int) and 1 <= found <= 8 else 1
+
+
+def _has_exif(payload: Payload) -> bool:
+    """Whether a JPEG holds EXIF in front of its pixels: its segments say so, without a search of all bytes."""
+    at, end = 2, len(payload)
+    while at + 10 <= end and payload[at] == 0xFF and payload[at + 1] >= 0xC0:
+        kind = payload[at + 1]
+        if kind == 0xDA:  # pixels
+            return False
+        if kind == 0xE1 and bytes(payload[at + 4 : at + 10]) == b"Exif\0\0":
+            return True
+        at += 2 + (payload[at + 2] << 8 | payload[at + 3])
+    return bytes(payload[:65536]).find(b"Exif\0\0") >= 0  # no segment where one must be: decoders look further, too
 
 
 def _upright(image: np.ndarray, *, orientation: int) -> np.ndarray:
