@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,6 +55,9 @@ class _Step:
     pieces: list[Future[Filled]] = field(default_factory=list)
     passed_over: int = 0
     """positions whose own sample, or a substitute before the one that they get, was taken down"""
+
+    def is_ready(self) -> bool:
+        return all(piece.done() for piece in self.pieces)
 
 
 class StreamingLoader:
@@ -148,7 +152,7 @@ class StreamingLoader:
         self._step = 0
         self._bad: Counter[str] = Counter()
         self._skipped = self._uncaptioned = self._passed_over = 0
-        self._delivered = 0
+        self._delivered = self._ready = 0
         self._stall_seconds = 0.0
         if speaks:
             for line in self._place.lines():
@@ -170,6 +174,7 @@ class StreamingLoader:
             TooManyBad: more substitutes than `max_bad` allows, or none found for one position.
         """
         began = time.perf_counter()
+        self._ready = sum(1 for _ in takewhile(_Step.is_ready, self._pending))
         while len(self._pending) <= self._prefetch:
             self._pending.append(self._start(self._step + len(self._pending)))
         step = self._pending[0]
@@ -207,6 +212,10 @@ class StreamingLoader:
         read = self._reader.stats()
         return LoaderStats(
             steps=self._delivered,
+            steps_ahead=self._prefetch,
+            steps_ready=self._ready,
+            epochs=self._step / self.steps_per_epoch,
+            decoder_fallbacks=self._decoder.fallbacks,
             samples=self._delivered * len(self._slots),
             bytes_read=read.bytes_read,
             stall_seconds=self._stall_seconds,
