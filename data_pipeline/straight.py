@@ -14,6 +14,7 @@ import struct
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -60,16 +61,15 @@ class _Layout:
     """How samples of one size lie. What is no hole is read aside, piece by piece; both structs are of those bytes."""
 
     num_bytes: int
-    holes: tuple[_Hole, ...]
-    """in the order in which they lie"""
+    holes: tuple[tuple[int, _Hole], ...]
+    """In the order in which they lie, each with its place among the pieces of a read."""
     fixed: struct.Struct
     equal: tuple[bytes, ...]
     """What `fixed` reads: of each member its type and the first byte of a name's prefix, of an array its size and npy header."""
     named: struct.Struct
     """The members' names, and the sizes of those that are no arrays."""
-    suffixes: tuple[bytes, ...]
-    texts: tuple[_Text | None, ...]
-    """for each member; None is an array"""
+    members: tuple[tuple[bytes, _Text | None], ...]
+    """Of each what stands behind the key's dot, and where its content is; None is an array."""
     tokens: int
 
 
@@ -77,12 +77,13 @@ class _Aside:
     """A thread's own bytes for what is no array in samples of a layout."""
 
     def __init__(self, layout: _Layout) -> None:
-        self.content = bytearray(layout.num_bytes - sum(hole.end - hole.start for hole in layout.holes))
+        self.content = bytearray(layout.num_bytes - sum(hole.end - hole.start for _, hole in layout.holes))
         self.whole = memoryview(self.content)
-        self.pieces, start, last = [], 0, 0
-        for hole in layout.holes:
+        self.pieces, start, last = list[memoryview](), 0, 0
+        """What a read fills; nothing stands for a hole."""
+        for _, hole in layout.holes:
             end = start + hole.start - last
-            self.pieces.append(self.whole[start:end])
+            self.pieces += [self.whole[start:end], self.whole[:0]]
             start, last = end, hole.end
         self.pieces.append(self.whole[start:])
 
@@ -142,16 +143,14 @@ class Straight:
         if layout is None:
             return 0
         aside = self._asides.of.get(layout) or self._asides.of.setdefault(layout, _Aside(layout))
-        pieces = aside.pieces[:1]
-        for hole, after in zip(layout.holes, aside.pieces[1:], strict=True):
-            if latents is not None and hole.field == self._fields.latents:
+        pieces = aside.pieces[:]
+        for place, hole in layout.holes:
+            if hole.field == self._fields.latents and latents is not None:
                 at = slot * self._latent_bytes
-                pieces.append(latents[at : at + self._latent_bytes])
-            else:
-                assert text is not None
+                pieces[place] = latents[at : at + self._latent_bytes]
+            elif text is not None:
                 at = slot * self._text_bytes
-                pieces.append(text[at : at + hole.end - hole.start])
-            pieces.append(after)
+                pieces[place] = text[at : at + hole.end - hole.start]
         if not self._read(shard, start=start, pieces=pieces, num_bytes=num_bytes, crc=crc):
             return 0
         if (found := _proven(layout, aside)) is None:
@@ -217,8 +216,9 @@ class Straight:
                 equal += [header[156:157], header[345:346]]
                 texts.append(_Text(name, at - skipped, padded(member.size)))
         return _Layout(
-            num_bytes=num_bytes, holes=tuple(holes), fixed=struct.Struct("<" + fixed), equal=tuple(equal),
-            named=struct.Struct("<" + named), suffixes=suffixes, texts=tuple(texts), tokens=tokens,
+            num_bytes=num_bytes, holes=tuple((2 * n + 1, hole) for n, hole in enumerate(holes)),
+            fixed=struct.Struct("<" + fixed), equal=tuple(equal), named=struct.Struct("<" + named),
+            members=tuple(zip(suffixes, texts, strict=True)), tokens=tokens,
         )  # fmt: skip
 
     def _foretold(self, payload: memoryview, name: str) -> tuple[int, int] | None:
@@ -243,14 +243,14 @@ def _proven(layout: _Layout, aside: _Aside) -> tuple[str, dict[str, Value]] | No
     prefix, fields, number = _prefix(found[0]), dict[str, Value](), 0
     if not prefix:
         return None
-    for suffix, text in zip(layout.suffixes, layout.texts, strict=True):
+    for suffix, text in layout.members:
         if found[number].rstrip(b"\0") != prefix + suffix:
             return None
         number += 1
         if text is not None:
             size = _octal(found[number])
             number += 1
-            if size is None or padded(size) != text.room:
+            if size is None or not text.room - BLOCK < size <= text.room:
                 return None
             fields[text.field] = aside.whole[text.start : text.start + size]
     return prefix[:-1].decode("utf-8", "surrogateescape").removeprefix("./"), fields
@@ -285,6 +285,7 @@ def _prefix(name: bytes) -> bytes:
     return name[: name.find(b".", name.rfind(b"/") + 1) + 1]
 
 
+@lru_cache(maxsize=4096)
 def _octal(size: bytes) -> int | None:
     """A member's size; None for what is not eleven digits and an end."""
     try:
