@@ -98,7 +98,7 @@ class Straight:
 
     def __init__(self, reader: Reader, *, fields: Fields, shapes: ArrayShapes, captions: CaptionRule) -> None:
         self._reader, self._fields, self._shapes, self._rule = reader, fields, shapes, captions
-        self._layouts: dict[tuple[int, int], _Layout | None] = {}
+        self._layouts: dict[tuple[int, int, tuple[str, ...]], _Layout | None] = {}
         self._asides = _Asides()
         self._latent_bytes = self._text_bytes = 0
         if shapes.latent is not None:
@@ -135,7 +135,9 @@ class Straight:
         index = self._reader.index(shard)
         start, num_bytes = index.span(sample)
         crc = int(index.crc[sample])
-        alike = num_bytes, 0 if text is None else index.bytes_of(sample, self._fields.text or "")
+        # The index names the fields in the order of its shard: sources that were written otherwise keep layouts of their own.
+        text_bytes = 0 if text is None else index.bytes_of(sample, self._fields.text or "")
+        alike = num_bytes, text_bytes, index.fields
         try:
             layout = self._layouts[alike]
         except KeyError:

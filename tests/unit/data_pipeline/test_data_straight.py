@@ -14,6 +14,7 @@ from data_pipeline.errors import BadArray, CorruptShard
 from data_pipeline.indexing import index_folder
 from data_pipeline.loader import StreamingLoader
 from data_pipeline.manifest import open_view
+from data_pipeline.sources import Named, open_data
 from data_pipeline.straight import Straight
 
 FIELDS = Fields(latents="latent.npy", text="text.npy", captions=("txt",), text_len=6)
@@ -89,6 +90,24 @@ def test_batches_are_those_of_the_plain_way(tmp_path, monkeypatch, style, kind):
     more = {"on_bad": "substitute", "max_bad": 1e9}
     ours = batches(tmp_path, plain=False, monkeypatch=monkeypatch, fields=fields, **more)
     assert_equal(ours, batches(tmp_path, plain=True, monkeypatch=monkeypatch, fields=fields, **more))
+
+
+def test_a_mixture_reads_each_source_straight(tmp_path, monkeypatch):
+    for number, name in enumerate(("a", "b")):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name, [sample(n + 1000 * number, order=number) for n in range(GOOD)])
+    named = {name: Named(shards=str(tmp_path / name), weight=1.0 + number) for number, name in enumerate(("a", "b"))}
+    found = []
+    for plain in (False, True):
+        with monkeypatch.context() as patch:
+            if plain:
+                patch.setattr(Straight, "serves", lambda *_, **__: False)
+            loader = StreamingLoader(open_data(named), global_batch=12, fields=FIELDS, threads=2)
+            found.append([next(loader) for _ in range(10)])
+            layouts = [] if plain else list(loader._filler.straight._layouts.values())
+            assert plain or all(layouts)
+            loader.close()
+    assert_equal(*found)
 
 
 def test_alike_samples_do_go_straight(tmp_path, monkeypatch):
