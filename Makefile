@@ -10,7 +10,7 @@ export HF_HUB_OFFLINE := 1
 export WANDB_MODE ?= offline
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-faults test-slurm slurm-deps lint format golden docs bench gpu-check image image-cpu image-digests clean
+.PHONY: help setup demo test test-slow test-faults test-slurm slurm-deps lint format golden docs bench bench-data gpu-check image image-cpu image-digests clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -89,6 +89,9 @@ docs: setup  ## rewrite the generated pages of docs/reference
 
 bench: setup  ## interleaved benchmarks against their bars; dated JSON under benchmarks/results/
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.run
+
+bench-data: setup  ## the data pipeline against peers, floors and its bars (about fifteen minutes); ENERGON=python of an environment with it
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.data $(if $(ENERGON),--energon $(ENERGON))
 
 gpu-check: setup  ## parity, bf16, compile, host syncs and TFLOP/s on a GPU; skips with a reason where there is none
 	$(BIN)/python -m benchmarks.gpu_check

@@ -1,4 +1,4 @@
-"""What a sample costs in our loader and in others, over the same tars: `make bench-data` (about six minutes, alone on the machine).
+"""What a sample costs in our loader and in others, over the same tars: a part of `make bench-data`.
 
 Every variant runs in a process of its own, one after the other within a round, and counts the CPU time of its threads and
 worker processes over the same number of samples, after a warm-up: batches of 64 JPEGs of 256 x 256 with captions as uint8
@@ -32,8 +32,8 @@ import numpy as np
 from benchmarks.timing import Bar, report
 
 BATCH, SIDE, SHARDS, PER_SHARD = 64, 256, 4, 100
-WARM, ROUNDS = 8, 5
-"""Batches before the clock starts; rounds."""
+WARM, ROUNDS = 24, 5
+"""Batches before the clock starts: more samples than any shuffle buffer holds, which are read faster until it is full; rounds."""
 
 
 def photo(rng: np.random.Generator) -> np.ndarray:
@@ -133,15 +133,14 @@ def torchdata(folder: Path, *, workers: int = 0) -> Batches:
         return np.stack([image for image, _ in samples]), [text for _, text in samples]
 
     samples = Samples()
-    while True:
-        yield from StatefulDataLoader(
-            samples,
-            batch_size=BATCH,
-            sampler=RandomSampler(samples),
-            num_workers=workers,
-            collate_fn=collate,
-            drop_last=True,
-        )
+    # One epoch for ever: workers are started once, as in an epoch of real length.
+    yield from StatefulDataLoader(
+        samples,
+        batch_size=BATCH,
+        sampler=RandomSampler(samples, replacement=False, num_samples=10**7),
+        num_workers=workers,
+        collate_fn=collate,
+    )
 
 
 def dali(folder: Path) -> Batches:
@@ -172,10 +171,25 @@ def dali(folder: Path) -> Batches:
 
 def energon(folder: Path) -> Batches:
     """A prepared copy, its savable loader and its `rgb8` decoder."""
-    from megatron.energon import WorkerConfig, get_savable_loader, get_train_dataset
+    from megatron.energon import (
+        DefaultTaskEncoder,
+        SampleDecoder,
+        WorkerConfig,
+        get_savable_loader,
+        get_train_dataset,
+    )
+
+    class Pixels(DefaultTaskEncoder):
+        decoder = SampleDecoder(image_decode="rgb8")  # its default makes floats
+
+        def batch(self, samples: list[Any]) -> Any:
+            made = super().batch(samples)
+            made.image = np.stack(made.image)
+            return made
 
     set_ = get_train_dataset(
         str(folder / "energon"), batch_size=BATCH, shuffle_buffer_size=1000, max_samples_per_sequence=100,
+        task_encoder=Pixels(),
         worker_config=WorkerConfig(rank=0, world_size=1, num_workers=0),
     )  # fmt: skip
     yield from get_savable_loader(set_)
@@ -202,8 +216,9 @@ VARIANTS: dict[str, Callable[[Path], Batches]] = {
 def measure(name: str, folder: Path, *, batches: int) -> dict[str, float]:
     """CPU microseconds a sample, of this process and its children, and the largest memory in MB."""
     stream = VARIANTS[name](folder)
-    for _ in islice(stream, WARM):
-        pass
+    for number, batch in enumerate(islice(stream, WARM)):
+        if number == 0:
+            check(name, batch)
     before = _cpu()
     for _ in islice(stream, batches):
         pass
@@ -212,12 +227,23 @@ def measure(name: str, folder: Path, *, batches: int) -> dict[str, float]:
     return {"us": 1e6 * seconds / (batches * BATCH), "peak_mb": peak}
 
 
+def check(name: str, batch: Any) -> None:
+    """All variants make the same: pixels of a whole batch as bytes. Raises RuntimeError."""
+    if isinstance(batch, tuple | list):
+        batch = batch[0]
+    pixels = next((getattr(batch, one) for one in ("images", "image") if hasattr(batch, one)), batch)
+    found = tuple(np.shape(pixels)), str(getattr(pixels, "dtype", type(pixels))).removeprefix("torch.")
+    if found != ((BATCH, SIDE, SIDE, 3), "uint8"):
+        raise RuntimeError(f"{name} makes {found[1]} {found[0]}: this is not the same work")
+
+
 def _cpu() -> float:
-    """Of this process and of its living children, in seconds."""
+    """Of this process and of its children, ended ones included, in seconds."""
     import psutil
 
     mine = psutil.Process()
-    total = time.process_time()
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    total = time.process_time() + ended.ru_utime + ended.ru_stime
     for child in mine.children(recursive=True):
         times = child.cpu_times()
         total += times.user + times.system

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.timing import Bar, report
 from data_pipeline import table
 from data_pipeline.manifest import HISTORY, MANIFEST, _write_table
 
@@ -68,16 +69,22 @@ def measure(folder: Path) -> dict[str, float]:
     return json.loads(run.stdout)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shards", type=int, default=1_200_000)
     parser.add_argument("--samples", type=int, default=1000, help="a shard")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         write_set(Path(folder), shards=args.shards, samples=args.samples)
         size = sum(path.stat().st_size for path in (Path(folder) / HISTORY).iterdir())
-        print(json.dumps({**measure(Path(folder)), "table_mb": size / 1e6}, indent=1))
+        found = {**measure(Path(folder)), "table_mb": size / 1e6}
+    print(json.dumps(found, indent=1))
+    bars = [
+        Bar(name="E8: CPU seconds of the set-up", value=found["cpu_seconds"], limit=1.0, at_least=False),
+        Bar(name="E8: MB that it adds at its peak", value=found["added_peak_mb"], limit=100.0, at_least=False),
+    ]
+    return report("data_setup", settings=vars(args), ratios=found, bars=bars)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

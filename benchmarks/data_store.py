@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.timing import Bar, report
 from data_pipeline.loader import StreamingLoader
 from data_pipeline.manifest import open_view
 from data_pipeline.prepare import RawMembers, write_shards
@@ -152,8 +153,11 @@ def main(argv: list[str] | None = None) -> int:
         found[f"{what}, 20 ms, faults"]["samples_per_s"] / found[f"{what}, 20 ms"]["samples_per_s"]
         for what in ("blocks", "samples")
     ]
-    print(f"with faults {min(faulty):.3f} of the same without")
-    return 0 if min(*clean, *faulty) >= BAR else 1
+    bars = [
+        Bar(name="a store with latency / its folder", value=min(clean), limit=BAR, at_least=True),
+        Bar(name="E11: a store with faults / without", value=min(faulty), limit=BAR, at_least=True),
+    ]
+    return report("data_store", settings=vars(args), ratios=found, bars=bars)
 
 
 if __name__ == "__main__":

@@ -106,13 +106,23 @@ def machine() -> dict[str, Any]:
     }
 
 
+def read_bars(name: str) -> list[Bar]:
+    """Those of today's `report`."""
+    content = json.loads((RESULTS / f"{_today()}-{name}.json").read_text(encoding="utf-8"))
+    return [Bar(**{field: bar[field] for field in ("name", "value", "limit", "at_least")}) for bar in content["bars"]]
+
+
+def _today() -> str:
+    return datetime.datetime.now(datetime.UTC).date().isoformat()
+
+
 def report(name: str, *, settings: dict[str, Any], ratios: dict[str, Any], bars: list[Bar]) -> int:
     """Print the bars, write `results/<date>-<name>.json`, return the exit code."""
     print()
     for bar in bars:
         print(bar)
     RESULTS.mkdir(exist_ok=True)
-    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    today = _today()
     content = {
         "name": name,
         "date": today,

@@ -85,9 +85,9 @@ class BatchBuffer:
         self.keys: list[str] = [""] * num
         self._captions: list[str | None] = [None] * num
         self._images = allocate((num, *size, 3), np.dtype(np.uint8)) if fields.images else None
-        self._latents = allocate((num, *shapes.latent[0]), shapes.latent[1]) if shapes.latent else None
-        self._text = allocate((num, fields.text_len, shapes.text[0]), shapes.text[1]) if shapes.text else None
-        self._text_mask = np.zeros((num, fields.text_len), bool) if shapes.text else None
+        self.latents = allocate((num, *shapes.latent[0]), shapes.latent[1]) if shapes.latent else None
+        self.text = allocate((num, fields.text_len, shapes.text[0]), shapes.text[1]) if shapes.text else None
+        self._mask = np.zeros((num, fields.text_len), bool) if shapes.text else None
 
     def fill(self, slot: int, *, raw: RawSample, where: Where) -> Picture | None:
         """Put one sample into its slot, all but its pixels: those are left to a decoder.
@@ -96,24 +96,32 @@ class BatchBuffer:
         """
         fields = self._fields
         if fields.captions:  # first: what is skipped need not be decoded
-            self._captions[slot] = self._rule.choose(raw, where=where)
+            self._captions[slot] = self._rule.choose(raw.fields, where=where)
         picture = None
         if self._images is not None:
             name = next((name for name in fields.images if name in raw.fields), fields.images[0])
             picture = Picture(_member(raw, name, UndecodableImage, where), self._images[slot], where)
-        if fields.latents is not None and self._latents is not None and self._shapes.latent is not None:
+        if fields.latents is not None and self.latents is not None and self._shapes.latent is not None:
             latent = decode_array(_member(raw, fields.latents, BadArray, where), where=where)
             _agree(latent, *self._shapes.latent, where)
-            self._latents[slot] = latent
-        if fields.text is not None and self._text is not None and self._text_mask is not None:
+            self.latents[slot] = latent
+        if fields.text is not None and self.text is not None and self._mask is not None:
             text = decode_array(_member(raw, fields.text, BadArray, where), where=where)
             length = min(len(text), fields.text_len)
-            _agree(text, (len(text), self._text.shape[2]), self._text.dtype, where)
+            _agree(text, (len(text), self.text.shape[2]), self.text.dtype, where)
             # Both halves are written: an attempt that failed later may have left its own tokens in this slot.
-            self._text[slot, :length], self._text[slot, length:] = text[:length], 0
-            self._text_mask[slot] = np.arange(fields.text_len) < length
+            self.text[slot, :length], self.text[slot, length:] = text[:length], 0
+            self._mask[slot] = np.arange(fields.text_len) < length
         self.keys[slot] = raw.key
         return picture
+
+    def filled(self, slot: int, *, key: str, caption: str | None, tokens: int) -> None:
+        """A slot whose latent and first `tokens` text embeddings were put there by someone else (`straight`)."""
+        self.keys[slot], self._captions[slot] = key, caption
+        if self.text is not None and self._mask is not None:
+            self.text[slot, tokens:] = 0
+            self._mask[slot] = False
+            self._mask[slot, :tokens] = True
 
     def batch(self) -> Batch:
         """The finished batch, once every slot is filled."""
@@ -121,11 +129,11 @@ class BatchBuffer:
             position=self.position,
             keys=tuple(self.keys),
             images=self._images,
-            latents=self._latents,
+            latents=self.latents,
             captions=tuple(caption or "" for caption in self._captions) if self._fields.captions else None,
             captioned=np.array([caption is not None for caption in self._captions]) if self._fields.captions else None,
-            text=self._text,
-            text_mask=self._text_mask,
+            text=self.text,
+            text_mask=self._mask,
         )
 
 

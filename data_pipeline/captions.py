@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,7 +11,7 @@ import numpy as np
 from data_pipeline.decode import read_caption
 from data_pipeline.errors import BadCaption, BadSplit, Where
 from data_pipeline.feistel import key
-from data_pipeline.reader import RawSample
+from data_pipeline.reader import Value
 
 Missing = Literal["bad", "skip", "unconditional"]
 _PURPOSE = 0x63617074696F6E  # "caption"
@@ -49,8 +50,8 @@ class CaptionRule:
         """The members that are read."""
         return tuple(dict.fromkeys(source.partition(":")[0] for source in self.sources))
 
-    def choose(self, raw: RawSample, *, where: Where) -> str | None:
-        """A sample's caption; None to train on it without one.
+    def choose(self, fields: Mapping[str, Value], *, where: Where) -> str | None:
+        """The caption among a sample's fields; None to train on it without one.
 
         Raises:
             BadCaption: one that is there cannot be read; none is there ("bad").
@@ -58,7 +59,7 @@ class CaptionRule:
         """
         found: list[tuple[str, float]] = []
         for number, source in enumerate(self.sources):
-            payload = raw.fields.get(source.partition(":")[0])
+            payload = fields.get(source.partition(":")[0])
             if isinstance(payload, np.ndarray):
                 raise BadCaption(f"{where}: {source} is an array instead of text")
             text = None if payload is None else read_caption(payload, source=source, where=where)
@@ -70,7 +71,7 @@ class CaptionRule:
             return self._draw(found, position=where.position)
         if self.missing == "bad":
             raise BadCaption(
-                f"{where}: no caption ({', '.join(self.sources)}); the sample has {sorted(raw.fields)}. Where that is usual: "
+                f"{where}: no caption ({', '.join(self.sources)}); the sample has {sorted(fields)}. Where that is usual: "
                 "data.no_caption=unconditional or skip"
             )
         if self.missing == "skip":

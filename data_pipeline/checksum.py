@@ -10,4 +10,5 @@ try:
 except ImportError:
     _fast = zlib.crc32
 
-crc32: Callable[[bytes | bytearray | memoryview], int] = _fast
+crc32: Callable[..., int] = _fast
+"""(bytes, the sum of what came before them = 0) -> the sum"""

@@ -65,6 +65,14 @@ class LoaderStats:
     """delivered samples"""
     bytes_read: int = 0
     """bytes read from shards, prefetched ones included"""
+    steps_ahead: int = 0
+    """steps that are prepared beyond the one that is delivered (`prefetch`)"""
+    steps_ready: int = 0
+    """of these and the one that was asked for last, how many were ready then, without a gap"""
+    epochs: float | None = None
+    """passes over the data until the next step, over all ranks; None where nobody can say"""
+    decoder_fallbacks: int = 0
+    """calls in which another decoder took over (`dali`)"""
     stall_seconds: float = 0.0
     """time that the consumer waited in `next()`"""
     read_retries: int = 0

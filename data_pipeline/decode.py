@@ -164,9 +164,13 @@ def _decode_other(payload: Payload, kind: str) -> np.ndarray:
 
 def _orientation(payload: Payload, kind: str) -> int:
     """1 to 8 as in EXIF's tag 274; 1 is upright, and what a file says that says nothing."""
-    marks = {"jpg": b"Exif\0\0", "png": b"eXIf", "webp": b"EXIF"}
-    # Before the pixels in all but webp; a byte search, since parsing costs more than decoding a small picture.
-    if kind not in marks or bytes(payload if kind == "webp" else payload[:65536]).find(marks[kind]) < 0:
+    # Looked for before it is parsed, since parsing costs more than decoding a small picture.
+    if kind == "jpg":
+        if not _has_exif(payload):
+            return 1
+    elif kind not in (marks := {"png": b"eXIf", "webp": b"EXIF"}) or (
+        bytes(payload if kind == "webp" else payload[:65536]).find(marks[kind]) < 0
+    ):
         return 1
     from PIL import Image
 
@@ -176,6 +180,19 @@ def _orientation(payload: Payload, kind: str) -> int:
     except Exception:  # the pixels may be good all the same
         return 1
     return found if isinstance(found, int) and 1 <= found <= 8 else 1
+
+
+def _has_exif(payload: Payload) -> bool:
+    """Whether a JPEG holds EXIF in front of its pixels: its segments say so, without a search of all bytes."""
+    at, end = 2, len(payload)
+    while at + 10 <= end and payload[at] == 0xFF and payload[at + 1] >= 0xC0:
+        kind = payload[at + 1]
+        if kind == 0xDA:  # pixels
+            return False
+        if kind == 0xE1 and bytes(payload[at + 4 : at + 10]) == b"Exif\0\0":
+            return True
+        at += 2 + (payload[at + 2] << 8 | payload[at + 3])
+    return bytes(payload[:65536]).find(b"Exif\0\0") >= 0  # no segment where one must be: decoders look further, too
 
 
 def _upright(image: np.ndarray, *, orientation: int) -> np.ndarray:
@@ -200,13 +217,18 @@ def decode_array(payload: Payload | np.ndarray, *, where: Where) -> np.ndarray:
         raise BadArray(f"{where}: {error}") from error
     if array.dtype not in (np.float16, np.float32):
         raise BadArray(f"{where}: dtype {array.dtype}; allowed: float16, float32")
-    # NaN and infinity have all exponent bits set, so as integers they are the largest: of those without a sign bit when read as
-    # signed, of those with one when read as unsigned. Two passes without a copy; np.isfinite takes ten times as long for float16.
-    bits, most = array.ravel("K"), np.maximum.reduce  # as ndarray.max, without its wrapper
-    signed, unsigned, plus, minus = _BITS[array.dtype.itemsize]
-    if bits.size and (most(bits.view(signed)) >= plus or most(bits.view(unsigned)) >= minus):
+    if not all_finite(array):
         raise BadArray(f"{where}: holds NaN or infinity")
     return array
+
+
+def all_finite(array: np.ndarray) -> bool:
+    """Whether a float16 or float32 array holds neither NaN nor infinity."""
+    # Those have all exponent bits set, so as integers they are the largest: of those without a sign bit when read as signed, of
+    # those with one when read as unsigned. Two passes without a copy; np.isfinite takes ten times as long for float16.
+    bits, most = array.ravel("K"), np.maximum.reduce  # as ndarray.max, without its wrapper
+    signed, unsigned, plus, minus = _BITS[array.dtype.itemsize]
+    return not bits.size or bool(most(bits.view(signed)) < plus and most(bits.view(unsigned)) < minus)
 
 
 def decode_caption(payload: Payload | str | dict, *, suffix: str, where: Where) -> str:
@@ -260,7 +282,7 @@ def _size(payload: Payload, kind: str) -> tuple[int, int]:
         width, height = struct.unpack(">II", payload[16:24])
         return height, width
     if kind == "npy":
-        shape = _npy_header(payload)[0]
+        shape = npy_header(payload)[0]
         if len(shape) != 3 or shape[2] != 3:
             raise ValueError(f"npy of shape {shape}; an image is (H, W, 3)")
         return shape[0], shape[1]
@@ -328,7 +350,7 @@ def _decode_pixels(payload: Payload) -> np.ndarray:
     return image
 
 
-def _npy_header(payload: Payload) -> tuple[tuple[int, ...], bool, np.dtype, int]:
+def npy_header(payload: Payload) -> tuple[tuple[int, ...], bool, np.dtype, int]:
     """(shape, fortran order, dtype, first data byte). ValueError for anything but a plain array."""
     head = bytes(payload[:12])
     first = 10 if head[6:7] == b"\x01" else 12  # version 1 has a length of two bytes, version 2 of four
@@ -357,7 +379,7 @@ def _parse_npy_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype, i
 
 def _npy(payload: Payload) -> np.ndarray:
     """`np.load(allow_pickle=False)` without its copy (3 us instead of 30 for a latent)."""
-    shape, fortran, dtype, start = _npy_header(payload)
+    shape, fortran, dtype, start = npy_header(payload)
     expected = math.prod(shape) * dtype.itemsize
     if len(payload) - start != expected:
         raise ValueError(f"npy of shape {shape}, {dtype} needs {expected} data bytes, has {len(payload) - start}")

@@ -32,6 +32,9 @@ class ImageDecoder(Protocol):
     at_once: int
     """Pictures of one call: at most so many are given."""
 
+    fallbacks: int
+    """Calls in which the reference took over."""
+
     def decode(self, pictures: Sequence[Picture]) -> list[UndecodableImage | None]:
         """Fills every `out`, shorter side resized and centre cut out, upright; an answer for each picture."""
         ...
@@ -43,6 +46,7 @@ class PlainDecoder:
     """libjpeg-turbo (simplejpeg) for JPEG, OpenCV for the others: one by one, each straight into its slot. The reference."""
 
     at_once = 1
+    fallbacks = 0
 
     def decode(self, pictures: Sequence[Picture]) -> list[UndecodableImage | None]:
         return [_answer(picture) for picture in pictures]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from data_pipeline.assemble import BatchBuffer
 from data_pipeline.captions import NoCaptionError
@@ -15,6 +14,7 @@ from data_pipeline.order import Stream
 from data_pipeline.quarantine import BadSample
 from data_pipeline.readers import Reader
 from data_pipeline.stages import LeftOutError, Stages
+from data_pipeline.straight import Straight, Try
 
 MAX_ATTEMPTS = 16
 """Substitutes tried for one position. Sixteen bad samples in a row are a broken data set, not bad luck."""
@@ -28,14 +28,6 @@ class Filled:
     skipped: int = 0
 
 
-class _Try(NamedTuple):
-    """What goes into a slot next."""
-
-    slot: int
-    shard: int
-    sample: int
-
-
 @dataclass(frozen=True, kw_only=True)
 class Filler:
     """Fills slots of any batch of a stream; its calls share nothing but the reader, so threads may make them."""
@@ -46,6 +38,8 @@ class Filler:
     decoder: ImageDecoder
     stages: Stages | None = None
     """What a user does to each sample before it is decoded."""
+    straight: Straight | None = None
+    """The short way for samples of arrays."""
     substitutes: bool
     """False: a bad sample's error is raised."""
 
@@ -59,12 +53,14 @@ class Filler:
             TooManyBad: no substitute found for one position.
         """
         filled = Filled()
-        for first in range(0, len(slots), self.decoder.at_once):
-            part = slice(first, first + self.decoder.at_once)
-            self._fill(buffer, list(map(_Try, slots[part], shards[part], samples[part])), filled)
+        tries = list(map(Try, slots, shards, samples))
+        if self.straight is not None:
+            tries = self.straight.fill(buffer, tries)
+        for first in range(0, len(tries), self.decoder.at_once):
+            self._fill(buffer, tries[first : first + self.decoder.at_once], filled)
         return filled
 
-    def _fill(self, buffer: BatchBuffer, tries: list[_Try], filled: Filled) -> None:
+    def _fill(self, buffer: BatchBuffer, tries: list[Try], filled: Filled) -> None:
         bad: list[BadSample] = []
         for attempt in range(MAX_ATTEMPTS):
             missed = self._attempt(buffer, tries)
@@ -81,7 +77,7 @@ class Filler:
             position = buffer.position[[one.slot for one, _ in missed]]
             located = self.order.locate(position, attempt=attempt + 1)
             tries = [
-                _Try(one.slot, int(shard), int(sample))
+                Try(one.slot, int(shard), int(sample))
                 for (one, _), shard, sample in zip(missed, located.shard, located.sample, strict=True)
             ]
         last = f"; last: {bad[-1].message}" if bad else ""
@@ -89,9 +85,9 @@ class Filler:
             f"position {buffer.position[tries[0].slot]}: {MAX_ATTEMPTS} samples in a row are bad or left out{last}"
         )
 
-    def _attempt(self, buffer: BatchBuffer, tries: Sequence[_Try]) -> list[tuple[_Try, DataError | None]]:
+    def _attempt(self, buffer: BatchBuffer, tries: Sequence[Try]) -> list[tuple[Try, DataError | None]]:
         """Those that failed, in slot order, with why; None where the sample is to be left out."""
-        missed: dict[int, tuple[_Try, DataError | None]] = {}
+        missed: dict[int, tuple[Try, DataError | None]] = {}
         pictures: list[tuple[int, Picture]] = []
         for number, one in enumerate(tries):
             try:
@@ -108,7 +104,7 @@ class Filler:
                 missed[number] = tries[number], answer
         return [missed[number] for number in sorted(missed)]
 
-    def _read(self, buffer: BatchBuffer, one: _Try) -> Picture | None:
+    def _read(self, buffer: BatchBuffer, one: Try) -> Picture | None:
         position = int(buffer.position[one.slot])
         raw = self.reader.read(one.shard, sample=one.sample, position=position)
         where = Where(self.view.shards[one.shard].name, raw.key, position)
@@ -116,7 +112,7 @@ class Filler:
             raw = self.stages.run(raw, where=where)
         return buffer.fill(one.slot, raw=raw, where=where)
 
-    def _bad(self, one: _Try, error: DataError, *, position: int, attempt: int) -> BadSample:
+    def _bad(self, one: Try, error: DataError, *, position: int, attempt: int) -> BadSample:
         return BadSample(
             position=position, shard=self.view.shards[one.shard].name, sample=one.sample, attempt=attempt,
             error=type(error).__name__, message=str(error),

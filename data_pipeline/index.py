@@ -70,6 +70,10 @@ class Index:
         start, end = int(self.start[sample]) * BLOCK, int(self.end[sample]) * BLOCK
         return start, end - start
 
+    def bytes_of(self, sample: int, field: str) -> int:
+        """Of a sample's field; ABSENT where it has none."""
+        return int(self.length[sample, self.fields.index(field)]) if field in self.fields else ABSENT
+
     @property
     def is_dense(self) -> bool:
         """Whether the samples lie side by side (version 1)."""

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +30,7 @@ from data_pipeline.decoders import ImageDecoder, PlainDecoder
 from data_pipeline.errors import BadSplit, DataError, TooManyBad
 from data_pipeline.filling import Filled, Filler
 from data_pipeline.manifest import View
+from data_pipeline.memory import Recycled
 from data_pipeline.mixture import Mixture
 from data_pipeline.order import Located, nearest_divisors
 from data_pipeline.place import Place
@@ -39,6 +41,7 @@ from data_pipeline.sources import DataSet
 from data_pipeline.stages import Stages
 from data_pipeline.store.ahead import Reading
 from data_pipeline.store.patience import Patience
+from data_pipeline.straight import Straight
 
 logger = logging.getLogger("ecdit.data")
 
@@ -52,6 +55,9 @@ class _Step:
     pieces: list[Future[Filled]] = field(default_factory=list)
     passed_over: int = 0
     """positions whose own sample, or a substitute before the one that they get, was taken down"""
+
+    def is_ready(self) -> bool:
+        return all(piece.done() for piece in self.pieces)
 
 
 class StreamingLoader:
@@ -73,7 +79,8 @@ class StreamingLoader:
             substituted before TooManyBad stops the run.
         quarantine: JSON-lines file that gets one line per substitution (append only); give every rank its own.
         reading, patience: how an object store is read, and how long it is waited for.
-        allocate: (shape, dtype) -> an array without content for a batch; for memory that a device copies from.
+        allocate: (shape, dtype) -> an array without content for a batch, as for memory that a device copies from; None uses the
+            memory of batches again that nobody holds any more.
         held_out: the last samples of the data set are left out; of a mixture, of each source by its weight.
         decoder: of pictures; None is `decoders.PlainDecoder`.
         stages: a user's own, run on each sample before it is decoded.
@@ -89,7 +96,7 @@ class StreamingLoader:
         threads: int = 2, prefetch: int = 2, lanes: int | None = None, window: int = 2,
         on_bad: Literal["fail", "substitute"] = "fail", max_bad: float = 1e-4, quarantine: Path | None = None,
         held_out: int = 0, only_held_out: bool = False, decoder: ImageDecoder | None = None, stages: Stages | None = None,
-        reading: Reading | None = None, patience: Patience | None = None, allocate: Allocate = np.empty,
+        reading: Reading | None = None, patience: Patience | None = None, allocate: Allocate | None = None,
     ) -> None:  # fmt: skip
         if world < 1 or global_batch % world:
             near = nearest_divisors(global_batch, value=world)
@@ -120,7 +127,7 @@ class StreamingLoader:
         self._resolution, self._threads = resolution, threads
         self._prefetch = prefetch if threads else 0  # without threads, ahead means only earlier
         self._max_bad, self._quarantine = max_bad, Quarantine(quarantine)
-        self._allocate, self._decoder = allocate, decoder or PlainDecoder()
+        self._allocate, self._decoder = allocate or Recycled(), decoder or PlainDecoder()
         self._lookahead = self._prefetch + 1
         if self.view.base:
             self._lookahead = _lookahead(
@@ -132,17 +139,20 @@ class StreamingLoader:
             reuse=self._decoder.at_once == 1,  # else several samples wait for their pixels
         )  # fmt: skip
         self._told: deque[Located] = deque()
+        self._shapes = probe_shapes(self._reader, view=self.view, fields=self._fields)
         self._filler = Filler(
             view=self.view, order=self.order, reader=self._reader, decoder=self._decoder,
             stages=stages, substitutes=on_bad == "substitute",
+            straight=Straight(
+                self._reader, fields=self._fields, shapes=self._shapes, captions=self._rule
+            ) if stages is None and Straight.serves(self._reader, fields=self._fields) else None,
         )  # fmt: skip
-        self._shapes = probe_shapes(self._reader, view=self.view, fields=self._fields)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="ecdit-data") if threads else None
         self._pending: deque[_Step] = deque()
         self._step = 0
         self._bad: Counter[str] = Counter()
         self._skipped = self._uncaptioned = self._passed_over = 0
-        self._delivered = 0
+        self._delivered = self._ready = 0
         self._stall_seconds = 0.0
         if speaks:
             for line in self._place.lines():
@@ -164,6 +174,7 @@ class StreamingLoader:
             TooManyBad: more substitutes than `max_bad` allows, or none found for one position.
         """
         began = time.perf_counter()
+        self._ready = sum(1 for _ in takewhile(_Step.is_ready, self._pending))
         while len(self._pending) <= self._prefetch:
             self._pending.append(self._start(self._step + len(self._pending)))
         step = self._pending[0]
@@ -201,6 +212,10 @@ class StreamingLoader:
         read = self._reader.stats()
         return LoaderStats(
             steps=self._delivered,
+            steps_ahead=self._prefetch,
+            steps_ready=self._ready,
+            epochs=self._step / self.steps_per_epoch,
+            decoder_fallbacks=self._decoder.fallbacks,
             samples=self._delivered * len(self._slots),
             bytes_read=read.bytes_read,
             stall_seconds=self._stall_seconds,

@@ -139,7 +139,7 @@ class ShardReader:
             TruncatedShard: the range ends behind the end of the file.
             CorruptShard: the crc32 of the range is not that of the index.
         """
-        index = self._index(shard)
+        index = self.index(shard)
         offset, num_bytes = index.span(sample)
         whole = self._space(num_bytes)
         if self._ahead is not None:
@@ -148,8 +148,7 @@ class ShardReader:
         else:
             assert self._files is not None
             got = self._files.read(shard, start=offset, into=whole)
-        with self._lock:
-            self._bytes_read += got
+        self.count(got)
         if got != num_bytes:
             where = self._where(shard, sample, position)
             raise TruncatedShard(f"{where}: file ends at byte {offset + got}, needs {offset + num_bytes}")
@@ -160,13 +159,39 @@ class ShardReader:
         fields: dict[str, Value] = {**found}
         return RawSample(key=key, fields=fields, num_bytes=num_bytes)
 
+    def index(self, shard: int) -> Index:
+        """A shard's index, read once while it is held. Raises what `View.load_index` raises."""
+        with self._lock:
+            if (found := self._indexes.get(shard)) is not None:
+                self._indexes.move_to_end(shard)
+                return found
+        view = self._view
+        index = view.load_index(shard) if self._store is None else view.load_index(shard, store=self._store)
+        with self._lock:
+            self._index_reads += 1
+            found = self._indexes.setdefault(shard, index)  # another thread may have been first
+            self._indexes.move_to_end(shard)
+            while len(self._indexes) > self._held.indexes:
+                self._indexes.popitem(last=False)
+        return found
+
+    def scatter(self, shard: int, *, start: int, into: Sequence[memoryview]) -> int:
+        """`OpenFiles.scatter`: bytes of a local shard, not counted and not compared with anything."""
+        assert self._files is not None
+        return self._files.scatter(shard, start=start, into=into)
+
+    def count(self, num_bytes: int) -> None:
+        """Bytes of samples that were read by `scatter`."""
+        with self._lock:
+            self._bytes_read += num_bytes
+
     def ahead(self, step: int, *, shards: Sequence[int], samples: Sequence[int]) -> None:
         """These samples of a later step are read soon: their indexes are fetched, and their bytes once those are here. Steps
         come in order. Nothing happens for local files: the system reads those ahead."""
         if self._ahead is None:
             return
         for shard in set(shards) - self._indexes.keys() - self._loading.keys():
-            self._loading[shard] = self._pool.submit(self._index, shard)
+            self._loading[shard] = self._pool.submit(self.index, shard)
         loading = {shard: self._loading[shard] for shard in set(shards) & self._loading.keys()}
         self._told.append((step, _Steps(shards=shards, samples=samples, loading=loading)))
         self.plan(upto=-1)
@@ -185,7 +210,7 @@ class ShardReader:
                 index.result()
             wants = []
             for shard, sample in zip(told.shards, told.samples, strict=True):
-                start, length = self._index(shard).span(sample)
+                start, length = self.index(shard).span(sample)
                 wants.append(Want(shard=shard, start=start, length=length))
             self._ahead.plan(wants)
 
@@ -240,18 +265,3 @@ class ShardReader:
 
     def _where(self, shard: int, sample: int, position: int) -> Where:
         return Where(self._view.shards[shard].name, f"number {sample}", position)
-
-    def _index(self, shard: int) -> Index:
-        with self._lock:
-            if (found := self._indexes.get(shard)) is not None:
-                self._indexes.move_to_end(shard)
-                return found
-        view = self._view
-        index = view.load_index(shard) if self._store is None else view.load_index(shard, store=self._store)
-        with self._lock:
-            self._index_reads += 1
-            found = self._indexes.setdefault(shard, index)  # another thread may have been first
-            self._indexes.move_to_end(shard)
-            while len(self._indexes) > self._held.indexes:
-                self._indexes.popitem(last=False)
-        return found

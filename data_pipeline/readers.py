@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from data_pipeline.catalogue import Catalogue, Shards
+from data_pipeline.index import Index
 from data_pipeline.manifest import View
 from data_pipeline.reader import Held, RawSample, ReaderStats, ShardReader
 from data_pipeline.store.ahead import Reading
@@ -20,6 +21,9 @@ class Reader(Protocol):
     @property
     def is_remote(self) -> bool: ...
     def read(self, shard: int, *, sample: int, position: int = -1) -> RawSample: ...
+    def index(self, shard: int) -> Index: ...
+    def scatter(self, shard: int, *, start: int, into: Sequence[memoryview]) -> int: ...
+    def count(self, num_bytes: int) -> None: ...
     def ahead(self, step: int, *, shards: Sequence[int], samples: Sequence[int]) -> None: ...
     def plan(self, *, upto: int) -> None: ...
     def forget(self) -> None: ...
@@ -57,6 +61,17 @@ class _JoinedReader:
     def read(self, shard: int, *, sample: int, position: int = -1) -> RawSample:
         source, number = self._catalogue.place(shard)
         return self._readers[source].read(number, sample=sample, position=position)
+
+    def index(self, shard: int) -> Index:
+        source, number = self._catalogue.place(shard)
+        return self._readers[source].index(number)
+
+    def scatter(self, shard: int, *, start: int, into: Sequence[memoryview]) -> int:
+        source, number = self._catalogue.place(shard)
+        return self._readers[source].scatter(number, start=start, into=into)
+
+    def count(self, num_bytes: int) -> None:
+        self._readers[0].count(num_bytes)  # the stats are of all together
 
     def ahead(self, step: int, *, shards: Sequence[int], samples: Sequence[int]) -> None:
         places = [self._catalogue.place(shard) for shard in shards]

@@ -169,6 +169,7 @@ class StreamedLoader:
     def stats(self) -> LoaderStats:
         return LoaderStats(
             steps=self._delivered, samples=self._delivered * self._share, bytes_read=self._bytes,
+            decoder_fallbacks=self._decoder.fallbacks,
             stall_seconds=self._stall_seconds, bad=dict(self._bad), skipped=self._skipped, uncaptioned=self._uncaptioned,
         )  # fmt: skip
 

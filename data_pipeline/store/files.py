@@ -61,6 +61,11 @@ class OpenFiles:
             got += num
         return got
 
+    def scatter(self, shard: int, *, start: int, into: Sequence[memoryview]) -> int:
+        """One read into several pieces; bytes that came. Raises OSError, and MissingShard where the file cannot be opened."""
+        file = self._file(shard)
+        return self._preadv(file.fd, into, start)
+
     def close(self) -> None:
         with self._lock:
             self._files.clear()

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from data_pipeline.contract import Batch, Loader
-from data_pipeline.errors import BadArray
+from data_pipeline.errors import SAMPLE_ERRORS, BadArray
 from ecdit_train.config.schema import EncodersConfig, RunConfig
 from ecdit_train.diffusion.encoders import ImageCodec, TextEncoder
 from ecdit_train.diffusion.microbatch import Microbatch
@@ -84,12 +84,32 @@ class EncodedBatches:
 
     def counts(self) -> dict[str, int]:
         stats = self._loader.stats()
+        # All classes on all ranks: the metrics of a window are reduced as one vector.
+        bad = {kind.__name__: 0 for kind in SAMPLE_ERRORS} | dict(stats.bad)
         return {
-            "substituted": self.substituted(),
-            "skipped": stats.skipped,
-            "uncaptioned": stats.uncaptioned,
-            "passed_over": stats.passed_over,
+            "data/substituted": sum(stats.bad.values()),
+            "data/skipped": stats.skipped,
+            "data/uncaptioned": stats.uncaptioned,
+            "data/passed_over": stats.passed_over,
+            "loader/samples": stats.samples,
+            "loader/bytes_read": stats.bytes_read,
+            "loader/bytes_fetched": stats.bytes_fetched,
+            "loader/read_retries": stats.read_retries,
+            "loader/hedged": stats.hedged,
+            "loader/decoder_fallbacks": stats.decoder_fallbacks,
+            **{f"data/bad/{kind}": count for kind, count in bad.items()},
         }
+
+    def levels(self) -> dict[str, float]:
+        stats = self._loader.stats()
+        found = {
+            "data/left_out": float(stats.left_out),
+            "loader/steps_ready": float(min(stats.steps_ready, stats.steps_ahead)),
+            "loader/steps_late_max": float(max(0, stats.steps_ahead - stats.steps_ready)),
+        }
+        if stats.epochs is not None:
+            found["data/epochs"] = stats.epochs
+        return found | {f"data/source/{source.name}/epochs": source.epochs for source in stats.sources}
 
     def bad(self) -> dict[str, int]:
         return dict(self._loader.stats().bad)

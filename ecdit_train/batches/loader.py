@@ -28,7 +28,8 @@ from ecdit_train.run_folder import quarantine_path
 
 
 def pinned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Page-locked memory, which a GPU copies from while the CPU goes on. The array keeps it as long as it lives."""
+    """Page-locked memory, which a GPU copies from while the CPU goes on. The array keeps it as long as it lives;
+    then torch uses it again, once no copy out of it is under way."""
     return torch.empty(shape, dtype=torch.from_numpy(np.empty(0, dtype)).dtype, pin_memory=True).numpy()
 
 
@@ -79,7 +80,7 @@ def make_loader(
             idle=min(Patience.idle, config.data.read_deadline / 2),
             hedge_after=config.data.hedge_after,
         ),
-        allocate=pinned if torch.cuda.is_available() else np.empty,
+        allocate=pinned if torch.cuda.is_available() else None,
         held_out=config.validation.images,
         only_held_out=held_out,
         **common,

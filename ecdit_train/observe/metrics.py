@@ -140,6 +140,44 @@ METRICS: dict[str, Metric] = {
     "data/passed_over": _metric(
         "samples", "sum", "How many samples stand in for ones that were taken down (`data.take_down`) since then?"
     ),
+    "data/bad/{kind}": _metric(
+        "samples",
+        "sum",
+        "The substituted samples by kind of error; together they are `data/substituted`. Absent when 0.",
+    ),
+    "data/epochs": _metric(
+        "passes", "last", "How often has the run been through its data? Absent where nobody can say."
+    ),
+    "data/source/{name}/epochs": _metric("passes", "last", "Mixtures only: the same for each source."),
+    "data/left_out": _metric(
+        "samples",
+        "last",
+        "How many samples does an epoch leave out, as they fill no global batch? Others in each epoch.",
+    ),
+    # loader/: this process's own, over all ranks; prefetched samples included, so they are not repeated by a resume.
+    "loader/samples_per_s": _metric(
+        "samples/s, all ranks", "sum", "How many samples did training take, pauses left out?"
+    ),
+    "loader/samples": _metric("samples", "sum", "How many samples were delivered since the last log step?"),
+    "loader/bytes_read": _metric("bytes", "sum", "How many bytes of samples were read since then?"),
+    "loader/bytes_fetched": _metric(
+        "bytes",
+        "sum",
+        "How many came from an object store? Far above `loader/bytes_read`: ranges hold what nobody wants.",
+    ),
+    "loader/read_retries": _metric(
+        "reads", "sum", "How many reads had to be repeated? A disk or a store is in trouble."
+    ),
+    "loader/hedged": _metric("ranges", "sum", "How many ranges were asked for twice, as the first answer was slow?"),
+    "loader/decoder_fallbacks": _metric("calls", "sum", "How often did the reference take over from DALI?"),
+    "loader/steps_ready": _metric(
+        "steps", "mean", "How many steps lie ready when training asks for one? At `data.prefetch` loading is faster."
+    ),
+    "loader/steps_late_max": _metric(
+        "steps",
+        "max",
+        "How many of the prefetched steps were missing at worst, on any rank? All of them: somebody waited.",
+    ),
     # reliability/: only in runs where it happened.
     "reliability/skipped": _metric(
         "updates", "last", "How many updates were left out? Their samples are in the log and in the checkpoints."
@@ -171,6 +209,8 @@ def metric_key(name: str) -> str:
     """The key of METRICS that describes a logged name: `moe/L2/entropy` -> `moe/L{n}/entropy`; what a router of one's own
     reports falls under the entries with `{name}`."""
     key = re.sub(r"/L\d+/", "/L{n}/", name)
+    key = re.sub(r"^data/bad/\w+$", "data/bad/{kind}", key)
+    key = re.sub(r"^data/source/[\w-]+/", "data/source/{name}/", key)
     if key in METRICS:
         return key
     room, _, rest = key.rpartition("/")
@@ -255,9 +295,10 @@ class MetricWindow:
 
     def state_dict(self, all_reduce: AllReduce | None = None) -> dict[str, list[float]]:
         """What has gathered since the last record, as JSON: a run stopped between two log steps then logs the same
-        means as one that was not. Times belong to the process and stay out. Collective: sums are each rank's own."""
-        values = {name: value for name, value in self._values.items() if not isinstance(value, Tensor)}
-        assert len(values) == len(self._values), "a device value is one rank's own, a checkpoint is everybody's"
+        means as one that was not. Times and loader/ belong to the process and stay out. Collective: sums are each rank's own."""
+        kept = {name: value for name, value in self._values.items() if not name.startswith("loader/")}
+        values = {name: value for name, value in kept.items() if not isinstance(value, Tensor)}
+        assert len(values) == len(kept), "a device value is one rank's own, a checkpoint is everybody's"
         sums = sorted(name for name in values if METRICS[metric_key(name)].reduction == "sum")
         if sums and all_reduce is not None:
             total = all_reduce(torch.stack([self._tensor(values[name]) for name in sums]), op="sum")
@@ -302,6 +343,8 @@ class MetricWindow:
         self.add("data/stall_frac", self._waited / max(time.perf_counter() - self._start - self._paused, 1e-9))
         record = self._reduced(all_reduce)
         elapsed = time.perf_counter() - self._start - self._paused  # after the sync: the device has done these steps
+        if "loader/samples" in record:
+            record["loader/samples_per_s"] = record["loader/samples"] / elapsed
         if self._steps:
             step_s = elapsed / self._steps
             record["perf/step_s"] = step_s

@@ -24,8 +24,11 @@ class Batches(Protocol):
         ...
 
     def counts(self) -> dict[str, int]:
-        """The same, and samples without a caption: `skipped` for another, `uncaptioned` trained on without text;
-        `passed_over` for others, as they are taken down."""
+        """Counters since this process started, on this rank, by the names of METRICS; the same names on every rank."""
+        ...
+
+    def levels(self) -> dict[str, float]:
+        """How things stand, by the names of METRICS; the same names on every rank."""
         ...
 
     def bad(self) -> dict[str, int]:

@@ -151,7 +151,8 @@ class Trainer:
             with window.waiting():
                 raw = self.batches.fetch()
             before, counts = counts, self.batches.counts()
-            window.add_all({f"data/{name}": float(count - before.get(name, 0)) for name, count in counts.items()})
+            window.add_all({name: float(count - before.get(name, 0)) for name, count in counts.items()})
+            window.add_all(self.batches.levels())
             self.heart.enter("encode")
             batch = self.batches.encode(raw)
             result, verdict, (stopping, writing) = self._step(batch, stop)
@@ -305,6 +306,7 @@ class Trainer:
             self.window.add("reliability/skipped", float(len(self.guard.skipped)))
             self.window.add("reliability/roll_backs", float(self.guard.roll_backs))
         record = self.window.flush(self.parallel.reduce) | self.saves.record()
+        record = {name: value for name, value in record.items() if value or not name.startswith("data/bad/")}
         if self.measured.get("step") == step:
             record |= {f"validation/{name}": value for name, value in self.measured.items() if name != "step"}
         self.sinks.log(step, record)

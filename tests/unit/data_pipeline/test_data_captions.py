@@ -18,16 +18,16 @@ from data_pipeline.indexing import index_folder
 from data_pipeline.loader import StreamingLoader
 from data_pipeline.manifest import View
 from data_pipeline.prepare import RawMembers, write_shards
-from data_pipeline.reader import RawSample
+from data_pipeline.reader import Value
 
 N = 120
 
 
-def raw(**members: str | bytes) -> RawSample:
+def raw(**members: str | bytes) -> dict[str, Value]:
     fields = {
         name.replace("_", "."): memoryview(v.encode() if isinstance(v, str) else v) for name, v in members.items()
     }
-    return RawSample(key="k", fields=fields, num_bytes=0)
+    return fields
 
 
 def at(position: int) -> Where:

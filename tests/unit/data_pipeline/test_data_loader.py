@@ -2,6 +2,8 @@
 
 import io
 import json
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,8 @@ import pytest
 from data_pipeline.assemble import Fields, default_fields
 from data_pipeline.contract import Batch, Loader
 from data_pipeline.decode import decode_image
-from data_pipeline.errors import BadArray, BadSplit, Where, WrongView
+from data_pipeline.decoders import Picture, PlainDecoder
+from data_pipeline.errors import BadArray, BadSplit, UndecodableImage, Where, WrongView
 from data_pipeline.loader import StreamingLoader
 from data_pipeline.manifest import View
 from data_pipeline.prepare import RawMembers, write_shards
@@ -219,3 +222,28 @@ def test_arrays_that_disagree_are_named_whatever_the_threads_do(tmp_path: Path) 
         with pytest.raises(BadArray, match=r"key 17, position \d+: array of \(2, 5, 4\)"):
             next(stream)
         stream.close()
+
+
+def test_how_many_steps_lie_ready_is_counted(shapes_view: View) -> None:
+    gate = threading.Event()
+
+    class Slow(PlainDecoder):
+        def decode(self, pictures: Sequence[Picture]) -> list[UndecodableImage | None]:
+            gate.wait(30)
+            return super().decode(pictures)
+
+    loader = StreamingLoader(shapes_view, global_batch=8, resolution=16, threads=2, prefetch=3, decoder=Slow())
+    gate.set()
+    next(loader)
+    assert (loader.stats().steps_ready, loader.stats().steps_ahead) == (0, 3)  # nothing was asked for before
+    for step in loader._pending:
+        [piece.result() for piece in step.pieces]
+    next(loader)
+    assert loader.stats().steps_ready == 3
+    gate.clear()
+    next(loader)  # those that were ready before the gate closed, and none behind them
+    next(loader)
+    assert loader.stats().steps_ready < 3
+    assert loader.stats().epochs == pytest.approx(4 / loader.steps_per_epoch)
+    gate.set()
+    loader.close()

@@ -50,7 +50,7 @@ def reads(order: Order, *, world: int, held: Held, prefetch: int) -> list[Counte
             steps = np.arange(first, min(first + prefetch, order.steps_per_epoch))
             positions = (steps[:, None] * order.global_batch + rank * share + np.arange(share)).ravel()
             for shard in order.locate(rng.permutation(positions)).shard.tolist():
-                reader._index(shard)
+                reader.index(shard)
         found.append(view.reads)
     return found
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ecdit_train.observe.metrics import METRICS, MetricWindow, metric_key, undocumented
 from ecdit_train.observe.routing import routing_scalars
 
-GROUPS = {"train", "optim", "moe", "perf", "data", "reliability", "validation", "ckpt"}
+GROUPS = {"train", "optim", "moe", "perf", "data", "loader", "reliability", "validation", "ckpt"}
 
 
 def window(**more: float) -> MetricWindow:

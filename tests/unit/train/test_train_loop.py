@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -73,7 +75,13 @@ def test_everything_documented_is_logged(tiny_shards, tmp_path):
     on_gpu = {name for name, metric in METRICS.items() if "Absent on CPU" in metric.question}
     assert on_gpu == {"perf/mfu", "perf/memory_gib"}
     own = {name for name in METRICS if name.endswith("{name}_max")}  # of routers outside the package
-    rare = {"ckpt/interval", "reliability/skipped", "reliability/roll_backs"}  # test_saving.py, test_guard.py
+    rare = {
+        "data/bad/{kind}",
+        "data/source/{name}/epochs",
+        "ckpt/interval",
+        "reliability/skipped",
+        "reliability/roll_backs",
+    }  # test_saving.py, test_guard.py, below
     assert METRICS.keys() - logged == on_gpu | own | rare
 
 
@@ -100,6 +108,31 @@ def test_norms_images_and_clipping(tiny_shards, tmp_path):
             assert [line["optim/clipped_frac"] for line in lines] == [clipped, clipped]
 
 
+def test_what_the_loader_does_is_logged_and_adds_up(tiny_shards, tmp_path):
+    sources = f"data.sources={{a: {{shards: {tiny_shards}, weight: 3}}, b-2: {{shards: {tiny_shards}, weight: 1}}}}"
+    config = configure(tmp_path, "unused", sources, "observe.log_every=3", "train.steps=6")
+    live(config)
+    lines, batch = records(tmp_path), config.train.global_batch
+    assert [line["step"] for line in lines] == [3, 6]
+    size = sum(path.stat().st_size for path in tiny_shards.glob("*.tar"))
+    for line in lines:
+        assert line["loader/samples"] == 3 * batch
+        assert line["loader/samples_per_s"] == pytest.approx(line["perf/images_per_s"], rel=0.2)
+        assert line["loader/bytes_fetched"] == line["loader/read_retries"] == line["loader/hedged"] == 0
+        assert 0 <= line["loader/steps_ready"] <= config.data.prefetch
+        assert line["loader/steps_late_max"] <= config.data.prefetch
+        assert line["data/left_out"] >= 0
+        assert not [name for name in line if name.startswith("data/bad/")]
+        each = {name: line[f"data/source/{name}/epochs"] for name in ("a", "b-2")}
+        assert each["a"] == pytest.approx(3 * each["b-2"], abs=0.1)
+        assert line["data/epochs"] > 0
+    assert lines[1]["data/epochs"] == pytest.approx(2 * lines[0]["data/epochs"])
+    read = sum(line["loader/bytes_read"] for line in lines)
+    assert 0 < read < 100 * size
+    samples = sum(line["loader/samples"] for line in lines)
+    assert read >= 512 * samples  # a header is the least that a sample has
+
+
 def test_substituted_samples_are_logged_said_and_survive_a_stop(tiny_shards, tmp_path, capsys):
     shards = Path(shutil.copytree(tiny_shards, tmp_path / "shards"))
     for tar in sorted(shards.glob("*.tar")):  # a few samples of every shard are unreadable
@@ -112,6 +145,10 @@ def test_substituted_samples_are_logged_said_and_survive_a_stop(tiny_shards, tmp
     rows = (tmp_path / "whole" / "quarantine-0000-life-0001.jsonl").read_text().splitlines()
     lines = records(tmp_path / "whole")
     assert sum(line["data/substituted"] for line in lines) == len(rows) > 2
+    kinds = Counter(json.loads(row)["error"] for row in rows)
+    assert Counter({kind: sum(line.get(f"data/bad/{kind}", 0) for line in lines) for kind in kinds}) == kinds
+    for line in lines:
+        assert sum(v for name, v in line.items() if name.startswith("data/bad/")) == line["data/substituted"]
     said = capsys.readouterr().out
     for line in lines:
         phrase = f"step {line['step']}: {line['data/substituted']:.0f} unreadable samples substituted"
