@@ -166,10 +166,11 @@ class ShardReader:
         come in order. Nothing happens for local files: the system reads those ahead."""
         if self._ahead is None:
             return
-        if self._closed:
-            raise StoreTrouble(f"{self._view.base}: closed")
         for shard in set(shards) - self._indexes.keys() - self._loading.keys():
-            self._loading[shard] = self._pool.submit(self._index, shard)
+            try:
+                self._loading[shard] = self._pool.submit(self._index, shard)
+            except RuntimeError as error:  # the pool is shut down
+                raise StoreTrouble(f"{self._view.base}: closed") from error
         loading = {shard: self._loading[shard] for shard in set(shards) & self._loading.keys()}
         self._told.append((step, _Steps(shards=shards, samples=samples, loading=loading)))
         self.plan(upto=-1)
@@ -190,6 +191,8 @@ class ShardReader:
                     indexes[shard] = self._index(shard) if loading is None else loading.result()
                 except Exception:  # a mistake of ours as well: whoever needs the index meets it
                     indexes[shard] = None
+            if self._closed:
+                raise StoreTrouble(f"{self._view.base}: closed")
             wants = []
             for shard, sample in zip(told.shards, told.samples, strict=True):
                 if (index := indexes[shard]) is not None:

@@ -284,7 +284,7 @@ def test_closing_does_not_wait_for_the_network(server: ObjectServer) -> None:
 
 def test_a_step_that_could_not_start_is_started_again(server: ObjectServer, shapes_folder: Path) -> None:
     """Under its own positions with its own samples: memory that was not there, and without threads a sample that was bad once."""
-    left = [False] * 5 + [True] + [False] * 9 + [True]
+    left = [False] * 5 + [True] + [False] * 4 + [True]
 
     def allocate(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         if left and left.pop(0):
@@ -293,17 +293,15 @@ def test_a_step_that_could_not_start_is_started_again(server: ObjectServer, shap
 
     wanted = take(stream(shapes_folder), 12)
     assert _take_through(stream(server.url, allocate=allocate), 12, MemoryError) == (wanted, 2)
-    asked_for: list[int] = []
-
-    def script(asked: Asked) -> Answer:
-        if asked.path.endswith(".tar") and asked.start is not None:
-            asked_for.append(asked.start)
-            return Answer(fault="wrong" if len(asked_for) in (40, 90) else "")
-        return Answer()
-
-    server.script = script
     far = stream(server.url, threads=0, reading=Reading(block=16 << 10, gap=0, budget=1))
-    assert _take_through(far, 12, CorruptShard) == (wanted, 2)
+    assert take(far, 3) == wanted[:3]
+    server.script = lambda asked: Answer(fault="wrong" if asked.path.endswith(".tar") and asked.start else "")
+    with pytest.raises(CorruptShard):
+        take(far, 9)
+    found = wanted[: far.state_dict()["step"]]
+    server.script = lambda asked: Answer()
+    rest, _ = _take_through(far, 12 - len(found), CorruptShard)
+    assert found + rest == wanted
 
 
 def _take_through(loader: StreamingLoader, steps: int, error: type[Exception]) -> tuple[list[tuple], int]:
@@ -315,18 +313,19 @@ def _take_through(loader: StreamingLoader, steps: int, error: type[Exception]) -
             found += take(loader, 1)
         except error:
             failed += 1
-            assert failed < 10
+            assert failed < 300
     return found, failed
 
 
 def test_a_bad_index_is_met_where_it_is_needed_and_substituted_as_in_a_folder(copied_folder: Path) -> None:
-    path = copied_folder / "shapes-000005.idx"
+    shard = int(stream(copied_folder, lanes=1, window=1).order.locate(np.array([300])).shard[0])
+    path = copied_folder / f"shapes-{shard:06}.idx"
     raw = bytearray(path.read_bytes())
     raw[-1] ^= 1
     path.write_bytes(raw)
     with ObjectServer(copied_folder) as server:
         local, far = (
-            stream(place, on_bad="substitute", max_bad=1.0, lanes=1, window=1) for place in (copied_folder, server.url)
+            stream(place, on_bad="substitute", max_bad=1.0, window=4) for place in (copied_folder, server.url)
         )
         assert take(far, 12) == take(local, 12)
         assert far.stats().bad == local.stats().bad == {"CorruptShard": local.stats().bad["CorruptShard"]}
@@ -336,7 +335,7 @@ def test_a_bad_index_is_met_where_it_is_needed_and_substituted_as_in_a_folder(co
             for _ in strict:
                 whole += 1
         take(there, whole)
-        with pytest.raises(CorruptShard, match=r"index .*000005.idx"):
+        with pytest.raises(CorruptShard, match=rf"index .*{path.name}"):
             next(there)
         assert whole > 1, "not before"
 
