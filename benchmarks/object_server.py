@@ -213,7 +213,7 @@ class ObjectServer:
         return fault not in ("reset_body", "cut_body")
 
     def _listing(self, query: dict[str, list[str]]) -> str:
-        prefix, after = query.get("prefix", [""])[0], query.get("continuation-token", [""])[0]
+        prefix, after = query.get("prefix", [""])[0], query.get("continuation-token", query.get("start-after", [""]))[0]
         names = sorted(p.relative_to(self.folder).as_posix() for p in self.folder.rglob("*") if p.is_file())
         names = [name for name in names if name.startswith(prefix) and name > after]
         shown, more = names[: self._page], len(names) > self._page

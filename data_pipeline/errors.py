@@ -3,6 +3,7 @@
 # ruff: noqa: N818 - the names say what is wrong; "Error" at the end of each would add nothing
 from __future__ import annotations
 
+import errno
 from dataclasses import dataclass
 
 
@@ -108,6 +109,14 @@ class ChangedShard(DataError):
     """A shard was replaced in its store while it was read."""
 
     exit_code = 71
+
+
+def why(error: OSError) -> str:
+    """What a system call says, for messages; the limit of open files is said to be one."""
+    words = error.strerror or type(error).__name__
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return f"{words} in this process or on this machine (the file itself may be well); raise the limit: ulimit -n"
+    return words
 
 
 SAMPLE_ERRORS = (TruncatedShard, CorruptShard, UndecodableImage, BadCaption, BadArray, BadStage)

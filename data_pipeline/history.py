@@ -46,11 +46,11 @@ def changes(before: View, *, now: View) -> Changes:
 def advice(view: View, *, wanted_sha256: str) -> str:
     """What a run on the manifest `wanted_sha256` can do where the folder now holds `view`: a sentence or two."""
     other = (
-        f"The shards in {view.folder} are not those that the run was trained on (their manifest's fingerprint differs)"
+        f"The shards in {view.place} are not those that the run was trained on (their manifest's fingerprint differs)"
     )
     weights = "start a new run from this one's weights (train.init_from)"
     try:
-        before = read_manifest(view.folder, which=wanted_sha256)
+        before = _earlier(view, wanted_sha256)
     except DataError:
         return f"{other}: point data.shards at an unchanged copy, or {weights}"
     changed = changes(before, now=view)
@@ -61,6 +61,16 @@ def advice(view: View, *, wanted_sha256: str) -> str:
     return (
         f"{other}. Since then: {changed}. Put back {_few(lost)} as they were and run `ecdit data index`, or {weights}"
     )
+
+
+def _earlier(view: View, sha256: str) -> View:
+    """In the folder of the indexes, or where the tars lie."""
+    try:
+        return read_manifest(view.folder, which=sha256)
+    except DataError:
+        if not view.base:
+            raise
+        return read_manifest(view.base, which=sha256)
 
 
 def _few(names: Sequence[str]) -> str:

@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.commit import write_committed
-from data_pipeline.errors import BadMember, CorruptShard, MissingShard, TruncatedShard
+from data_pipeline.errors import BadMember, CorruptShard, MissingShard, TruncatedShard, why
 from data_pipeline.gather import Gathered, Sample, gather
 from data_pipeline.promises import check_promises
 from data_pipeline.tar import BLOCK
@@ -122,7 +122,7 @@ def scan(tar: Path, *, promises: bool = True) -> Scanned:
                     check_promises(tar, found=found, buffer=buffer)
                 return Scanned(index=_index_of(buffer, found.samples), found=found)
     except OSError as error:
-        raise MissingShard(f"shard {tar.name} in {tar.parent}: {error.strerror}") from error
+        raise MissingShard(f"shard {tar.name} in {tar.parent}: {why(error)}") from error
 
 
 def refuse_damage(tar: Path, found: Gathered) -> None:
@@ -174,7 +174,8 @@ def load_index(path: Path) -> Index:
     try:
         raw = path.read_bytes()
     except OSError as error:
-        raise MissingShard(f"index {path.name} in {path.parent}: {error.strerror}; run `ecdit data index`") from error
+        rule = "; run `ecdit data index`" if isinstance(error, FileNotFoundError) else ""
+        raise MissingShard(f"index {path.name} in {path.parent}: {why(error)}{rule}") from error
     return parse_index(raw, path=str(path))
 
 

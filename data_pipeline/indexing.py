@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from data_pipeline.errors import BadMember, CorruptShard, DataError, MissingShard, StoreTrouble
+from data_pipeline.errors import BadMember, ChangedShard, CorruptShard, DataError, MissingShard, StoreTrouble
 from data_pipeline.index import COMPRESSED, Index, index_path, load_index, refuse_damage, scan, write_index
 from data_pipeline.manifest import View, describe, raise_all, read_manifest, write_manifest
 from data_pipeline.parts import Part
@@ -127,10 +127,10 @@ def _read(tar: Path, *, source: Tars, again: bool) -> _Found:
     if not again and (known := _known(tar, source=source)) is not None:
         return known
     try:
-        with source.here(tar):
-            scanned = scan(tar)
-    except StoreTrouble:
-        raise  # says nothing of the tar
+        with source.here(tar) as readable:
+            scanned = scan(readable)
+    except (StoreTrouble, ChangedShard, MissingShard):
+        raise  # says nothing of the tar: only what stands in bytes that were read is written down
     except DataError as error:
         index_path(tar).unlink(missing_ok=True)
         write_tally(Tally(set_aside=str(error)), tar)

@@ -1,20 +1,33 @@
-"""Samples by their keys: one pass over the headers of a data set, for lists of what is to be kept or taken down."""
+"""Samples by their keys: one pass over the headers of a data set, for lists of what is to be kept or taken down.
+
+Of a set in an object store, the first bytes of each sample are fetched, several at a time, never a whole shard."""
 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
-from data_pipeline.errors import BadMember, MissingShard
+from data_pipeline.errors import BadMember, MissingShard, why
+from data_pipeline.index import Index
 from data_pipeline.manifest import View
-from data_pipeline.tar import split_proven_name, walk_proven
+from data_pipeline.store.ahead import ReadAhead, Reading, Want
+from data_pipeline.store.patience import Patience
+from data_pipeline.store.remote import RemoteStore
+from data_pipeline.tar import first_name, split_proven_name, walk_proven
+
+T = TypeVar("T")
 
 _THREADS = 8
+_HEADERS = 2048
+"""Bytes of a sample that are fetched: a header, or one behind an extended header and its name."""
+_BUDGET = 64 << 20
 _SHOWN = 5
 
 
@@ -56,22 +69,90 @@ def find(view: View, lines: Sequence[str]) -> Named:
     wanted, seen = set(lines), set()
     mask = np.zeros(view.num_samples, bool)
     first = np.concatenate([[0], np.cumsum(view.shard_sizes)])
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for shard, keys in enumerate(pool.map(lambda number: list(keys_of(view, number)), range(len(view.shards)))):
-            name = view.shards[shard].name
-            for sample, key in enumerate(keys):
-                found = {key, f"{name}\t{key}"} & wanted
-                mask[first[shard] + sample] = bool(found)
-                seen |= found
+    for shard, keys in enumerate(keys_by_shard(view)):
+        name = view.shards[shard].name
+        for sample, key in enumerate(keys):
+            found = {key, f"{name}\t{key}"} & wanted
+            mask[first[shard] + sample] = bool(found)
+            seen |= found
     unknown = tuple(line for line in lines if line not in seen)
     if len(unknown) == len(lines):
         raise BadMember(
-            f"none of {len(lines)} keys is in {view.folder}: {shown(unknown)}; a sample there is called {_one(view)!r}"
+            f"none of {len(lines)} keys is in {view.place}: {shown(unknown)}; a sample there is called {_one(view)!r}"
         )
     return Named(mask=mask, unknown=unknown)
 
 
-def keys_of(view: View, shard: int) -> Iterator[str]:
+def keys_by_shard(view: View, *, shards: Sequence[int] | None = None) -> Iterator[list[str]]:
+    """Of some shards (of all) in order, the keys of their samples; few shards are read ahead of the one that is asked for.
+
+    Raises:
+        MissingShard, CorruptShard: a tar or an index that cannot be read.
+        StoreTrouble, ChangedShard: the same of an object store.
+    """
+    numbers = range(len(view.shards)) if shards is None else shards
+    return _far(view, numbers) if view.base else _near(view, numbers)
+
+
+def _near(view: View, shards: Sequence[int]) -> Iterator[list[str]]:
+    return _in_order(lambda shard: list(_keys_of(view, shard)), shards)
+
+
+def _far(view: View, shards: Sequence[int]) -> Iterator[list[str]]:
+    store, rows = RemoteStore(view.base, patience=Patience()), view.shards
+    reading = Reading(budget=_BUDGET)
+    ahead = ReadAhead(
+        store, shards=lambda number: (rows[number].name, rows[number].bytes), reading=reading, keeps=False
+    )
+    planned: deque[tuple[int, Index]] = deque()
+    try:
+        for shard, index in _in_order(lambda number: (number, view.load_index(number, store=store)), shards):
+            ahead.plan([_begin(shard, index, sample) for sample in range(len(index))])
+            planned.append((shard, index))
+            if len(planned) > 1:
+                yield _fetched(ahead, view, *planned.popleft())
+        while planned:
+            yield _fetched(ahead, view, *planned.popleft())
+    finally:
+        ahead.close()
+
+
+def _in_order(work: Callable[[int], T], numbers: Sequence[int]) -> Iterator[T]:
+    """What threads make of the numbers, few of them ahead of the one that is asked for."""
+    with ThreadPoolExecutor(_THREADS) as pool:
+        under_way: deque[Future[T]] = deque()
+        try:
+            for number in numbers:
+                under_way.append(pool.submit(work, number))
+                if len(under_way) > 2 * _THREADS:
+                    yield under_way.popleft().result()
+            while under_way:
+                yield under_way.popleft().result()
+        finally:
+            for one in under_way:
+                one.cancel()
+
+
+def _begin(shard: int, index: Index, sample: int) -> Want:
+    start, size = index.span(sample)
+    return Want(shard=shard, start=start, length=min(size, _HEADERS))
+
+
+def _fetched(ahead: ReadAhead, view: View, shard: int, index: Index) -> list[str]:
+    keys = []
+    for sample in range(len(index)):
+        want = _begin(shard, index, sample)
+        begin = memoryview(bytearray(want.length))
+        ahead.read(want, into=begin)
+        if (member := first_name(begin)) is None:  # a name that is longer than what was fetched
+            begin = memoryview(bytearray(index.span(sample)[1]))
+            ahead.read(Want(shard=shard, start=want.start, length=len(begin)), into=begin)
+            member = next(walk_proven(begin, shard=view.shards[shard].name)).name
+        keys.append(split_proven_name(member)[0])
+    return keys
+
+
+def _keys_of(view: View, shard: int) -> Iterator[str]:
     """Of the samples of a shard in order; of each, its first headers are read."""
     index = view.load_index(shard)
     if not len(index):
@@ -89,7 +170,7 @@ def keys_of(view: View, shard: int) -> Iterator[str]:
                     yield split_proven_name(next(members).name)[0]
                     del members
     except OSError as error:
-        raise MissingShard(f"shard {view.shards[shard].name} in {view.folder}: {error.strerror}") from error
+        raise MissingShard(f"shard {view.shards[shard].name} in {view.folder}: {why(error)}") from error
 
 
 def shown(lines: Sequence[str]) -> str:
@@ -99,4 +180,4 @@ def shown(lines: Sequence[str]) -> str:
 
 def _one(view: View) -> str:
     sizes = np.flatnonzero(view.shard_sizes)
-    return next(keys_of(view, int(sizes[0]))) if len(sizes) else ""
+    return next(keys_by_shard(view, shards=[int(sizes[0])]))[0] if len(sizes) else ""

@@ -138,7 +138,8 @@ class StreamingLoader:
             self.view, held=held_for(at_once), reading=reading, patience=patience,
             reuse=self._decoder.at_once == 1,  # else several samples wait for their pixels
         )  # fmt: skip
-        self._told: deque[Located] = deque()
+        self._told: dict[int, Located] = {}
+        """By step: those that the reader knows of and that are not under way."""
         self._shapes = probe_shapes(self._reader, view=self.view, fields=self._fields)
         self._filler = Filler(
             view=self.view, order=self.order, reader=self._reader, decoder=self._decoder,
@@ -176,7 +177,9 @@ class StreamingLoader:
         began = time.perf_counter()
         self._ready = sum(1 for _ in takewhile(_Step.is_ready, self._pending))
         while len(self._pending) <= self._prefetch:
-            self._pending.append(self._start(self._step + len(self._pending)))
+            started = self._start(self._step + len(self._pending))
+            self._pending.append(started)
+            self._told.pop(started.number, None)  # not before: what fails to start is started again
         step = self._pending[0]
         try:
             filled = [piece.result() for piece in step.pieces]
@@ -279,13 +282,13 @@ class StreamingLoader:
         """Where this step's samples lie; an object store is told of those of later steps as well."""
         if not self._reader.is_remote:
             return self.order.locate(number * self.order.global_batch + self._slots)
-        while len(self._told) < self._lookahead:
-            step = number + len(self._told)
-            located = self.order.locate(step * self.order.global_batch + self._slots)
-            self._told.append(located)
-            self._reader.ahead(step, shards=located.shard.tolist(), samples=located.sample.tolist())
+        for step in range(number, number + self._lookahead):
+            if step not in self._told:
+                located = self.order.locate(step * self.order.global_batch + self._slots)
+                self._told[step] = located
+                self._reader.ahead(step, shards=located.shard.tolist(), samples=located.sample.tolist())
         self._reader.plan(upto=number)
-        return self._told.popleft()
+        return self._told[number]
 
     def _record(self, bad: list[BadSample]) -> None:
         """Count and write down what was substituted in a delivered step."""

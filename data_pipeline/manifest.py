@@ -60,6 +60,10 @@ class View:
         """Of the tars."""
         return open_store(self.base or self.folder)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the store: each process opens its own."""
+        return {name: value for name, value in self.__dict__.items() if name != "store"}
+
     @property
     def place(self) -> str:
         """Of the tars, for messages."""
@@ -103,7 +107,7 @@ class View:
         else:
             index = load_index(path)
         if (index.tar_sha256, len(index), index.tar_bytes) != (row.sha256, row.n, row.bytes):
-            raise CorruptShard(f"index of {row.name} in {self.folder}: made for another tar than the manifest names")
+            raise CorruptShard(f"index of {row.name} in {self.place}: made for another tar than the manifest names")
         return index
 
 
@@ -162,9 +166,9 @@ def read_manifest(folder: Path | str, *, which: str | None = None, whole: bool =
     """
     base = ""
     if is_remote(folder):
-        base, folder = str(folder).rstrip("/"), copied_manifest(str(folder))
+        base, folder = str(folder).rstrip("/"), copied_manifest(str(folder), earlier=which)
     folder = Path(folder)
-    path, raw = _manifest_bytes(folder, which=which)
+    path, raw = _manifest_bytes(folder, which=which, place=base or str(folder))
     try:
         content = json.loads(raw)
         if content["version"] not in VERSIONS:
@@ -223,7 +227,7 @@ def _wrong_sizes(view: View, number: int) -> Iterator[DataError]:
             yield kind(f"{path.name} in {view.folder} has {size} bytes, must have {expected[0]}")
 
 
-def _manifest_bytes(folder: Path, *, which: str | None) -> tuple[Path, bytes]:
+def _manifest_bytes(folder: Path, *, which: str | None, place: str) -> tuple[Path, bytes]:
     path = folder / MANIFEST
     try:
         raw = path.read_bytes()
@@ -235,7 +239,8 @@ def _manifest_bytes(folder: Path, *, which: str | None) -> tuple[Path, bytes]:
     except OSError as error:
         if path.parent.name == HISTORY:
             have = ", ".join(sorted(p.stem for p in (folder / HISTORY).glob("*.json"))) or "none"
-            raise MissingShard(f"no manifest {which} of {folder}; kept from earlier: {have}") from error
+            have = "none of this name" if place != str(folder) else have  # a store may have no list
+            raise MissingShard(f"no manifest {which} of {place}; kept from earlier: {have}") from error
         raise MissingShard(
             f"no {MANIFEST} in {folder}: {error.strerror}; `ecdit data index` makes one for a folder of WebDataset tars"
         ) from error
@@ -359,9 +364,9 @@ def _verify_shard(view: View, number: int) -> None:
             strange |= bool(block.strip(b"\0"))
     if bad:
         shown = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
-        raise CorruptShard(f"shard {row.name} in {view.folder}: crc32 differs in {len(bad)} samples (number {shown})")
+        raise CorruptShard(f"shard {row.name} in {view.place}: crc32 differs in {len(bad)} samples (number {shown})")
     if digest.hexdigest() != row.sha256:
-        raise CorruptShard(f"shard {row.name} in {view.folder}: sha256 differs from {MANIFEST}, all samples are intact")
+        raise CorruptShard(f"shard {row.name} in {view.place}: sha256 differs from {MANIFEST}, all samples are intact")
     if strange and read_tally(view.tar(number), accepted=len(index)).is_plain:
         rule = "its index is of a version that did not look there; run `ecdit data index --again`"
         raise CorruptShard(

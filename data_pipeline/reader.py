@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from data_pipeline.checksum import crc32
-from data_pipeline.errors import CorruptShard, TruncatedShard, Where
+from data_pipeline.errors import CorruptShard, StoreTrouble, TruncatedShard, Where
 from data_pipeline.index import Index
 from data_pipeline.manifest import View
 from data_pipeline.store.ahead import ReadAhead, Reading, Want
@@ -116,6 +116,7 @@ class ShardReader:
         self._store: RemoteStore | None = None
         self._told: deque[tuple[int, _Steps]] = deque()
         self._loading: dict[int, Future[Index]] = {}
+        self._closed = False
         if view.base:
             self._reading = reading or Reading()
             self._store = RemoteStore(view.base, patience=patience or Patience())
@@ -191,27 +192,37 @@ class ShardReader:
         if self._ahead is None:
             return
         for shard in set(shards) - self._indexes.keys() - self._loading.keys():
-            self._loading[shard] = self._pool.submit(self.index, shard)
+            try:
+                self._loading[shard] = self._pool.submit(self.index, shard)
+            except RuntimeError as error:  # the pool is shut down
+                raise StoreTrouble(f"{self._view.base}: closed") from error
         loading = {shard: self._loading[shard] for shard in set(shards) & self._loading.keys()}
         self._told.append((step, _Steps(shards=shards, samples=samples, loading=loading)))
         self.plan(upto=-1)
 
     def plan(self, *, upto: int) -> None:
-        """Fetch what was told of in `ahead`: of steps up to this one now, of later ones as far as their indexes are here.
-
-        Raises what reading an index raises."""
+        """Fetch what was told of in `ahead`: of steps up to this one now, of later ones as far as their indexes are here. Shards of
+        which the index cannot be read are passed over: `read` says so when it comes to them, and may be given a substitute."""
         while self._ahead is not None and self._told:
             step, told = self._told[0]
             if step > upto and not all(index.done() for index in told.loading.values()):
                 return
             self._told.popleft()
-            for shard, index in told.loading.items():
+            indexes: dict[int, Index | None] = {}
+            for shard in dict.fromkeys(told.shards):
+                loading = told.loading.get(shard)
                 self._loading.pop(shard, None)
-                index.result()
+                try:
+                    indexes[shard] = self.index(shard) if loading is None else loading.result()
+                except Exception:  # a mistake of ours as well: whoever needs the index meets it
+                    indexes[shard] = None
+            if self._closed:
+                raise StoreTrouble(f"{self._view.base}: closed")
             wants = []
             for shard, sample in zip(told.shards, told.samples, strict=True):
-                start, length = self.index(shard).span(sample)
-                wants.append(Want(shard=shard, start=start, length=length))
+                if (index := indexes[shard]) is not None:
+                    start, length = index.span(sample)
+                    wants.append(Want(shard=shard, start=start, length=length))
             self._ahead.plan(wants)
 
     def forget(self) -> None:
@@ -238,8 +249,10 @@ class ShardReader:
         )  # fmt: skip
 
     def stop(self) -> None:
-        """Threads that wait for bytes of an object store get an error instead."""
+        """Threads that wait for bytes of an object store get StoreTrouble instead, and so does who asks for more."""
         if self._ahead is not None:
+            self._closed = True
+            self._pool.shutdown(wait=False, cancel_futures=True)  # first: each would ask the store for its index
             self._ahead.close()
 
     def close(self) -> None:

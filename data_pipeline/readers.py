@@ -43,6 +43,22 @@ def open_reader(
     return ShardReader(shards, held=held, reading=reading, patience=patience, reuse=reuse)
 
 
+def divided(held: Held | None, *, views: Sequence[View]) -> list[Held | None]:
+    """What each of some data sets may hold of what all may: equal shares of the files, of which sets in a store need none and small
+    ones no more than they have; as many indexes as any of them can need."""
+    if held is None:
+        return [None] * len(views)
+    parts, left = [0] * len(views), held.files
+    near = sorted((number for number, view in enumerate(views) if not view.base), key=lambda n: len(views[n].shards))
+    for place, number in enumerate(near):
+        parts[number] = min(len(views[number].shards), left // (len(near) - place))
+        left -= parts[number]
+    return [
+        Held(files=max(1, files), indexes=max(1, min(held.indexes, len(view.shards))))
+        for files, view in zip(parts, views, strict=True)
+    ]
+
+
 class _JoinedReader:
     def __init__(
         self, catalogue: Catalogue, *, held: Held | None, reading: Reading | None, patience: Patience | None, reuse: bool
@@ -51,7 +67,8 @@ class _JoinedReader:
         far = sum(bool(view.base) for view in catalogue.views)
         share = replace(reading, budget=max(1, reading.budget // max(1, far)))
         self._readers = [
-            ShardReader(view, held=held, reading=share, patience=patience, reuse=reuse) for view in catalogue.views
+            ShardReader(view, held=part, reading=share, patience=patience, reuse=reuse)
+            for view, part in zip(catalogue.views, divided(held, views=catalogue.views), strict=True)
         ]
 
     @property

@@ -137,6 +137,17 @@ def walk_proven(buffer: Buffer, *, shard: str) -> Iterator[Member]:
             yield found
 
 
+def first_name(begin: Buffer) -> str | None:
+    """Of the first member of one sample, from the first bytes of its range; None where that takes more of them."""
+    try:
+        found = _one(begin, 0, proven=True)
+    except _CutError as error:
+        return error.name or None
+    except _NoHeaderError:
+        return None
+    return found.name if isinstance(found, Member) else None
+
+
 def proven_fields(whole: memoryview, *, wanted: Container[str], shard: str) -> tuple[str, dict[str, memoryview]]:
     """(key, field -> content) of one sample's range whose crc32 has been compared. Members that belong to another key, or that are
     not wanted, are left out.

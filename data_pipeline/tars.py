@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Protocol
 
 from data_pipeline.errors import MissingShard
@@ -29,8 +30,10 @@ class Tars(Protocol):
         """(bytes, nanoseconds since 1970 of the last change). Raises OSError."""
         ...
 
-    def here(self, tar: Path) -> AbstractContextManager[None]:
-        """While it is open, the tar can be read at its path."""
+    def here(self, tar: Path) -> AbstractContextManager[Path]:
+        """Where the tar can be read while this is open.
+
+        Raises StoreTrouble, ChangedShard, MissingShard, OSError: nothing is known of the tar then."""
         ...
 
 
@@ -50,12 +53,13 @@ class LocalTars:
         return status.st_size, max(status.st_mtime_ns, status.st_ctime_ns)
 
     @contextmanager
-    def here(self, tar: Path) -> Iterator[None]:
-        yield
+    def here(self, tar: Path) -> Iterator[Path]:
+        yield tar
 
 
 class RemoteTars:
-    """See `Tars`. Downloads one tar at a time to where its index will be, and removes it.
+    """See `Tars`. Downloads one tar at a time to a folder of its own beside the index, and removes that: tars that lie there
+    already are a user's, and another process may read the same ones.
 
     Args:
         names: of the tars; none asks the store for its list.
@@ -75,14 +79,12 @@ class RemoteTars:
         return self._found[tar].size, int(self._found[tar].changed * 1e9)
 
     @contextmanager
-    def here(self, tar: Path) -> Iterator[None]:
+    def here(self, tar: Path) -> Iterator[Path]:
         tar.parent.mkdir(parents=True, exist_ok=True)
-        # What img2dataset says of a tar is held against it, where the store has it.
-        copies = [path for path in (tar, stats_path(tar)) if path in self._found]
-        try:
-            for path in copies:
-                self._store.read_to(self._found[path].path, str(path))
-            yield
-        finally:
-            for path in copies:
-                path.unlink(missing_ok=True)
+        with TemporaryDirectory(prefix=".ecdit-", dir=tar.parent) as name:
+            private = Path(name)
+            # What img2dataset says of a tar is held against it, where the store has it.
+            for path in (tar, stats_path(tar)):
+                if path in self._found:
+                    self._store.read_to(self._found[path].path, str(private / path.name))
+            yield private / tar.name

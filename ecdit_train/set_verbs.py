@@ -75,4 +75,4 @@ def _say_unknown(named: Any, view: Any) -> None:
     from data_pipeline import keys
 
     if named.unknown:
-        print(f"not in {view.folder}: {len(named.unknown):,} keys: {keys.shown(named.unknown)}")
+        print(f"not in {view.place}: {len(named.unknown):,} keys: {keys.shown(named.unknown)}")

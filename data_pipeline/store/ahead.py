@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -66,6 +67,7 @@ class ReadAhead:
 
     def plan(self, wants: Sequence[Want]) -> None:
         """These are read soon, in about this order."""
+        self._store.refuse_fork()
         with self._lock:
             self._planned.update(wants)
             if self._keeps:
@@ -87,6 +89,7 @@ class ReadAhead:
             MissingShard, ChangedShard, StoreTrouble: what the store raised.
             TruncatedShard: the shard ends before the sample does.
         """
+        self._store.refuse_fork()
         size = self._shards(want.shard)[1]
         if want.start + want.length > size:
             raise TruncatedShard(f"{self._path(want.shard)}: ends at byte {size}, needs {want.start + want.length}")
@@ -126,11 +129,11 @@ class ReadAhead:
             self._blocks.forget()
 
     def close(self) -> None:
-        """Nothing more is fetched; threads that wait get StoreTrouble."""
+        """Nothing more is fetched, of indexes neither; threads that wait get StoreTrouble."""
         with self._lock:
             self._closed = True
             ending = self._blocks.end()
-        self._store.close()
+        self._store.close(for_good=True)
         for block in ending:
             if not block.content.done():
                 block.content.set_exception(StoreTrouble(f"{self._store.name}: closed"))
@@ -158,7 +161,9 @@ class ReadAhead:
             with self._lock:
                 self._blocks.failed(block)
                 self._start()
-            block.content.set_exception(error)
+            if not block.content.done():  # `close` may have been first
+                cancelled = isinstance(error, asyncio.CancelledError)
+                block.content.set_exception(StoreTrouble(f"{self._store.name}: closed") if cancelled else error)
             if not isinstance(error, Exception):
                 raise
             return

@@ -16,12 +16,19 @@ class Background:
 
     def __init__(self, name: str) -> None:
         self._loop = asyncio.new_event_loop()
+        self._lock, self._closed = threading.Lock(), False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
     def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
-        """Start it there. Its result may be waited for in any other thread."""
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
+        """Start it there. Its result may be waited for in any other thread: CancelledError where `close` came first."""
+        with self._lock:
+            if not self._closed:
+                return asyncio.run_coroutine_threadsafe(work, self._loop)
+        work.close()
+        never: Future[T] = Future()
+        never.cancel()
+        return never
 
     def soon(self, call: Callable[[], object]) -> None:
         """Call it there. Nothing happens after `close`."""
@@ -32,6 +39,8 @@ class Background:
 
     def close(self, *, seconds: float = 1.0) -> None:
         """Cancel all that is under way; the thread has ended when this returns, or after so many seconds will by itself."""
+        with self._lock:  # what was submitted before is cancelled, what comes later is never started
+            self._closed = True
         if self._thread.is_alive():
             self.soon(self._cancel)
             self._thread.join(seconds)

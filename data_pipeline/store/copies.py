@@ -7,7 +7,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -16,8 +16,9 @@ from data_pipeline.store.contract import Store
 from data_pipeline.store.place import open_store
 
 
-def copied_manifest(url: str) -> Path:
-    """A temporary folder with the `manifest.json` of a URL and the table that it names, removed when the process ends.
+def copied_manifest(url: str, *, earlier: str | None = None) -> Path:
+    """A temporary folder with the `manifest.json` of a URL and the table that it names, removed when the process ends; with that
+    manifest of earlier, too, by 12 digits or more of its name, if it was kept there (`manifest.HISTORY`).
 
     Raises:
         MissingShard: there is no manifest.
@@ -32,17 +33,28 @@ def copied_manifest(url: str) -> Path:
             raise MissingShard(f"no manifest.json at {store.name}: {rule}") from error
         folder = Path(tempfile.mkdtemp(prefix="ecdit-manifest-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        (folder / "manifest.json").write_bytes(raw)
-        try:
-            table = json.loads(raw).get("table", {}).get("name")
-        except (ValueError, AttributeError):
-            table = None  # the reader of manifests says what is wrong with it
-        if isinstance(table, str) and not table.startswith("/") and ".." not in table.split("/"):
-            (folder / table).parent.mkdir(parents=True, exist_ok=True)
-            store.read_to(table, str(folder / table))
+        _copy(store, raw, "manifest.json", folder=folder)
+        if earlier is not None:
+            name = f"manifests/{earlier[:12]}.json"
+            with suppress(MissingShard):  # the reader says so, unless the present one is meant
+                _copy(store, store.read(name), name, folder=folder)
         return folder
     finally:
         close(store)
+
+
+def _copy(store: Store, raw: bytes, name: str, *, folder: Path) -> None:
+    """A manifest that was read, and its table."""
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(raw)
+    try:
+        table = json.loads(raw).get("table", {}).get("name")
+    except (ValueError, AttributeError):
+        table = None  # the reader of manifests says what is wrong with it
+    if isinstance(table, str) and not table.startswith("/") and ".." not in table.split("/"):
+        (folder / table).parent.mkdir(parents=True, exist_ok=True)
+        if not (folder / table).exists():
+            store.read_to(table, str(folder / table))
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from data_pipeline.errors import MissingShard
+from data_pipeline.errors import MissingShard, why
 
 Preadv = Callable[[int, Sequence[memoryview], int], int]
 
@@ -79,7 +79,7 @@ class OpenFiles:
         try:
             made = _File(os.open(path, os.O_RDONLY))
         except OSError as error:
-            raise MissingShard(f"shard {path.name} in {path.parent}: {error.strerror}") from error
+            raise MissingShard(f"shard {path.name} in {path.parent}: {why(error)}") from error
         with self._lock:
             found = self._files.setdefault(shard, made)  # another thread may have been first
             self._files.move_to_end(shard)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +15,8 @@ from data_pipeline.store.trouble import Passing, lasting, passing
 
 _CHUNK = 256 << 10
 """Bytes that are taken over at once; what a broken connection loses of a range is less than that."""
+_VERSIONS = 1 << 14
+"""More than the shards that one rank reads from at a time."""
 
 
 @dataclass(kw_only=True)
@@ -30,8 +32,8 @@ class Counts:
     hedges_won: int = 0
     trouble: Counter[Passing] = field(default_factory=Counter)
     """Requests that failed in a way that passes, by kind."""
-    versions: dict[str, tuple[int, str | None]] = field(default_factory=dict)
-    """Path -> (bytes, ETag) of the first answer."""
+    versions: OrderedDict[str, tuple[int, str | None]] = field(default_factory=OrderedDict)
+    """Path -> (bytes, ETag) of the first answer, of the `_VERSIONS` files that were read last."""
     hedging: Hedging | None = None
 
 
@@ -200,7 +202,11 @@ class _Asking:
         if self.wanted.size is not None and found[0] != self.wanted.size:
             rule = f"the manifest says {self.wanted.size}"
             raise ChangedShard(f"{self.url} has {found[0]} bytes, {rule}: it was replaced after it was indexed")
-        known = self.counts.versions.setdefault(self.wanted.path, found)
+        versions = self.counts.versions
+        known = versions.setdefault(self.wanted.path, found)
+        versions.move_to_end(self.wanted.path)
+        if len(versions) > _VERSIONS:
+            versions.popitem(last=False)
         if known != found:
             before, now = (f"{size} bytes, ETag {tag}" for size, tag in (known, found))
             raise ChangedShard(f"{self.url} was replaced while it was read: {before}; then {now}")

@@ -1,5 +1,5 @@
 """http servers and s3-compatible buckets, by obstore; its own retries are off, since ours go on from the byte that is missing and
-are counted. Nothing here may be used after a fork."""
+are counted. A process that was forked from one that has used a store is refused: the threads of the library stay behind."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import asyncio
 import os
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -22,8 +23,13 @@ from data_pipeline.store.trouble import lasting, passing
 
 T = TypeVar("T")
 
+_used_by: int | None = None
+"""The process in which the threads of obstore run."""
 _PIECE = 16 << 20
 _AT_ONCE = 32
+_LISTED = 50
+"""Names of a listing that are waited for together; a page of a store may hold few."""
+_HEADS = 1024
 _MANY = 64
 """Above so many names a listing is cheaper than asking for each."""
 
@@ -36,12 +42,25 @@ class RemoteStore:
         self.is_s3 = url.startswith("s3:")
         self._client: Any = None
         self._background: Background | None = None
+        self._ended = False
         self._lock = threading.Lock()
+
+    def refuse_fork(self) -> None:
+        """Raises StoreTrouble where this process is a fork of one that has used a store: requests would wait for ever."""
+        global _used_by
+        if _used_by is None:
+            _used_by = os.getpid()
+        if _used_by != os.getpid():
+            rule = "start workers by spawn (multiprocessing_context='spawn' of a DataLoader)"
+            raise StoreTrouble(f"{self.name}: this process is a fork of one that has read a store already; {rule}")
 
     @property
     def background(self) -> Background:
-        """Where this store's requests wait; started by the first of them."""
+        """Where this store's requests wait; started by the first of them. Raises StoreTrouble: closed for good, or after a fork."""
+        self.refuse_fork()
         with self._lock:
+            if self._ended:
+                raise StoreTrouble(f"{self.name}: closed")
             if self._background is None:
                 self._background = Background("ecdit-store")
             return self._background
@@ -70,9 +89,12 @@ class RemoteStore:
 
         self._wait(self._patiently(path, lambda: obstore.put_async(self.client, path, content)))
 
-    def close(self) -> None:
-        """End the thread; a later request starts another."""
+    def close(self, *, for_good: bool = False) -> None:
+        """End the thread; what is under way gets StoreTrouble. A later request starts another thread, or is refused."""
+        if _used_by not in (None, os.getpid()):
+            return  # the thread, and who may hold the lock, are in another process
         with self._lock:
+            self._ended |= for_good
             background, self._background = self._background, None
         if background is not None:
             background.close()
@@ -110,8 +132,16 @@ class RemoteStore:
         except Exception as error:
             raise StoreTrouble(f"{self.name}: {str(error).partition(chr(10))[0]}") from error
 
-    def _wait(self, work: Any) -> Any:
-        return self.background.submit(work).result()
+    def _wait(self, work: Coroutine[Any, Any, T]) -> T:
+        try:
+            background = self.background
+        except StoreTrouble:
+            work.close()
+            raise
+        try:
+            return background.submit(work).result()
+        except CancelledError as error:
+            raise StoreTrouble(f"{self.name}: closed") from error
 
     async def _patiently(self, path: str, ask: Callable[[], Awaitable[T]]) -> T:
         """A request that is not a range, again until it succeeds."""
@@ -134,12 +164,26 @@ class RemoteStore:
                 await asyncio.sleep(self.patience.wait(failures))
 
     async def _list(self) -> dict[str, Found]:
-        async def pages() -> list[Any]:
-            return [one async for page in self.client.list(chunk_size=1000) for one in page]
+        """Page by page: a million names take longer than one request may be silent, and each page may fail."""
+        found: dict[str, Found] = {}
+        stream: Any = None
 
-        # A listing of a million names takes longer than one request may be silent.
-        found = [_found(meta) for meta in await self._patiently("", pages)]
-        return {one.path: one for one in sorted(found, key=lambda one: one.path)}
+        async def one_page() -> Sequence[Any]:
+            nonlocal stream
+            if stream is None:
+                stream = aiter(self.client.list(chunk_size=_LISTED, offset=max(found, default=None)))
+            try:
+                page: Sequence[Any] = await stream.__anext__()
+                return page
+            except StopAsyncIteration:
+                return ()
+            except BaseException:
+                stream = None  # the next one begins behind what is known
+                raise
+
+        while metas := await self._patiently("", one_page):
+            found |= {one.path: one for one in map(_found, metas)}
+        return dict(sorted(found.items()))
 
     async def _heads(self, paths: list[str]) -> list[Found]:
         gate = asyncio.Semaphore(_AT_ONCE)
@@ -154,7 +198,11 @@ class RemoteStore:
                     raise
             return _found({**meta, "path": path})
 
-        return [found for found in await asyncio.gather(*map(head, paths)) if found is not None]
+        there: list[Found] = []
+        for first in range(0, len(paths), _HEADS):  # a task each, so not of a million names at once
+            part = await asyncio.gather(*map(head, paths[first : first + _HEADS]))
+            there += [found for found in part if found is not None]
+        return there
 
     async def _download(self, path: str, target: str) -> None:
         found = await self._patiently(path, lambda: self.client.head_async(path))
@@ -164,18 +212,44 @@ class RemoteStore:
             async def piece(start: int) -> None:
                 async with gate:
                     wanted = Range(path=path, start=start, length=min(_PIECE, size - start), size=size)
-                    os.pwrite(fd, await self.fetch(wanted), start)
+                    _write(fd, await self.fetch(wanted), at=start, target=target)
 
-            await asyncio.gather(*map(piece, range(0, size, _PIECE)))
+            pieces = [asyncio.ensure_future(piece(start)) for start in range(0, size, _PIECE)]
+            try:
+                await asyncio.gather(*pieces)
+            finally:  # none may write once the file is closed: its number may be another's then
+                for one in pieces:
+                    one.cancel()
+                await asyncio.gather(*pieces, return_exceptions=True)
 
 
 @contextmanager
 def _descriptor(target: str) -> Iterator[int]:
-    fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    try:
+        fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    except OSError as error:
+        raise _no_place(target, error) from error
     try:
         yield fd
     finally:
         os.close(fd)
+
+
+def _write(fd: int, content: bytearray, *, at: int, target: str) -> None:
+    """All of it: a disk that fills up takes a part first."""
+    rest = memoryview(content)
+    while rest:
+        try:
+            written = os.pwrite(fd, rest, at)
+        except OSError as error:
+            raise _no_place(target, error) from error
+        rest, at = rest[written:], at + written
+
+
+def _no_place(target: str, error: OSError) -> StoreTrouble:
+    return StoreTrouble(
+        f"{target} cannot be written: {error.strerror}; the disk of {os.path.dirname(target)} is this machine's"
+    )
 
 
 def _found(meta: Any) -> Found:

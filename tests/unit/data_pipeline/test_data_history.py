@@ -138,7 +138,7 @@ def test_what_an_epoch_leaves_out_is_said(shapes_view: View, caplog: pytest.LogC
 
 def test_samples_are_found_by_key(shapes_view: View, tmp_path: Path) -> None:
     names = [row.name for row in shapes_view.shards]
-    every = [key for shard in range(8) for key in keys.keys_of(shapes_view, shard)]
+    every = [key for of_shard in keys.keys_by_shard(shapes_view) for key in of_shard]
     assert every == [f"{i:08d}" for i in range(400)]
     found = keys.find(shapes_view, ["00000007", f"{names[1]}\t00000051", f"{names[0]}\t00000052", "nobody"])
     assert found.mask.nonzero()[0].tolist() == [7, 51]

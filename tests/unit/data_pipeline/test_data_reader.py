@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 import tarfile
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from data_pipeline.catalogue import Catalogue
 from data_pipeline.checksum import crc32
 from data_pipeline.decode import decode_array
 from data_pipeline.errors import BadArray, CorruptShard, DataError, Where
@@ -21,6 +25,7 @@ from data_pipeline.loader import StreamingLoader
 from data_pipeline.manifest import View
 from data_pipeline.order import Order
 from data_pipeline.reader import Held, ShardReader, held_for
+from data_pipeline.readers import divided, open_reader
 from data_pipeline.tar import proven_fields, split_proven_name, walk_proven
 
 
@@ -195,3 +200,37 @@ def test_batches_are_made_in_the_memory_that_was_asked_for(shapes_view: View) ->
         np.testing.assert_array_equal(batch.images, wanted.images)
     stream.close()
     usual.close()
+
+
+def test_files_are_divided_among_the_sources_of_a_mixture(shapes_view: View) -> None:
+    def of(shards: int, base: str = "") -> Any:
+        return SimpleNamespace(shards=range(shards), base=base)
+
+    views = [of(1000), of(3), of(500), of(800, "s3://b/x")]
+    parts = divided(Held(files=64, indexes=700), views=views)
+    assert [(part.files, part.indexes) for part in parts if part] == [(31, 700), (3, 3), (30, 500), (1, 700)]
+    assert divided(None, views=views) == [None] * 4
+    both = open_reader(Catalogue({"a": shapes_view, "b": shapes_view}), held=Held(files=6, indexes=16))
+    before = len(os.listdir("/proc/self/fd"))
+    for shard in range(16):
+        both.read(shard, sample=0)
+    assert len(os.listdir("/proc/self/fd")) - before <= 6
+    both.close()
+
+
+def test_too_many_open_files_are_no_missing_shard(shapes_view: View, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    reader = ShardReader(shapes_view)
+    reader.read(0, sample=0)
+    monkeypatch.setattr("pathlib.Path.read_bytes", refuse)
+    with pytest.raises(DataError, match=r"Too many open files .*raise the limit: ulimit -n$"):
+        reader.read(1, sample=0)
+    monkeypatch.undo()
+    monkeypatch.setattr("os.open", refuse)
+    with pytest.raises(DataError, match=r"Too many open files .*raise the limit: ulimit -n$"):
+        reader.read(1, sample=0)
+    monkeypatch.undo()
+    assert reader.read(1, sample=0).key
+    reader.close()

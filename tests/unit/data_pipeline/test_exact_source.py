@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import webdataset as wds
+from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from data_pipeline.errors import BadSplit, BadStage, CorruptShard, WrongView
+from benchmarks.object_server import ObjectServer
+from data_pipeline.errors import BadSplit, BadStage, CorruptShard, StoreTrouble, WrongView
 from data_pipeline.exact_source import ExactPipeline, ExactSource
 from data_pipeline.loader import StreamingLoader
 from data_pipeline.manifest import open_view
@@ -138,3 +140,16 @@ def test_iterated_again_what_a_stage_held_back_comes_again(shapes_folder: Path) 
     first = next(iter(pipeline))["__position__"].tolist()
     second = next(iter(pipeline))["__position__"].tolist()
     assert first + second == list(range(16))
+
+
+def test_a_source_at_a_url_works_in_spawned_workers_and_is_refused_in_forked_ones(shapes_folder: Path) -> None:
+    def keys(how: str) -> list[str]:
+        loader = DataLoader(source, batch_size=None, num_workers=2, multiprocessing_context=how, timeout=120)
+        return [sample["__key__"] for sample in islice(iter(loader), 2 * BATCH)]
+
+    with ObjectServer(shapes_folder) as server:
+        source = ExactSource(server.url, global_batch=BATCH, seed=3)
+        assert list(source.view.store.sizes(["manifest.json"]))  # a store that is in use stays in its process
+        with pytest.raises(StoreTrouble, match=r"fork of one that has read a store already; start workers by spawn"):
+            keys("fork")
+        assert keys("spawn") == keys_of_loader(shapes_folder, steps=2)

@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
+import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmarks.object_server import FAULTS, Answer, ObjectServer
-from data_pipeline.errors import ChangedShard, CorruptShard, DataError, MissingShard, StoreTrouble, TruncatedShard
+from data_pipeline import keys as keys_of_sets
+from data_pipeline.errors import (
+    BadMember,
+    ChangedShard,
+    CorruptShard,
+    DataError,
+    MissingShard,
+    StoreTrouble,
+    TruncatedShard,
+)
+from data_pipeline.history import advice
 from data_pipeline.indexing import index_folder, index_tars
 from data_pipeline.loader import StreamingLoader
-from data_pipeline.manifest import View, open_view, verify
+from data_pipeline.manifest import View, open_view, verify, write_manifest
 from data_pipeline.stats import look
 from data_pipeline.store.credentials import s3_settings
 from data_pipeline.store.patience import Hedging, Patience
 from data_pipeline.store.place import expanded, open_store
+from data_pipeline.store.remote import RemoteStore
 from data_pipeline.tars import RemoteTars
 from ecdit_train.cli import main
 
@@ -215,3 +231,117 @@ def test_what_lies_in_a_bucket_is_packed_as_if_it_lay_here(
     far, near = (sorted((tmp_path / out).glob("*.tar")) for out in ("far", "near"))
     assert [path.name for path in far] == [path.name for path in near]
     assert all(a.read_bytes() == b.read_bytes() for a, b in zip(far, near, strict=True))
+
+
+def test_tars_of_the_user_beside_the_indexes_are_left_alone(server: ObjectServer, tmp_path: Path) -> None:
+    mine = {tmp_path / "shapes-000000.tar": b"my own", tmp_path / "shapes-000001_stats.json": b"{}"}
+    for path, content in mine.items():
+        path.write_bytes(content)
+    (server.folder / "set" / "shapes-000001_stats.json").write_text('{"successes": 50}')
+    view = index_tars(tmp_path, tars_at=RemoteTars(open_store("s3://b/set"), folder=tmp_path)).view
+    assert view.num_samples == 400
+    assert {path: path.read_bytes() for path in mine} == mine
+    made = {path.name for path in tmp_path.iterdir() if path.suffix == ".idx"} | {"manifest.json", "copy", "bucket"}
+    assert {path.name for path in tmp_path.iterdir()} - made == {path.name for path in mine}
+
+
+def test_two_processes_may_index_one_url_into_one_folder(server: ObjectServer, tmp_path: Path) -> None:
+    out = tmp_path / "o"
+    first, second = (RemoteTars(open_store("s3://b/set"), folder=out) for _ in range(2))
+    tar = first.files()[0]
+    with first.here(tar) as here:
+        assert index_tars(out, tars_at=second, again=True).view.num_samples == 400
+        assert here.read_bytes() == (server.folder / "set" / tar.name).read_bytes()
+    assert not list(out.glob("*.tally.json"))
+
+
+def test_what_a_store_or_a_disk_does_is_not_held_against_a_tar(
+    server: ObjectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, pwrite = tmp_path / "o", os.pwrite
+    tars = RemoteTars(open_store("s3://b/set", patience=QUICK), folder=out)
+    server.script = lambda asked: Answer(fault="404" if "000003" in asked.path else "")
+    with pytest.raises(MissingShard, match=r"000003.tar is not there"):
+        index_tars(out, tars_at=tars)
+    server.script = lambda asked: Answer()
+
+    def full(fd: int, content: Any, at: int) -> int:
+        if at > 20_000:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return pwrite(fd, content[:10_000], at)
+
+    monkeypatch.setattr("os.pwrite", full)
+    with pytest.raises(StoreTrouble, match=r"000003.tar cannot be written: No space left on device; the disk of"):
+        index_tars(out, tars_at=tars)
+    assert not list(out.glob("*.tally.json"))
+    monkeypatch.setattr("os.pwrite", lambda fd, content, at: pwrite(fd, content[:10_000], at))
+    assert index_tars(out, tars_at=tars).view.num_samples == 400, "a disk may take less than it is given"
+
+
+def test_a_listing_may_take_longer_than_one_answer_and_goes_on_where_it_failed(server: ObjectServer) -> None:
+    (server.folder / "many").mkdir()
+    for number in range(150):
+        (server.folder / "many" / f"{number:03}").touch()
+    script = lambda asked: Answer(latency=0.25, fault="503" if asked.number in (0, 3) else "")  # noqa: E731
+    with ObjectServer(server.folder, script=script, page=25) as slow, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", slow.url)
+        store = open_store("s3://b/many", patience=replace(QUICK, idle=1.0))
+        assert [found.path for found in store.sizes()] == [f"{number:03}" for number in range(150)]
+        assert slow.seen["list"] <= 7
+        assert slow.seen["503"] == 2
+
+
+@pytest.mark.parametrize("headers", [2048, 300])
+def test_samples_in_a_bucket_are_found_by_key(
+    server: ObjectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, headers: int
+) -> None:
+    """With a few bytes of each; where those are too few, with more."""
+    out, lines = tmp_path / "o", ["00000007", "shapes-000001.tar\t00000051", "nobody"]
+    assert ecdit(["data", "index", "s3://b/set", "--out", str(out)]) == 0
+    before = set(threading.enumerate())
+    monkeypatch.setattr(keys_of_sets, "_HEADERS", headers)
+    monkeypatch.setattr(keys_of_sets, "_BUDGET", 1)
+    view = open_view(out)
+    assert [key for part in keys_of_sets.keys_by_shard(view) for key in part] == [f"{i:08d}" for i in range(400)]
+    found = keys_of_sets.find(view, lines)
+    assert found.mask.nonzero()[0].tolist() == [7, 51]
+    with pytest.raises(
+        BadMember, match=r"none of 1 keys is in s3://b/set: 'nobody'; a sample there is called '00000000'"
+    ):
+        keys_of_sets.find(view, ["nobody"])
+    (tmp_path / "list").write_text("\n".join(lines))
+    for verb in ("keep", "takedown"):
+        assert ecdit(["data", verb, str(out), "--keys", str(tmp_path / "list"), "--out", str(tmp_path / verb)]) == 0
+    assert {thread for thread in threading.enumerate() if thread.name.startswith("ecdit")} <= before
+
+
+def test_a_manifest_of_earlier_is_found_at_the_url(copied_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = open_view(copied_folder)
+    monkeypatch.setattr("data_pipeline.manifest.READABLE", 5)
+    second = write_manifest(copied_folder, shards=list(first.shards)[:6])
+    third = write_manifest(copied_folder, shards=list(first.shards)[:7])
+    with ObjectServer(copied_folder) as server:
+        assert open_view(server.url).sha256 == third.sha256
+        assert open_view(server.url, which=third.sha256[:12]).shards == third.shards
+        for earlier in (first, second):
+            there = open_view(server.url, which=earlier.sha256[:12])
+            assert (there.sha256, there.shards) == (earlier.sha256, earlier.shards)
+        with pytest.raises(MissingShard, match=rf"no manifest 123456789abc of {server.url}"):
+            open_view(server.url, which="123456789abc")
+        said = advice(open_view(server.url), wanted_sha256=second.sha256)
+        assert f"The shards in {server.url} are not" in said
+        assert f"data.manifest={second.sha256[:12]} goes on with those alone" in said
+
+
+def test_of_files_that_were_read_long_ago_nothing_is_remembered(
+    server: ObjectServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data_pipeline.store.ranges._VERSIONS", 2)
+    monkeypatch.setattr("data_pipeline.store.remote._HEADS", 3)
+    store = RemoteStore(f"{server.url}/set", patience=QUICK)
+    names = [f"shapes-{number:06}.tar" for number in (0, 1, 2, 0, 5, 2)]
+    for name in names:
+        store.read(name)
+    assert list(store.counts.versions) == ["shapes-000005.tar", "shapes-000002.tar"]
+    assert [found.path for found in store.sizes([*names, "none"])] == names
+    store.close()

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from data_pipeline.contract import Batch
 from data_pipeline.errors import ChangedShard, CorruptShard, DataError, MissingShard, StoreTrouble
 from data_pipeline.loader import StreamingLoader
 from data_pipeline.manifest import open_view
+from data_pipeline.shapes.make import make_shapes
 from data_pipeline.store.ahead import Reading
 from data_pipeline.store.patience import Patience
 from data_pipeline.store.ranges import Range
@@ -278,3 +280,87 @@ def test_closing_does_not_wait_for_the_network(server: ObjectServer) -> None:
     waiting.join(2.0)
     assert time.monotonic() - began < 2.0
     assert not waiting.is_alive()
+
+
+def test_a_step_that_could_not_start_is_started_again(server: ObjectServer, shapes_folder: Path) -> None:
+    """Under its own positions with its own samples: memory that was not there, and without threads a sample that was bad once."""
+    left = [False] * 5 + [True] + [False] * 4 + [True]
+
+    def allocate(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        if left and left.pop(0):
+            raise MemoryError
+        return np.empty(shape, dtype)
+
+    wanted = take(stream(shapes_folder), 12)
+    assert _take_through(stream(server.url, allocate=allocate), 12, MemoryError) == (wanted, 2)
+    far = stream(server.url, threads=0, reading=Reading(block=16 << 10, gap=0, budget=1))
+    assert take(far, 3) == wanted[:3]
+    server.script = lambda asked: Answer(fault="wrong" if asked.path.endswith(".tar") and asked.start else "")
+    with pytest.raises(CorruptShard):
+        take(far, 9)
+    found = wanted[: far.state_dict()["step"]]
+    server.script = lambda asked: Answer()
+    rest, _ = _take_through(far, 12 - len(found), CorruptShard)
+    assert found + rest == wanted
+
+
+def _take_through(loader: StreamingLoader, steps: int, error: type[Exception]) -> tuple[list[tuple], int]:
+    """Batches, and how often `next` failed."""
+    found: list[tuple] = []
+    failed = 0
+    while len(found) < steps:
+        try:
+            found += take(loader, 1)
+        except error:
+            failed += 1
+            assert failed < 300
+    return found, failed
+
+
+def test_a_bad_index_is_met_where_it_is_needed_and_substituted_as_in_a_folder(copied_folder: Path) -> None:
+    shard = int(stream(copied_folder, lanes=1, window=1).order.locate(np.array([300])).shard[0])
+    path = copied_folder / f"shapes-{shard:06}.idx"
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+    with ObjectServer(copied_folder) as server:
+        local, far = (
+            stream(place, on_bad="substitute", max_bad=1.0, window=4) for place in (copied_folder, server.url)
+        )
+        assert take(far, 12) == take(local, 12)
+        assert far.stats().bad == local.stats().bad == {"CorruptShard": local.stats().bad["CorruptShard"]}
+        strict, there = (stream(place, lanes=1, window=1) for place in (copied_folder, server.url))
+        whole = 0
+        with suppress(CorruptShard):
+            for _ in strict:
+                whole += 1
+        take(there, whole)
+        with pytest.raises(CorruptShard, match=rf"index .*{path.name}"):
+            next(there)
+        assert whole > 1, "not before"
+
+
+def test_closing_while_indexes_are_under_way_leaves_nothing(tmp_path: Path) -> None:
+    make_shapes(tmp_path, count=200, resolution=16, seed=5, samples_per_shard=2)
+    with ObjectServer(tmp_path) as server:
+        far = stream(server.url, lanes=32, patience=Patience(idle=60.0))
+        server.script = lambda asked: Answer(latency=60.0 if asked.path.endswith(".idx") else 0.0)
+        met: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                next(far)
+            except BaseException as error:
+                met.append(error)
+
+        waiting = threading.Thread(target=run, daemon=True)
+        waiting.start()
+        while sum(asked.path.endswith(".idx") for asked in server.log) < 10:
+            time.sleep(0.01)
+        began = time.monotonic()
+        far.close()
+        waiting.join(5.0)
+        assert time.monotonic() - began < 5.0
+        assert [type(error) for error in met] == [StoreTrouble]
+        with pytest.raises(StoreTrouble, match="closed"):
+            next(far)
