@@ -22,7 +22,7 @@ from page_reader import Reader, commands, files_of, shown, steady, text_of, unru
 from tiny_runs import records
 
 from benchmarks.object_server import ObjectServer
-from data_pipeline.keys import keys_of
+from data_pipeline.keys import keys_by_shard
 from data_pipeline.manifest import open_view
 
 
@@ -176,7 +176,7 @@ def check_choose_what_a_run_reads(folder: Path) -> None:
     runs = folder / "runs"
     assert max(line["data/passed_over"] for line in records(runs / "long")) > 0
     assert records(runs / "long")[-1]["step"] > 4
-    keys = [key for shard in range(3) for key in keys_of(open_view(folder / "data" / "photos"), shard)]
+    keys = [key for names in keys_by_shard(open_view(folder / "data" / "photos")) for key in names]
     assert len(keys) == 60
     assert {path.name for path in (folder / "data" / "sizes").iterdir()} == {"24x24.keep", "20x32.keep"}
     config = (runs / "warm" / "resolved.yaml").read_text()
