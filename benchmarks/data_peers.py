@@ -31,7 +31,7 @@ import numpy as np
 
 from benchmarks.timing import Bar, report
 
-BATCH, SIDE, SHARDS, PER_SHARD = 64, 256, 4, 100
+BATCH, SIDE, SHARDS, PER_SHARD = 64, 256, 4, 1000
 WARM, ROUNDS = 24, 5
 """Batches before the clock starts: more samples than any shuffle buffer holds, which are read faster until it is full; rounds."""
 
