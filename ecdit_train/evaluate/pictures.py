@@ -20,7 +20,7 @@ from ecdit_train.diffusion.sampler import prompt_positions, sample
 from ecdit_train.model.dit import DiT, Prediction
 from ecdit_train.model.embed import Text, unpatchify
 from ecdit_train.observe import figures
-from ecdit_train.observe.routing import RoutingMaps, count_maps
+from ecdit_train.observe.routing import RoutingMaps, count_maps, expert_maps
 from ecdit_train.parallel.context import ParallelContext
 from ecdit_train.run_folder import routing_path
 
@@ -104,7 +104,7 @@ class SamplePipeline:
         position = prompt_positions(prompts)
         share = -(-n // (mesh.dp_size * images_per_group)) * images_per_group
         mine = [min(i, n - 1) for i in range(mesh.dp_rank * share, (mesh.dp_rank + 1) * share)]
-        images, counts = [], []
+        images, counts, who = [], [], []
         was_training = model.training
         model.eval()
         for router in model.routers:
@@ -124,13 +124,18 @@ class SamplePipeline:
             )
             images.append(self.codec.decode(latents))
             counts.append(recorder.counts())
+            who.append(recorder.chosen())
         model.train(was_training)
         pixels = self.parallel.gather(torch.cat(images))[:n].cpu().numpy()
         maps = None
         if counts[0] is not None and c.moe.router is not None:
-            both = self.parallel.gather(torch.cat([x for x in counts if x is not None]))[:n].cpu().numpy()
+            counted, chosen = (
+                self.parallel.gather(torch.cat([x for x in parts if x is not None]))[:n].cpu().numpy()
+                for parts in (counts, who)
+            )
             maps = RoutingMaps(
-                counts=both.transpose(1, 2, 0, 3, 4),
+                counts=counted.transpose(1, 2, 0, 3, 4),
+                chosen=np.ascontiguousarray(chosen.transpose(1, 2, 0, 3, 4, 5)),
                 timesteps=np.array(_watched(how), dtype=np.float32),
                 layers=c.sparse_layers,
                 prompts=tuple(prompts),
@@ -152,14 +157,15 @@ def _watched(how: SampleConfig) -> list[float]:
 
 
 class _Recorder:
-    """Keeps the number of experts per patch of the conditional half, at the watched timesteps.
+    """Keeps who worked on each patch of the conditional half, at the watched timesteps.
 
     Heun evaluates a t twice: first at its predictor's guess, then at the state itself. The later one is kept.
     """
 
     def __init__(self, how: SampleConfig, *, side: int, batch: int) -> None:
         self._wanted, self._side, self._batch = _watched(how), side, batch
-        self._seen: dict[int, Tensor] = {}
+        self._counts: dict[int, Tensor] = {}
+        self._chosen: dict[int, Tensor] = {}
 
     def __call__(self, t: float, prediction: Prediction) -> None:
         # t comes back from the device as fp32, hence the tolerance.
@@ -168,13 +174,21 @@ class _Recorder:
             return
         rows = prediction.patches_BKP.shape[0]
         counts = count_maps(prediction.assignments, batch=rows, side=self._side)
-        self._seen[place] = counts[:, : self._batch].to(torch.uint8)
+        self._counts[place] = counts[:, : self._batch].to(torch.uint8)
+        self._chosen[place] = expert_maps(prediction.assignments, batch=rows, side=self._side)[:, : self._batch]
 
     def counts(self) -> Tensor | None:
         """(B, T, L, side, side) uint8, or None for a dense model."""
-        if not self._seen:
+        return self._together(self._counts)
+
+    def chosen(self) -> Tensor | None:
+        """(B, T, L, side, side, ceil(E / 8)) uint8, or None for a dense model."""
+        return self._together(self._chosen)
+
+    def _together(self, seen: dict[int, Tensor]) -> Tensor | None:
+        if not seen:
             return None
-        return torch.stack([self._seen[i] for i in range(len(self._wanted))]).permute(2, 0, 1, 3, 4).contiguous()
+        return torch.stack([seen[i] for i in range(len(self._wanted))]).movedim(2, 0).contiguous()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -98,6 +98,18 @@ def count_maps(assignments: Sequence[Assignment], *, batch: int, side: int, keep
     return _on_canvas(counts_LN, batch=batch, side=side, keep=keep)
 
 
+def expert_maps(assignments: Sequence[Assignment], *, batch: int, side: int) -> Tensor:
+    """Which experts took each patch: (L, B, side, side, ceil(E / 8)) uint8, expert e in bit e % 8 of byte e // 8."""
+    chosen_LNE = torch.stack([chosen(a) for a in assignments]) > 0
+    L, N, E = chosen_LNE.shape
+    bits = torch.zeros(L, N, -(-E // 8) * 8, dtype=torch.uint8, device=chosen_LNE.device)
+    bits[..., :E] = chosen_LNE
+    weight = 2 ** torch.arange(8, dtype=torch.uint8, device=bits.device)
+    packed_LNb = (bits.unflatten(-1, (-1, 8)) * weight).sum(-1, dtype=torch.uint8)
+    assert batch * side * side == N, f"{N} tokens do not fill {batch} times {side} x {side}"
+    return packed_LNb.unflatten(1, (batch, side, side))
+
+
 def _on_canvas(values_LN: Tensor, *, batch: int, side: int, keep: Tensor | None) -> Tensor:
     values_LBK = values_LN.unflatten(1, (batch, -1))
     if keep is not None:
@@ -132,6 +144,8 @@ class RoutingMaps:
     """f_c, the mean of every map when routing is expert choice."""
     step: int
     """Training step of the weights."""
+    chosen: np.ndarray | None = None
+    """(T, L, B, side, side, ceil(E / 8)) uint8: `expert_maps`. None in files of older runs."""
 
     def __post_init__(self) -> None:
         T, L, B = self.counts.shape[:3]
@@ -139,12 +153,21 @@ class RoutingMaps:
         assert (self.counts.dtype, self.images.dtype) == (np.uint8, np.uint8)
         assert (len(self.timesteps), len(self.layers), len(self.prompts)) == (T, L, B)
         assert (self.images.shape[0], *self.images.shape[3:]) == (B, 3), self.images.shape
+        if self.chosen is not None:
+            whole = (*self.counts.shape, -(-self.experts // 8))
+            assert (self.chosen.shape, self.chosen.dtype) == (whole, np.uint8), (self.chosen.shape, self.chosen.dtype)
 
     @property
     def experts_per_token(self) -> float:
         """What drawing spent on these maps (the captioned half, a few timesteps): `capacity_factor` is what it should be. Routers
         with a threshold or a predictor are right on average only."""
         return float(self.counts.mean())
+
+    def experts_at(self, t: int, *, layer: int, image: int) -> np.ndarray:
+        """(side, side, E) bool: who took each patch. Indices into timesteps, layers and prompts; needs `chosen`."""
+        assert self.chosen is not None, "this file counts experts but does not name them"
+        bits = np.unpackbits(self.chosen[t, layer, image], axis=-1, bitorder="little")
+        return bits[..., : self.experts].astype(bool)
 
     def caption(self) -> str:
         """Everything that a heatmap cannot be read without."""
@@ -155,6 +178,8 @@ class RoutingMaps:
         """One .npz without pickle, replaced atomically."""
         meta = {name: getattr(self, name) for name in _META}
         arrays = {"counts": self.counts, "timesteps": self.timesteps.astype(np.float32), "images": self.images}
+        if self.chosen is not None:
+            arrays["chosen"] = self.chosen
         buffer = io.BytesIO()
         np.savez_compressed(buffer, meta=np.frombuffer(json.dumps(meta).encode(), np.uint8), **arrays)  # type: ignore[arg-type]
         atomic.write(path, buffer.getvalue())
@@ -165,7 +190,8 @@ class RoutingMaps:
         try:
             with np.load(path, allow_pickle=False) as file:
                 meta = json.loads(file["meta"].tobytes())
-                arrays: dict[str, Any] = {name: file[name] for name in ("counts", "timesteps", "images")}
+                names = ("counts", "timesteps", "images", *(["chosen"] if "chosen" in file.files else []))
+                arrays: dict[str, Any] = {name: file[name] for name in names}
                 values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in meta.items()}
                 return cls(**arrays, **values)
         except (OSError, ValueError, KeyError, TypeError, EOFError, AssertionError, zipfile.BadZipFile) as error:

@@ -22,7 +22,7 @@ from ecdit_train.model.router import RouterInput
 from ecdit_train.observe.figures import write_samples
 from ecdit_train.observe.journal import Journal
 from ecdit_train.observe.report import write_report
-from ecdit_train.observe.routing import RoutingMaps, count_maps, routing_scalars
+from ecdit_train.observe.routing import RoutingMaps, count_maps, expert_maps, routing_scalars
 
 PROMPTS = (
     "a red circle",
@@ -94,6 +94,7 @@ def routing_maps(step: int) -> RoutingMaps:
     counts = torch.stack([count_maps(a, batch=4, side=SIDE) for a in called])
     return RoutingMaps(
         counts=counts.to(torch.uint8).numpy(),
+        chosen=torch.stack([expert_maps(a, batch=4, side=SIDE) for a in called]).numpy(),
         timesteps=np.array(timesteps, np.float32),
         layers=(2, 4, 6),
         prompts=PROMPTS[:4],

@@ -16,7 +16,7 @@ from ecdit_train.errors import RunFolderError
 from ecdit_train.model.assignment import Rows, Table
 from ecdit_train.model.router import RouterInput
 from ecdit_train.model.routers.token_choice import TokenChoice
-from ecdit_train.observe.routing import RoutingMaps, count_maps, routing_scalars
+from ecdit_train.observe.routing import RoutingMaps, count_maps, expert_maps, routing_scalars
 
 
 def by_hand(*, filled: bool = False) -> Table:
@@ -112,12 +112,40 @@ def test_maps_survive_a_file_without_pickle(tmp_path: Path) -> None:
     maps = routing_maps(300)
     maps.save(tmp_path / "routing/step_00000300.npz")
     back = RoutingMaps.load(tmp_path / "routing/step_00000300.npz")
-    for name in ("counts", "timesteps", "images"):
+    for name in ("counts", "timesteps", "images", "chosen"):
         np.testing.assert_array_equal(getattr(back, name), getattr(maps, name))
     for name in ("layers", "prompts", "scope", "group_size", "experts", "capacity_factor", "step"):
         assert getattr(back, name) == getattr(maps, name)
     assert "step 300" in back.caption()
     assert "f_c = 2" in back.caption()
+
+
+def test_who_took_a_patch_is_what_the_assignment_says() -> None:
+    """Eleven experts: bits of two bytes."""
+    images = np.stack([picture(n, noise=0.05) for n in range(2)])
+    called = assignments(images, t=0.5, experts=11, capacity_factor=2.75)
+    packed = expert_maps(called, batch=2, side=8)
+    assert packed.shape == (3, 2, 8, 8, 2)
+    maps = replace(
+        routing_maps(3),
+        counts=count_maps(called, batch=2, side=8)[None].to(torch.uint8).numpy(),
+        chosen=packed[None].numpy(),
+        timesteps=np.array([0.5], np.float32),
+        prompts=("a", "b"),
+        images=images,
+        experts=11,
+    )
+    for layer, table in enumerate(called):
+        for image in range(2):
+            who = {(int(token), e) for e in range(11) for token in table.index_EGC[e, image].tolist()}
+            taken = maps.experts_at(0, layer=layer, image=image)
+            assert {(image * 64 + y * 8 + x, e) for y, x, e in np.argwhere(taken).tolist()} == who
+            assert (taken.sum(-1) == maps.counts[0, layer, image]).all()
+
+
+def test_maps_of_an_older_run_count_without_naming(tmp_path: Path) -> None:
+    replace(routing_maps(3), chosen=None).save(tmp_path / "old.npz")
+    assert RoutingMaps.load(tmp_path / "old.npz").chosen is None
 
 
 def test_damaged_maps_are_refused(tmp_path: Path) -> None:
