@@ -62,6 +62,23 @@ class Evaluate:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Allocation:
+    """What `ecdit allocation` looks at."""
+
+    run: str = word("FOLDER")
+    seeds: int = word("N", least=1, default=3)
+    images: int = word("N", least=1, default=64)
+    """Of each seed, at least."""
+    pictures: str | None = word("FOLDER", default=None)
+    """True pictures NAME.png with NAME.mask.png and NAME.txt; None: coloured shapes."""
+    drawn: bool | None = word("true|false", default=None)
+    """None: where objects of drawn pictures can be told from their background (coloured shapes)."""
+    out: str | None = word("FILE.json", default=None)
+    weights: Literal["ema", "raw"] = word("ema|raw", default="ema")
+    step: int | None = word("N", least=0, default=None)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Merge:
     """What `ecdit merge` averages: the `last` steps, or those named."""
 
