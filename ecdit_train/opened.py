@@ -30,8 +30,6 @@ from ecdit_train.parallel.runtime import Runtime
 from ecdit_train.run_folder import RESOLVED
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from ecdit_train.export.pipeline import ECDiTPipeline
 
 MODEL_INDEX = "model_index.json"
@@ -87,14 +85,14 @@ class Drawn:
     unknown: tuple[Unknown, ...]
     """Words that no training caption had."""
 
-    def pil(self) -> list[Image]:
+    def pil(self) -> list[figures.Picture]:
         return [figures.picture(image) for image in self.images]
 
-    def grid(self, *, columns: int = 4) -> Image:
+    def grid(self, *, columns: int = 4) -> figures.Picture:
         """With captions, as `ecdit sample` writes it."""
         return figures.opened(figures.grid_png(self.images, self.prompts, columns=columns))
 
-    def heatmap(self, image: int = 0) -> Image:
+    def heatmap(self, image: int = 0) -> figures.Picture:
         """Experts per patch of one picture: layers down, timesteps across (the paper's Figure 6 b).
 
         Raises ConfigError for a dense model, or a picture that is not there.

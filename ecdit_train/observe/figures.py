@@ -20,6 +20,8 @@ from .routing import RoutingMaps
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+Picture = Image.Image
+"""PIL's."""
 INK = "#1f2937"
 MUTED = "#6b7280"
 HEAT, HEAT_ALPHA = "YlOrRd", 0.78
@@ -67,12 +69,12 @@ def grid_png(images: np.ndarray, captions: Sequence[str], *, columns: int = 4, s
     return buffer.getvalue()
 
 
-def picture(image: np.ndarray) -> Image.Image:
+def picture(image: np.ndarray) -> Picture:
     """uint8 (H, W, 3)."""
     return Image.fromarray(image)
 
 
-def opened(png: bytes) -> Image.Image:
+def opened(png: bytes) -> Picture:
     return Image.open(io.BytesIO(png))
 
 

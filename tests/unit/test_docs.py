@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from ecdit_train import arguments, checkpoint_verbs, cli, drawing, submit_verbs
+from ecdit_train import arguments, checkpoint_verbs, cli, data_words, drawing, submit_verbs
 from ecdit_train.config import compat, compose, describe, installed, stored, validate
 from ecdit_train.errors import EcditError
 
@@ -194,8 +194,8 @@ def check_command(line: str) -> None:
     elif name == "data_stats" and (len(args.what) > 1 or "=" in args.what[0]):
         compose.compose(args.what, local=False, config_dir=args.config_dir)
     elif name == "data_encode":
-        request = arguments.read(arguments.Encode, args.words)
-        request.build(arguments.Encode)
+        request = arguments.read(data_words.Encode, args.words)
+        request.build(data_words.Encode)
         compose.compose(request.rest, local=False)
     elif name == "merge":
         arguments.read(arguments.Merge, args.words, alone=True).build(arguments.Merge)
