@@ -149,7 +149,7 @@ class Links(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.images += tag == "img"
         self.found += [v or "" for k, v in attrs if k in ("src", "href", "srcset", "action", "data")]
-        if tag not in ("meta", "img", "input", "line", "circle", "polyline", "br"):
+        if tag not in ("meta", "link", "img", "input", "line", "circle", "polyline", "br"):
             self.stack.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
@@ -169,13 +169,13 @@ def test_report_is_whole_and_stands_alone(run: Path) -> None:
     assert path == run / "report.html"
     page = path.read_text()
     links = parse(page)
-    assert all(v.startswith("data:image/png;base64,") for v in links.found)
+    assert all(v.startswith(("data:image/png;base64,", "#")) or v == "data:," for v in links.found)
     assert not re.search(r"(src|href)\s*=\s*[\"']?\s*(https?:)?//", page)
     assert "@import" not in page
     assert "url(" not in page
     for step in (166, 333, 500):
         assert f'data-label="step {step:,}"' in page
-    assert links.images == 3 + 4 + 1  # grids, one heatmap per prompt, the layers at one moment
+    assert links.images == 3 + 4 + 1  # grids, one still heatmap per prompt, the layers at one moment
     for text in (
         "demo_shapes",
         "expert_choice",
@@ -188,10 +188,37 @@ def test_report_is_whole_and_stands_alone(run: Path) -> None:
         assert text in page
 
 
-def test_report_of_a_bare_folder(tmp_path: Path) -> None:
-    parse(write_report(tmp_path).read_text())
-    with pytest.raises(RunFolderError):
-        write_report(tmp_path / "missing")
+def test_report_of_a_run_that_has_nothing_yet(tmp_path: Path) -> None:
+    (tmp_path / "resolved.yaml").write_text("experiment: e\n")
+    page = write_report(tmp_path).read_text()
+    parse(page)
+    assert 'id="learning" open hidden' in page
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (
+            "runs",
+            "runs: not a run; a run folder holds resolved.yaml, metrics.jsonl or metrics/. Below it: runs/demo, runs/x/deep",
+        ),
+        ("runs/demo/samples", "not a run; .* Did you mean runs/demo?"),
+        ("runs/dmeo", "no such folder; .* Near it: runs/demo"),
+        ("runs/demo/resolved.yaml", "not a folder; .* Did you mean runs/demo?"),
+        ("sweep", "This is a sweep: `ecdit compare sweep`, or name one of its runs: sweep/a"),
+        ("empty", "not a run; .* Near it: "),
+    ],
+)
+def test_what_is_no_run_is_refused(asked: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("runs/demo/samples", "runs/x/deep", "sweep/a", "empty"):
+        Path(name).mkdir(parents=True)
+    for run in ("runs/demo", "runs/x/deep", "sweep/a"):
+        Path(run, "resolved.yaml").write_text("{}")
+    Path("sweep/sweep.json").write_text("{}")
+    with pytest.raises(RunFolderError, match=said.replace("?", r"\?")):
+        write_report(Path(asked))
+    assert not list(tmp_path.rglob("report.html"))
 
 
 def test_report_survives_damage_and_hides_secrets(tmp_path: Path) -> None:
@@ -211,7 +238,7 @@ def test_report_survives_damage_and_hides_secrets(tmp_path: Path) -> None:
     parse(page)
     assert "<b>x</b>" not in page
     assert "<i>" not in page  # names, values, prompts
-    assert page.count("&lt;i&gt;") == 8
+    assert page.count("&lt;i&gt;") == 10
     assert "abcdef" not in page
 
 
@@ -226,10 +253,12 @@ def test_what_a_router_of_ones_own_reports_is_drawn(tmp_path: Path) -> None:
     assert '<svg viewBox="0 0 640 280" role="img" aria-label="kept">' in page
     assert 'aria-label="Auxiliary losses"' in page
     assert page.count("</i>layer 2<b>") == 1
+    assert ">moe/L{n}/kept<" in page  # what it is called in the log
     assert "router Toy (share 0.25), num_experts 4, experts Gelu" in page
 
 
 def test_a_long_run_keeps_first_and_last_grid(tmp_path: Path) -> None:
+    (tmp_path / "resolved.yaml").write_text("{}")
     for step in range(1, MAX_GRIDS + 12):
         sample_grid(np.full((1, 8, 8, 3), step, np.uint8), [""], folder.samples_path(tmp_path, step=step), scale=8)
     page = write_report(tmp_path).read_text()
