@@ -222,9 +222,17 @@ def make_parser() -> argparse.ArgumentParser:
     p = verb(
         "report",
         report,
-        "write RUN/report.html: loss, samples over time, routing heat maps, in one self-contained page",
+        "write RUN/report.html: curves, samples over time, where the experts work, in one self-contained page\n\n"
+        "  ecdit report runs/demo\n"
+        "  ecdit report runs/demo --serve",
     )
-    p.add_argument("run", help="run folder")
+    p.add_argument("runs", nargs="+", metavar="run", help="run folder")
+    p.add_argument(
+        "--serve",
+        action="store_true",
+        help="instead, serve the page on 127.0.0.1 until Ctrl-C: it follows the run while it goes on",
+    )
+    p.add_argument("--port", type=_port, default=0, metavar="N", help="with --serve: its port (default: a free one)")
 
     p = verb(
         "plan",
@@ -326,6 +334,12 @@ def parser_group(verbs: Any, name: str, text: str) -> Any:
 def _ranks(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 1 or more")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port, 0 (a free one) to 65535")
     return int(text)
 
 

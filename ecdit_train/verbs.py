@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -193,10 +194,30 @@ def _drawing_layout(trained: Any, *, world: int) -> Any:
 
 
 def report(args: argparse.Namespace) -> int:
+    from ecdit_train.observe.which_run import run_folder
+
+    runs = [run_folder(name) for name in args.runs]  # none is written if one is no run
+    print(f"reading {', '.join(map(str, runs))} ...", file=sys.stderr, flush=True)
+    if args.serve:
+        return _serve_reports(runs, port=args.port)
     from ecdit_train.observe.report import write_report
 
-    with _written(Path(args.run)):
-        print(write_report(Path(args.run)))
+    for run in runs:
+        with _written(run):
+            print(write_report(run))
+    return errors.EXIT_OK
+
+
+def _serve_reports(runs: Sequence[Path], *, port: int) -> int:
+    """Until Ctrl-C."""
+    try:
+        from ecdit_train.observe.serve import server
+
+        with server(runs, port=port) as served:
+            print(f"{served.url}  (Ctrl-C ends it)\nfrom a machine of your own: {served.tunnel()}", flush=True)
+            served.serve_forever()
+    except KeyboardInterrupt:
+        print()
     return errors.EXIT_OK
 
 

@@ -37,8 +37,8 @@ class Columns:
     """A number for every row; None where it was not logged."""
     broken: dict[str, list[int]]
     """Rows in which the value was not finite: there a curve has a gap."""
-    rows_of: int
-    """Records in the log."""
+    last: float | None
+    """When the last record was written, in seconds since the epoch."""
 
     def series(self, key: str) -> tuple[list[float], list[float | None]]:
         """(steps, values) of the rows that have the metric; None where it was not finite."""
@@ -54,7 +54,13 @@ class Columns:
             rows = [n for n, v in enumerate(column) if v is not None or n in gaps]
             whole = len(rows) == len(column)
             packed[key] = {"at": None if whole else rows, "y": [_cut(column[n]) for n in rows]}
-        return {"step": self.steps, "time": [round(h, 5) for h in self.hours], "images": self.images, "series": packed}
+        return {
+            "step": self.steps,
+            "time": [round(h, 5) for h in self.hours],
+            "images": self.images,
+            "series": packed,
+            "last": self.last,
+        }
 
 
 def columns(records: Records, *, only: Sequence[str] | None = None) -> Columns:
@@ -86,7 +92,7 @@ def columns(records: Records, *, only: Sequence[str] | None = None) -> Columns:
         images=[float(v or 0) for v in images] if images and all(v is not None for v in images) else None,
         values={k: v for k, v in values.items() if any(x is not None for x in v)},
         broken=broken,
-        rows_of=len(records),
+        last=times[-1] if times else None,
     )
 
 

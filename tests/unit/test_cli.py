@@ -32,7 +32,7 @@ VERBS = {
     "study routing": ["arms=[A,B,...]", "size=small|gpu", "--config-dir"],
     "compare": ["run folders and sweep folders"],
     "slots": ["routers", "--config-dir"],
-    "report": ["report.html", "run"],
+    "report": ["report.html", "run", "--serve", "--port"],
     "merge": ["run=FOLDER, out=FOLDER", "last=N", "weights=uniform|linear"],
     "plan": ["--json", "--world", "--dry-run", "cluster=", "--config-dir"],
     "launch": ["--render-only", "sbatch", "--multirun", "--after", "--parsable"],
