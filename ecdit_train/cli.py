@@ -11,13 +11,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ecdit_train import arguments, checkpoint_verbs, data_verbs, errors, life_verbs, submit_verbs
+from ecdit_train import arguments, checkpoint_verbs, data_verbs, errors, life_verbs, look_verbs, submit_verbs
 from ecdit_train.doctor import verb as doctor
 from ecdit_train.errors import EcditError, PeerLostError, PeerRefusedError
 from ecdit_train.study import study_routing
 from ecdit_train.supervise.exit_file import leave_exit_code
 from ecdit_train.verbs import (
-    compare,
     config_diff,
     config_explain,
     config_keys,
@@ -25,7 +24,6 @@ from ecdit_train.verbs import (
     evaluate,
     multirun,
     plan,
-    report,
     resume,
     sample,
     show,
@@ -211,28 +209,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     _config_dir(checkpoint_verbs.add_merge(verb))
 
-    p = verb(
-        "compare",
-        compare,
-        "print the final loss of runs or of a sweep: one line for each combination, its mean and spread over seeds\n\n"
-        "  ecdit compare runs/sweeps/shapes_tiny-20260101-120000",
-    )
-    p.add_argument("folders", nargs="+", metavar="FOLDER", help="run folders and sweep folders")
-
-    p = verb(
-        "report",
-        report,
-        "write RUN/report.html: curves, samples over time, where the experts work, in one self-contained page\n\n"
-        "  ecdit report runs/demo\n"
-        "  ecdit report runs/demo --serve",
-    )
-    p.add_argument("runs", nargs="+", metavar="run", help="run folder")
-    p.add_argument(
-        "--serve",
-        action="store_true",
-        help="instead, serve the page on 127.0.0.1 until Ctrl-C: it follows the run while it goes on",
-    )
-    p.add_argument("--port", type=_port, default=0, metavar="N", help="with --serve: its port (default: a free one)")
+    look_verbs.declare(verb)
 
     p = verb(
         "plan",
@@ -334,12 +311,6 @@ def parser_group(verbs: Any, name: str, text: str) -> Any:
 def _ranks(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 1 or more")
-    return int(text)
-
-
-def _port(text: str) -> int:
-    if not text.isdecimal() or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a port, 0 (a free one) to 65535")
     return int(text)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -193,34 +192,6 @@ def _drawing_layout(trained: Any, *, world: int) -> Any:
     )
 
 
-def report(args: argparse.Namespace) -> int:
-    from ecdit_train.observe.which_run import run_folder
-
-    runs = [run_folder(name) for name in args.runs]  # none is written if one is no run
-    print(f"reading {', '.join(map(str, runs))} ...", file=sys.stderr, flush=True)
-    if args.serve:
-        return _serve_reports(runs, port=args.port)
-    from ecdit_train.observe.report import write_report
-
-    for run in runs:
-        with _written(run):
-            print(write_report(run))
-    return errors.EXIT_OK
-
-
-def _serve_reports(runs: Sequence[Path], *, port: int) -> int:
-    """Until Ctrl-C."""
-    try:
-        from ecdit_train.observe.serve import server
-
-        with server(runs, port=port) as served:
-            print(f"{served.url}  (Ctrl-C ends it)\nfrom a machine of your own: {served.tunnel()}", flush=True)
-            served.serve_forever()
-    except KeyboardInterrupt:
-        print()
-    return errors.EXIT_OK
-
-
 # --- planning ---------------------------------------------------------------------------------------------------
 
 
@@ -286,13 +257,6 @@ def show(args: argparse.Namespace) -> int:
         app.show(words, cfg=args.cfg, package=args.package, resolve=args.resolve)
     else:
         app.info(words, about=args.info)
-    return errors.EXIT_OK
-
-
-def compare(args: argparse.Namespace) -> int:
-    from ecdit_train import comparison
-
-    print(comparison.text(comparison.table(comparison.named(args.folders))))
     return errors.EXIT_OK
 
 

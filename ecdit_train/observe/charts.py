@@ -4,13 +4,12 @@ same chart again from the same numbers, at the size of the window, and makes it 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from .curves import UNKNOWN, Chart, Columns, color, questions
-from .metrics import METRICS, metric_key
+from .curves import Chart, Columns, about, color, questions
 from .page import render, short
 
 WIDTH, WIDE, HEIGHT = 640, 1320, 280
@@ -54,7 +53,7 @@ def smooth(values: Sequence[float | None], *, weight: float | None = None) -> li
 
 def is_smoothed(key: str) -> bool:
     """Means are noisy. A largest value, or a learning rate, is what it is."""
-    return METRICS.get(metric_key(key), UNKNOWN).reduction == "mean"
+    return about(key).reduction == "mean"
 
 
 def draw(chart: Chart, found: Columns) -> str:
@@ -68,8 +67,8 @@ def draw(chart: Chart, found: Columns) -> str:
                 curves.append(replace(own, faint=True))
             own = replace(own, y=smooth(y))
         curves.append(own)
-    about = questions(chart)
-    return line_chart(curves, title=chart.title, unit=chart.unit, wide=chart.wide, name=chart.name, about=about)
+    told = questions(chart)
+    return line_chart(curves, title=chart.title, unit=chart.unit, wide=chart.wide, name=chart.name, told=told)
 
 
 def line_chart(
@@ -79,7 +78,7 @@ def line_chart(
     unit: str = "",
     wide: bool = False,
     name: str = "",
-    about: Sequence[tuple[str, Any]] = (),
+    told: Sequence[tuple[str, Any]] = (),
 ) -> str:
     """A `<figure>`; an empty string when no curve has a point. x is the training step; `wide` spans the page."""
     curves = [_thinned(c) for c in curves if any(y is not None for y in c.y)]
@@ -103,7 +102,7 @@ def line_chart(
     return render(
         "chart.html",
         name=name,
-        about=about,
+        told=told,
         title=title,
         unit="" if unit == "1" else unit,
         log=log,
@@ -168,8 +167,3 @@ def _log_ticks(low: float, high: float) -> list[float]:
     powers = range(math.floor(low), math.ceil(high) + 1)
     factors = (1, 2, 5) if high - low < 2.5 else (1,)
     return [10.0**p * f for p in powers for f in factors if low <= math.log10(10.0**p * f) <= high]
-
-
-def colored(labels: Mapping[str, Any]) -> dict[str, str]:
-    """label -> colour, in order."""
-    return {label: color(n, of=len(labels)) for n, label in enumerate(labels)}

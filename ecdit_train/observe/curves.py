@@ -20,6 +20,12 @@ MAX_VALUES = 200_000
 MIN_ROWS = 200
 UNKNOWN = Metric(unit="", reduction="mean", question="")
 
+
+def about(key: str) -> Metric:
+    """What a logged name means; before a colon stands the run that logged it, where there are several."""
+    return METRICS.get(metric_key(key.rpartition(":")[2]), UNKNOWN)
+
+
 PALETTE = ("#3b82f6", "#d97706", "#0f9d76", "#ec4899", "#8b5cf6", "#0891b2", "#65a30d", "#ef4444", "#64748b", "#a16207")
 """At least 3:1 against the page, light and dark."""
 
@@ -73,7 +79,7 @@ def columns(records: Records, *, only: Sequence[str] | None = None) -> Columns:
     values: dict[str, list[float | None]] = {}
     broken: dict[str, list[int]] = {}
     for key in keys:
-        reduce = METRICS.get(metric_key(key), UNKNOWN).reduction
+        reduce = about(key).reduction
         column = values[key] = []
         for row, (a, b) in enumerate(spans):
             found = [r[key] for r in records[a:b] if key in r]
@@ -128,7 +134,7 @@ class Chart:
 
     @property
     def unit(self) -> str:
-        units = {METRICS.get(metric_key(key), UNKNOWN).unit for key in self.keys}
+        units = {about(key).unit for key in self.keys}
         return units.pop() if len(units) == 1 else ""
 
 
@@ -201,7 +207,7 @@ def questions(chart: Chart) -> list[tuple[str, Metric]]:
     """(metric, what it tells) of a chart, one for a family of curves."""
     said: dict[str, Metric] = {}
     for key in chart.keys:
-        said.setdefault(_family(key)[0], METRICS.get(metric_key(key), UNKNOWN))
+        said.setdefault(_family(key.rpartition(":")[2])[0], about(key))
     return list(said.items())
 
 

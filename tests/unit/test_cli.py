@@ -30,7 +30,7 @@ VERBS = {
     "evaluate": ["WORD", "split=all|train|heldout", "tasks=[A,B,...]", "encoders sections"],
     "study": ["routing"],
     "study routing": ["arms=[A,B,...]", "size=small|gpu", "--config-dir"],
-    "compare": ["run folders and sweep folders"],
+    "compare": ["run folders and sweep folders", "--html", "--png", "--tolerance", "--json"],
     "slots": ["routers", "--config-dir"],
     "report": ["report.html", "run", "--serve", "--port"],
     "merge": ["run=FOLDER, out=FOLDER", "last=N", "weights=uniform|linear"],

@@ -151,7 +151,8 @@ class Chart {
       const series = columns.series[c.key];
       if (series) (series.at || xs.map((_, n) => n)).forEach(n => { if (xs[n] >= from && xs[n] <= to) found.add(n); });
     }
-    return [...found].sort((a, b) => a - b);
+    // Rows of several runs stand one run after the other.
+    return [...found].sort((a, b) => xs[a] - xs[b] || a - b).filter((n, i, all) => !i || xs[n] !== xs[all[i - 1]]);
   }
 
   // The read-out: values at the row that the cursor is on.
@@ -170,7 +171,7 @@ class Chart {
       + (axis === 'time' ? `, ${page.short(x)} h` : axis === 'images' ? `, ${page.short(x)} images` : '');
     const said = [];
     this.drawn.forEach((c, n) => {
-      const series = columns.series[c.key], row = !series ? -1 : series.at ? series.at.findLastIndex(r => r <= at) : at;
+      const row = c.x.findLastIndex(v => v <= x);
       const y = row < 0 ? null : c.y[row], raw = row < 0 || !c.raw ? null : c.raw[row];
       this.keys[n].querySelector('b').textContent = row < 0 ? '' : y === null ? 'not finite'
         : page.short(y) + (raw !== null ? ` (${page.short(raw)})` : '');
