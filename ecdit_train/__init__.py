@@ -1,5 +1,6 @@
 """Distributed training of expert-choice diffusion transformers (EC-DiT)."""
 
+import importlib
 import os
 import sys
 
@@ -14,3 +15,10 @@ if (
     and sys.path[:1] == [os.getcwd()] != [os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
 ):
     del sys.path[0]
+
+
+def __getattr__(name: str) -> object:
+    """`ecdit_train.open_run`, without which nothing here imports torch."""
+    if name != "open_run":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return importlib.import_module("ecdit_train.opened").open_run

@@ -311,6 +311,16 @@ def make_window(config: RunConfig, runtime: Runtime) -> MetricWindow:
     )
 
 
+def words_seen(run: str, *, step: int) -> list[str] | None:
+    """Words of the captions up to a committed step; None where the checkpoint does not say, or the encoder needs no
+    training to know a word."""
+    try:
+        described = manifest.read(folder.path_of(Path(run) / CHECKPOINTS, step=step))
+    except (CheckpointError, OSError):
+        return None
+    return described.objects.get("words") or None
+
+
 def load_weights(
     run: str, parallel: ParallelContext, *, kind: Literal["ema", "raw"], step: int | None, start: bool = False
 ) -> int:

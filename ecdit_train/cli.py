@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ecdit_train import arguments, checkpoint_verbs, data_verbs, errors, life_verbs, look_verbs, submit_verbs
+from ecdit_train.allocation_verb import allocation
 from ecdit_train.doctor import verb as doctor
 from ecdit_train.errors import EcditError, PeerLostError, PeerRefusedError
 from ecdit_train.study import study_routing
@@ -36,7 +37,7 @@ OVERRIDES = "Hydra words: experiment=NAME, GROUP=CHOICE, section.key=value, +key
 INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 """What Hydra can print about a composition."""
 
-RANKS = ("train", "resume", "sample", "evaluate")
+RANKS = ("train", "resume", "sample", "evaluate", "allocation")
 """Verbs that run on several ranks."""
 
 
@@ -188,6 +189,17 @@ def make_parser() -> argparse.ArgumentParser:
         "  ecdit evaluate run=runs/demo tasks=colors repeat=4",
     )
     p.add_argument("words", nargs="+", metavar="WORD", help=f"{arguments.forms(arguments.Evaluate)}, and {DRAWING}")
+    _config_dir(p)
+
+    p = verb(
+        "allocation",
+        allocation,
+        "do objects get more experts than the background? the paper's Figure 6 as numbers, by layer and timestep, with spread\n\n"
+        "  ecdit allocation run=runs/demo\n"
+        "  ecdit allocation run=runs/demo seeds=5 images=256\n"
+        "  ecdit allocation run=runs/xl8e pictures=mine     # NAME.png, NAME.mask.png (white: object), NAME.txt",
+    )
+    p.add_argument("words", nargs="+", metavar="WORD", help=f"{arguments.forms(arguments.Allocation)}, and {DRAWING}")
     _config_dir(p)
 
     study = parser_group(verbs, "study", "train and measure many small models, and tell what came out")

@@ -20,7 +20,7 @@ from ecdit_train.errors import RunFolderError
 from ecdit_train.observe.diverging import Parting, metrics_of, parting
 from ecdit_train.observe.journal import read_records
 from ecdit_train.observe.redact import redact_text
-from ecdit_train.observe.which_run import SWEEP_FILE, run_folder
+from ecdit_train.observe.which_run import SWEEP_FILE, hint, is_run
 from ecdit_train.run_folder import RESOLVED
 
 LAST_RECORDS = 5
@@ -124,11 +124,11 @@ def named(folders: Sequence[str]) -> list[tuple[str, Path]]:
         if folder in sweeps:
             prefix = f"{folder.name}: " if len(sweeps) > 1 else ""
             runs += [(prefix + combination(job["words"]), folder / job["run"]) for job in read_sweep(folder)["jobs"]]
-        elif (folder / RESOLVED).is_file():
-            plain.append((folder, dict(_leaves(read_tree(folder)))))
+        elif is_run(folder):
+            plain.append((folder, _tree(folder)))
         else:
-            run_folder(folder)  # says which one was meant
-            raise RunFolderError(f"{folder} is neither a run folder ({RESOLVED}) nor a sweep folder ({SWEEP_FILE})")
+            what = f"neither a run folder ({RESOLVED}) nor a sweep folder ({SWEEP_FILE})"
+            raise RunFolderError(f"{folder} is {what}. {hint(folder)}".rstrip())
     different = _different([values for _, values in plain])
     for folder, values in plain:
         label = " ".join(f"{key}={values[key]}" for key in different if key in values)
@@ -277,7 +277,7 @@ def compared(folders: Sequence[str], *, tolerance: float = 0.0) -> Comparison:
 
 
 def _tree(folder: Path) -> dict[str, Any]:
-    """Keys of a run's configuration; none of a job that has not begun."""
+    """Keys of a run's configuration; none where it has not been frozen yet."""
     return dict(_leaves(read_tree(folder))) if (folder / RESOLVED).is_file() else {}
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ecdit_train import arguments, errors, prepare_verbs, set_verbs
+from ecdit_train import arguments, data_words, errors, prepare_verbs, set_verbs
 from ecdit_train.submit_verbs import declare_part
 
 
@@ -21,7 +21,7 @@ def declare(verb: Callable[..., argparse.ArgumentParser], group: Any) -> None:
         "  ecdit data shapes out=data/shapes count=4000 resolution=32",
         parent=group,
     )
-    p.add_argument("words", nargs="+", metavar="WORD", help=arguments.forms(arguments.Shapes))
+    p.add_argument("words", nargs="+", metavar="WORD", help=arguments.forms(data_words.Shapes))
     declare_part(p)
     p = verb(
         "index",
@@ -76,7 +76,7 @@ def data_shapes(args: argparse.Namespace) -> int:
     from data_pipeline.shapes.make import make_shapes
     from data_pipeline.shapes.prompts import TASKS
 
-    asked = arguments.read(arguments.Shapes, args.words, alone=True).build(arguments.Shapes)
+    asked = arguments.read(data_words.Shapes, args.words, alone=True).build(data_words.Shapes)
     made = make_shapes(
         Path(asked.out),
         count=asked.count,

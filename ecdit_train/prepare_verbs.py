@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ecdit_train import arguments, errors
+from ecdit_train import arguments, data_words, errors
 from ecdit_train.config.overrides import quoted
 from ecdit_train.errors import ConfigError
 from ecdit_train.submit_verbs import declare_part
@@ -50,31 +50,31 @@ def declare(verb: Callable[..., argparse.ArgumentParser], group: Any) -> None:
         "source", metavar="IN", help="a folder: tars, parquet, pictures with captions beside them or in a table"
     )
     p.add_argument("out", metavar="OUT")
-    p.add_argument("words", nargs="*", metavar="WORD", help=arguments.forms(arguments.Pack))
+    p.add_argument("words", nargs="*", metavar="WORD", help=arguments.forms(data_words.Pack))
     declare_part(p)
     p = verb("encode", data_encode, ENCODE, parent=group)
     p.add_argument("source", metavar="IN", help="a data set, or anything that `pack` takes")
     p.add_argument("out", metavar="OUT")
     more = "any other word is about the configuration whose encoders run"
-    p.add_argument("words", nargs="+", metavar="WORD", help=f"{arguments.forms(arguments.Encode)}; {more}")
+    p.add_argument("words", nargs="+", metavar="WORD", help=f"{arguments.forms(data_words.Encode)}; {more}")
     p.add_argument("--config-dir", metavar="DIR", help="your own configuration and modules")
     declare_part(p)
     p = verb("filter", data_filter, FILTER, parent=group)
     p.add_argument("set", metavar="SET")
     p.add_argument("--where", required=True, metavar="SQL", help="a condition on one sample, in DuckDB's SQL")
-    p.add_argument("words", nargs="*", metavar="WORD", help=arguments.forms(arguments.Filter))
+    p.add_argument("words", nargs="*", metavar="WORD", help=arguments.forms(data_words.Filter))
     declare_part(p)
     p = verb("dedup", data_dedup, DEDUP, parent=group)
     p.add_argument("set", metavar="SET")
-    p.add_argument("words", nargs="*", metavar="WORD", help=arguments.forms(arguments.Dedup))
+    p.add_argument("words", nargs="*", metavar="WORD", help=arguments.forms(data_words.Dedup))
     declare_part(p)
     p = verb("buckets", data_buckets, BUCKETS, parent=group)
     p.add_argument("set", metavar="SET")
-    p.add_argument("words", nargs="+", metavar="WORD", help=arguments.forms(arguments.Buckets))
+    p.add_argument("words", nargs="+", metavar="WORD", help=arguments.forms(data_words.Buckets))
     declare_part(p)
     p = verb("report", data_report, REPORT, parent=group)
     p.add_argument("set", metavar="SET")
-    p.add_argument("words", nargs="*", metavar="WORD", help=arguments.forms(arguments.Report))
+    p.add_argument("words", nargs="*", metavar="WORD", help=arguments.forms(data_words.Report))
 
 
 def data_pack(args: argparse.Namespace) -> int:
@@ -82,7 +82,7 @@ def data_pack(args: argparse.Namespace) -> int:
     from data_pipeline.preparing.progress import watch
     from data_pipeline.preparing.sources import find
 
-    asked = arguments.read(arguments.Pack, args.words, alone=True).build(arguments.Pack)
+    asked = arguments.read(data_words.Pack, args.words, alone=True).build(data_words.Pack)
     rule = PackRule(
         resolution=asked.resolution, crop=asked.crop, least=asked.least, most_aspect=asked.aspect, quality=asked.quality,
         captions=asked.captions, no_caption=asked.no_caption,
@@ -101,13 +101,13 @@ def data_encode(args: argparse.Namespace) -> int:
     from ecdit_train.batches.frozen import FrozenEncoders
     from ecdit_train.config.compose import compose
 
-    request = arguments.read(arguments.Encode, args.words)
+    request = arguments.read(data_words.Encode, args.words)
     try:
         config = compose(request.rest, config_dir=args.config_dir)
     except ConfigError as error:
-        request.build(arguments.Encode, *error.problems)
+        request.build(data_words.Encode, *error.problems)
         raise
-    asked = request.build(arguments.Encode)
+    asked = request.build(data_words.Encode)
     encoders = FrozenEncoders(config=config.encoders, latents=asked.latents, text=asked.text, device=asked.device)
     rule = EncodeRule(
         resolution=config.data.resolution, batch=asked.batch, captions=config.data.captions or ("txt", "json"),
@@ -125,7 +125,7 @@ def data_filter(args: argparse.Namespace) -> int:
     from data_pipeline import views
     from data_pipeline.preparing.select import check_grammar, make_facts, select
 
-    asked = arguments.read(arguments.Filter, args.words, alone=True).build(arguments.Filter)
+    asked = arguments.read(data_words.Filter, args.words, alone=True).build(data_words.Filter)
     check_grammar(args.where)
     work, complete = _make(make_facts, asked, args)
     if not complete:
@@ -140,7 +140,7 @@ def data_dedup(args: argparse.Namespace) -> int:
     from data_pipeline import views
     from data_pipeline.preparing.dedup import find_duplicates, make_prints, write_clusters
 
-    asked = arguments.read(arguments.Dedup, args.words, alone=True).build(arguments.Dedup)
+    asked = arguments.read(data_words.Dedup, args.words, alone=True).build(data_words.Dedup)
     work, complete = _make(make_prints, asked, args)
     if not complete:
         return errors.EXIT_OK
@@ -156,7 +156,7 @@ def data_buckets(args: argparse.Namespace) -> int:
     from data_pipeline.preparing.select import make_facts
     from data_pipeline.preparing.sizes import read_size, sort_by_size
 
-    asked = arguments.read(arguments.Buckets, args.words, alone=True).build(arguments.Buckets)
+    asked = arguments.read(data_words.Buckets, args.words, alone=True).build(data_words.Buckets)
     sizes = [read_size(one) for one in asked.sizes]
     work, complete = _make(make_facts, asked, args)
     if not complete:
@@ -187,7 +187,7 @@ def data_report(args: argparse.Namespace) -> int:
     from data_pipeline.preparing.report import write_report
     from data_pipeline.preparing.select import make_facts
 
-    asked = arguments.read(arguments.Report, args.words, alone=True).build(arguments.Report)
+    asked = arguments.read(data_words.Report, args.words, alone=True).build(data_words.Report)
     args.part = None
     work, _ = _make(make_facts, asked, args)
     prints = made_prints(args.set, tables=None if asked.tables is None else Path(asked.tables))

@@ -13,6 +13,7 @@
 <run>/routing/step_00000100.npz       RoutingMaps
 <run>/pictures/step_00000100.png      what `ecdit sample` drew
 <run>/evaluation/*.json               results of `ecdit evaluate`
+<run>/allocation/step_00000100.json   what objects and background get (`ecdit allocation`), with a .png beside it
 <run>/wandb_id, <run>/wandb/          W&B's run id and its files
 <run>/report.html                     written by `ecdit report`
 """
@@ -37,6 +38,7 @@ SAMPLES = "samples"
 ROUTING = "routing"
 PICTURES = "pictures"
 EVALUATION = "evaluation"
+ALLOCATION = "allocation"
 WANDB_ID = "wandb_id"
 REPORT = "report.html"
 
@@ -66,6 +68,11 @@ def pictures_path(run_folder: Path, *, step: int) -> Path:
 
 def evaluation_path(run_folder: Path, *, suite: str, step: int) -> Path:
     return run_folder / EVALUATION / f"{suite}_{step:08d}.json"
+
+
+def allocation_path(run_folder: Path, *, step: int) -> Path:
+    """The figure has the same name with `.png`."""
+    return run_folder / ALLOCATION / f"step_{step:08d}.json"
 
 
 def by_step(folder: Path, *, suffix: str) -> list[tuple[int, Path]]:

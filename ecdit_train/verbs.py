@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ecdit_train import arguments, errors, submit_verbs
 from ecdit_train.config.resolve import declarations_only
+from ecdit_train.drawing import agreed, drawing_request, opened_pipeline, world, written
 from ecdit_train.joining import ending, joined
 from ecdit_train.run_folder import RESOLVED, evaluation_path, pictures_path
 from ecdit_train.supervise import guard
@@ -26,7 +27,7 @@ def train(args: argparse.Namespace) -> int:
 
     with StopRequest(rank=_rank()) as stop:  # before anything slow
         with declarations_only():
-            made = compose.configure(args.overrides, world=_world(), config_dir=args.config_dir)
+            made = compose.configure(args.overrides, world=world(), config_dir=args.config_dir)
             folder = Path(made.config.run)
             changed: Sequence[Any] = ()
             if (folder / RESOLVED).exists():
@@ -41,14 +42,9 @@ def resume(args: argparse.Namespace) -> int:
     with StopRequest(rank=_rank()) as stop:
         with declarations_only():
             old = _stored(args.run, args.config_dir)
-            made = compose.override(old, args.overrides, world=_world())
+            made = compose.override(old, args.overrides, world=world())
             changed = compat.check_resume(old, made.config, allow=made.explicit)
         return _run(made.config, stop, args, changed=changed)
-
-
-def _world() -> int:
-    """Ranks of this job, as torchrun or `--nproc` tells each of them."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _rank() -> int:
@@ -63,7 +59,7 @@ def _run(config: Any, stop: StopRequest, args: argparse.Namespace, *, changed: S
         stop.verdict = verdict_in(heart.folder, read=guard.read_verdict)
         from ecdit_train.build import build_trainer
 
-        config = _agreed(config, runtime)
+        config = agreed(config, runtime)
         trainer = build_trainer(config, runtime, stop_after=args.stop_after, heart=heart, wait=args.wait)
         note, code = trainer.ownership.note, errors.EXIT_REQUEUE
         for change in changed:
@@ -87,13 +83,6 @@ def _run(config: Any, stop: StopRequest, args: argparse.Namespace, *, changed: S
     return code
 
 
-def _agreed(config: Any, runtime: Any) -> Any:
-    """The first rank's configuration, whatever the files of the others say, with the real classes of its slots."""
-    from ecdit_train.config.convert import from_dict, to_dict
-
-    return from_dict(runtime.broadcast_object(to_dict(config)))
-
-
 def _stored(run: str, config_dir: str | None = None) -> Any:
     """The configuration of a run folder, which may have been moved since, or be named from another working directory."""
     from ecdit_train.config import stored
@@ -105,15 +94,22 @@ def _stored(run: str, config_dir: str | None = None) -> Any:
 
 
 def sample(args: argparse.Namespace) -> int:
-    asked, config = _drawing_request(arguments.Sample, args)
+    asked, config = drawing_request(arguments.Sample, args)
     prompts = [*asked.prompts] * asked.repeat
-    with _pipeline(asked, config) as (pipeline, step, writes):
+    with opened_pipeline(asked, config) as (pipeline, step, writes):
+        from ecdit_train import build
+        from ecdit_train.evaluate import words
+
+        seen = build.words_seen(asked.run, step=step)
+        unknown = words.unknown_words(asked.prompts, text=pipeline.text, seen=seen)
+        if writes and unknown:
+            print(f"ecdit: {words.told(unknown)}", file=sys.stderr, flush=True)
         pictures = pipeline.draw(prompts, how=pipeline.config.sample, step=step)
     if writes:
         from ecdit_train.observe import figures
 
         out = Path(asked.out) if asked.out else pictures_path(Path(asked.run), step=step)
-        with _written(out, instead="; name another place: out=FILE"):
+        with written(out, instead="; name another place: out=FILE"):
             out.parent.mkdir(parents=True, exist_ok=True)
             figures.sample_grid(pictures.images, pictures.prompts, out)
         print(f"{len(prompts)} pictures from step {step}: {out}")
@@ -121,14 +117,14 @@ def sample(args: argparse.Namespace) -> int:
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    asked, config = _drawing_request(arguments.Evaluate, args)
+    asked, config = drawing_request(arguments.Evaluate, args)
 
     from ecdit_train.evaluate import routing_probe, shapes, suites
 
     suite = suites.shapes_suite(
         resolution=config.data.resolution, tasks=asked.tasks or None, repeat=asked.repeat, split=asked.split
     )
-    with _pipeline(asked, config) as (pipeline, step, writes):
+    with opened_pipeline(asked, config) as (pipeline, step, writes):
         pictures = pipeline.draw([m["prompt"] for m in suite.metadata], how=pipeline.config.sample, step=step)
         probe = routing_probe.probe(pipeline, suites.shapes_for(pipeline))
     if writes:
@@ -147,49 +143,9 @@ def evaluate(args: argparse.Namespace) -> int:
             by_layer = ", ".join(f"L{layer} {share:.2f}" for layer, share in shares.items())
             print(f"share of the affinities' variance that the timestep alone makes: {by_layer}")
         path = evaluation_path(Path(asked.run), suite="shapes", step=step)
-        with _written(path):  # last: what was found is told even where it cannot be kept
+        with written(path):  # last: what was found is told even where it cannot be kept
             shapes.write(result, path, step=step, **spent)
     return errors.EXIT_OK
-
-
-@contextmanager
-def _written(path: Path, *, instead: str = "") -> Iterator[None]:
-    """A disk that refuses an answer is a StorageError."""
-    try:
-        yield
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise errors.StorageError(f"{path} cannot be written: {error}{instead}") from error
-
-
-def _drawing_request(kind: type, args: argparse.Namespace) -> tuple[Any, Any]:
-    return arguments.about_a_run(kind, args.words, sections=arguments.DRAWN_WITH, config_dir=args.config_dir)
-
-
-@contextmanager
-def _pipeline(asked: Any, config: Any) -> Iterator[tuple[Any, int, bool]]:
-    """What draws with a run's weights, their step, and whether this rank is the one that writes."""
-    config = replace(config, parallel=_drawing_layout(config.parallel, world=_world()))
-
-    from ecdit_train import build
-
-    with joined(config.watch) as (runtime, heart):
-        config = _agreed(config, runtime)
-        heart.enter("idle")  # as long as it takes
-        pipeline, step = build.build_pipeline(config, runtime, kind=asked.weights, step=asked.step)
-        yield pipeline, step, runtime.rank == 0
-
-
-def _drawing_layout(trained: Any, *, world: int) -> Any:
-    """The layout of the training where this world allows it: what 512 ranks trained, one can draw."""
-    return replace(
-        trained,
-        tp=trained.tp if world % trained.tp == 0 else 1,
-        ep=trained.ep if world % trained.ep == 0 else 1,
-        dp_replicate=1,
-        dp_shard=-1,
-    )
 
 
 # --- planning ---------------------------------------------------------------------------------------------------

@@ -65,7 +65,8 @@ VENDORS: dict[str, tuple[str, ...]] = {
     "simplejpeg": ("data_pipeline/decode.py", "data_pipeline/preparing/pixels.py"),
     "cv2": ("data_pipeline/decode.py", "data_pipeline/preparing/pixels.py"),
     # The data pipeline stands alone, so the report cannot share its import.
-    "PIL": ("data_pipeline/decode.py", "ecdit_train/observe/figures.py"),
+    # Opens, and draws.
+    "PIL": ("data_pipeline/decode.py", "ecdit_train/observe/figures.py", "ecdit_train/evaluate/masked.py"),
     # Writes our tars; reads those that nobody has indexed; our order as its first stage.
     "webdataset": (
         "data_pipeline/preparing/tarring.py",

@@ -51,6 +51,11 @@ class Grade:
     objects: tuple[DetectedObject, ...]
 
 
+def foreground(image: np.ndarray) -> np.ndarray:
+    """uint8 (..., H, W, 3) -> bool (..., H, W): what is not background."""
+    return ((image.astype(np.float32) - _BACKGROUND) ** 2).sum(-1) > FOREGROUND_DISTANCE**2
+
+
 def detect(image: np.ndarray) -> tuple[DetectedObject, ...]:
     """Objects of a picture, best first.
 
@@ -58,8 +63,7 @@ def detect(image: np.ndarray) -> tuple[DetectedObject, ...]:
         image: uint8 (H, W, 3).
     """
     pixels = image.astype(np.float32)
-    mask = ((pixels - _BACKGROUND) ** 2).sum(-1) > FOREGROUND_DISTANCE**2
-    labels, num = ndimage.label(mask)
+    labels, num = ndimage.label(foreground(image))
     if num > MAX_COMPONENTS:
         return ()
     found = []

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import DataError
-from data_pipeline.manifest import View
+from data_pipeline.manifest import View, read_manifest
 from data_pipeline.parts import Part
 from data_pipeline.prepare import ImageFormat, RawMembers, encode_image, write_shards
 from data_pipeline.shapes.draw import ShapesSpec, shape_sample
@@ -39,6 +39,19 @@ def make_shapes(
     return write_shards(
         samples, folder, samples_per_shard=samples_per_shard, name="shapes", params=params, workers=workers, part=part
     )
+
+
+def made_with(folder: Path | str) -> tuple[ShapesSpec, int] | None:
+    """(what is drawn, seed) of a set that `make_shapes` wrote into a folder; None for anything else."""
+    try:
+        meta = read_manifest(folder).meta
+        if meta.get("made_by") != "make_shapes":
+            return None
+        scale = (float(meta["scale"][0]), float(meta["scale"][1]))
+        spec = ShapesSpec(resolution=int(meta["resolution"]), mix=dict(meta["mix"]), scale=scale, split=meta["split"])
+        return spec, int(meta["seed"])
+    except (DataError, OSError, KeyError, TypeError, ValueError):  # not there, or of another version
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ import torch
 from data_pipeline.contract import Batch, Loader
 from data_pipeline.errors import SAMPLE_ERRORS, BadArray
 from ecdit_train.config.schema import EncodersConfig, RunConfig
-from ecdit_train.diffusion.encoders import ImageCodec, TextEncoder
+from ecdit_train.diffusion.encoders import ImageCodec, KnowsWords, TextEncoder
 from ecdit_train.diffusion.microbatch import Microbatch
 
 
@@ -32,6 +32,10 @@ def make_encoders(config: RunConfig, device: torch.device) -> Encoders:
     )
 
 
+MAX_WORDS = 20_000
+"""Words of captions that are kept; a set with more is nothing that a hashed word stands for."""
+
+
 class EncodedBatches:
     """What the trainer gets (`train.trainer.Batches`)."""
 
@@ -47,6 +51,7 @@ class EncodedBatches:
         self._loader, self._encoders, self._config, self._device = loader, encoders, config, device
         self._latent_side = latent_side
         self._first: tuple[Batch, Microbatch] | None = None
+        self._words: set[str] = set()
 
     def prepare(self) -> None:
         """Make the first batch now: bad data is refused before a run folder is made for it. The loader's state is asked for only
@@ -111,6 +116,9 @@ class EncodedBatches:
             found["data/epochs"] = stats.epochs
         return found | {f"data/source/{source.name}/epochs": source.epochs for source in stats.sources}
 
+    def words(self) -> list[str]:
+        return sorted(self._words)[:MAX_WORDS]
+
     def bad(self) -> dict[str, int]:
         return dict(self._loader.stats().bad)
 
@@ -129,6 +137,8 @@ class EncodedBatches:
             assert self._encoders.text is not None
             assert batch.captions is not None
             features, mask = self._encoders.text.encode(batch.captions)
+            if isinstance(self._encoders.text, KnowsWords) and len(self._words) < MAX_WORDS:
+                self._words.update(*map(self._encoders.text.words, batch.captions))
         return Microbatch(
             position_B=self._sent(batch.position),
             latents_BCHW=latents,

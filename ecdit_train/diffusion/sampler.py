@@ -35,6 +35,10 @@ def prompt_positions(prompts: Sequence[str]) -> Tensor:
     return torch.tensor(positions, dtype=torch.int64)
 
 
+See = Callable[[float, Tensor], None]
+"""Called at every evaluation with t and the latents (B, C, H, W) that would come out if the rest of the way were straight."""
+
+
 @torch.no_grad()
 def sample(
     network: Network,
@@ -43,6 +47,7 @@ def sample(
     shape: tuple[int, int, int],
     config: SampleConfig,
     prediction: Literal["velocity", "data"],
+    see: See | None = None,
 ) -> Tensor:
     """Latents (B, C, H, W) fp32, one for each position, on its device.
 
@@ -58,10 +63,12 @@ def sample(
         x = torch.cat([x_BCHW, x_BCHW]) if guided else x_BCHW
         t_B = torch.full((rows,), t, device=device)
         v = as_velocity(network(x, t_B, drop_B), x, t_B, prediction=prediction, floor=SAMPLE_FLOOR)
-        if not guided:
-            return v
-        captioned, null = v.chunk(2)
-        return null + config.guidance * (captioned - null)
+        if guided:
+            captioned, null = v.chunk(2)
+            v = null + config.guidance * (captioned - null)
+        if see is not None:
+            see(t, x_BCHW + (1 - t) * v)
+        return v
 
     noise = keyed.normal(config.seed, Purpose.SAMPLE_NOISE, position_B, shape=shape)
     return config.sampler.integrate(velocity, noise, times=config.sampler.times(config.steps))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ecdit_train.config.schema import RunConfig, SampleConfig
 from ecdit_train.diffusion.encoders import ImageCodec, TextEncoder
-from ecdit_train.diffusion.sampler import prompt_positions, sample
+from ecdit_train.diffusion.sampler import See, prompt_positions, sample
 from ecdit_train.model.dit import DiT, Prediction
 from ecdit_train.model.embed import Text, unpatchify
 from ecdit_train.observe import figures
@@ -42,6 +42,7 @@ def sample_latents(
     prediction: Literal["velocity", "data"],
     group_tokens: int,
     watch: Watcher | None = None,
+    see: See | None = None,
 ) -> Tensor:
     """Latents (B, C, H, W) for text features (B, L, X) with their mask (B, L). B * patches must be whole routing groups.
 
@@ -62,7 +63,24 @@ def sample_latents(
             watch(float(t_B[0]), out)
         return unpatchify(out.patches_BKP.float(), patch=model.patch, side=side)
 
-    return sample(network, position_B=position_B.to(features.device), shape=shape, config=config, prediction=prediction)
+    position_B = position_B.to(features.device)
+    return sample(network, position_B=position_B, shape=shape, config=config, prediction=prediction, see=see)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frame:
+    """What is seen at one evaluation while pictures come out of noise: this rank's part of a batch."""
+
+    t: float
+    """0 is noise, 1 is data."""
+    first: int
+    """Number of the first of these pictures."""
+    images: np.ndarray
+    """uint8 (b, S, S, 3): what would come out if the rest of the way were straight."""
+    counts: np.ndarray | None
+    """(L, b, side, side) uint8: experts per patch, the captioned half; None for a dense model."""
+    chosen: np.ndarray | None
+    """(L, b, side, side, ceil(E / 8)) uint8: `observe.routing.expert_maps`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,10 +112,20 @@ class SamplePipeline:
             return n
         return {"image": n, "group": how.group_size, "batch": batch * n}[how.scope]
 
-    def draw(self, prompts: Sequence[str], *, how: SampleConfig, step: int, batch: int = 64) -> Pictures:
+    def draw(
+        self,
+        prompts: Sequence[str],
+        *,
+        how: SampleConfig,
+        step: int,
+        batch: int = 64,
+        watched: int = WATCHED_TIMESTEPS,
+        on_frame: Callable[[Frame], None] | None = None,
+    ) -> Pictures:
         """`step`: updates behind the weights, which say the routers' stage. At most `batch` pictures are in flight on a rank,
         rounded down to whole groups but one at least. Missing places of a group or of a rank are filled with copies of the last
-        prompt, which are thrown away."""
+        prompt, which are thrown away. Routing is kept of `watched` timesteps. `on_frame` is called at every evaluation (Heun's
+        sampler: twice for most timesteps), fill-ins included, and may raise to end the drawing."""
         c, n, mesh, model = self.config, len(prompts), self.parallel.mesh, self.parallel.model
         images_per_group = self.group_tokens(how, batch=1) // c.patches_per_image
         batch = max(1, batch // images_per_group) * images_per_group
@@ -109,23 +137,26 @@ class SamplePipeline:
         model.eval()
         for router in model.routers:
             router.at_step(step)
-        for start in range(0, share, batch):
-            part = mine[start : start + batch]
-            recorder = _Recorder(how, side=c.latent_side // c.model.patch, batch=len(part))
-            latents = sample_latents(
-                model,
-                text=self.text.encode([prompts[i] for i in part]),
-                position_B=position[part],
-                shape=(c.encoders.image.channels, c.latent_side, c.latent_side),
-                config=how,
-                prediction=c.diffusion.prediction,
-                group_tokens=self.group_tokens(how, batch=len(part)),
-                watch=recorder,
-            )
-            images.append(self.codec.decode(latents))
-            counts.append(recorder.counts())
-            who.append(recorder.chosen())
-        model.train(was_training)
+        try:
+            for start in range(0, share, batch):
+                part = mine[start : start + batch]
+                recorder = _Recorder(_watched(how, watched), side=c.latent_side // c.model.patch, batch=len(part))
+                latents = sample_latents(
+                    model,
+                    text=self.text.encode([prompts[i] for i in part]),
+                    position_B=position[part],
+                    shape=(c.encoders.image.channels, c.latent_side, c.latent_side),
+                    config=how,
+                    prediction=c.diffusion.prediction,
+                    group_tokens=self.group_tokens(how, batch=len(part)),
+                    watch=recorder,
+                    see=None if on_frame is None else self._framed(on_frame, recorder, first=part[0]),
+                )
+                images.append(self.codec.decode(latents))
+                counts.append(recorder.counts())
+                who.append(recorder.chosen())
+        finally:
+            model.train(was_training)
         pixels = self.parallel.gather(torch.cat(images))[:n].cpu().numpy()
         maps = None
         if counts[0] is not None and c.moe.router is not None:
@@ -136,7 +167,7 @@ class SamplePipeline:
             maps = RoutingMaps(
                 counts=counted.transpose(1, 2, 0, 3, 4),
                 chosen=np.ascontiguousarray(chosen.transpose(1, 2, 0, 3, 4, 5)),
-                timesteps=np.array(_watched(how), dtype=np.float32),
+                timesteps=np.array(_watched(how, watched), dtype=np.float32),
                 layers=c.sparse_layers,
                 prompts=tuple(prompts),
                 images=pixels,
@@ -148,10 +179,20 @@ class SamplePipeline:
             )
         return Pictures(images=pixels, prompts=tuple(prompts), maps=maps)
 
+    def _framed(self, on_frame: Callable[[Frame], None], recorder: _Recorder, *, first: int) -> See:
+        sparse = self.config.moe.router is not None
 
-def _watched(how: SampleConfig) -> list[float]:
+        def see(t: float, latents_BCHW: Tensor) -> None:
+            images = self.codec.decode(latents_BCHW).cpu().numpy()
+            counts, chosen = (x.cpu().numpy() for x in recorder.now()) if sparse else (None, None)
+            on_frame(Frame(t=t, first=first, images=images, counts=counts, chosen=chosen))
+
+        return see
+
+
+def _watched(how: SampleConfig, most: int) -> list[float]:
     """The timesteps recorded: evenly spread over the sampler's steps, the first and the last among them."""
-    steps = np.unique(np.linspace(0, how.steps - 1, min(WATCHED_TIMESTEPS, how.steps)).round().astype(int))
+    steps = np.unique(np.linspace(0, how.steps - 1, min(most, how.steps)).round().astype(int))
     times = how.sampler.times(how.steps)
     return [times[int(s)] for s in steps]
 
@@ -162,20 +203,25 @@ class _Recorder:
     Heun evaluates a t twice: first at its predictor's guess, then at the state itself. The later one is kept.
     """
 
-    def __init__(self, how: SampleConfig, *, side: int, batch: int) -> None:
-        self._wanted, self._side, self._batch = _watched(how), side, batch
+    def __init__(self, wanted: Sequence[float], *, side: int, batch: int) -> None:
+        self._wanted, self._side, self._batch = wanted, side, batch
         self._counts: dict[int, Tensor] = {}
         self._chosen: dict[int, Tensor] = {}
+        self._now: Prediction | None = None
 
     def __call__(self, t: float, prediction: Prediction) -> None:
+        self._now = prediction
         # t comes back from the device as fp32, hence the tolerance.
         place = next((i for i, wanted in enumerate(self._wanted) if abs(t - wanted) < 1e-6), None)
-        if place is None or not prediction.assignments:
-            return
-        rows = prediction.patches_BKP.shape[0]
-        counts = count_maps(prediction.assignments, batch=rows, side=self._side)
-        self._counts[place] = counts[:, : self._batch].to(torch.uint8)
-        self._chosen[place] = expert_maps(prediction.assignments, batch=rows, side=self._side)[:, : self._batch]
+        if place is not None and prediction.assignments:
+            self._counts[place], self._chosen[place] = self.now()
+
+    def now(self) -> tuple[Tensor, Tensor]:
+        """Counts and experts of the newest evaluation: (L, B, side, side) and (L, B, side, side, ceil(E / 8)), uint8."""
+        assert self._now is not None
+        rows, assignments = self._now.patches_BKP.shape[0], self._now.assignments
+        counts = count_maps(assignments, batch=rows, side=self._side)[:, : self._batch]
+        return counts.to(torch.uint8), expert_maps(assignments, batch=rows, side=self._side)[:, : self._batch]
 
     def counts(self) -> Tensor | None:
         """(B, T, L, side, side) uint8, or None for a dense model."""

@@ -5,7 +5,7 @@ Legend: n pictures, S pixels per side, T timesteps, L sparse layers, K patches o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,21 +70,38 @@ class RoutingProbe:
         return float(np.mean(self.on_background)) if self.max_violation else None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """One pass over the pictures at one timestep. Device tensors."""
+
+    t: float
+    prediction: Prediction
+    told: Prediction | None
+    """The pictures of `FIXED` told this timestep; None unless asked for."""
+    x_t: Tensor
+    velocity: Tensor
+    """(n, C, H, W): what the network should say."""
+
+
 @torch.no_grad()
-def probe(pipeline: SamplePipeline, known: KnownPictures, *, timesteps: Sequence[float] = TIMESTEPS) -> RoutingProbe:
-    """Every rank must call it with the same pictures; each looks at all of them. Routes as drawing does (`sample.scope`)."""
+def looks(
+    pipeline: SamplePipeline,
+    known: KnownPictures,
+    *,
+    timesteps: Sequence[float] = TIMESTEPS,
+    noise_seed: int = NOISE_SEED,
+    told: bool = False,
+) -> Iterator[Look]:
+    """The known pictures with the same noise at each timestep. Every rank must call it with the same pictures; each looks at all of
+    them. Routes as drawing does (`sample.scope`), so they must be whole routing groups."""
     c, model, device = pipeline.config, pipeline.parallel.model, pipeline.parallel.runtime.device
     n = len(known.images)
     latents = pipeline.codec.encode(torch.from_numpy(known.images).to(device))
     features, mask = pipeline.text.encode(known.captions)
     text = Text(features_BLX=features, mask_BL=mask, drop_B=torch.zeros(n, dtype=torch.bool, device=device))
-    eps = keyed.normal(NOISE_SEED, Purpose.NOISE, torch.arange(n, device=device), shape=tuple(latents.shape[1:]))
+    eps = keyed.normal(noise_seed, Purpose.NOISE, torch.arange(n, device=device), shape=tuple(latents.shape[1:]))
     group_tokens = pipeline.group_tokens(c.sample, batch=n)
     assert n * c.patches_per_image % group_tokens == 0, f"{n} pictures are not whole groups of {group_tokens} tokens"
-    on_object_N = torch.from_numpy(known.on_object).to(device).flatten()
-
-    losses, objects, backgrounds, violations, usages = [], [], [], [], []
-    spread = _Spread()
     was_training = model.training
     model.eval()
 
@@ -92,21 +109,36 @@ def probe(pipeline: SamplePipeline, known: KnownPictures, *, timesteps: Sequence
         return model(x_t, t_B=t_B, text=text, keep_BK=None, group_tokens=group_tokens)
 
     half = interpolate(latents, eps, torch.full((n,), FIXED, device=device))
-    for t in timesteps:
-        t_B = torch.full((n,), t, device=device)
-        spread.add(run(half, t_B).assignments)
-        x_t = interpolate(latents, eps, t_B)
-        out = run(x_t, t_B)
+    try:
+        for t in timesteps:
+            t_B = torch.full((n,), t, device=device)
+            x_t = interpolate(latents, eps, t_B)
+            again = run(half, t_B) if told else None
+            yield Look(t=t, told=again, prediction=run(x_t, t_B), x_t=x_t, velocity=latents - eps)
+    finally:
+        model.train(was_training)
+
+
+@torch.no_grad()
+def probe(pipeline: SamplePipeline, known: KnownPictures, *, timesteps: Sequence[float] = TIMESTEPS) -> RoutingProbe:
+    """Collective, as `looks`."""
+    c, model, device = pipeline.config, pipeline.parallel.model, pipeline.parallel.runtime.device
+    on_object_N = torch.from_numpy(known.on_object).to(device).flatten()
+    losses, objects, backgrounds, violations, usages = [], [], [], [], []
+    spread = _Spread()
+    for look in looks(pipeline, known, timesteps=timesteps, told=True):
+        assert look.told is not None
+        spread.add(look.told.assignments)
+        out, t_B = look.prediction, torch.full((len(known.images),), look.t, device=device)
         raw = unpatchify(out.patches_BKP.float(), patch=model.patch, side=c.latent_side // c.model.patch)
-        velocity = as_velocity(raw, x_t, t_B, prediction=c.diffusion.prediction, floor=1e-3)
-        losses.append((velocity - (latents - eps)).square().mean().item())
+        velocity = as_velocity(raw, look.x_t, t_B, prediction=c.diffusion.prediction, floor=1e-3)
+        losses.append((velocity - look.velocity).square().mean().item())
         counts = [experts_per_token(a).flatten().float() for a in out.assignments]
         objects.append(tuple(x[on_object_N].mean().item() for x in counts))
         backgrounds.append(tuple(x[~on_object_N].mean().item() for x in counts))
         who = [chosen(a) for a in out.assignments]
         violations.append([max_violation(x).item() for x in who])
         usages.append([combination_usage(x).item() for x in who])
-    model.train(was_training)
     return RoutingProbe(
         loss=tuple(losses),
         on_object=tuple(objects),

@@ -10,9 +10,12 @@ import numpy as np
 
 from data_pipeline.shapes.draw import BACKGROUND, ShapesSpec, shape_sample
 from data_pipeline.shapes.grader import grade
+from data_pipeline.shapes.make import made_with
 from data_pipeline.shapes.prompts import TASKS, Split, all_prompts
+from ecdit_train.config.schema import RunConfig
 from ecdit_train.errors import ConfigError, Problem
 
+from .allocation import on_patches
 from .pictures import SamplePipeline
 from .routing_probe import KnownPictures
 from .shapes import Grader
@@ -53,11 +56,11 @@ def known_shapes(spec: ShapesSpec, *, count: int, patch_pixels: int, seed: int) 
     of its pixels are not background. A seed that no training data was made with gives pictures that no model has seen."""
     samples = [shape_sample(i, spec=spec, seed=seed) for i in range(count)]
     images = np.stack([s.image for s in samples])
-    side = spec.resolution // patch_pixels
     painted = (images != np.array(BACKGROUND, np.uint8)).any(-1)
-    share = painted.reshape(count, side, patch_pixels, side, patch_pixels).mean((2, 4))
     return KnownPictures(
-        images=images, captions=tuple(s.caption for s in samples), on_object=(share >= 0.5).reshape(count, -1)
+        images=images,
+        captions=tuple(s.caption for s in samples),
+        on_object=on_patches(painted, side=spec.resolution // patch_pixels),
     )
 
 
@@ -66,13 +69,46 @@ PROBED, UNSEEN_SEED = 64, 1
 unless somebody says another."""
 
 
-def shapes_for(pipeline: SamplePipeline, *, spec: ShapesSpec | None = None) -> KnownPictures:
-    """Known pictures of the size and the patches of a run, as many as are whole routing groups. None: all six tasks alike."""
-    c = pipeline.config
-    together = max(pipeline.group_tokens(c.sample, batch=1) // c.patches_per_image, 1)
+def shapes_for(
+    pipeline: SamplePipeline, *, spec: ShapesSpec | None = None, seed: int = UNSEEN_SEED, least: int = PROBED
+) -> KnownPictures:
+    """`least` or more known pictures of the size and the patches of a run, as many as are whole routing groups. None:
+    all six tasks alike."""
+    c, together = pipeline.config, images_together(pipeline)
     return known_shapes(
         spec or ShapesSpec(resolution=c.data.resolution),
-        count=-(-PROBED // together) * together,
+        count=-(-least // together) * together,
         patch_pixels=c.encoders.image.factor * c.model.patch,
-        seed=UNSEEN_SEED,
+        seed=seed,
     )
+
+
+def images_together(pipeline: SamplePipeline) -> int:
+    """Pictures of a routing group while drawing."""
+    c = pipeline.config
+    return max(pipeline.group_tokens(c.sample, batch=1) // c.patches_per_image, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShapesSeen:
+    """What a run's coloured shapes look like."""
+
+    spec: ShapesSpec
+    seed: int
+    """Of the training set; other seeds are other pictures."""
+    trained: bool
+    """Whether the run's data say so. Otherwise all six tasks alike: the run may know nothing of the kind."""
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """All that the set can ask for."""
+        tasks = [task for task, weight in self.spec.mix.items() if weight > 0]
+        return tuple(m["prompt"] for m in all_prompts(split=self.spec.split, tasks=tasks))
+
+
+def shapes_seen(config: RunConfig) -> ShapesSeen:
+    """By the manifest of `data.shards`, if that is there and was made by `ecdit data shapes`."""
+    found = made_with(config.data.shards)
+    if found is None or found[0].resolution != config.data.resolution:
+        return ShapesSeen(spec=ShapesSpec(resolution=config.data.resolution), seed=0, trained=False)
+    return ShapesSeen(spec=found[0], seed=found[1], trained=True)

@@ -91,13 +91,13 @@ class ECDiTPipeline(DiffusionPipeline):
                 raise ConfigError(Problem(field=field, value=value, rule="must be at least 1", nearest=1))
         if not prompts:
             raise ConfigError(Problem(field="prompt", value=prompts, rule="needs at least one"))
-        drawn = self._drawing().draw(prompts * num_images_per_prompt, how=how, step=self.transformer.config["step"])
+        drawn = self.drawing().draw(prompts * num_images_per_prompt, how=how, step=self.transformer.config["step"])
         images: Any = drawn.images
         if output_type == "pil":
             images = self.numpy_to_pil(drawn.images.astype("float32") / 255)  # it multiplies by 255 and rounds
         return ImagePipelineOutput(images=images)
 
-    def _drawing(self) -> SamplePipeline:
+    def drawing(self) -> SamplePipeline:
         """Our sampler around the transformer, on its device; encoders are opened once per device."""
         device = self.transformer.device
         if self._open is None or self._open[0] != device:

@@ -29,6 +29,7 @@ class Curve:
     color: str
     faint: bool = False
     """Drawn thin behind the others and left out of the legend (raw values behind a smoothed curve)."""
+    dashed: bool = False
     key: str = ""
     """The metric; scripts look it up."""
 
@@ -78,14 +79,16 @@ def line_chart(
     unit: str = "",
     wide: bool = False,
     name: str = "",
+    x_name: str = "step",
     told: Sequence[tuple[str, Any]] = (),
 ) -> str:
-    """A `<figure>`; an empty string when no curve has a point. x is the training step; `wide` spans the page."""
+    """A `<figure>`; an empty string when no curve has a point. `wide` spans the page; with a `name` it is one that scripts know."""
     curves = [_thinned(c) for c in curves if any(y is not None for y in c.y)]
     if not curves:
         return ""
     xs, ys = [x for c in curves for x in c.x], [y for c in curves for y in c.y if y is not None]
-    log = min(ys) > 0 and max(ys) / min(ys) > 20
+    scheduled = all(c.key and about(c.key).reduction == "last" for c in curves)  # a learning rate that ends at 0
+    log = min(ys) > 0 and max(ys) / min(ys) > 20 and not scheduled
     x_low, x_high = _padded(min(xs), max(xs), share=0.0)
     y_low, y_high = (math.log10(min(ys)), math.log10(max(ys))) if log else (min(ys), max(ys))
     y_low, y_high = _padded(y_low, y_high, share=0.06)
@@ -102,6 +105,7 @@ def line_chart(
     return render(
         "chart.html",
         name=name,
+        x_name=x_name,
         told=told,
         title=title,
         unit="" if unit == "1" else unit,

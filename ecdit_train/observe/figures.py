@@ -21,6 +21,8 @@ from .routing import RoutingMaps
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+Picture = Image.Image
+"""PIL's."""
 INK = "#1f2937"
 MUTED = "#6b7280"
 HEAT, HEAT_ALPHA = "YlOrRd", 0.78
@@ -31,7 +33,13 @@ HEAT, HEAT_ALPHA = "YlOrRd", 0.78
 
 
 def sample_grid(images: np.ndarray, captions: Sequence[str], path: Path, *, columns: int = 4, scale: int = 128) -> Path:
-    """Pictures with their captions below them.
+    """`grid_png` as a file, replaced atomically."""
+    atomic.write(path, grid_png(images, captions, columns=columns, scale=scale))
+    return path
+
+
+def grid_png(images: np.ndarray, captions: Sequence[str], *, columns: int = 4, scale: int = 128) -> bytes:
+    """Pictures with their captions below them, as a PNG.
 
     images: (n, H, W, 3) uint8. `scale`: the side, in pixels, up to which small pictures are enlarged (by a whole
     factor, nearest, so that a pixel stays a square); larger ones are left alone. Captions wrap, three lines at most.
@@ -59,8 +67,16 @@ def sample_grid(images: np.ndarray, captions: Sequence[str], path: Path, *, colu
         y += row_height
     buffer = io.BytesIO()
     canvas.save(buffer, format="PNG", optimize=True)
-    atomic.write(path, buffer.getvalue())
-    return path
+    return buffer.getvalue()
+
+
+def picture(image: np.ndarray) -> Picture:
+    """uint8 (H, W, 3)."""
+    return Image.fromarray(image)
+
+
+def opened(png: bytes) -> Picture:
+    return Image.open(io.BytesIO(png))
 
 
 def write_samples(
@@ -120,12 +136,17 @@ def _wrap(text: str, *, font: ImageFont.FreeTypeFont, width: int, max_lines: int
 
 
 def allocation_heatmap(maps: RoutingMaps, path: Path, *, image: int = 0, columns: int = 6) -> Path:
+    """`allocation_png` as a file, replaced atomically."""
+    atomic.write(path, allocation_png(maps, image=image, columns=columns))
+    return path
+
+
+def allocation_png(maps: RoutingMaps, *, image: int = 0, columns: int = 6) -> bytes:
     """Figure 6(b): sparse layers down, at most `columns` evenly spaced timesteps across, experts per patch over the
     finished picture on one colour scale."""
     shown = _evenly(len(maps.timesteps), columns)
     return _heatmaps(
         [[maps.counts[t, layer, image] for t in shown] for layer in range(len(maps.layers))],
-        path,
         pictures=[maps.images[image]] * len(maps.layers),
         row_labels=[f"layer {n}" for n in maps.layers],
         column_labels=[f"t = {maps.timesteps[t]:.2f}" for t in shown],
@@ -148,15 +169,16 @@ def allocation_layers(
     """
     t = len(maps.timesteps) // 2 if timestep is None else timestep
     shown = _evenly(len(maps.layers), columns)
-    return _heatmaps(
+    png = _heatmaps(
         [[maps.counts[t, layer, b] for layer in shown] for b in images],
-        path,
         pictures=[maps.images[b] for b in images],
         row_labels=[""] * len(images),
         column_labels=[f"layer {maps.layers[n]}" for n in shown],
         title=maps.prompts[images[0]] if len(images) == 1 else "",
         caption=f"t = {maps.timesteps[t]:.2f}, {maps.caption()}",
     )
+    atomic.write(path, png)
+    return path
 
 
 def _evenly(num: int, most: int) -> list[int]:
@@ -166,14 +188,13 @@ def _evenly(num: int, most: int) -> list[int]:
 
 def _heatmaps(
     panels: Sequence[Sequence[np.ndarray]],
-    path: Path,
     *,
     pictures: Sequence[np.ndarray],
     row_labels: Sequence[str],
     column_labels: Sequence[str],
     title: str,
     caption: str,
-) -> Path:
+) -> bytes:
     """panels[row][column]: (side, side) counts over `pictures[row]`, which leads its row; one colour scale from 0."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import BoundaryNorm, Normalize
@@ -216,7 +237,7 @@ def _heatmaps(
     short = title if len(title) <= limit else title[: limit - 1] + "…"
     figure.text(left, 1 - 0.1 / height, short, size=11, color=INK, va="top", weight="bold", parse_math=False)
     figure.text(left, 0.1 / height, caption, size=8, color=MUTED, va="bottom", parse_math=False)
-    return save(figure, path)
+    return png_of(figure)
 
 
 def _pale(picture: np.ndarray) -> np.ndarray:
@@ -235,10 +256,14 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def save(figure: Figure, path: Path) -> Path:
+def png_of(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", bbox_inches="tight", pad_inches=0.08)
-    atomic.write(path, buffer.getvalue())
+    return buffer.getvalue()
+
+
+def save(figure: Figure, path: Path) -> Path:
+    atomic.write(path, png_of(figure))
     return path
 
 

@@ -15,11 +15,11 @@ from ecdit_train import atomic
 from ecdit_train import run_folder as folder
 from ecdit_train.errors import RunFolderError
 
-from . import tables
+from . import allocation_section, tables
 from .charts import draw
 from .curves import charts, columns
 from .explorer import evenly, pack
-from .figures import allocation_heatmap, allocation_layers
+from .figures import allocation_layers, allocation_png
 from .journal import read_records
 from .page import render
 from .redact import redact_text
@@ -55,25 +55,35 @@ class Built:
     """What scripts read: id of the element -> JSON."""
 
 
-TITLES: Mapping[str, tuple[str, str]] = {
-    "learning": ("Learning", "Strong lines are moving averages, pale ones the records themselves."),
-    "samples": ("Samples", "The same prompts and the same noise at every step; move the slider through the run."),
+TITLES: Mapping[str, tuple[str, str, str]] = {
+    "learning": ("Learning", "Learning", "Strong lines are moving averages, pale ones the records themselves."),
+    "samples": (
+        "Samples",
+        "Samples",
+        "The same prompts and the same noise at every step; move the slider through the run.",
+    ),
     "explorer": (
         "Where the experts work",
+        "Experts",
         "Who took which patch while a picture came out of noise: t = 0 is noise, t = 1 the picture. Choose an expert to see its "
         "patches, or a patch to see its experts.",
     ),
-    "allocation": ("Where compute goes", ""),
+    "allocation": (
+        "Where compute goes",
+        "Compute",
+        "Experts of a patch on an object and of a patch of the background, by layer and timestep (ecdit allocation).",
+    ),
     "routing": (
         "Routing over the run",
+        "Routing",
         "Experts take tokens; these curves say how evenly, how sure, and who is left out.",
     ),
-    "speed": ("Speed", "Time spent in checkpoints and samples is left out."),
-    "evaluation": ("Evaluation", "Results stored in the run folder."),
-    "values": ("Last values", "Per-layer routing values are in the curves above."),
-    "configuration": ("Configuration", "The short version; the whole file is below."),
+    "speed": ("Speed", "Speed", "Time spent in checkpoints and samples is left out."),
+    "evaluation": ("Evaluation", "Evaluation", "Results stored in the run folder."),
+    "values": ("Last values", "Values", "Per-layer routing values are in the curves above."),
+    "configuration": ("Configuration", "Configuration", "The short version; the whole file is below."),
 }
-"""Sections in the order of the page: title, and what it shows."""
+"""Sections in the order of the page: title, its name in the bar, and what it shows."""
 
 
 def page(run: Path, parts: Mapping[str, Built], *, live: bool = False) -> str:
@@ -126,6 +136,13 @@ def routing_part(run: Path, *, still: bool = True) -> Built:
     return Built(sections={"explorer": html}, data={"maps": maps})
 
 
+def allocation_part(run: Path) -> Built:
+    """What objects and background get, of the newest file that `ecdit allocation` wrote."""
+    found = folder.by_step(run / folder.ALLOCATION, suffix=".json")
+    about = read_json(found[-1][1]) if found else {}
+    return Built(sections={"allocation": allocation_section.html(about) if about else ""})
+
+
 def evaluation_part(run: Path) -> Built:
     found = [tables.evaluation(path) for path in sorted((run / folder.EVALUATION).glob("*.json"))]
     return Built(sections={"evaluation": render("evaluation.html", found=found) if found else ""})
@@ -144,6 +161,7 @@ PARTS: Mapping[str, Callable[[Path], Built]] = {
     "records": records_part,
     "samples": samples_part,
     "routing": routing_part,
+    "allocation": allocation_part,
     "evaluation": evaluation_part,
     "configuration": configuration_part,
 }
@@ -155,6 +173,7 @@ def files_of(part: str, run: Path) -> Iterable[Path]:
         "records": (f"{folder.METRICS}/*.jsonl", folder.METRICS_FILE, folder.RESOLVED),
         "samples": (f"{folder.SAMPLES}/step_*",),
         "routing": (f"{folder.ROUTING}/*",),
+        "allocation": (f"{folder.ALLOCATION}/step_*.json",),
         "evaluation": (f"{folder.EVALUATION}/*.json",),
         "configuration": (folder.RESOLVED,),
     }
@@ -172,10 +191,9 @@ _HOW = {
 }
 
 
-def _image(path: Path, *, alt: str, label: str = "", caption: str = "") -> dict[str, Any]:
+def _image(png: bytes, *, alt: str, label: str = "", caption: str = "") -> dict[str, Any]:
     """A PNG as templates take it."""
-    png = base64.b64encode(path.read_bytes()).decode()
-    return {"png": png, "alt": alt, "label": label, "caption": caption}
+    return {"png": base64.b64encode(png).decode(), "alt": alt, "label": label, "caption": caption}
 
 
 def _sample(step: int, path: Path) -> dict[str, Any]:
@@ -184,7 +202,7 @@ def _sample(step: int, path: Path) -> dict[str, Any]:
     prompts = [str(p) for p in about.get("prompts", [])]
     alt = f"samples at step {step}: {'; '.join(prompts)}"
     caption = ", ".join([f"step {step:,}", *how])
-    return {**_image(path, alt=alt, label=f"step {step:,}", caption=caption), "prompts": prompts}
+    return {**_image(path.read_bytes(), alt=alt, label=f"step {step:,}", caption=caption), "prompts": prompts}
 
 
 def _still(run: Path) -> list[dict[str, Any]]:
@@ -194,17 +212,12 @@ def _still(run: Path) -> list[dict[str, Any]]:
             maps = RoutingMaps.load(path)
         except RunFolderError:
             continue
+        images = range(min(MAX_PROMPTS, len(maps.prompts)))
+        figures = [
+            (allocation_png(maps, image=b), f"experts per patch: {maps.prompts[b]}", maps.prompts[b]) for b in images
+        ]
         with tempfile.TemporaryDirectory() as scratch:
-            file = Path(scratch) / "figure.png"
-            images = range(min(MAX_PROMPTS, len(maps.prompts)))
-            made = [
-                _image(
-                    allocation_heatmap(maps, file, image=b),
-                    alt=f"experts per patch: {maps.prompts[b]}",
-                    label=maps.prompts[b],
-                )
-                for b in images
-            ]
-            layers = allocation_layers(maps, file, images=images)
-            return [*made, _image(layers, alt="experts per patch, layer by layer", label="every layer at one moment")]
+            layers = allocation_layers(maps, Path(scratch) / "figure.png", images=images).read_bytes()
+        figures.append((layers, "experts per patch, layer by layer", "every layer at one moment"))
+        return [_image(png, alt=alt, label=label) for png, alt, label in figures]
     return []

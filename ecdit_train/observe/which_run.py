@@ -28,10 +28,11 @@ def run_folder(name: str | Path) -> Path:
     if is_run(folder):
         return folder
     what = "no such folder" if not folder.exists() else "not a folder" if not folder.is_dir() else "not a run"
-    raise RunFolderError(f"{folder}: {what}; {HOLDS}. {_hint(folder)}".rstrip())
+    raise RunFolderError(f"{folder}: {what}; {HOLDS}. {hint(folder)}".rstrip())
 
 
-def _hint(folder: Path) -> str:
+def hint(folder: Path) -> str:
+    """Which runs may have been meant."""
     if (folder / SWEEP_FILE).is_file():
         return f"This is a sweep: `ecdit compare {folder}`, or name one of its runs: {_listed(list(_below(folder)))}"
     below = list(_below(folder)) if folder.is_dir() else []

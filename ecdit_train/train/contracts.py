@@ -35,6 +35,10 @@ class Batches(Protocol):
         """The same by kind of error."""
         ...
 
+    def words(self) -> list[str]:
+        """Words of captions seen since this process started, on this rank, where the encoder knows only those."""
+        ...
+
     def state_dict(self) -> dict[str, Any]:
         """Where in the data the run is; the same on every rank."""
         ...

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,7 +39,7 @@ from .state import TrainState, parameter_of
 from .step import Numbers, StepResult, train_step
 from .validation import Validation
 
-OBJECTS = ("window", "pool", "guard", "validation", "quarantine")
+OBJECTS = ("window", "pool", "guard", "validation", "quarantine", "words")
 """What a checkpoint holds besides its tensors, its place in the data and its configuration; older ones lack some."""
 
 logger = logging.getLogger("ecdit.train")
@@ -333,6 +334,7 @@ class Trainer:
             "guard": self.guard.state_dict(),
             "validation": dict(self.measured),
             "quarantine": self._quarantined(),
+            "words": self._words(),
         }
 
     def _quarantined(self) -> dict[str, int]:
@@ -343,6 +345,11 @@ class Trainer:
         for counts in self.parallel.runtime.all_gather_json(own):
             total.update(counts)
         return dict(sorted(total.items()))
+
+    def _words(self) -> list[str]:
+        """Of captions, all lives. Collective."""
+        before = self.resumed.objects.get("words", []) if self.resumed is not None else []
+        return sorted({*before, *chain(*self.parallel.runtime.all_gather_json(self.batches.words()))})
 
     def show(self, step: int) -> None:
         """Draw the fixed prompts with the averaged weights."""

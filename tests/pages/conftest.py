@@ -88,7 +88,7 @@ def look(browser: Any) -> Iterator[Callable[..., Opened]]:
 
 
 @pytest.fixture(scope="session")
-def picture() -> Callable[..., None]:
+def shot() -> Callable[..., None]:
     """Keeps a screenshot for the documents where they are asked for."""
 
     def keep(target: Any, name: str) -> None:

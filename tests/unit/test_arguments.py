@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from ecdit_train.arguments import Evaluate, Sample, Shapes, forms, read
+from ecdit_train.arguments import Evaluate, Sample, forms, read
+from ecdit_train.data_words import Shapes
 from ecdit_train.errors import ConfigError
 
 

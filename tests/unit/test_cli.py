@@ -28,6 +28,7 @@ VERBS = {
     "logs": ["run folder", "--job", "--follow"],
     "sample": ["WORD", "prompts=@FILE", "sample.guidance", "weights=ema|raw", "encoders sections", "--config-dir"],
     "evaluate": ["WORD", "split=all|train|heldout", "tasks=[A,B,...]", "encoders sections"],
+    "allocation": ["WORD", "seeds=N", "pictures=FOLDER", "Figure 6", "--config-dir"],
     "study": ["routing"],
     "study routing": ["arms=[A,B,...]", "size=small|gpu", "--config-dir"],
     "compare": ["run folders and sweep folders", "--html", "--png", "--tolerance", "--json"],

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from ecdit_train import arguments, checkpoint_verbs, cli, submit_verbs, verbs
+from ecdit_train import arguments, checkpoint_verbs, cli, data_words, drawing, submit_verbs
 from ecdit_train.config import compat, compose, describe, installed, stored, validate
 from ecdit_train.errors import EcditError
 
@@ -194,8 +194,8 @@ def check_command(line: str) -> None:
     elif name == "data_stats" and (len(args.what) > 1 or "=" in args.what[0]):
         compose.compose(args.what, local=False, config_dir=args.config_dir)
     elif name == "data_encode":
-        request = arguments.read(arguments.Encode, args.words)
-        request.build(arguments.Encode)
+        request = arguments.read(data_words.Encode, args.words)
+        request.build(data_words.Encode)
         compose.compose(request.rest, local=False)
     elif name == "merge":
         arguments.read(arguments.Merge, args.words, alone=True).build(arguments.Merge)
@@ -206,10 +206,14 @@ def check_command(line: str) -> None:
         sections = arguments.DRAWN_WITH if name == "export" else checkpoint_verbs.UPCYCLED_WITH
         run_folder(arguments.read(kind, args.words).values.get("run", ""))
         arguments.about_a_run(kind, args.words, sections=sections, config_dir=args.config_dir)
-    elif name in ("sample", "evaluate"):
-        kind = arguments.Sample if name == "sample" else arguments.Evaluate
+    elif name in ("sample", "evaluate", "allocation"):
+        kind = {
+            "sample": arguments.Sample,
+            "evaluate": arguments.Evaluate,
+            "allocation": arguments.Allocation,
+        }[name]
         run_folder(arguments.read(kind, args.words).values.get("run", ""))
-        verbs._drawing_request(kind, args)
+        drawing.drawing_request(kind, args)
     elif name == "resume":
         old = stored.load(run_folder(args.run))
         changed = compose.override(old, args.overrides, world=args.nproc)

@@ -9,7 +9,7 @@ Legend: B images, L text tokens, X feature width, C latent channels, H W latent 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -20,6 +20,15 @@ class TextEncoder(Protocol):
 
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Features (B, L, X) and mask (B, L), True at real tokens. L is the configured maximum: static shapes."""
+        ...
+
+
+@runtime_checkable
+class KnowsWords(Protocol):
+    """A text encoder that knows nothing of a word before training has shown it: who draws is told of others."""
+
+    def words(self, caption: str) -> list[str]:
+        """The words of a caption that reach the network."""
         ...
 
 

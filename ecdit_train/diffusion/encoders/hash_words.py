@@ -46,11 +46,15 @@ class HashTextEncoder:
             self._words[word] = keyed.normal(0, keyed.Purpose.INIT, key, shape=(self.width,))[0]
         return self._words[word]
 
+    def words(self, caption: str) -> list[str]:
+        """At most `max_tokens`, in lower case."""
+        return re.findall(r"\w+", caption.lower())[: self.max_tokens]
+
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         features = torch.zeros(len(captions), self.max_tokens, self.width)
         mask = torch.zeros(len(captions), self.max_tokens, dtype=torch.bool)
         for row, caption in enumerate(captions):
-            words = re.findall(r"\w+", caption.lower())[: self.max_tokens]
+            words = self.words(caption)
             for place, word in enumerate(words):
                 features[row, place] = self._vector(word) + self._position_LX[place]
             mask[row, : len(words)] = True

@@ -118,17 +118,16 @@ class Chart {
     const inside = svg('svg', { ...room, viewBox: Object.values(room).join(' '), class: 'lines' });
     parts.push(inside);
     const line = (xs, ys, color, kind) => {
-      let path = '', pen = false, alone = null;
+      let path = '', pen = false;
       for (let n = 0; n < xs.length; n++) {
         // One point beyond each edge, so that lines run out of the picture.
         const outside = (xs[n] < from && xs[n + 1] < from) || (xs[n] > to && xs[n - 1] > to);
         if (ys[n] === null || outside || (log && ys[n] <= 0)) { pen = false; continue; }
-        alone = pen ? null : [px(xs[n]), py(ys[n])];
-        path += (pen ? 'L' : 'M') + px(xs[n]).toFixed(1) + ',' + py(ys[n]).toFixed(1);
+        // A round end is all that a point between gaps has.
+        path += (pen ? 'L' : 'M') + px(xs[n]).toFixed(1) + ',' + py(ys[n]).toFixed(1) + (pen ? '' : 'h.01');
         pen = true;
       }
       if (path) inside.append(svg('path', { d: path, stroke: color, class: kind }));
-      if (alone && !path.includes('L')) inside.append(svg('circle', { cx: alone[0], cy: alone[1], r: 3, fill: color }));
     };
     if (faint) for (const c of shown) if (c.raw) line(c.x, c.raw, c.color, 'faint');
     for (const c of shown) line(c.x, c.y, c.color, 'curve');
@@ -137,7 +136,8 @@ class Chart {
     this.svg.setAttribute('viewBox', `0 0 ${width} ${HEIGHT}`);
     this.svg.replaceChildren(...parts, this.drag, this.cursor);
     this.drawn = drawn;
-    this.figure.querySelector('.scale').textContent = log ? (this.figure.querySelector('figcaption small').firstChild.textContent.trim() ? ', log scale' : 'log scale') : '';
+    const scale = this.figure.querySelector('.scale'), unit = scale.previousSibling;
+    scale.textContent = !log ? '' : unit ? ', log scale' : 'log scale';
     this.log.setAttribute('aria-pressed', String(log));
     this.reset.hidden = view.from === null;
     this.keys.forEach((button, n) => button.setAttribute('aria-pressed', String(!view.hidden.has(this.about.curves[n].key))));

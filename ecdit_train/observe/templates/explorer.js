@@ -47,7 +47,7 @@ class Maps {
 }
 
 const explorer = {
-  state: { step: null, layer: null, time: null, prompt: null, expert: null, patch: null, opacity: 70 },
+  state: { step: null, layer: null, time: null, prompt: null, expert: null, patch: null, opacity: 55 },
 
   start(data) {
     this.box = document.querySelector('.explorer');
@@ -151,7 +151,7 @@ const explorer = {
         return button;
       }));
       const names = Array.from({ length: maps.experts }, (_, e) => page.make('option', { value: String(e) }, `expert ${e + 1}`));
-      this.knobs.expert.replaceChildren(page.make('option', { value: '' }, 'all: how many took a patch'), ...names);
+      this.knobs.expert.replaceChildren(page.make('option', { value: '' }, 'all'), ...names);
     }
     [...this.box.querySelector('.pictures').children].forEach((button, b) => {
       button.setAttribute('aria-checked', String(b === image));
@@ -167,10 +167,10 @@ const explorer = {
     context.clearRect(0, 0, canvas.width, canvas.height);
     if (picture.complete && picture.naturalWidth) context.drawImage(picture, 0, 0, canvas.width, canvas.height);
     // Grey below colours, so that a red circle does not pass for a count.
-    Object.assign(context, { globalCompositeOperation: 'saturation', globalAlpha: Math.min(1, opacity / 40), fillStyle: '#808080' });
+    Object.assign(context, { globalCompositeOperation: 'saturation', globalAlpha: Math.min(0.75, opacity / 60), fillStyle: '#808080' });
     context.fillRect(0, 0, canvas.width, canvas.height);
     // And pale, as in the figures, so that a dark shape does not pass for one either.
-    Object.assign(context, { globalCompositeOperation: 'source-over', globalAlpha: 0.5 * Math.min(1, opacity / 40), fillStyle: '#fff' });
+    Object.assign(context, { globalCompositeOperation: 'source-over', globalAlpha: Math.min(0.3, opacity / 150), fillStyle: '#fff' });
     context.fillRect(0, 0, canvas.width, canvas.height);
     context.globalAlpha = opacity / 100;
     values.forEach((value, k) => {

@@ -109,7 +109,7 @@ def test_a_dense_model_has_no_maps(tiny_shards, tmp_path):
 
 @pytest.mark.parametrize("steps", [1, 2, 5, 7, 20, 50])
 def test_watched_timesteps_are_the_samplers_own(steps):
-    watched = _watched(replace(configure("r", "s").sample, steps=steps))
+    watched = _watched(replace(configure("r", "s").sample, steps=steps), WATCHED_TIMESTEPS)
     assert len(watched) == min(steps, WATCHED_TIMESTEPS)
     assert watched[0] == 0.0
     assert watched[-1] == (steps - 1) / steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from html.parser import HTMLParser
@@ -17,6 +18,8 @@ from ecdit_train import run_folder as folder
 from ecdit_train.errors import RunFolderError
 from ecdit_train.observe import figures
 from ecdit_train.observe.charts import Curve, line_chart, smooth
+from ecdit_train.observe.curves import GROUPS, MAX_ROWS, charts, columns
+from ecdit_train.observe.explorer import pack
 from ecdit_train.observe.figures import allocation_heatmap, allocation_layers, sample_grid
 from ecdit_train.observe.page import short
 from ecdit_train.observe.report import MAX_GRIDS, write_report
@@ -80,11 +83,11 @@ def test_heatmap_differs_where_counts_differ(tmp_path: Path) -> None:
 def test_all_panels_share_one_colour_scale_from_zero(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Any] = []
 
-    def keep(figure: object, path: Path) -> Path:
+    def keep(figure: object) -> bytes:
         drawn.append(figure)
-        return path
+        return b""
 
-    monkeypatch.setattr(figures, "save", keep)
+    monkeypatch.setattr(figures, "png_of", keep)
     maps = routing_maps(100)
     for most, limits in ((6, (-0.5, 6.5)), (40, (0, 40))):  # one colour per count, then a continuous scale
         maps.counts[:] = 1
@@ -265,6 +268,115 @@ def test_a_long_run_keeps_first_and_last_grid(tmp_path: Path) -> None:
     assert parse(page).images == MAX_GRIDS
     assert 'data-label="step 1"' in page
     assert f'data-label="step {MAX_GRIDS + 11}"' in page
+
+
+def test_a_gap_is_drawn_where_a_value_is_not_finite(tmp_path: Path) -> None:
+    log = [{"step": n, "time": n, "optim/lr": None if n == 3 else n / 9} for n in range(1, 7)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    page = write_report(tmp_path).read_text()
+    assert page.count("<polyline") == 2
+    found = json.loads(re.search(r'id="data-curves">(.*?)</script>', page)[1])
+    assert found["series"]["optim/lr"]["y"][1:4] == [0.22222, None, 0.44444]
+
+
+def test_a_long_log_keeps_its_largest_values() -> None:
+    """Rows of a long log are put together; a spike stays one where the metric is a largest value, and means stay means."""
+    log = [{"step": n, "time": n, "optim/grad_norm_max": 1.0, "train/loss": float(n % 2)} for n in range(10 * MAX_ROWS)]
+    log[7777]["optim/grad_norm_max"] = 50.0
+    found = columns(log)
+    assert len(found.steps) == MAX_ROWS
+    assert found.steps[-1] == 10 * MAX_ROWS - 1
+    assert found.values["optim/grad_norm_max"].count(50.0) == 1
+    assert set(found.values["train/loss"]) == {0.5}
+
+
+def test_everything_that_is_logged_has_a_curve() -> None:
+    names = [
+        *(
+            "train/loss",
+            "validation/loss",
+            "optim/lr",
+            "train/toy_loss",
+            "moe/entropy",
+            "moe/L2/entropy",
+            "moe/L10/entropy",
+        ),
+        *(
+            "moe/dropped_everywhere_frac",
+            "diffusion/loss_t0",
+            "diffusion/loss_t9",
+            "mem/gib",
+            "data/bad/Torn",
+            "ckpt/step",
+        ),
+    ]
+    found = columns([{"step": 1, "time": 0} | dict.fromkeys(names, 1.0)])
+    drawn = {key: chart for name in GROUPS for chart in charts(name, found) for key in chart.keys}
+    assert set(names) - set(drawn) == {"moe/entropy"}  # its layers are drawn
+    assert list(drawn["moe/L2/entropy"].keys.values()) == ["layer 2", "layer 10"]
+    assert drawn["diffusion/loss_t0"] is drawn["diffusion/loss_t9"]
+    assert len({c.name for c in drawn.values()}) == len({id(c) for c in drawn.values()})
+
+
+# --- routing maps of a page ------------------------------------------------------------------------------------------
+
+
+def test_maps_are_embedded_within_their_bound(run: Path, tmp_path: Path) -> None:
+    whole = pack(run)
+    assert [e["step"] for e in whole["steps"]] == [333]
+    assert whole["note"] == ""
+    for step in (100, 200, 300, 400):
+        routing_maps(step).save(folder.routing_path(tmp_path, step=step))
+    (tmp_path / "routing/step_00000500.npz").write_bytes(b"rubbish")
+    one = 5 * 3 * 64  # bytes of a picture
+    for room, prompts, steps, times in ((10**6, 4, 4, 5), (4 * one, 2, 2, 5), (one, 1, 1, 5), (one // 2, 1, 1, 2)):
+        found = pack(tmp_path, max_bytes=room * 4 // 3 + 1)
+        assert sum(len(e["chosen"]) for e in found["steps"]) <= room * 4 // 3 + 8 * steps
+        assert [len(e["prompts"]) for e in found["steps"]] == [prompts] * steps
+        assert found["steps"][-1]["step"] == 400
+        assert len(found["steps"][-1]["timesteps"]) == times
+        assert (found["note"] == "") is (room == 10**6)
+    assert "1 of 4 prompts, 2 of 5 timesteps, 1 of 4 saved steps" in found["note"]
+    assert pack(tmp_path / "none") is None
+
+
+def test_older_maps_count_without_names(tmp_path: Path) -> None:
+    maps = routing_maps(100)
+    type(maps)(**{**vars(maps), "chosen": None}).save(folder.routing_path(tmp_path, step=100))
+    found = pack(tmp_path)
+    entry = found["steps"][0]
+    assert entry["chosen"] is None
+    counts = np.frombuffer(base64.b64decode(entry["counts"]), np.uint8).reshape(4, 5, 3, 8, 8)
+    np.testing.assert_array_equal(counts, np.moveaxis(maps.counts, 2, 0))
+    assert "do not name them" in found["note"]
+
+
+def test_where_compute_goes_is_drawn(tmp_path: Path) -> None:
+    table = {"mean": [[2.5], [3.0]], "spread": [[0.25], [None]]}
+    kind = {
+        "pictures": 8,
+        "timesteps": [0.1, 0.9],
+        "says": "object patches get more",
+        "on_object": table,
+        "on_background": table,
+    }
+    about = {
+        "step": 7,
+        "weights": "ema",
+        "layers": [4],
+        "experts": 8,
+        "capacity_factor": 2.0,
+        "scope": "image",
+        "seeds": 3,
+    }
+    (tmp_path / "resolved.yaml").write_text("{}")
+    (tmp_path / "allocation").mkdir()
+    for made, shown in (({**about, "kinds": {"true": kind}}, True), ({"kinds": {"true": {}}}, False)):
+        folder.allocation_path(tmp_path, step=7).write_text(json.dumps(made))
+        page = write_report(tmp_path).read_text()
+        parse(page)
+        assert ("object patches get more" in page) is shown
+        assert ("2.50 ± 0.25" in page) is shown
 
 
 def test_samples_say_how_they_were_drawn(run: Path) -> None:
