@@ -47,7 +47,7 @@ class Maps {
 }
 
 const explorer = {
-  state: { step: null, layer: null, time: null, prompt: null, expert: null, patch: null, opacity: 55 },
+  state: { step: null, layer: null, time: null, prompt: null, expert: null, patch: null, opacity: 65 },
 
   start(data) {
     this.box = document.querySelector('.explorer');
@@ -166,12 +166,13 @@ const explorer = {
     context.globalAlpha = 1;
     context.clearRect(0, 0, canvas.width, canvas.height);
     if (picture.complete && picture.naturalWidth) context.drawImage(picture, 0, 0, canvas.width, canvas.height);
-    // Grey below colours, so that a red circle does not pass for a count.
-    Object.assign(context, { globalCompositeOperation: 'saturation', globalAlpha: Math.min(0.75, opacity / 60), fillStyle: '#808080' });
-    context.fillRect(0, 0, canvas.width, canvas.height);
-    // And pale, as in the figures, so that a dark shape does not pass for one either.
-    Object.assign(context, { globalCompositeOperation: 'source-over', globalAlpha: Math.min(0.3, opacity / 150), fillStyle: '#fff' });
-    context.fillRect(0, 0, canvas.width, canvas.height);
+    if (this.now.expert === null) {
+      // Grey and pale below counts, so that a red or a dark shape does not pass for one.
+      for (const [mode, alpha, color] of [['saturation', 1, '#808080'], ['source-over', 0.5, '#fff']]) {
+        Object.assign(context, { globalCompositeOperation: mode, globalAlpha: alpha * Math.min(1, opacity / 40), fillStyle: color });
+        context.fillRect(0, 0, canvas.width, canvas.height);
+      }
+    }
     context.globalAlpha = opacity / 100;
     values.forEach((value, k) => {
       context.fillStyle = most === 1 && this.now.expert !== null ? (value ? '#e31a1c' : '#fff') : `rgb(${heat(value / most)})`;
