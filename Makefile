@@ -10,7 +10,7 @@ export HF_HUB_OFFLINE := 1
 export WANDB_MODE ?= offline
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-faults test-slurm slurm-deps lint format golden docs bench bench-data gpu-check image image-cpu image-digests clean
+.PHONY: help setup demo test test-slow test-faults test-slurm slurm-deps browser-deps pictures lint format golden docs bench bench-data gpu-check image image-cpu image-digests clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -66,6 +66,12 @@ test-slurm: setup  ## all drills on a real Slurm cluster of namespaces, with an 
 
 slurm-deps:  ## install what the Slurm tests need, where root and apt-get are; elsewhere those tests skip
 	tools/slurm_deps.sh
+
+browser-deps:  ## install the browser that the tests of pages need, where root and apt-get are; elsewhere those tests skip
+	tools/browser_deps.sh
+
+pictures: setup  ## take the screenshots of docs/images anew; they show RUN (runs/demo) where it is there, else a made-up run
+	ECDIT_PICTURES=$(CURDIR)/docs/images ECDIT_PICTURES_OF=$(wildcard $(abspath $(RUN))) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/pages
 
 lint: setup  ## format check, lint, types, import rules, house rules, shell and Dockerfile
 	$(BIN)/ruff format --check .

@@ -10,14 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ecdit_train import arguments, checkpoint_verbs, data_verbs, errors, header, life_verbs, submit_verbs
+from ecdit_train import arguments, checkpoint_verbs, data_verbs, errors, header, life_verbs, look_verbs, submit_verbs
 from ecdit_train.allocation_verb import allocation
 from ecdit_train.doctor import verb as doctor
 from ecdit_train.errors import EcditError, PeerLostError, PeerRefusedError
 from ecdit_train.study import study_routing
 from ecdit_train.supervise.exit_file import leave_exit_code
 from ecdit_train.verbs import (
-    compare,
     config_diff,
     config_explain,
     config_keys,
@@ -25,7 +24,6 @@ from ecdit_train.verbs import (
     evaluate,
     multirun,
     plan,
-    report,
     resume,
     sample,
     show,
@@ -234,20 +232,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     _config_dir(checkpoint_verbs.add_merge(verb))
 
-    p = verb(
-        "compare",
-        compare,
-        "print the final loss of runs or of a sweep: one line for each combination, its mean and spread over seeds\n\n"
-        "  ecdit compare runs/sweeps/shapes_tiny-20260101-120000",
-    )
-    p.add_argument("folders", nargs="+", metavar="FOLDER", help="run folders and sweep folders")
-
-    p = verb(
-        "report",
-        report,
-        "write RUN/report.html: loss, samples over time, routing heat maps, in one self-contained page",
-    )
-    p.add_argument("run", help="run folder")
+    look_verbs.declare(verb)
 
     p = verb(
         "plan",

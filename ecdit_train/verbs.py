@@ -152,14 +152,6 @@ def evaluate(args: argparse.Namespace) -> int:
     return errors.EXIT_OK
 
 
-def report(args: argparse.Namespace) -> int:
-    from ecdit_train.observe.report import write_report
-
-    with written(Path(args.run)):
-        print(write_report(Path(args.run)))
-    return errors.EXIT_OK
-
-
 # --- planning ---------------------------------------------------------------------------------------------------
 
 
@@ -225,13 +217,6 @@ def show(args: argparse.Namespace) -> int:
         app.show(words, cfg=args.cfg, package=args.package, resolve=args.resolve)
     else:
         app.info(words, about=args.info)
-    return errors.EXIT_OK
-
-
-def compare(args: argparse.Namespace) -> int:
-    from ecdit_train import comparison
-
-    print(comparison.text(comparison.table(comparison.named(args.folders))))
     return errors.EXIT_OK
 
 

@@ -50,7 +50,7 @@ VENDORS: dict[str, tuple[str, ...]] = {
     "hydra": ("ecdit_train/config/hydra_app.py", "ecdit_train/config/overrides.py", "hydra_plugins/ecdit_launchers.py"),
     "omegaconf": (
         *("ecdit_train/config/hydra_app.py", "ecdit_train/config/stored.py"),
-        *("ecdit_train/config/installed.py", "ecdit_train/observe/report.py"),
+        *("ecdit_train/config/installed.py", "ecdit_train/observe/tables.py"),
     ),
     "yaml": ("ecdit_train/config/hydra_app.py", "ecdit_train/config/stored.py", "ecdit_train/config/validate.py"),
     "scipy": (

@@ -1,58 +1,94 @@
-"""Curves of the log, and line charts of them as inline SVG: sharp at any size, a few kilobytes each, with a
-readout under the pointer."""
+"""Line charts as inline SVG: what a page shows before its scripts run, without them, and on paper. templates/charts.js draws the
+same chart again from the same numbers, at the size of the window, and makes it answer to hands."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
+from .curves import Chart, Columns, about, color, questions
 from .page import render, short
 
 WIDTH, WIDE, HEIGHT = 640, 1320, 280
 LEFT, RIGHT, TOP, BOTTOM = 62, 26, 12, 34
 MAX_POINTS = 600
 """Points drawn per curve; longer ones are averaged in equal buckets."""
-PALETTE = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#0891b2", "#65a30d", "#dc2626", "#475569", "#a16207")
+MAX_FAINT = 4
+"""Curves of a chart up to which the raw values are drawn behind the smoothed ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
     label: str
     x: Sequence[float]
-    y: Sequence[float]
+    y: Sequence[float | None]
+    """None: a gap."""
     color: str
     faint: bool = False
     """Drawn thin behind the others and left out of the legend (raw values behind a smoothed curve)."""
+    dashed: bool = False
+    key: str = ""
+    """The metric; scripts look it up."""
 
 
-def smooth(values: Sequence[float], *, weight: float | None = None) -> list[float]:
-    """Exponential moving average without the bias of its start; None: over about a thirtieth of the curve."""
-    if weight is None:
-        weight = min(0.98, max(0.0, 1 - 30 / max(1, len(values))))
-    mean, norm, out = 0.0, 0.0, []
+def weight_for(num: int) -> float:
+    """Of a moving average over about a thirtieth of a curve of `num` points."""
+    return min(0.98, max(0.0, 1 - 30 / max(1, num)))
+
+
+def smooth(values: Sequence[float | None], *, weight: float | None = None) -> list[float | None]:
+    """Exponential moving average without the bias of its start; None: over about a thirtieth of the curve. Gaps stay."""
+    weight = weight_for(len(values)) if weight is None else weight
+    mean, norm, out = 0.0, 0.0, list[float | None]()
     for value in values:
+        if value is None:
+            out.append(None)
+            continue
         mean, norm = weight * mean + (1 - weight) * value, weight * norm + (1 - weight)
         out.append(mean / norm)
     return out
 
 
-def series(records: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
-    """(steps, values) of the records that have a number under `key`."""
-    points = [(r["step"], r[key]) for r in records if isinstance(r.get(key), (int, float)) and "step" in r]
-    points = [(s, v) for s, v in points if math.isfinite(v)]
-    return [float(s) for s, _ in points], [float(v) for _, v in points]
+def is_smoothed(key: str) -> bool:
+    """Means are noisy. A largest value, or a learning rate, is what it is."""
+    return about(key).reduction == "mean"
 
 
-def line_chart(curves: Sequence[Curve], *, title: str, unit: str = "", wide: bool = False) -> str:
-    """A `<figure>`; an empty string when no curve has a point. x is the training step; `wide` spans the page."""
-    curves = [_thinned(c) for c in curves if len(c.x)]
+def draw(chart: Chart, found: Columns) -> str:
+    """A `<figure>` of some columns of a log; an empty string without a point."""
+    curves = []
+    for n, (key, label) in enumerate(chart.keys.items()):
+        x, y = found.series(key)
+        own = Curve(label=label, x=x, y=y, color=color(n, of=len(chart.keys)), key=key)
+        if is_smoothed(key) and weight_for(len(x)) > 0:
+            if len(chart.keys) <= MAX_FAINT:
+                curves.append(replace(own, faint=True))
+            own = replace(own, y=smooth(y))
+        curves.append(own)
+    told = questions(chart)
+    return line_chart(curves, title=chart.title, unit=chart.unit, wide=chart.wide, name=chart.name, told=told)
+
+
+def line_chart(
+    curves: Sequence[Curve],
+    *,
+    title: str,
+    unit: str = "",
+    wide: bool = False,
+    name: str = "",
+    x_name: str = "step",
+    told: Sequence[tuple[str, Any]] = (),
+) -> str:
+    """A `<figure>`; an empty string when no curve has a point. `wide` spans the page; with a `name` it is one that scripts know."""
+    curves = [_thinned(c) for c in curves if any(y is not None for y in c.y)]
     if not curves:
         return ""
-    xs, ys = [x for c in curves for x in c.x], [y for c in curves for y in c.y]
-    log = min(ys) > 0 and max(ys) / min(ys) > 20
+    xs, ys = [x for c in curves for x in c.x], [y for c in curves for y in c.y if y is not None]
+    scheduled = all(c.key and about(c.key).reduction == "last" for c in curves)  # a learning rate that ends at 0
+    log = min(ys) > 0 and max(ys) / min(ys) > 20 and not scheduled
     x_low, x_high = _padded(min(xs), max(xs), share=0.0)
     y_low, y_high = (math.log10(min(ys)), math.log10(max(ys))) if log else (min(ys), max(ys))
     y_low, y_high = _padded(y_low, y_high, share=0.06)
@@ -68,8 +104,12 @@ def line_chart(curves: Sequence[Curve], *, title: str, unit: str = "", wide: boo
     faint_first = sorted(curves, key=lambda c: not c.faint)
     return render(
         "chart.html",
+        name=name,
+        x_name=x_name,
+        told=told,
         title=title,
-        subtitle=", ".join([unit] * (unit not in ("", "1")) + ["log scale"] * log),
+        unit="" if unit == "1" else unit,
+        log=log,
         wide=wide,
         width=right + RIGHT,
         height=HEIGHT,
@@ -79,14 +119,28 @@ def line_chart(curves: Sequence[Curve], *, title: str, unit: str = "", wide: boo
         bottom=bottom,
         y_ticks=[(py(y), short(y)) for y in (_log_ticks(y_low, y_high) if log else _ticks(y_low, y_high))],
         x_ticks=[(px(x), short(x)) for x in _ticks(x_low, x_high, about=10 if wide else 5)],
-        drawn=[(c, [(px(x), py(y)) for x, y in zip(c.x, c.y, strict=True)]) for c in faint_first],
+        drawn=[(c, _runs(c, px=px, py=py)) for c in faint_first],
         data={
-            "width": right + RIGHT,
-            "span": [px(x_low), px(x_high)],
-            "x": [x_low, x_high],
-            "curves": [{"x": list(c.x), "y": [float(f"{y:.5g}") for y in c.y]} for c in curves if not c.faint],
+            "wide": wide,
+            "log": log,
+            "curves": [
+                {"key": c.key, "label": c.label, "color": c.color, "smooth": is_smoothed(c.key)}
+                for c in curves
+                if not c.faint and c.key
+            ],
         },
     )
+
+
+def _runs(curve: Curve, *, px: Any, py: Any) -> list[list[tuple[float, float]]]:
+    """Unbroken pieces of a curve, in the chart's units."""
+    pieces: list[list[tuple[float, float]]] = [[]]
+    for x, y in zip(curve.x, curve.y, strict=True):
+        if y is not None:
+            pieces[-1].append((px(x), py(y)))
+        elif pieces[-1]:
+            pieces.append([])
+    return [piece for piece in pieces if piece]
 
 
 def _thinned(curve: Curve) -> Curve:
@@ -94,7 +148,8 @@ def _thinned(curve: Curve) -> Curve:
     if n <= MAX_POINTS:
         return curve
     buckets = list(pairwise(n * i // MAX_POINTS for i in range(MAX_POINTS + 1)))
-    return replace(curve, x=[curve.x[b - 1] for _, b in buckets], y=[sum(curve.y[a:b]) / (b - a) for a, b in buckets])
+    known = [[y for y in curve.y[a:b] if y is not None] for a, b in buckets]
+    return replace(curve, x=[curve.x[b - 1] for _, b in buckets], y=[sum(v) / len(v) if v else None for v in known])
 
 
 def _padded(low: float, high: float, *, share: float) -> tuple[float, float]:

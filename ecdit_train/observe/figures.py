@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import math
@@ -264,3 +265,19 @@ def png_of(figure: Figure) -> bytes:
 def save(figure: Figure, path: Path) -> Path:
     atomic.write(path, png_of(figure))
     return path
+
+
+SMALL = 256
+
+
+def small_picture(image: np.ndarray) -> str:
+    """A data URI of a picture, (H, W, 3) uint8: as it is where it is small, else scaled down and with a little loss."""
+    picture, buffer = Image.fromarray(image), io.BytesIO()
+    if max(picture.size) <= SMALL // 4:
+        picture.save(buffer, format="PNG", optimize=True)
+        kind = "png"
+    else:
+        picture.thumbnail((SMALL, SMALL))
+        picture.save(buffer, format="JPEG", quality=88)
+        kind = "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -1,185 +1,183 @@
-"""`report.html`: everything a run folder knows, in one file that opens without a network."""
+"""`report.html`: everything a run folder knows, in one file that opens without a network. The same page is served live
+(`observe.serve`), which asks for the parts whose files have changed."""
 
 from __future__ import annotations
 
 import base64
-import json
-import logging
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from ecdit_train import atomic
 from ecdit_train import run_folder as folder
 from ecdit_train.errors import RunFolderError
 
-from .charts import PALETTE, Curve, line_chart, series, smooth
-from .console import duration
-from .figures import allocation_heatmap, allocation_layers
+from . import allocation_section, tables
+from .charts import draw
+from .curves import charts, columns
+from .explorer import evenly, pack
+from .figures import allocation_layers, allocation_png
 from .journal import read_records
-from .metrics import METRICS, Metric, metric_key
-from .page import render, short
+from .page import render
 from .redact import redact_text
 from .routing import RoutingMaps
-
-logger = logging.getLogger("ecdit.observe")
+from .tables import read_config, read_json
+from .which_run import run_folder as checked
 
 MAX_GRIDS = 60
 """Sample grids embedded; of a longer run an even choice, first and last included, so that the file stays sendable."""
-MAX_MAPS = 6
-"""Earlier routing maps shown small beside the latest."""
 MAX_PROMPTS = 4
-"""Prompts of the latest routing maps that get their own heatmaps."""
-Records = Sequence[Mapping[str, Any]]
+"""Prompts of the latest routing maps that get their own still figure, for paper and for readers without scripts."""
 
 
 def write_report(run_folder: Path) -> Path:
-    """Writes `<run>/report.html`, replacing it atomically; sections whose files are missing are left out."""
-    if not run_folder.is_dir():
-        raise RunFolderError(f"{run_folder}: no such run folder")
-    records, config = read_records(run_folder), _config(run_folder)
-    grids = folder.by_step(run_folder / folder.SAMPLES, suffix=".png")
-    shown = _evenly(grids, MAX_GRIDS)
-    resolved = run_folder / folder.RESOLVED
-    page = render(
-        "report.html",
-        title=run_folder.resolve().name,
-        written=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-        config={"experiment": None, **config},
-        tiles=_tiles(records, config),
-        learning=_learning(records),
-        samples=[_sample(step, path) for step, path in shown],
-        left_out=f" {len(shown)} of {len(grids)} grids, evenly chosen." if len(shown) < len(grids) else "",
-        allocation=_allocation(run_folder),
-        routing=_routing(records),
-        speed=_speed(records),
-        evaluation=[_evaluation(path) for path in sorted((run_folder / folder.EVALUATION).glob("*.json"))],
-        last=_last(records),
-        summary=_summary(config),
-        resolved=redact_text(resolved.read_text(encoding="utf-8", errors="replace")) if resolved.exists() else None,
-    )
-    path = run_folder / folder.REPORT
-    atomic.write(path, page.encode())
+    """Writes `<run>/report.html`, replacing it atomically; sections whose files are missing are left out.
+
+    Raises:
+        RunFolderError: the folder is not a run.
+    """
+    run = checked(run_folder)
+    path = run / folder.REPORT
+    atomic.write(path, page(run, {name: part(run) for name, part in PARTS.items()}).encode())
     return path
 
 
-# --- head ------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    """A part of the page."""
+
+    sections: Mapping[str, str]
+    """id -> HTML of its inside; empty where there is nothing to show."""
+    data: Mapping[str, Any] = field(default_factory=dict)
+    """What scripts read: id of the element -> JSON."""
 
 
-def _config(run_folder: Path) -> Mapping[str, Any]:
-    """resolved.yaml as plain dicts; empty when it is missing or unreadable (a report never fails for its header)."""
-    from omegaconf import OmegaConf
+TITLES: Mapping[str, tuple[str, str, str]] = {
+    "learning": ("Learning", "Learning", "Strong lines are moving averages, pale ones the records themselves."),
+    "samples": (
+        "Samples",
+        "Samples",
+        "The same prompts and the same noise at every step; move the slider through the run.",
+    ),
+    "explorer": (
+        "Where the experts work",
+        "Experts",
+        "Who took which patch while a picture came out of noise: t = 0 is noise, t = 1 the picture. Choose an expert to see its "
+        "patches, or a patch to see its experts.",
+    ),
+    "allocation": (
+        "Where compute goes",
+        "Compute",
+        "Experts of a patch on an object and of a patch of the background, by layer and timestep (ecdit allocation).",
+    ),
+    "routing": (
+        "Routing over the run",
+        "Routing",
+        "Experts take tokens; these curves say how evenly, how sure, and who is left out.",
+    ),
+    "speed": ("Speed", "Speed", "Time spent in checkpoints and samples is left out."),
+    "evaluation": ("Evaluation", "Evaluation", "Results stored in the run folder."),
+    "values": ("Last values", "Values", "Per-layer routing values are in the curves above."),
+    "configuration": ("Configuration", "Configuration", "The short version; the whole file is below."),
+}
+"""Sections in the order of the page: title, its name in the bar, and what it shows."""
 
-    path = run_folder / folder.RESOLVED
+
+def page(run: Path, parts: Mapping[str, Built], *, live: bool = False) -> str:
+    """The whole page. `live`: it goes on asking the server that it came from."""
+    sections = {name: html for part in parts.values() for name, html in part.sections.items()}
+    return render(
+        "report.html",
+        title=run.resolve().name,
+        experiment=read_config(run).get("experiment") or "a run of ecdit",
+        written=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        tiles=sections["tiles"],
+        sections=[(name, *TITLES[name], sections.get(name, "")) for name in TITLES],
+        data={name: value for part in parts.values() for name, value in part.data.items()},
+        live=live,
+    )
+
+
+# --- parts: what is made anew when some files change ------------------------------------------------------------------
+
+
+def records_part(run: Path) -> Built:
+    """Curves, and the last value of everything."""
+    records, config = read_records(run), read_config(run)
+    found = columns(records)
+    drawn = {
+        name: [(chart.more, html) for chart in charts(name, found) if (html := draw(chart, found))]
+        for name in ("learning", "routing", "speed")
+    }
+    sections = {name: render("charts.html", name=name, charts=made) if made else "" for name, made in drawn.items()}
+    values = tables.explained(records)
+    sections["values"] = render("values.html", values=values) if values else ""
+    sections["tiles"] = render("tiles.html", tiles=tables.tiles(records, config))
+    return Built(sections=sections, data={"curves": found.document()})
+
+
+def samples_part(run: Path) -> Built:
+    grids = folder.by_step(run / folder.SAMPLES, suffix=".png")
+    shown = evenly(grids, MAX_GRIDS)
+    left_out = f"{len(shown)} of {len(grids)} grids, evenly chosen." if len(shown) < len(grids) else ""
+    figures = [_sample(step, path) for step, path in shown]
+    return Built(sections={"samples": render("samples.html", figures=figures, left_out=left_out) if figures else ""})
+
+
+def routing_part(run: Path, *, still: bool = True) -> Built:
+    """The explorer. `still`: with figures for paper and for readers without scripts."""
+    maps = pack(run)
+    if maps is None:
+        return Built(sections={"explorer": ""}, data={"maps": None})
+    html = render("explorer.html", note=maps["note"], still=_still(run) if still else None)
+    return Built(sections={"explorer": html}, data={"maps": maps})
+
+
+def allocation_part(run: Path) -> Built:
+    """What objects and background get, of the newest file that `ecdit allocation` wrote."""
+    found = folder.by_step(run / folder.ALLOCATION, suffix=".json")
+    about = read_json(found[-1][1]) if found else {}
+    return Built(sections={"allocation": allocation_section.html(about) if about else ""})
+
+
+def evaluation_part(run: Path) -> Built:
+    found = [tables.evaluation(path) for path in sorted((run / folder.EVALUATION).glob("*.json"))]
+    return Built(sections={"evaluation": render("evaluation.html", found=found) if found else ""})
+
+
+def configuration_part(run: Path) -> Built:
+    path = run / folder.RESOLVED
     if not path.exists():
-        return {}
-    try:
-        tree = OmegaConf.to_container(OmegaConf.load(path))
-    except Exception as error:
-        logger.warning("%s is not readable: %s", path, error)
-        return {}
-    return cast("dict[str, Any]", tree) if isinstance(tree, dict) else {}
+        return Built(sections={"configuration": ""})
+    resolved = redact_text(path.read_text(encoding="utf-8", errors="replace"))
+    html = render("configuration.html", summary=tables.summary(read_config(run)), resolved=resolved)
+    return Built(sections={"configuration": html})
 
 
-def _tiles(records: Records, config: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(value, what it is)."""
-    last, tiles = _last_values(records), []
-    if records:
-        total = (config.get("train") or {}).get("steps")
-        tiles.append((short(records[-1]["step"]), f"of {short(total)} steps" if total else "steps"))
-    for label, key, form in (
-        ("training loss", "train/loss", short),
-        ("images seen", "train/images", short),
-        ("images per second", "perf/images_per_s", short),
-        ("of the GPUs' peak", "perf/mfu", "{:.1%}".format),
-        ("waiting for data", "data/stall_frac", "{:.1%}".format),
-    ):
-        if key in last:
-            tiles.append((form(last[key]), label))
-    if len(records) > 1:
-        tiles.append((duration(records[-1].get("time", 0) - records[0].get("time", 0)), "first to last record"))
-    return tiles
-
-
-def _last_values(records: Records) -> dict[str, float]:
-    """The newest number of every metric."""
-    last: dict[str, float] = {}
-    for record in records:
-        last |= {k: v for k, v in record.items() if isinstance(v, (int, float)) and k not in ("step", "time")}
-    return last
-
-
-# --- curves ----------------------------------------------------------------------------------------------------------
-
-
-def _chart(records: Records, keys: Mapping[str, str], *, title: str, unit: str = "", color: int = 0) -> str:
-    """One curve per key (metric -> label), colours from `color` on."""
-    curves = []
-    for n, (key, label) in enumerate(keys.items(), start=color):
-        x, y = series(records, key)
-        curves.append(Curve(label=label, x=x, y=y, color=PALETTE[n % len(PALETTE)]))
-    return line_chart(curves, title=title, unit=unit)
-
-
-_UNKNOWN = Metric(unit="", reduction="last", question="")
-_ROUTING = {
-    "dropped_frac": "Tokens without an expert",
-    "experts_per_token_std": "Spread of experts per token",
-    "experts_per_token_max": "Largest number of experts of a token",
-    "entropy": "Router entropy",
-    "gate_mean": "Mean gate",
-    "overflow_frac": "Choices beyond capacity",
-    "capped_frac": "Rows beyond the cap",
-    "load_cv": "Load imbalance",
+PARTS: Mapping[str, Callable[[Path], Built]] = {
+    "records": records_part,
+    "samples": samples_part,
+    "routing": routing_part,
+    "allocation": allocation_part,
+    "evaluation": evaluation_part,
+    "configuration": configuration_part,
 }
 
 
-def _learning(records: Records) -> list[str]:
-    steps, losses = series(records, "train/loss")
-    raw = Curve(label="raw", x=steps, y=losses, color=PALETTE[0], faint=True)
-    smoothed = Curve(label="training, smoothed", x=steps, y=smooth(losses), color=PALETTE[0])
-    losses_of_routers = sorted({k for r in records for k in r if k.startswith("train/") and k.endswith("_loss")})
-    norms = {"optim/grad_norm": "mean", "optim/grad_norm_max": "largest"}
-    charts = [
-        line_chart([raw, smoothed], title="Loss", unit="mean squared error", wide=True),
-        _chart(records, norms, title="Gradient norm", unit="before clipping", color=2),
-        _chart(records, {"optim/lr": "learning rate"}, title="Learning rate", color=4),
-        _chart(
-            records, {key: key for key in losses_of_routers}, title="Auxiliary losses", unit="weight included", color=5
-        ),
-    ]
-    return [chart for chart in charts if chart]
-
-
-def _speed(records: Records) -> list[str]:
-    about = (
-        ("perf/images_per_s", "images per second", "Throughput"),
-        ("data/stall_frac", "waiting for data", "Data stall"),
-        ("perf/mfu", "model FLOP utilisation", "Model FLOP utilisation"),
-        ("perf/memory_gib", "memory", "Device memory"),
-    )
-    charts = [
-        _chart(records, {key: label}, title=title, unit=METRICS[key].unit, color=n)
-        for n, (key, label, title) in enumerate(about)
-    ]
-    return [chart for chart in charts if chart]
-
-
-def _routing(records: Records) -> list[str]:
-    """One chart a quantity, one curve a layer; what a router of one's own reports comes last."""
-    logged = {k for r in records for k in r if k.startswith("moe/L")}
-    layers = sorted({int(k.split("/")[1][1:]) for k in logged})
-    titles = _ROUTING | {n: n.replace("_", " ") for n in sorted({k.split("/")[2] for k in logged} - _ROUTING.keys())}
-    charts = []
-    for name, title in titles.items():
-        keys, about = (
-            {f"moe/L{n}/{name}": f"layer {n}" for n in layers},
-            METRICS.get(metric_key(f"moe/{name}"), _UNKNOWN),
-        )
-        charts.append(_chart(records, keys, title=title, unit=about.unit))
-    return [chart for chart in charts if chart]
+def files_of(part: str, run: Path) -> Iterable[Path]:
+    """What a part is made of: it is made anew when one of these changes, comes or goes."""
+    patterns = {
+        "records": (f"{folder.METRICS}/*.jsonl", folder.METRICS_FILE, folder.RESOLVED),
+        "samples": (f"{folder.SAMPLES}/step_*",),
+        "routing": (f"{folder.ROUTING}/*",),
+        "allocation": (f"{folder.ALLOCATION}/step_*.json",),
+        "evaluation": (f"{folder.EVALUATION}/*.json",),
+        "configuration": (folder.RESOLVED,),
+    }
+    return (path for pattern in patterns[part] for path in run.glob(pattern))
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------
@@ -193,128 +191,33 @@ _HOW = {
 }
 
 
-def _image(path: Path, *, alt: str, label: str = "", caption: str = "") -> dict[str, str]:
-    """A PNG as the template's `image` and `slides` take it."""
-    png = base64.b64encode(path.read_bytes()).decode()
-    return {"png": png, "alt": alt, "label": label, "caption": caption}
+def _image(png: bytes, *, alt: str, label: str = "", caption: str = "") -> dict[str, Any]:
+    """A PNG as templates take it."""
+    return {"png": base64.b64encode(png).decode(), "alt": alt, "label": label, "caption": caption}
 
 
-def _sample(step: int, path: Path) -> dict[str, str]:
-    about = _read_json(path.with_suffix(".json"))
+def _sample(step: int, path: Path) -> dict[str, Any]:
+    about = read_json(path.with_suffix(".json"))
     how = [form.format(about[k]) for k, form in _HOW.items() if about.get(k) is not None]
-    alt = f"samples at step {step}: {'; '.join(map(str, about.get('prompts', [])))}"
-    return _image(path, alt=alt, label=f"step {step:,}", caption=", ".join([f"step {step:,}", *how]))
+    prompts = [str(p) for p in about.get("prompts", [])]
+    alt = f"samples at step {step}: {'; '.join(prompts)}"
+    caption = ", ".join([f"step {step:,}", *how])
+    return {**_image(path.read_bytes(), alt=alt, label=f"step {step:,}", caption=caption), "prompts": prompts}
 
 
-def _allocation(run_folder: Path) -> dict[str, Any] | None:
-    """Heatmaps of the newest routing maps, one a prompt and one of all layers, and of some earlier ones; None without."""
-    found = folder.by_step(run_folder / folder.ROUTING, suffix=".npz")
-    loaded: list[tuple[int, RoutingMaps]] = []
-    for step, path in [*_evenly(found[:-1], MAX_MAPS), *found[-1:]]:
+def _still(run: Path) -> list[dict[str, Any]]:
+    """Heatmaps of the newest sound routing maps, one a prompt and one of all layers."""
+    for _, path in reversed(folder.by_step(run / folder.ROUTING, suffix=".npz")):
         try:
-            loaded.append((step, RoutingMaps.load(path)))
-        except RunFolderError as error:
-            logger.warning("left out of the report: %s", error)
-    if not loaded:
-        return None
-    step, latest = loaded[-1]
-    with tempfile.TemporaryDirectory() as scratch:
-        file = Path(scratch) / "figure.png"
-        images = range(min(MAX_PROMPTS, len(latest.prompts)))
-        return {
-            "step": f"{step:,}",
-            "prompts": [
-                _image(
-                    allocation_heatmap(latest, file, image=b),
-                    alt=f"experts per patch: {latest.prompts[b]}",
-                    label=f"prompt {b + 1}",
-                )
-                for b in images
-            ],
-            "layers": _image(allocation_layers(latest, file, images=images), alt="experts per patch, layer by layer"),
-            "earlier": [
-                _image(
-                    allocation_heatmap(maps, file, columns=3),
-                    alt=f"experts per patch at step {s}",
-                    label=f"step {s:,}",
-                )
-                for s, maps in loaded[:-1]
-            ],
-        }
-
-
-# --- tables ----------------------------------------------------------------------------------------------------------
-
-Table = tuple[list[str], list[list[Any]]]
-"""Header, and lines of cells."""
-
-
-def _evaluation(path: Path) -> list[tuple[str, list[Table]]]:
-    """(heading, tables) of one result: plain values, then one table a section, or one of all where they are alike."""
-    values = _read_json(path)
-    flat = {k: v for k, v in values.items() if not isinstance(v, dict)}
-    nested = {k: v for k, v in values.items() if isinstance(v, dict)}
-    deep = any(isinstance(x, dict) for v in nested.values() for x in v.values())
-    own = [_table(part) for part in (flat, {} if deep else nested) if part]
-    return [(path.stem, own), *((k, [_table(v)]) for k, v in nested.items() if deep)]
-
-
-def _table(values: Mapping[str, Any]) -> Table:
-    """Name and value; with a column per field where every value is a dict."""
-    if values and all(isinstance(v, dict) for v in values.values()):
-        columns = list(dict.fromkeys(c for v in values.values() for c in v))
-        return ["", *columns], [[k, *(v.get(c, "") for c in columns)] for k, v in values.items()]
-    return ["", "value"], [[k, v] for k, v in values.items()]
-
-
-def _last(records: Records) -> list[tuple[str, float, Metric]]:
-    last = {k: v for k, v in _last_values(records).items() if "/L" not in k}
-    return [(key, last[key], METRICS.get(metric_key(key), _UNKNOWN)) for key in sorted(last)]
-
-
-_SUMMARY = {
-    "model": ("name", "layers", "width", "heads", "patch"),
-    "moe": ("router", "num_experts", "experts", "capacity_factor", "dispatcher", "scope", "group_size"),
-    "diffusion": ("prediction", "mask_ratio", "caption_drop"),
-    "data": ("shards", "resolution"),
-    "train": ("steps", "global_batch", "microbatch", "precision", "seed"),
-    "optim": ("optimizer", "kind", "lr", "warmup_steps", "schedule", "clip_norm", "ema_decay"),
-    "parallel": ("dp_replicate", "dp_shard", "tp", "ep"),
-}
-
-
-def _summary(config: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(section, its most telling values)."""
-    chosen = {name: (config.get(name) or {}, keys) for name, keys in _SUMMARY.items()}
-    texts = {
-        n: ", ".join(f"{k} {_said(values[k])}" for k in keys if k in values) for n, (values, keys) in chosen.items()
-    }
-    return [(name, redact_text(text)) for name, text in texts.items() if text]
-
-
-def _said(value: Any) -> str:
-    """A slot as its class with its values, anything else as it is."""
-    if not isinstance(value, dict):
-        return str(value)
-    name = str(value.get("_target_", "")).rpartition(".")[2]
-    own = ", ".join(f"{k} {v}" for k, v in value.items() if k != "_target_" and v is not None)
-    return f"{name} ({own})" if own else name
-
-
-# --- files -----------------------------------------------------------------------------------------------------------
-
-
-def _read_json(path: Path) -> Mapping[str, Any]:
-    """A JSON object; empty when the file is missing or damaged."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _evenly(items: Sequence[Any], most: int) -> list[Any]:
-    """At most `most` of them in order, first and last included."""
-    if len(items) <= most:
-        return list(items)
-    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
+            maps = RoutingMaps.load(path)
+        except RunFolderError:
+            continue
+        images = range(min(MAX_PROMPTS, len(maps.prompts)))
+        figures = [
+            (allocation_png(maps, image=b), f"experts per patch: {maps.prompts[b]}", maps.prompts[b]) for b in images
+        ]
+        with tempfile.TemporaryDirectory() as scratch:
+            layers = allocation_layers(maps, Path(scratch) / "figure.png", images=images).read_bytes()
+        figures.append((layers, "experts per patch, layer by layer", "every layer at one moment"))
+        return [_image(png, alt=alt, label=label) for png, alt, label in figures]
+    return []

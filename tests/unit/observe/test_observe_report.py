@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from html.parser import HTMLParser
@@ -17,6 +18,8 @@ from ecdit_train import run_folder as folder
 from ecdit_train.errors import RunFolderError
 from ecdit_train.observe import figures
 from ecdit_train.observe.charts import Curve, line_chart, smooth
+from ecdit_train.observe.curves import GROUPS, MAX_ROWS, charts, columns
+from ecdit_train.observe.explorer import pack
 from ecdit_train.observe.figures import allocation_heatmap, allocation_layers, sample_grid
 from ecdit_train.observe.page import short
 from ecdit_train.observe.report import MAX_GRIDS, write_report
@@ -80,11 +83,11 @@ def test_heatmap_differs_where_counts_differ(tmp_path: Path) -> None:
 def test_all_panels_share_one_colour_scale_from_zero(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Any] = []
 
-    def keep(figure: object, path: Path) -> Path:
+    def keep(figure: object) -> bytes:
         drawn.append(figure)
-        return path
+        return b""
 
-    monkeypatch.setattr(figures, "save", keep)
+    monkeypatch.setattr(figures, "png_of", keep)
     maps = routing_maps(100)
     for most, limits in ((6, (-0.5, 6.5)), (40, (0, 40))):  # one colour per count, then a continuous scale
         maps.counts[:] = 1
@@ -149,7 +152,7 @@ class Links(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.images += tag == "img"
         self.found += [v or "" for k, v in attrs if k in ("src", "href", "srcset", "action", "data")]
-        if tag not in ("meta", "img", "input", "line", "circle", "polyline", "br"):
+        if tag not in ("meta", "link", "img", "input", "line", "circle", "polyline", "br"):
             self.stack.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
@@ -169,13 +172,13 @@ def test_report_is_whole_and_stands_alone(run: Path) -> None:
     assert path == run / "report.html"
     page = path.read_text()
     links = parse(page)
-    assert all(v.startswith("data:image/png;base64,") for v in links.found)
+    assert all(v.startswith(("data:image/png;base64,", "#")) or v == "data:," for v in links.found)
     assert not re.search(r"(src|href)\s*=\s*[\"']?\s*(https?:)?//", page)
     assert "@import" not in page
     assert "url(" not in page
     for step in (166, 333, 500):
         assert f'data-label="step {step:,}"' in page
-    assert links.images == 3 + 4 + 1  # grids, one heatmap per prompt, the layers at one moment
+    assert links.images == 3 + 4 + 1  # grids, one still heatmap per prompt, the layers at one moment
     for text in (
         "demo_shapes",
         "expert_choice",
@@ -188,10 +191,37 @@ def test_report_is_whole_and_stands_alone(run: Path) -> None:
         assert text in page
 
 
-def test_report_of_a_bare_folder(tmp_path: Path) -> None:
-    parse(write_report(tmp_path).read_text())
-    with pytest.raises(RunFolderError):
-        write_report(tmp_path / "missing")
+def test_report_of_a_run_that_has_nothing_yet(tmp_path: Path) -> None:
+    (tmp_path / "resolved.yaml").write_text("experiment: e\n")
+    page = write_report(tmp_path).read_text()
+    parse(page)
+    assert 'id="learning" open hidden' in page
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (
+            "runs",
+            "runs: not a run; a run folder holds resolved.yaml, metrics.jsonl or metrics/. Below it: runs/demo, runs/x/deep",
+        ),
+        ("runs/demo/samples", "not a run; .* Did you mean runs/demo?"),
+        ("runs/dmeo", "no such folder; .* Near it: runs/demo"),
+        ("runs/demo/resolved.yaml", "not a folder; .* Did you mean runs/demo?"),
+        ("sweep", "This is a sweep: `ecdit compare sweep`, or name one of its runs: sweep/a"),
+        ("empty", "not a run; .* Near it: "),
+    ],
+)
+def test_what_is_no_run_is_refused(asked: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("runs/demo/samples", "runs/x/deep", "sweep/a", "empty"):
+        Path(name).mkdir(parents=True)
+    for run in ("runs/demo", "runs/x/deep", "sweep/a"):
+        Path(run, "resolved.yaml").write_text("{}")
+    Path("sweep/sweep.json").write_text("{}")
+    with pytest.raises(RunFolderError, match=said.replace("?", r"\?")):
+        write_report(Path(asked))
+    assert not list(tmp_path.rglob("report.html"))
 
 
 def test_report_survives_damage_and_hides_secrets(tmp_path: Path) -> None:
@@ -211,7 +241,7 @@ def test_report_survives_damage_and_hides_secrets(tmp_path: Path) -> None:
     parse(page)
     assert "<b>x</b>" not in page
     assert "<i>" not in page  # names, values, prompts
-    assert page.count("&lt;i&gt;") == 8
+    assert page.count("&lt;i&gt;") == 10
     assert "abcdef" not in page
 
 
@@ -226,16 +256,127 @@ def test_what_a_router_of_ones_own_reports_is_drawn(tmp_path: Path) -> None:
     assert '<svg viewBox="0 0 640 280" role="img" aria-label="kept">' in page
     assert 'aria-label="Auxiliary losses"' in page
     assert page.count("</i>layer 2<b>") == 1
+    assert ">moe/L{n}/kept<" in page  # what it is called in the log
     assert "router Toy (share 0.25), num_experts 4, experts Gelu" in page
 
 
 def test_a_long_run_keeps_first_and_last_grid(tmp_path: Path) -> None:
+    (tmp_path / "resolved.yaml").write_text("{}")
     for step in range(1, MAX_GRIDS + 12):
         sample_grid(np.full((1, 8, 8, 3), step, np.uint8), [""], folder.samples_path(tmp_path, step=step), scale=8)
     page = write_report(tmp_path).read_text()
     assert parse(page).images == MAX_GRIDS
     assert 'data-label="step 1"' in page
     assert f'data-label="step {MAX_GRIDS + 11}"' in page
+
+
+def test_a_gap_is_drawn_where_a_value_is_not_finite(tmp_path: Path) -> None:
+    log = [{"step": n, "time": n, "optim/lr": None if n == 3 else n / 9} for n in range(1, 7)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    page = write_report(tmp_path).read_text()
+    assert page.count("<polyline") == 2
+    found = json.loads(re.search(r'id="data-curves">(.*?)</script>', page)[1])
+    assert found["series"]["optim/lr"]["y"][1:4] == [0.22222, None, 0.44444]
+
+
+def test_a_long_log_keeps_its_largest_values() -> None:
+    """Rows of a long log are put together; a spike stays one where the metric is a largest value, and means stay means."""
+    log = [{"step": n, "time": n, "optim/grad_norm_max": 1.0, "train/loss": float(n % 2)} for n in range(10 * MAX_ROWS)]
+    log[7777]["optim/grad_norm_max"] = 50.0
+    found = columns(log)
+    assert len(found.steps) == MAX_ROWS
+    assert found.steps[-1] == 10 * MAX_ROWS - 1
+    assert found.values["optim/grad_norm_max"].count(50.0) == 1
+    assert set(found.values["train/loss"]) == {0.5}
+
+
+def test_everything_that_is_logged_has_a_curve() -> None:
+    names = [
+        *(
+            "train/loss",
+            "validation/loss",
+            "optim/lr",
+            "train/toy_loss",
+            "moe/entropy",
+            "moe/L2/entropy",
+            "moe/L10/entropy",
+        ),
+        *(
+            "moe/dropped_everywhere_frac",
+            "diffusion/loss_t0",
+            "diffusion/loss_t9",
+            "mem/gib",
+            "data/bad/Torn",
+            "ckpt/step",
+        ),
+    ]
+    found = columns([{"step": 1, "time": 0} | dict.fromkeys(names, 1.0)])
+    drawn = {key: chart for name in GROUPS for chart in charts(name, found) for key in chart.keys}
+    assert set(names) - set(drawn) == {"moe/entropy"}  # its layers are drawn
+    assert list(drawn["moe/L2/entropy"].keys.values()) == ["layer 2", "layer 10"]
+    assert drawn["diffusion/loss_t0"] is drawn["diffusion/loss_t9"]
+    assert len({c.name for c in drawn.values()}) == len({id(c) for c in drawn.values()})
+
+
+# --- routing maps of a page ------------------------------------------------------------------------------------------
+
+
+def test_maps_are_embedded_within_their_bound(run: Path, tmp_path: Path) -> None:
+    whole = pack(run)
+    assert [e["step"] for e in whole["steps"]] == [333]
+    assert whole["note"] == ""
+    for step in (100, 200, 300, 400):
+        routing_maps(step).save(folder.routing_path(tmp_path, step=step))
+    (tmp_path / "routing/step_00000500.npz").write_bytes(b"rubbish")
+    one = 5 * 3 * 64  # bytes of a picture
+    for room, prompts, steps, times in ((10**6, 4, 4, 5), (4 * one, 2, 2, 5), (one, 1, 1, 5), (one // 2, 1, 1, 2)):
+        found = pack(tmp_path, max_bytes=room * 4 // 3 + 1)
+        assert sum(len(e["chosen"]) for e in found["steps"]) <= room * 4 // 3 + 8 * steps
+        assert [len(e["prompts"]) for e in found["steps"]] == [prompts] * steps
+        assert found["steps"][-1]["step"] == 400
+        assert len(found["steps"][-1]["timesteps"]) == times
+        assert (found["note"] == "") is (room == 10**6)
+    assert "1 of 4 prompts, 2 of 5 timesteps, 1 of 4 saved steps" in found["note"]
+    assert pack(tmp_path / "none") is None
+
+
+def test_older_maps_count_without_names(tmp_path: Path) -> None:
+    maps = routing_maps(100)
+    type(maps)(**{**vars(maps), "chosen": None}).save(folder.routing_path(tmp_path, step=100))
+    found = pack(tmp_path)
+    entry = found["steps"][0]
+    assert entry["chosen"] is None
+    counts = np.frombuffer(base64.b64decode(entry["counts"]), np.uint8).reshape(4, 5, 3, 8, 8)
+    np.testing.assert_array_equal(counts, np.moveaxis(maps.counts, 2, 0))
+    assert "do not name them" in found["note"]
+
+
+def test_where_compute_goes_is_drawn(tmp_path: Path) -> None:
+    table = {"mean": [[2.5], [3.0]], "spread": [[0.25], [None]]}
+    kind = {
+        "pictures": 8,
+        "timesteps": [0.1, 0.9],
+        "says": "object patches get more",
+        "on_object": table,
+        "on_background": table,
+    }
+    about = {
+        "step": 7,
+        "weights": "ema",
+        "layers": [4],
+        "experts": 8,
+        "capacity_factor": 2.0,
+        "scope": "image",
+        "seeds": 3,
+    }
+    (tmp_path / "resolved.yaml").write_text("{}")
+    (tmp_path / "allocation").mkdir()
+    for made, shown in (({**about, "kinds": {"true": kind}}, True), ({"kinds": {"true": {}}}, False)):
+        folder.allocation_path(tmp_path, step=7).write_text(json.dumps(made))
+        page = write_report(tmp_path).read_text()
+        parse(page)
+        assert ("object patches get more" in page) is shown
+        assert ("2.50 ± 0.25" in page) is shown
 
 
 def test_samples_say_how_they_were_drawn(run: Path) -> None:

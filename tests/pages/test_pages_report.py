@@ -1,0 +1,394 @@
+"""The report in a real browser, as its readers use it: on a desktop, on a phone, in the dark, by keys alone, on paper."""
+
+from __future__ import annotations
+
+import os
+import re
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from observe_demo_run import build
+
+from ecdit_train import run_folder as folder
+from ecdit_train.observe.journal import read_records
+from ecdit_train.observe.report import write_report
+from ecdit_train.observe.routing import RoutingMaps
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("runs") / "demo", steps=1000)
+
+
+@pytest.fixture(scope="module")
+def url(run: Path) -> str:
+    return write_report(run).as_uri()
+
+
+@pytest.fixture(scope="module")
+def maps(run: Path) -> RoutingMaps:
+    """The newest, which the explorer starts with."""
+    return RoutingMaps.load(folder.by_step(run / folder.ROUTING, suffix=".npz")[-1][1])
+
+
+def set_range(page: Any, selector: str, value: int) -> None:
+    page.eval_on_selector(
+        selector,
+        "(knob, value) => { knob.value = value; knob.dispatchEvent(new Event('input', {bubbles: true})); }",
+        value,
+    )
+
+
+def whole_width(page: Any) -> bool:
+    """Nothing makes the page itself scroll sideways."""
+    return bool(page.evaluate("document.documentElement.scrollWidth <= innerWidth"))
+
+
+def test_the_page_is_quiet_and_asks_nobody(url: str, look: Callable[..., Any]) -> None:
+    for how in ({}, {"dark": True}, {"phone": True}, {"java_script_enabled": False}):
+        opened = look(url, **how)
+        assert opened.page.title() == "demo"
+        assert whole_width(opened.page)
+        opened.fine()
+
+
+# --- charts ----------------------------------------------------------------------------------------------------------
+
+
+def x_ticks(page: Any) -> list[str]:
+    return list(page.locator("#chart-loss svg text[text-anchor=middle]").all_text_contents())
+
+
+def test_a_chart_zooms_by_drag_and_wheel_and_shows_all_again(url: str, look: Callable[..., Any]) -> None:
+    opened = look(url)
+    page = opened.page
+    box = page.locator("#chart-loss .plot").bounding_box()
+    whole = x_ticks(page)
+    middle = box["y"] + box["height"] / 2
+    page.mouse.move(box["x"] + 0.5 * box["width"], middle)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 0.7 * box["width"], middle, steps=4)
+    page.mouse.up()
+    zoomed = x_ticks(page)
+    assert zoomed != whole
+    steps = [int(t.replace(",", "")) for t in zoomed]
+    assert min(steps) > 440
+    assert max(steps) < 740
+    page.mouse.dblclick(box["x"] + 0.5 * box["width"], middle)
+    assert x_ticks(page) == whole
+    scrolled = page.evaluate("scrollY")
+    page.keyboard.down("Control")
+    page.mouse.wheel(0, -200)
+    page.keyboard.up("Control")
+    page.wait_for_function("!document.querySelector('#chart-loss [data-do=reset]').hidden")
+    assert x_ticks(page) != whole
+    assert page.evaluate("scrollY") == scrolled
+    page.get_by_role("button", name="Loss: whole curve").click()
+    assert x_ticks(page) == whole
+    opened.fine()
+
+
+def test_keys_read_every_value_of_the_log(run: Path, url: str, look: Callable[..., Any]) -> None:
+    """Arrows go from record to record; what is read is what the log says."""
+    records = read_records(run)
+    opened = look(url)
+    page = opened.page
+    page.evaluate("document.querySelector('#chart-loss .plot').focus()")
+    page.keyboard.press("End")
+    for back in range(3):
+        record = records[-1 - back]
+        said = page.locator("#chart-loss .legend").inner_text()
+        assert f"step {record['step']:,}" in said
+        raw = float(re.search(r"\(([\d.e-]+)\)", said)[1])
+        assert raw == pytest.approx(record["train/loss"], rel=1e-3)
+        page.keyboard.press("ArrowLeft")
+    page.keyboard.press("Home")
+    assert "step 10" in page.locator("#chart-loss .legend output").inner_text()
+    assert "training" in page.locator("#chart-loss .legend output .unseen").text_content()  # for those who hear it
+    before = x_ticks(page)
+    page.keyboard.press("+")
+    assert x_ticks(page) != before
+    page.keyboard.press("0")
+    assert x_ticks(page) == before
+    scale = page.locator("#chart-loss .scale")
+    logarithmic = "log" in scale.inner_text()
+    page.keyboard.press("l")
+    assert ("log" in scale.inner_text()) is not logarithmic
+    opened.fine()
+
+
+def test_axis_smoothing_and_curves_can_be_chosen(url: str, look: Callable[..., Any]) -> None:
+    opened = look(url)
+    page = opened.page
+    assert page.locator("#chart-loss svg path").count() == 2  # the mean and the records
+    strong = page.locator("#chart-loss path.curve").get_attribute("d")
+    set_range(page, "#smoothing", 0)
+    assert page.locator("#chart-loss svg path").count() == 1
+    assert page.locator("#chart-loss path.curve").get_attribute("d") != strong
+    assert page.locator("#smoothing").get_attribute("aria-valuetext") == "none"
+    page.locator("#x-axis").select_option("images")
+    assert "images" in page.locator("#chart-loss .plot").text_content()
+    assert x_ticks(page)[-1].replace(",", "") == "60000"  # 64 an update
+    page.locator("#x-axis").select_option("time")
+    assert "hours" in page.locator("#chart-loss .plot").text_content()
+    largest = page.locator("#chart-gradient-norm .legend button").nth(1)
+    assert page.locator("#chart-gradient-norm path.curve").count() == 2
+    largest.click()
+    assert largest.get_attribute("aria-pressed") == "false"
+    assert page.locator("#chart-gradient-norm path.curve").count() == 1
+    opened.fine()
+
+
+# --- samples, sections, colours ------------------------------------------------------------------------------------
+
+
+def test_samples_follow_the_slider_with_their_prompts(url: str, look: Callable[..., Any]) -> None:
+    page = look(url).page
+    slider = page.get_by_role("slider", name="training step").first
+    shown = page.locator(".slide.on")
+    assert "step 1,000" in shown.inner_text()
+    assert "a red circle" in shown.inner_text()
+    slider.focus()
+    page.keyboard.press("Home")
+    assert shown.count() == 1
+    assert "step 166" in shown.inner_text()
+    assert slider.get_attribute("aria-valuetext") == "step 166"
+    page.get_by_role("button", name="Play").click()
+    page.wait_for_function("document.querySelector('.slide.on').dataset.label === 'step 333'")
+
+
+def contrast(page: Any, selector: str) -> float:
+    """Of a text against the page (WCAG)."""
+    colors = page.eval_on_selector(
+        selector,
+        """text => { let box = text; while (getComputedStyle(box).backgroundColor === 'rgba(0, 0, 0, 0)') box = box.parentElement;
+        return [getComputedStyle(text).color, getComputedStyle(box).backgroundColor]; }""",
+    )
+    light = []
+    for color in colors:
+        r, g, b = (int(c) / 255 for c in re.findall(r"\d+", color)[:3])
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (r, g, b)]
+        light.append(0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2])
+    return (max(light) + 0.05) / (min(light) + 0.05)
+
+
+def test_dark_follows_the_system_and_the_switch(url: str, look: Callable[..., Any]) -> None:
+    def ground(page: Any) -> int:
+        return int(re.findall(r"\d+", page.evaluate("getComputedStyle(document.body).backgroundColor"))[0])
+
+    for dark in (False, True):
+        page = look(url, dark=dark).page
+        assert (ground(page) < 40) is dark
+        for text in ("h1", ".lead", ".note", ".tile span", ".legend button", ".places a", ".about summary"):
+            assert contrast(page, text) >= 4.5, (text, dark)
+        page.get_by_role("button", name="colours").click()  # light
+        assert ground(page) > 200
+        page.get_by_role("button", name="colours").click()  # dark
+        assert ground(page) < 40
+        page.reload()
+        assert ground(page) < 40
+
+
+def test_a_phone_sees_every_column_and_a_short_page(url: str, look: Callable[..., Any]) -> None:
+    opened = look(url, phone=True)
+    page = opened.page
+    assert page.evaluate("document.documentElement.scrollHeight") < 4000
+    page.locator("#values > summary").click()
+    question = page.get_by_text("Is it learning?").last
+    box = question.bounding_box()
+    assert 0 <= box["x"] <= box["x"] + box["width"] <= 390
+    for section in ("explorer", "routing", "speed", "evaluation", "configuration"):
+        page.locator(f"#{section} > summary").click()
+    assert whole_width(page)
+    page.locator("#explorer").scroll_into_view_if_needed()
+    page.locator(".map canvas").tap()
+    assert "Patch at row 5, column 5" in page.locator(".patch").inner_text()
+    opened.fine()
+
+
+def test_keys_alone_reach_everything(url: str, look: Callable[..., Any]) -> None:
+    page = look(url).page
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.className") == "skip"
+    assert page.locator(".skip").bounding_box()["x"] >= 0
+    seen, hidden = set(), []
+    for _ in range(300):
+        page.keyboard.press("Tab")
+        name, outline, width = page.evaluate(
+            """() => { const at = document.activeElement, style = getComputedStyle(at), box = at.getBoundingClientRect();
+            return [at.id || at.className || at.dataset.set || at.tagName, style.outlineStyle, box.width]; }"""
+        )
+        if name == "BODY":
+            break
+        seen.add(name)
+        if outline == "none" or not width:
+            hidden.append(name)
+    assert hidden == []
+    assert {"theme", "x-axis", "smoothing", "plot", "map", "step", "layer", "time", "opacity", "expert"} <= seen
+
+
+def test_paper_shows_every_section_and_no_controls(url: str, look: Callable[..., Any]) -> None:
+    page = look(url, dark=True).page
+    page.locator("#speed > summary").click()
+    page.emulate_media(media="print", color_scheme=None)
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert page.evaluate("[...document.querySelectorAll('details.section:not([hidden])')].every(d => d.open)")
+    for control in (".bar", ".sliders", ".slider", ".tools"):
+        assert not page.locator(control).first.is_visible()
+    assert page.locator(".still img").first.is_visible()
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert not page.evaluate("document.querySelector('#speed').open")
+    pdf = page.pdf()
+    assert pdf.startswith(b"%PDF")
+    pages = re.findall(rb"/Type\s*/Page\b", pdf + b"".join(_streams(pdf)))
+    assert 3 <= len(pages) <= 16
+
+
+def _streams(pdf: bytes) -> list[bytes]:
+    found = []
+    for stream in re.findall(rb"stream\r?\n(.*?)endstream", pdf, flags=re.DOTALL):
+        try:
+            found.append(zlib.decompress(stream))
+        except zlib.error:
+            continue
+    return found
+
+
+# --- the explorer: what it shows is what the file says -----------------------------------------------------------------
+
+
+def numbers(page: Any) -> np.ndarray:
+    """(side, side) of the open table below the map."""
+    cells = page.eval_on_selector_all(
+        ".numbers td + td, .numbers th + td", "cells => cells.map(c => Number(c.textContent))"
+    )
+    side = int(len(cells) ** 0.5)
+    return np.array(cells).reshape(side, side)
+
+
+def matrix(page: Any, which: int) -> np.ndarray:
+    """(rows, E) of a matrix of a patch's experts."""
+    return np.array(
+        page.eval_on_selector(
+            f".matrices > .scroll:nth-of-type({which + 1}) tbody",
+            "body => [...body.rows].map(r => [...r.cells].slice(1, -1).map(c => Number(c.textContent || 0)))",
+        )
+    )
+
+
+def test_counts_and_experts_are_those_of_the_file(url: str, maps: RoutingMaps, look: Callable[..., Any]) -> None:
+    opened = look(url)
+    page = opened.page
+    page.locator(".numbers > summary").click()
+    T, L = len(maps.timesteps), len(maps.layers)
+    for b, t, layer, expert in (
+        (0, 0, 0, None),
+        (2, T - 1, 1, None),
+        (1, 2, L - 1, 3),
+        (3, T - 1, 0, maps.experts - 1),
+    ):
+        page.get_by_role("radio", name=maps.prompts[b]).click()
+        set_range(page, "[data-set=time]", t)
+        set_range(page, "[data-set=layer]", layer)
+        page.locator("[data-set=expert]").select_option("" if expert is None else str(expert))
+        taken = maps.experts_at(t, layer=layer, image=b)
+        should = maps.counts[t, layer, b] if expert is None else taken[..., expert]
+        np.testing.assert_array_equal(numbers(page), should)
+        total = page.locator(".total").inner_text()
+        assert f"Layer {maps.layers[layer]}, t = {maps.timesteps[t]:.2f}, step {maps.step:,}" in total
+        if expert is None:
+            assert f"{int(should.sum())} choices over {should.size} patches" in total
+            assert f"{int((should == 0).sum())} (" in total
+        else:
+            assert f"expert {expert + 1} takes {int(should.sum())} of {should.size} patches" in total
+            assert maps.prompts[b] in total
+        sums = page.eval_on_selector_all(".multiples button", "all => all.map(b => Number(b.dataset.sum))")
+        each = [
+            maps.counts[n, m, b].sum() if expert is None else maps.experts_at(n, layer=m, image=b)[..., expert].sum()
+            for m in range(L)
+            for n in range(T)
+        ]
+        assert sums == each
+    opened.fine()
+
+
+def test_a_patch_shows_its_experts_over_time_and_training(
+    run: Path, url: str, maps: RoutingMaps, look: Callable[..., Any]
+) -> None:
+    page = look(url).page
+    set_range(page, "[data-set=time]", 1)
+    set_range(page, "[data-set=layer]", 2)
+    side = maps.counts.shape[-1]
+    box = page.locator(".map canvas").bounding_box()
+    cell = box["width"] / side
+    page.locator(".map canvas").click(position={"x": 2.5 * cell, "y": 5.5 * cell})
+    row, column = 5, 2
+    found = np.flatnonzero(maps.experts_at(1, layer=2, image=0)[row, column])
+    said = page.locator(".patch").inner_text()
+    assert f"row {row + 1}, column {column + 1}" in said
+    assert said.count("expert") >= 1
+    assert [int(n) - 1 for n in re.findall(r"\d+", said.partition("(")[2])] == found.tolist()
+    over_time = np.stack([maps.experts_at(t, layer=2, image=0)[row, column] for t in range(len(maps.timesteps))])
+    np.testing.assert_array_equal(matrix(page, 0), over_time)
+    files = [RoutingMaps.load(path) for _, path in folder.by_step(run / folder.ROUTING, suffix=".npz")]
+    over_training = np.stack([m.experts_at(1, layer=2, image=0)[row, column] for m in files])
+    np.testing.assert_array_equal(matrix(page, 1), over_training)
+    page.locator(".map").focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowUp")
+    assert f"row {row}, column {column + 2}" in page.locator(".patch").inner_text()
+    page.keyboard.press("Escape")
+    assert "Click a patch" in page.locator(".patch").inner_text()
+
+
+def test_the_overlay_is_where_the_expert_works(url: str, maps: RoutingMaps, look: Callable[..., Any]) -> None:
+    page = look(url).page
+    set_range(page, "[data-set=opacity]", 100)
+    set_range(page, "[data-set=time]", 4)
+    set_range(page, "[data-set=layer]", 0)
+    page.locator("[data-set=expert]").select_option("2")
+    side = maps.counts.shape[-1]
+    red = page.eval_on_selector(
+        ".map canvas",
+        """(canvas, side) => { const cell = canvas.width / side, context = canvas.getContext('2d');
+        return Array.from({length: side * side}, (_, k) => {
+          const [r, g] = context.getImageData((k % side + 0.5) * cell, (Math.floor(k / side) + 0.5) * cell, 1, 1).data;
+          return r > 200 && g < 60; }); }""",
+        side,
+    )
+    np.testing.assert_array_equal(np.array(red).reshape(side, side), maps.experts_at(4, layer=0, image=0)[..., 2])
+
+
+def test_training_steps_can_be_chosen_and_small_maps_lead_there(run: Path, url: str, look: Callable[..., Any]) -> None:
+    page = look(url).page
+    first = RoutingMaps.load(folder.by_step(run / folder.ROUTING, suffix=".npz")[0][1])
+    page.locator("[data-set=step]").focus()
+    page.keyboard.press("Home")
+    page.locator(".multiples button[data-at='1 3']").click()
+    total = page.locator(".total").inner_text()
+    assert f"Layer {first.layers[1]}, t = {first.timesteps[3]:.2f}, step {first.step:,}" in total
+    assert f"{int(first.counts[3, 1, 0].sum())} choices" in total
+
+
+def test_pictures_for_the_documents(url: str, look: Callable[..., Any], shot: Callable[..., None]) -> None:
+    """They show a real run where one is named; the tests above hold for a made-up one."""
+    real = os.environ.get("ECDIT_PICTURES_OF")
+    shown = write_report(Path(real)).as_uri() if real else url
+    for name, how in (("", {}), ("-dark", {"dark": True}), ("-phone", {"phone": True})):
+        page = look(shown, **how).page
+        shot(page, f"report{name}")
+        page.add_style_tag(content=".bar { position: static !important; }")
+        page.eval_on_selector("#explorer", "section => { section.open = true; }")
+        page.locator(".map").focus()
+        page.keyboard.press("ArrowLeft")
+        assert "expert" in page.locator(".patch").inner_text()
+        page.evaluate("document.activeElement.blur()")
+        shot(page.locator("#explorer"), f"explorer{name}")
+        if not name:
+            page.locator("[data-set=expert]").select_option("3")
+            shot(page.locator("#explorer"), "explorer-expert")
