@@ -36,7 +36,19 @@ OVERRIDES = "Hydra words: experiment=NAME, GROUP=CHOICE, section.key=value, +key
 INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 """What Hydra can print about a composition."""
 
-NEEDS_WORDS = ("train", "resume", "sample", "evaluate", "allocation", "launch", "report", "compare", "merge", "study")
+NEEDS_WORDS = (
+    "train",
+    "resume",
+    "sample",
+    "evaluate",
+    "allocation",
+    "launch",
+    "report",
+    "compare",
+    "play",
+    "merge",
+    "study",
+)
 """Verbs that explain themselves when nothing else is said."""
 
 RANKS = ("train", "resume", "sample", "evaluate", "allocation")
@@ -232,7 +244,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     _config_dir(checkpoint_verbs.add_merge(verb))
 
-    look_verbs.declare(verb)
+    look_verbs.declare(verb, config_dir=_config_dir)
 
     p = verb(
         "plan",

@@ -14,7 +14,7 @@ from ecdit_train import errors
 from ecdit_train.drawing import written
 
 
-def declare(verb: Any) -> None:
+def declare(verb: Any, *, config_dir: Any) -> None:
     p = verb(
         "compare",
         compare,
@@ -55,6 +55,19 @@ def declare(verb: Any) -> None:
     )
     p.add_argument("--port", type=_port, default=0, metavar="N", help="with --serve: its port (default: a free one)")
 
+    p = verb(
+        "play",
+        play,
+        "type a prompt, see the picture come out of noise with the experts' map over it; a page on 127.0.0.1 until Ctrl-C\n\n"
+        "  ecdit play runs/demo\n"
+        "  ecdit play runs/demo --step 500 --weights raw --port 8000",
+    )
+    p.add_argument("run", help="run folder, or a pipeline folder of `ecdit ckpt export form=pipeline`")
+    p.add_argument("--step", type=_step, metavar="N", help="a committed step (default: the newest)")
+    p.add_argument("--weights", choices=("ema", "raw"), default="ema", help="averaged (default) or raw")
+    p.add_argument("--port", type=_port, default=0, metavar="N", help="its port (default: a free one)")
+    config_dir(p)
+
 
 def compare(args: argparse.Namespace) -> int:
     from ecdit_train import comparison
@@ -91,6 +104,28 @@ def report(args: argparse.Namespace) -> int:
     return errors.EXIT_OK
 
 
+def play(args: argparse.Namespace) -> int:
+    from ecdit_train.run_folder import RESOLVED
+
+    if not (Path(args.run) / RESOLVED).exists() and not (Path(args.run) / "model_index.json").exists():
+        from ecdit_train.observe.which_run import run_folder
+
+        run_folder(args.run)  # says what is there instead
+    print(f"reading the weights of {args.run} ...", file=sys.stderr, flush=True)
+    from ecdit_train.opened import open_run
+    from ecdit_train.play import Playground
+
+    run = open_run(args.run, step=args.step, weights=args.weights, config_dir=args.config_dir)
+    run.read()  # what is wrong with them is said here, not in the page
+    try:
+        with Playground(run).server(port=args.port) as served:
+            print(f"{served.url}  (Ctrl-C ends it)\nfrom a machine of your own: {served.tunnel()}", flush=True)
+            served.serve_forever()
+    except KeyboardInterrupt:
+        print()
+    return errors.EXIT_OK
+
+
 def _serve(runs: Sequence[Path], *, port: int) -> int:
     """Until Ctrl-C."""
     try:
@@ -102,6 +137,12 @@ def _serve(runs: Sequence[Path], *, port: int) -> int:
     except KeyboardInterrupt:
         print()
     return errors.EXIT_OK
+
+
+def _step(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a step, 0 or more")
+    return int(text)
 
 
 def _port(text: str) -> int:

@@ -128,6 +128,16 @@ class OpenRun:
         """Updates behind the weights; reads them."""
         return self._pipeline[1]
 
+    def read(self) -> None:
+        """Read the weights now.
+
+        Raises:
+            CheckpointError: no such step, or it is damaged.
+            EncoderError: an encoder is not where the run says.
+            ConfigError: the run's shards held what its encoders would make, so there is nothing to draw with.
+        """
+        _ = self._pipeline
+
     def records(self) -> list[dict[str, Any]]:
         """What the run logged: each step once, in order, by the names of docs/reference/metrics.md. A pipeline has none."""
         return read_records(self.folder)

@@ -29,6 +29,7 @@ VERBS = {
     "sample": ["WORD", "prompts=@FILE", "sample.guidance", "weights=ema|raw", "encoders sections", "--config-dir"],
     "evaluate": ["WORD", "split=all|train|heldout", "tasks=[A,B,...]", "encoders sections"],
     "allocation": ["WORD", "seeds=N", "pictures=FOLDER", "Figure 6", "--config-dir"],
+    "play": ["--step", "--weights", "--port", "127.0.0.1", "--config-dir"],
     "study": ["routing"],
     "study routing": ["arms=[A,B,...]", "size=small|gpu", "--config-dir"],
     "compare": ["run folders and sweep folders", "--html", "--png", "--tolerance", "--json"],

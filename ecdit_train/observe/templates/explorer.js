@@ -81,7 +81,7 @@ const explorer = {
   // New maps; what was chosen stays chosen where it still exists.
   update(data) {
     if (!this.box) return;
-    this.maps = data.steps.map(entry => new Maps(entry));
+    this.maps = data.steps.map(entry => (entry instanceof Maps ? entry : new Maps(entry)));
     this.pictures = new Map();
     this.made = null;
     this.draw();
@@ -159,8 +159,10 @@ const explorer = {
     });
   },
 
-  paint(canvas, values, most, opacity) {
-    const { maps, image } = this.now, context = canvas.getContext('2d'), picture = this.picture(maps.pictures[image]);
+  // `frames`: where the picture looked otherwise at each timestep.
+  paint(canvas, values, most, opacity, t = this.now.t) {
+    const { maps, image } = this.now, context = canvas.getContext('2d');
+    const picture = this.picture(maps.frames ? maps.frames[t] : maps.pictures[image]);
     const cell = canvas.width / maps.side;
     context.imageSmoothingEnabled = false;
     context.globalAlpha = 1;
@@ -277,7 +279,7 @@ const explorer = {
       const values = expert === null ? maps.count(image, n, l) : maps.taken(image, n, l, expert);
       button.setAttribute('aria-pressed', String(l === layer && n === t));
       button.dataset.sum = values.reduce((a, b) => a + b, 0);
-      this.paint(button.firstElementChild, values, most, this.state.opacity);
+      this.paint(button.firstElementChild, values, most, this.state.opacity, n);
     });
   },
 
