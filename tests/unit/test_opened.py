@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -164,3 +166,15 @@ def test_folders_that_cannot_be_opened(run, tmp_path) -> None:
     with pytest.raises(CheckpointError, match="no committed checkpoint of step 5"):
         open_run(run, step=5).draw(PROMPTS)
     assert (build.Path(run) / CHECKPOINTS).is_dir()
+
+
+def test_the_page_that_shows_it_runs_as_it_stands(run, capsys) -> None:
+    """Its blocks follow each other, as in a notebook."""
+    page = (Path(__file__).parents[2] / "docs/how-to/use-from-python.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 5
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(block.replace("runs/demo", run), names)
+    assert "t = 0.00, 2.00 experts a patch" in capsys.readouterr().out
+    assert names["losses"]
