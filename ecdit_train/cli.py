@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
@@ -60,7 +61,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser()
     line, after = submit_verbs.split(sys.argv[1:] if argv is None else argv)
     if _bare(line):
-        parser.parse_args([*line, "--help"])  # leaves with 0
+        with contextlib.suppress(SystemExit), contextlib.redirect_stdout(sys.stderr):
+            parser.parse_args([*line, "--help"])
+        sys.exit(2)
     args, rest = parser.parse_known_args(line)
     if rest and (not hasattr(args, "overrides") or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")

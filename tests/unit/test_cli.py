@@ -162,9 +162,9 @@ def test_nothing_given_is_a_usage_error(capsys):
 
 
 def test_a_bug_is_not_dressed_up_as_a_users_mistake(monkeypatch):
-    monkeypatch.setattr(cli, "report", lambda _: 1 / 0)
+    monkeypatch.setattr(cli, "plan", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        cli.main(["report", "x"])
+        cli.main(["plan"])
 
 
 def test_the_exit_code_is_left_for_the_job_script(monkeypatch, tmp_path):
