@@ -10,6 +10,7 @@ from cli_commands import ecdit
 from tiny_runs import configure, words
 
 from ecdit_train import cli, header
+from ecdit_train.config.compose import compose
 from ecdit_train.plan import parameters
 
 
@@ -19,7 +20,7 @@ def test_it_needs_no_torch() -> None:
 
 
 def test_it_says_what_runs_where(tmp_path) -> None:
-    config = configure(tmp_path / "run", "shards", "parallel.ep=2", "parallel.dp_shard=-1")
+    config = compose(words(tmp_path / "run", "shards", "parallel.ep=2", "parallel.dp_shard=-1"), local=False)
     first, second = header.opening(config, version="9.9", world=8, goes_on=False).splitlines()
     assert first == f"ecdit 9.9: shapes_tiny starts in {tmp_path / 'run'} on 8 ranks (shard 8, ep 2)"
     assert "2 layers of width 64, 4 experts in 1 of them (ExpertChoice, 2 a token), 16 x 16 pixels" in second
