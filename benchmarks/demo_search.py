@@ -1,10 +1,11 @@
 """How the demo's configuration was chosen: train a candidate in memory for some CPU seconds, grade what it draws.
 
-    python -m benchmarks.demo_search seconds=200 [any ecdit override ...]
+    python -m benchmarks.demo_search seconds=200 [finish=0.2] [any ecdit override ...]
 
 Runs the trainer's own step on one thread, without shards, checkpoints or ranks, and prints a line of JSON at each quarter of
 the time: steps, loss, and the share of `colors` prompts ("a photo of a red circle") whose shape and colour the exact grader
-finds right (EMA weights, guidance as configured; chance is 1/32 for a generator that ignores the text). What was tried is in
+finds right (EMA weights, guidance as configured; chance is 1/32 for a generator that ignores the text). `finish` is the
+share of the time, at its end, in which no patch is masked. What was tried is in
 benchmarks/results/, and the choice with its reasons in docs/decisions/.
 """
 
@@ -37,7 +38,9 @@ from ecdit_train.train.step import train_step
 
 def main(words: list[str]) -> None:
     torch.set_num_threads(1)
-    own = dict(w.split("=", 1) for w in words if w.split("=")[0] in ("seconds", "mix", "scale", "count", "grid"))
+    own = dict(
+        w.split("=", 1) for w in words if w.split("=")[0] in ("seconds", "mix", "scale", "count", "grid", "finish")
+    )
     overrides = [w for w in words if w.split("=")[0] not in own]
     seconds = float(own.get("seconds", 200))
     mix = {k: float(v) for k, v in (part.split(":") for part in own.get("mix", "single_object:1,colors:4").split(","))}
@@ -52,12 +55,19 @@ def main(words: list[str]) -> None:
 
     parallel = spread(c, runtime.alone())
     state = TrainState.fresh(parallel.model, c.optim)
-    flow = Flow(config=c.diffusion, seed=c.train.seed, patch=c.model.patch, num_kept=c.tokens_per_image)
+    # The last share of the time on whole pictures, in groups of as many pictures.
+    finish = float(own.get("finish", 0))
+    group = c.moe.group_size * c.patches_per_image // c.tokens_per_image
+    whole = replace(c, diffusion=replace(c.diffusion, mask_ratio=0.0), moe=replace(c.moe, group_size=group))
+    stages = [
+        (stage, Flow(config=stage.diffusion, seed=c.train.seed, patch=c.model.patch, num_kept=stage.tokens_per_image))
+        for stage in (c, whole)
+    ]
     pipeline = SamplePipeline(parallel=parallel, text=text, codec=codec, config=c)
     wanted = [m for m in all_prompts(split="all") if m["tag"] == "colors"] * 2
     print(json.dumps({"parameters": sum(p.numel() for p in state.params.values()), "words": words}), flush=True)
 
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(c.train.seed)
     losses: list[float] = []
     drawing = 0.0
     for quarter in range(1, 5):
@@ -74,6 +84,7 @@ def main(words: list[str]) -> None:
                 if state.step < c.optim.warmup_steps
                 else int(c.optim.warmup_steps + share * (c.train.steps - c.optim.warmup_steps))
             )
+            stage, flow = stages[share > 1 - finish]
             result = train_step(
                 list(split(batch, size=c.train.microbatch)),
                 parallel=parallel,
@@ -81,7 +92,7 @@ def main(words: list[str]) -> None:
                 lr=learning_rate(step, c.optim, total_steps=c.train.steps),
                 max_norm=c.optim.clip_norm,
                 flow=flow,
-                group_tokens=c.group_tokens,
+                group_tokens=stage.group_tokens,
                 after=lambda: state.ema.update(state.step) if state.ema is not None else None,
             )
             state.step += 1
@@ -89,8 +100,9 @@ def main(words: list[str]) -> None:
         t = time.process_time()
         for guidance in (c.sample.guidance,) if quarter < 4 else (1.0, 2.0, 3.0, 5.0):
             how = replace(c.sample, guidance=guidance)
+            asked = wanted * (4 if quarter == 4 else 1)
             with state.ema.swapped_in() if state.ema is not None else nullcontext():
-                pictures = pipeline.draw([m["prompt"] for m in wanted], how=how, step=state.step)
+                pictures = pipeline.draw([m["prompt"] for m in asked], how=how, step=state.step)
             if "grid" in own and guidance == 2.0:
                 sample_grid(pictures.images[:32], pictures.prompts[:32], Path(own["grid"]), columns=8)
             print(
@@ -100,7 +112,7 @@ def main(words: list[str]) -> None:
                         "steps": state.step,
                         "loss": round(float(np.mean(losses[-50:])), 4),
                         "guidance": guidance,
-                        **shares(pictures.images, wanted),
+                        **shares(pictures.images, asked),
                     }
                 ),
                 flush=True,
