@@ -211,29 +211,37 @@ def test_the_page_follows_the_run_without_a_reload(run: Path, look: Callable[...
 
 
 def test_the_page_of_a_comparison(
-    run: Path, made: Path, tmp_path: Path, look: Callable[..., Any], shot: Callable[..., None]
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, look: Callable[..., Any], shot: Callable[..., None]
 ) -> None:
-    lines = (run / "metrics/0001.jsonl").read_text().splitlines()
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        shutil.copytree(made, f"runs/{name}")
+    log = Path("runs/b/metrics/0001.jsonl")
+    lines = log.read_text().splitlines()
     cut = [json.loads(line) for line in lines[:12]]
-    cut[-1]["train/loss"] = 0.5
-    (run / "metrics/0001.jsonl").write_text("".join(json.dumps(record) + "\n" for record in cut))
-    found = comparison.compared([str(made), str(run)])
+    for record in cut[8:]:
+        record["train/loss"] *= 1.5
+    log.write_text("".join(json.dumps(record) + "\n" for record in cut))
+    resolved = Path("runs/b/resolved.yaml")
+    resolved.write_text(resolved.read_text().replace("seed: 0", "seed: 1").replace("lr: 0.0003", "lr: 0.001"))
+    found = comparison.compared(["runs/a", "runs/b"])
     runs = [(r.letter, r.folder.name, r.folder) for r in found.runs]
     out = compare_page.write_page(tmp_path / "deep/er/c.html", runs=runs, told=found.told())
     for how in ({}, {"dark": True}, {"phone": True}):
         opened = look(out.as_uri(), **how)
         page = opened.page
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-        assert f"first apart at step {cut[-1]['step']}: train/loss" in page.locator("#runs").inner_text()
+        assert f"first apart at step {cut[8]['step']}: train/loss" in page.locator("#runs").inner_text()
         assert page.locator("#chart-train-loss path.curve").count() == 2
         opened.fine()
     page = look(out.as_uri()).page
+    assert page.locator("#configurations").get_by_text("0.001").count() == 1
     shot(page, "compare")
     page.evaluate("document.querySelector('#chart-train-loss .plot').focus()")
     page.keyboard.press("End")
     said = page.locator("#chart-train-loss .legend").inner_text()
     assert "step 200" in said  # where the shorter run has no record, its last one is read
     read = [float(n) for n in page.locator("#chart-train-loss .legend b").all_inner_texts()]
-    assert read == pytest.approx([json.loads(lines[-1])["train/loss"], 0.5], rel=1e-3)
+    assert read == pytest.approx([json.loads(lines[-1])["train/loss"], cut[-1]["train/loss"]], rel=1e-3)
     page.locator("#x-axis").select_option("images")
     assert page.locator("#chart-train-loss path.curve").count() == 2
