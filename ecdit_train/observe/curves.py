@@ -73,19 +73,22 @@ def columns(records: Records, *, only: Sequence[str] | None = None) -> Columns:
     """`only`: these metrics, else every number of the records."""
     records = [r for r in records if isinstance(r.get("step"), int)]
     names = dict.fromkeys(k for r in records for k, v in r.items() if v is None or _number(v))
-    keys = [k for k in names if k not in ("step", "time") and (only is None or k in only)]
-    rows = min(len(records), MAX_ROWS, max(MIN_ROWS, MAX_VALUES // max(1, len(keys))))
+    reductions = {k: about(k).reduction for k in names if k not in ("step", "time") and (only is None or k in only)}
+    rows = min(len(records), MAX_ROWS, max(MIN_ROWS, MAX_VALUES // max(1, len(reductions))))
     spans = list(pairwise(len(records) * i // rows for i in range(rows + 1))) if rows else []
-    values: dict[str, list[float | None]] = {}
+    values: dict[str, list[float | None]] = {key: [None] * rows for key in reductions}
     broken: dict[str, list[int]] = {}
-    for key in keys:
-        reduce = about(key).reduction
-        column = values[key] = []
-        for row, (a, b) in enumerate(spans):
-            found = [r[key] for r in records[a:b] if key in r]
-            finite = [float(v) for v in found if _number(v) and math.isfinite(v)]
-            column.append(_together(finite, reduce) if finite else None)
-            if found and not finite:
+    for row, (a, b) in enumerate(spans):
+        found: dict[str, list[Any]] = {}
+        for record in records[a:b]:
+            for key, value in record.items():
+                if key in reductions:
+                    found.setdefault(key, []).append(value)
+        for key, here in found.items():
+            finite = [float(v) for v in here if _number(v) and math.isfinite(v)]
+            if finite:
+                values[key][row] = _together(finite, reductions[key])
+            else:
                 broken.setdefault(key, []).append(row)
     times = [float(r["time"]) if _number(r.get("time")) else None for r in records]
     start = next((t for t in times if t is not None), 0.0)

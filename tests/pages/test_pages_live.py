@@ -104,7 +104,7 @@ def test_only_what_changed_is_sent_and_a_run_that_goes_back_is_shown_so(run: Pat
 
 
 def served_parts(served: Any, seen: str) -> Iterator[Any]:
-    """The records part once it is new: a part rests for ten times as long as it took to make."""
+    """The records part once it is new: a part rests for some times as long as it took to make."""
     for _ in range(300):
         parts = json.loads(get(served, f"/update.json?{seen}")[1])["parts"]
         if parts:
