@@ -394,3 +394,25 @@ def test_pictures_for_the_documents(url: str, look: Callable[..., Any], shot: Ca
         if not name:
             page.locator("[data-set=expert]").select_option("3")
             shot(page.locator("#explorer"), "explorer-expert")
+
+
+def test_two_fingers_zoom_a_chart(url: str, look: Callable[..., Any]) -> None:
+    opened = look(url, phone=True)
+    page = opened.page
+    box = page.locator("#chart-loss .plot").bounding_box()
+    y = box["y"] + box["height"] / 2
+    whole = x_ticks(page)
+    fingers = page.context.new_cdp_session(page)
+
+    def touch(kind: str, *xs: float) -> None:
+        points = [{"x": box["x"] + x * box["width"], "y": y, "id": n} for n, x in enumerate(xs)]
+        fingers.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+
+    touch("touchStart", 0.5, 0.6)
+    for spread in (0.02, 0.05, 0.1, 0.15):
+        touch("touchMove", 0.5 - spread, 0.6 + spread)
+    touch("touchEnd")
+    assert not page.locator("#chart-loss [data-do=reset]").is_hidden()
+    assert x_ticks(page) != whole
+    assert page.evaluate("visualViewport.scale") == 1  # the page itself stays
+    opened.fine()
