@@ -10,8 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from data_pipeline.errors import WrongView
-from ecdit_train import atomic, lineage
+from ecdit_train import atomic, header, lineage
 from ecdit_train.batches.encoded import EncodedBatches, Encoders, make_encoders
 from ecdit_train.batches.loader import make_loader
 from ecdit_train.checkpoint import folder, manifest, restore
@@ -33,6 +35,7 @@ from ecdit_train.parallel.context import ParallelContext, spread
 from ecdit_train.parallel.digest import Digests
 from ecdit_train.parallel.mesh import Mesh, make_mesh
 from ecdit_train.parallel.runtime import Runtime
+from ecdit_train.plan import parameters
 from ecdit_train.plan.flops import per_step
 from ecdit_train.run_folder import CHECKPOINTS, WANDB_ID
 from ecdit_train.supervise import lives
@@ -90,14 +93,16 @@ def build_trainer(
 def _assemble(config: RunConfig, runtime: Runtime, owned: Ownership, *, stop_after: int | None) -> Trainer:
     """The trainer, with what it goes on from; writes nothing."""
     run = Path(config.run)
+    progress = Progress(config.train.steps, stream=sys.stdout if runtime.rank == 0 else None)
+    progress.message("  opening data and encoders")
     # What a user can get wrong comes first, the model after.
     mesh = make_mesh(config.parallel, device_type=runtime.device.type, world=runtime.world)
     encoders = runtime.together(lambda: make_encoders(config, runtime.device))
     batches = runtime.together(lambda: make_batches(config, mesh, runtime=runtime, encoders=encoders, life=owned.life))
     runtime.together(partial(same_data, runtime.all_gather_json(batches.state_dict())))
     parallel = spread(config, runtime, mesh=mesh)
+    progress.message(_size(config, runtime))
     pipeline = make_pipeline(config, parallel, encoders=encoders)
-    progress = Progress(config.train.steps, stream=sys.stdout if runtime.rank == 0 else None)
     state = TrainState.fresh(parallel.model, config.optim, sharding=parallel.sharding)
     flow = Flow(
         config=config.diffusion,
@@ -137,8 +142,16 @@ def _assemble(config: RunConfig, runtime: Runtime, owned: Ownership, *, stop_aft
         load_weights(config.train.init_from, parallel, kind="ema", step=None, start=True)
         if trainer.state.ema is not None:
             trainer.state.ema.restart()
+    progress.message("  reading the first batch")
     runtime.together(batches.prepare)
     return trainer
+
+
+def _size(config: RunConfig, runtime: Runtime) -> str:
+    counted = parameters.count(config)
+    device = "cpu" if runtime.device.type == "cpu" else torch.cuda.get_device_name(runtime.device)
+    active = counted.activated - counted.encoders
+    return header.parameters(total=counted.network, active=active, device=device, threads=torch.get_num_threads())
 
 
 def _open(trainer: Trainer) -> None:

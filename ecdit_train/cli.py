@@ -7,11 +7,10 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ecdit_train import arguments, checkpoint_verbs, data_verbs, errors, life_verbs, look_verbs, submit_verbs
+from ecdit_train import arguments, checkpoint_verbs, data_verbs, errors, header, life_verbs, look_verbs, submit_verbs
 from ecdit_train.allocation_verb import allocation
 from ecdit_train.doctor import verb as doctor
 from ecdit_train.errors import EcditError, PeerLostError, PeerRefusedError
@@ -37,6 +36,9 @@ OVERRIDES = "Hydra words: experiment=NAME, GROUP=CHOICE, section.key=value, +key
 INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 """What Hydra can print about a composition."""
 
+NEEDS_WORDS = ("train", "resume", "sample", "evaluate", "allocation", "launch", "report", "compare", "merge", "study")
+"""Verbs that explain themselves when nothing else is said."""
+
 RANKS = ("train", "resume", "sample", "evaluate", "allocation")
 """Verbs that run on several ranks."""
 
@@ -45,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run a verb; a user's mistake becomes one line on stderr and its own exit code."""
     parser = make_parser()
     line, after = submit_verbs.split(sys.argv[1:] if argv is None else argv)
+    if _bare(line):
+        parser.parse_args([*line, "--help"])  # leaves with 0
     args, rest = parser.parse_known_args(line)
     if rest and (not hasattr(args, "overrides") or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -90,6 +94,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     sys.exit(code)
 
 
+def _bare(line: Sequence[str]) -> bool:
+    """A verb that does nothing without words, or none at all: its help answers better than a refusal, or than the paper's XL."""
+    return len(line) == 0 or (len(line) == 1 and line[0] in NEEDS_WORDS and "RANK" not in os.environ)
+
+
 def _instead(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Any:
     """The verb, or what an option puts in its place: a sweep (`-m`), or a look at the composition (`--cfg`, `--info`)."""
     looks = bool(getattr(args, "cfg", None) or getattr(args, "info", None))
@@ -132,7 +141,9 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="this is one of N machines with --nproc ranks each: one task a node of srun, or NODE_RANK, MASTER_ADDR, MASTER_PORT",
     )
-    parser.add_argument("--version", action="version", version=f"ecdit {_version()}", help="print the version and exit")
+    parser.add_argument(
+        "--version", action="version", version=f"ecdit {header.version()}", help="print the version and exit"
+    )
     verbs = parser.add_subparsers(required=True, metavar="VERB", parser_class=argparse.ArgumentParser)
 
     def verb(name: str, function: Any, text: str, *, parent: Any = verbs) -> argparse.ArgumentParser:
@@ -298,13 +309,6 @@ def _config_dir(p: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="a folder of your own: GROUP/CHOICE.yaml, experiment/NAME.yaml, and the Python modules that they name",
     )
-
-
-def _version() -> str:
-    try:
-        return metadata.version("ecdit")
-    except metadata.PackageNotFoundError:  # run from a checkout
-        return "(not installed)"
 
 
 class _Parser(argparse.ArgumentParser):

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ecdit_train import arguments, errors, submit_verbs
+from ecdit_train import arguments, errors, header, submit_verbs
 from ecdit_train.config.resolve import declarations_only
 from ecdit_train.drawing import agreed, drawing_request, opened_pipeline, world, written
 from ecdit_train.joining import ending, joined
@@ -55,6 +55,10 @@ def _run(config: Any, stop: StopRequest, args: argparse.Namespace, *, changed: S
     """Build, freeze the configuration, train. 0 when finished, 75 when stopped on request. `changed`: keys that differ from the
     last life's, for people."""
     stop.grace = config.watch.grace
+    if _rank() == 0:
+        goes_on = (Path(config.run) / RESOLVED).exists()
+        print(header.opening(config, version=header.version(), world=world(), goes_on=goes_on))
+        print("  starting torch" + (", waiting for the other ranks" if world() > 1 else ""), flush=True)
     with joined(config.watch, wait=args.wait) as (runtime, heart):
         stop.verdict = verdict_in(heart.folder, read=guard.read_verdict)
         from ecdit_train.build import build_trainer

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import math
+import time
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
@@ -146,6 +147,7 @@ class Trainer:
         """
         c, state, window = self.config, self.state, self.window
         counts, first, names = dict[str, int](), state.step, set(state.tensors())
+        began = time.perf_counter()
         gc.freeze()  # what is built stays: a collection in the middle of a step need not look at it
         while state.step < c.train.steps:
             self.heart.enter("data", step=state.step + 1)
@@ -165,6 +167,10 @@ class Trainer:
             state.step += 1
             if state.step == first + 1:
                 state.check_names(names)
+                self.progress.message(
+                    f"  step {state.step} took {time.perf_counter() - began:.1f} s with all that comes first; "
+                    f"a line every {c.observe.log_every} steps"
+                )
             last = state.step == c.train.steps
             if verdict.act == "report":
                 self.progress.message(f"step {state.step}: {verdict.words}")

@@ -189,7 +189,7 @@ def check_command(line: str) -> None:
         check_composed(args, submit_verbs.cluster_words(args))
         check_command(shlex.join(["ecdit", *args.line]))
     elif name in ("data_shapes", "data_pack", "data_filter", "data_dedup", "data_buckets", "data_report"):
-        kind = getattr(arguments, name.removeprefix("data_").capitalize())
+        kind = getattr(data_words, name.removeprefix("data_").capitalize())
         arguments.read(kind, args.words, alone=True).build(kind)
     elif name == "data_stats" and (len(args.what) > 1 or "=" in args.what[0]):
         compose.compose(args.what, local=False, config_dir=args.config_dir)
