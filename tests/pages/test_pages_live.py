@@ -207,6 +207,40 @@ def test_the_page_follows_the_run_without_a_reload(run: Path, look: Callable[...
     until(page, "document.querySelector('#live').classList.contains('lost')")
 
 
+def test_a_page_opened_before_the_first_record_fills_itself(tmp_path: Path, look: Callable[..., Any]) -> None:
+    (tmp_path / "resolved.yaml").write_text("experiment: early\ntrain: {steps: 100}\n")
+    with serving(tmp_path) as served:
+        opened = look(served.url)
+        page = opened.page
+        assert "no record yet" in page.locator("#live").inner_text()
+        assert not page.locator("#learning").is_visible()
+        log = Journal(tmp_path)
+        log.log(10, {"train/loss": 0.5, "moe/L2/entropy": 0.9})
+        routing_maps(10).save(folder.routing_path(tmp_path, step=10))
+        pictures = np.stack([picture(n, noise=0.1) for n in range(8)])
+        write_samples(
+            tmp_path,
+            step=10,
+            images=pictures,
+            prompts=PROMPTS,
+            guidance=3.0,
+            sampler="heun",
+            steps=5,
+            seed=0,
+            scope="image",
+        )
+        until(page, "!!document.querySelector('#chart-loss path.curve') && !!document.querySelector('.slide')")
+        until(page, "(document.querySelector('.total') || {}).textContent?.includes('step 10')")
+        for section in ("learning", "samples", "explorer", "routing"):
+            assert page.locator(f"#{section}").is_visible()
+            assert page.locator(f'.places a[href="#{section}"]').is_visible()
+        log.log(20, {"train/loss": 0.25, "moe/L2/entropy": 0.8})
+        log.close()
+        until(page, "charts.columns.step.at(-1) === 20")
+        assert page.locator("#tiles").inner_text().split()[:4] == ["20", "of", "100", "steps"]
+        opened.fine()
+
+
 # --- runs over each other --------------------------------------------------------------------------------------------
 
 
