@@ -156,10 +156,13 @@ CHOSEN: Mapping[str, Sequence[tuple[str, Mapping[str, str]]]] = {
     ),
 }
 GROUPS = {
-    "learning": ("train", "validation", "optim", "diffusion", "eval"),
-    "routing": ("moe",),
-    "speed": ("perf", "data", "loader", "mem", "ckpt", "reliability", "samples"),
-}
+    "train": "learning",
+    "validation": "learning",
+    "optim": "learning",
+    "diffusion": "learning",
+    "eval": "learning",
+} | {"moe": "routing"}
+"""Group of a metric -> section; any other is under "speed"."""
 TITLES = {
     "moe/L{n}/dropped_frac": "Tokens without an expert",
     "moe/L{n}/experts_per_token_std": "Spread of experts per token",
@@ -178,9 +181,9 @@ _PLACES = ((re.compile(r"/L(\d+)/"), "/L{n}/", "layer "), (re.compile(r"_t(\d+)$
 
 
 def charts(section: str, found: Columns) -> list[Chart]:
-    """Charts of a section (`GROUPS`), the chosen ones first, then everything else that was logged, as families: one curve a
+    """Charts of a section (a key of `CHOSEN`), the chosen ones first, then all else that was logged, as families: one curve a
     layer, one curve a timestep bin."""
-    left = [k for k in found.values if k.partition("/")[0] in GROUPS[section] and k != "train/images"]
+    left = [k for k in found.values if _section(k) == section and k != "train/images"]
     made: list[Chart] = []
     for title, keys in CHOSEN[section]:
         here = {k: label for k, label in keys.items() if k in left}
@@ -217,6 +220,10 @@ def questions(chart: Chart) -> list[tuple[str, Metric]]:
 def color(n: int, *, of: int) -> str:
     """The nth curve's: of a palette, or along a scale where there are more curves than it has colours."""
     return PALETTE[n % len(PALETTE)] if of <= len(PALETTE) else f"hsl({230 - round(230 * n / (of - 1))} 62% 48%)"
+
+
+def _section(key: str) -> str:
+    return GROUPS.get(key.partition("/")[0], "speed")
 
 
 def _family(key: str) -> tuple[str, str]:

@@ -79,7 +79,7 @@ TITLES: Mapping[str, tuple[str, str, str]] = {
         "Routing",
         "Experts take tokens; these curves say how evenly, how sure, and who is left out.",
     ),
-    "speed": ("Speed", "Speed", "Time spent in checkpoints and samples is left out."),
+    "speed": ("Speed, data, reliability", "Speed", "Time spent in checkpoints and samples is left out of speeds."),
     "evaluation": ("Evaluation", "Evaluation", "Results stored in the run folder."),
     "values": ("Last values", "Values", "Per-layer routing values are in the curves above."),
     "configuration": ("Configuration", "Configuration", "The short version; the whole file is below."),
