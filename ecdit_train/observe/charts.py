@@ -119,7 +119,7 @@ def line_chart(
         bottom=bottom,
         y_ticks=[(py(y), short(y)) for y in (_log_ticks(y_low, y_high) if log else _ticks(y_low, y_high))],
         x_ticks=[(px(x), short(x)) for x in _ticks(x_low, x_high, about=10 if wide else 5)],
-        drawn=[(c, _runs(c, px=px, py=py)) for c in faint_first],
+        drawn=[(c, [(run, _words(run)) for run in _runs(c, px=px, py=py)]) for c in faint_first],
         data={
             "wide": wide,
             "log": log,
@@ -133,7 +133,7 @@ def line_chart(
 
 
 def _runs(curve: Curve, *, px: Any, py: Any) -> list[list[tuple[float, float]]]:
-    """Unbroken pieces of a curve, in the chart's units."""
+    """Unbroken pieces of a curve, in the chart's units: their points."""
     pieces: list[list[tuple[float, float]]] = [[]]
     for x, y in zip(curve.x, curve.y, strict=True):
         if y is not None:
@@ -141,6 +141,11 @@ def _runs(curve: Curve, *, px: Any, py: Any) -> list[list[tuple[float, float]]]:
         elif pieces[-1]:
             pieces.append([])
     return [piece for piece in pieces if piece]
+
+
+def _words(points: Sequence[tuple[float, float]]) -> str:
+    """As SVG has them."""
+    return " ".join(f"{x},{y}" for x, y in points)
 
 
 def _thinned(curve: Curve) -> Curve:

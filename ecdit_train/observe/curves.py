@@ -73,19 +73,22 @@ def columns(records: Records, *, only: Sequence[str] | None = None) -> Columns:
     """`only`: these metrics, else every number of the records."""
     records = [r for r in records if isinstance(r.get("step"), int)]
     names = dict.fromkeys(k for r in records for k, v in r.items() if v is None or _number(v))
-    keys = [k for k in names if k not in ("step", "time") and (only is None or k in only)]
-    rows = min(len(records), MAX_ROWS, max(MIN_ROWS, MAX_VALUES // max(1, len(keys))))
+    reductions = {k: about(k).reduction for k in names if k not in ("step", "time") and (only is None or k in only)}
+    rows = min(len(records), MAX_ROWS, max(MIN_ROWS, MAX_VALUES // max(1, len(reductions))))
     spans = list(pairwise(len(records) * i // rows for i in range(rows + 1))) if rows else []
-    values: dict[str, list[float | None]] = {}
+    values: dict[str, list[float | None]] = {key: [None] * rows for key in reductions}
     broken: dict[str, list[int]] = {}
-    for key in keys:
-        reduce = about(key).reduction
-        column = values[key] = []
-        for row, (a, b) in enumerate(spans):
-            found = [r[key] for r in records[a:b] if key in r]
-            finite = [float(v) for v in found if _number(v) and math.isfinite(v)]
-            column.append(_together(finite, reduce) if finite else None)
-            if found and not finite:
+    for row, (a, b) in enumerate(spans):
+        found: dict[str, list[Any]] = {}
+        for record in records[a:b]:
+            for key, value in record.items():
+                if key in reductions:
+                    found.setdefault(key, []).append(value)
+        for key, here in found.items():
+            finite = [float(v) for v in here if _number(v) and math.isfinite(v)]
+            if finite:
+                values[key][row] = _together(finite, reductions[key])
+            else:
                 broken.setdefault(key, []).append(row)
     times = [float(r["time"]) if _number(r.get("time")) else None for r in records]
     start = next((t for t in times if t is not None), 0.0)
@@ -153,10 +156,13 @@ CHOSEN: Mapping[str, Sequence[tuple[str, Mapping[str, str]]]] = {
     ),
 }
 GROUPS = {
-    "learning": ("train", "validation", "optim", "diffusion", "eval"),
-    "routing": ("moe",),
-    "speed": ("perf", "data", "loader", "mem", "ckpt", "reliability", "samples"),
-}
+    "train": "learning",
+    "validation": "learning",
+    "optim": "learning",
+    "diffusion": "learning",
+    "eval": "learning",
+} | {"moe": "routing"}
+"""Group of a metric -> section; any other is under "speed"."""
 TITLES = {
     "moe/L{n}/dropped_frac": "Tokens without an expert",
     "moe/L{n}/experts_per_token_std": "Spread of experts per token",
@@ -175,9 +181,9 @@ _PLACES = ((re.compile(r"/L(\d+)/"), "/L{n}/", "layer "), (re.compile(r"_t(\d+)$
 
 
 def charts(section: str, found: Columns) -> list[Chart]:
-    """Charts of a section (`GROUPS`), the chosen ones first, then everything else that was logged, as families: one curve a
+    """Charts of a section (a key of `CHOSEN`), the chosen ones first, then all else that was logged, as families: one curve a
     layer, one curve a timestep bin."""
-    left = [k for k in found.values if k.partition("/")[0] in GROUPS[section] and k != "train/images"]
+    left = [k for k in found.values if _section(k) == section and k != "train/images"]
     made: list[Chart] = []
     for title, keys in CHOSEN[section]:
         here = {k: label for k, label in keys.items() if k in left}
@@ -214,6 +220,10 @@ def questions(chart: Chart) -> list[tuple[str, Metric]]:
 def color(n: int, *, of: int) -> str:
     """The nth curve's: of a palette, or along a scale where there are more curves than it has colours."""
     return PALETTE[n % len(PALETTE)] if of <= len(PALETTE) else f"hsl({230 - round(230 * n / (of - 1))} 62% 48%)"
+
+
+def _section(key: str) -> str:
+    return GROUPS.get(key.partition("/")[0], "speed")
 
 
 def _family(key: str) -> tuple[str, str]:

@@ -29,8 +29,9 @@ from .which_run import run_folder as checked
 
 MAX_GRIDS = 60
 """Sample grids embedded; of a longer run an even choice, first and last included, so that the file stays sendable."""
-MAX_PROMPTS = 4
-"""Prompts of the latest routing maps that get their own still figure, for paper and for readers without scripts."""
+MAX_PROMPTS, MAX_PANELS = 4, 60
+"""Prompts of the latest routing maps that get their own still figure, for paper and for readers without scripts; and the maps in
+those figures, of a large model: it takes a second to draw a few, and a megabyte to keep them."""
 
 
 def write_report(run_folder: Path) -> Path:
@@ -78,7 +79,7 @@ TITLES: Mapping[str, tuple[str, str, str]] = {
         "Routing",
         "Experts take tokens; these curves say how evenly, how sure, and who is left out.",
     ),
-    "speed": ("Speed", "Speed", "Time spent in checkpoints and samples is left out."),
+    "speed": ("Speed, data, reliability", "Speed", "Time spent in checkpoints and samples is left out of speeds."),
     "evaluation": ("Evaluation", "Evaluation", "Results stored in the run folder."),
     "values": ("Last values", "Values", "Per-layer routing values are in the curves above."),
     "configuration": ("Configuration", "Configuration", "The short version; the whole file is below."),
@@ -212,7 +213,8 @@ def _still(run: Path) -> list[dict[str, Any]]:
             maps = RoutingMaps.load(path)
         except RunFolderError:
             continue
-        images = range(min(MAX_PROMPTS, len(maps.prompts)))
+        panels = len(maps.layers) * len(maps.timesteps)
+        images = range(min(MAX_PROMPTS, len(maps.prompts), max(1, MAX_PANELS // panels)))
         figures = [
             (allocation_png(maps, image=b), f"experts per patch: {maps.prompts[b]}", maps.prompts[b]) for b in images
         ]

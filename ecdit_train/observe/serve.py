@@ -1,7 +1,7 @@
 """The report while the run goes on: the same page, which asks every few seconds for the parts that have changed.
 
 A part is made anew from its files, whole, so a run that goes back shows what is true afterwards. It is made at most once for each
-change, whoever asks, and so seldom that making it takes a tenth of the time at most.
+change, whoever asks, and so seldom that making it takes a sixth of the time at most.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import blake2b
@@ -23,13 +23,13 @@ from .which_run import run_folder
 
 SECONDS = 2.0
 """Between two questions of a page."""
-LEISURE = 10.0
+LEISURE = 5.0
 """Times as long as it took to make a part, it is left alone."""
 
 logger = logging.getLogger("ecdit.observe")
 
 # Figures for paper take seconds: the file has them.
-BUILDERS = {**PARTS, "routing": partial(routing_part, still=False)}
+BUILDERS: Mapping[str, Callable[[Path], Built]] = {**PARTS, "routing": partial(routing_part, still=False)}
 
 
 def server(folders: Sequence[str | Path], *, port: int = 0) -> Server:

@@ -61,8 +61,10 @@ def tiles(records: Records, config: Mapping[str, Any]) -> list[tuple[str, str]]:
 def last_values(records: Records) -> dict[str, float]:
     """The newest number of every metric."""
     last: dict[str, float] = {}
-    for record in records:
-        last |= {k: v for k, v in record.items() if isinstance(v, int | float) and k not in ("step", "time")}
+    for record in reversed(records):
+        for key, value in record.items():
+            if key not in last and isinstance(value, int | float) and key not in ("step", "time"):
+                last[key] = value
     return last
 
 

@@ -15,6 +15,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "observe"))
 
+from observe_demo_run import build
+
+from ecdit_train.observe.report import write_report
+
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
 PICTURES = os.environ.get("ECDIT_PICTURES")
 """A folder for the screenshots that documents show: `make pictures`."""
@@ -32,6 +36,17 @@ def browser() -> Iterator[Any]:
         )
         yield running
         running.close()
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A made-up run that all tests look at, and none changes."""
+    return build(tmp_path_factory.mktemp("runs") / "demo", steps=1000)
+
+
+@pytest.fixture(scope="session")
+def url(run: Path) -> str:
+    return write_report(run).as_uri()
 
 
 @dataclass

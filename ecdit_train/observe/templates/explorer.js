@@ -7,6 +7,8 @@ const heat = share => {
 };
 const plural = (n, one, many = one + 's') => `${n.toLocaleString('en')} ${n === 1 ? one : many}`;
 
+const ONES = Uint8Array.from({ length: 256 }, (_, byte) => byte.toString(2).replaceAll('0', '').length);
+
 // Arrays of one training step; places are counted from 0 here and from 1 in words.
 class Maps {
   constructor(entry) {
@@ -27,9 +29,11 @@ class Maps {
   }
 
   count(image, t, layer) {
-    const first = this.row(image, t, layer);
-    if (this.given) return this.given.slice(first, first + this.K);
-    return Uint8Array.from({ length: this.K }, (_, k) => this.experts_of(image, t, layer, k).length);
+    const first = this.row(image, t, layer), { bits, width } = this;
+    if (this.given) return this.given.subarray(first, first + this.K);
+    const counts = new Uint8Array(this.K);
+    for (let k = 0, at = first * width; k < this.K; k++) for (let b = 0; b < width; b++, at++) counts[k] += ONES[bits[at]];
+    return counts;
   }
 
   experts_of(image, t, layer, patch) {
@@ -40,9 +44,13 @@ class Maps {
 
   // The largest count of a picture over layers and timesteps: one colour scale for all of it.
   most(image) {
-    let most = 1;
-    for (let t = 0; t < this.T; t++) for (let l = 0; l < this.L; l++) for (const n of this.count(image, t, l)) most = Math.max(most, n);
-    return most;
+    this.largest ||= [];
+    if (!this.largest[image]) {
+      let most = 1;
+      for (let t = 0; t < this.T; t++) for (let l = 0; l < this.L; l++) for (const n of this.count(image, t, l)) most = Math.max(most, n);
+      this.largest[image] = most;
+    }
+    return this.largest[image];
   }
 }
 
@@ -83,7 +91,7 @@ const explorer = {
     if (!this.box) return;
     this.maps = data.steps.map(entry => (entry instanceof Maps ? entry : new Maps(entry)));
     this.pictures = new Map();
-    this.made = null;
+    this.made = this.grid = this.small_drawn = null;
     this.draw();
   },
 
@@ -274,13 +282,16 @@ const explorer = {
       })));
       this.multiples.replaceChildren(make('table', {}, make('thead', {}, head), make('tbody', {}, ...lines)));
     }
+    const drawn = [key, image, expert, this.state.opacity, this.picture(maps.pictures[image]).complete].join();
     this.multiples.querySelectorAll('button').forEach(button => {
       const [l, n] = button.dataset.at.split(' ').map(Number);
-      const values = expert === null ? maps.count(image, n, l) : maps.taken(image, n, l, expert);
       button.setAttribute('aria-pressed', String(l === layer && n === t));
+      if (this.small_drawn === drawn) return;  // only the choice among them is another
+      const values = expert === null ? maps.count(image, n, l) : maps.taken(image, n, l, expert);
       button.dataset.sum = values.reduce((a, b) => a + b, 0);
       this.paint(button.firstElementChild, values, most, this.state.opacity, n);
     });
+    this.small_drawn = drawn;
   },
 
   asNumbers(values) {

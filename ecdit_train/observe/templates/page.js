@@ -37,7 +37,6 @@ document.documentElement.classList.add('js');
   set(theme);
   button.addEventListener('click', () => { theme = themes[(themes.indexOf(theme) + 1) % 3]; set(theme); });
 
-  const all = [...document.querySelectorAll('details')];
   if (matchMedia('(max-width: 700px)').matches && !location.hash) {
     [...document.querySelectorAll('details.section:not([hidden])')].forEach((d, n) => { d.open = n < 2; });
   }
@@ -47,7 +46,7 @@ document.documentElement.classList.add('js');
   }));
   let closed = [];
   addEventListener('beforeprint', () => {
-    closed = [...document.querySelectorAll('details:not([open])')].filter(d => !d.matches('.numbers'));
+    closed = [...document.querySelectorAll('.section:not([open]), .still:not([open])')];
     closed.forEach(d => { d.open = true; });
   });
   addEventListener('afterprint', () => closed.forEach(d => { d.open = false; }));

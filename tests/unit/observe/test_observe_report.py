@@ -18,7 +18,7 @@ from ecdit_train import run_folder as folder
 from ecdit_train.errors import RunFolderError
 from ecdit_train.observe import figures
 from ecdit_train.observe.charts import Curve, line_chart, smooth
-from ecdit_train.observe.curves import GROUPS, MAX_ROWS, charts, columns
+from ecdit_train.observe.curves import CHOSEN, MAX_ROWS, charts, columns
 from ecdit_train.observe.explorer import pack
 from ecdit_train.observe.figures import allocation_heatmap, allocation_layers, sample_grid
 from ecdit_train.observe.page import short
@@ -308,10 +308,11 @@ def test_everything_that_is_logged_has_a_curve() -> None:
             "mem/gib",
             "data/bad/Torn",
             "ckpt/step",
+            "toy/own",
         ),
     ]
     found = columns([{"step": 1, "time": 0} | dict.fromkeys(names, 1.0)])
-    drawn = {key: chart for name in GROUPS for chart in charts(name, found) for key in chart.keys}
+    drawn = {key: chart for name in CHOSEN for chart in charts(name, found) for key in chart.keys}
     assert set(names) - set(drawn) == {"moe/entropy"}  # its layers are drawn
     assert list(drawn["moe/L2/entropy"].keys.values()) == ["layer 2", "layer 10"]
     assert drawn["diffusion/loss_t0"] is drawn["diffusion/loss_t9"]
