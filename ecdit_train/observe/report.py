@@ -158,7 +158,7 @@ def _speed(records: Records) -> list[str]:
         ("perf/images_per_s", "images per second", "Throughput"),
         ("data/stall_frac", "waiting for data", "Data stall"),
         ("perf/mfu", "model FLOP utilisation", "Model FLOP utilisation"),
-        ("perf/memory_gib", "memory", "Device memory"),
+        ("mem/allocated_gib", "memory", "Device memory"),
     )
     charts = [
         _chart(records, {key: label}, title=title, unit=METRICS[key].unit, color=n)

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +22,6 @@ from ecdit_train.diffusion.microbatch import Microbatch, split
 from ecdit_train.errors import ConfigError, NonFiniteError, Problem, RunOwnedError, StorageError
 from ecdit_train.observe.console import Progress
 from ecdit_train.observe.metrics import MetricWindow
-from ecdit_train.observe.routing import routing_scalars
 from ecdit_train.observe.sinks import Sinks
 from ecdit_train.parallel.context import ParallelContext
 from ecdit_train.parallel.digest import Digests
@@ -37,6 +37,7 @@ from .saving import Saves
 from .state import TrainState, parameter_of
 from .step import Numbers, StepResult, train_step
 from .validation import Validation
+from .watching import Watching
 
 OBJECTS = ("window", "pool", "guard", "validation", "quarantine")
 """What a checkpoint holds besides its tensors, its place in the data and its configuration; older ones lack some."""
@@ -77,6 +78,10 @@ class Trainer:
     _went_back: bool = False
     resumed: Resumed | None = None
     """Where this life goes on from."""
+    watching: Watching = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.watching = Watching(self.config, window=self.window, routers=self.parallel.model.routers)
 
     def resume(self) -> Resumed | None:
         """Go on from the newest sound checkpoint of the run folder, if it has one; says what was loaded and what was passed over.
@@ -143,8 +148,10 @@ class Trainer:
 
         A request that came before the first step is met after it, so that every attempt moves the run on.
         """
-        c, state, window = self.config, self.state, self.window
+        c, state, window, watching = self.config, self.state, self.window, self.watching
         counts, first, names = dict[str, int](), state.step, set(state.tensors())
+        self.heart.also = window.enter
+        watching.begin(state.step)
         gc.freeze()  # what is built stays: a collection in the middle of a step need not look at it
         while state.step < c.train.steps:
             self.heart.enter("data", step=state.step + 1)
@@ -169,7 +176,7 @@ class Trainer:
                 self.progress.message(f"step {state.step}: {verdict.words}")
             self._add(result)
 
-            measuring = self.validation is not None and (state.step % c.validation.every_steps == 0 or last)
+            measuring = watching.measures_at(state.step)
             showing = c.observe.sample_every > 0 and (state.step % c.observe.sample_every == 0 or last)
             # What was left out by going back is remembered by the next checkpoint, so that one comes first.
             saving = stopping or last or self._went_back or self.saves.due(state.step)
@@ -178,9 +185,9 @@ class Trainer:
                 self.heart.enter("validate")
                 with window.paused():
                     self.measure()
-            if measuring or state.step % c.observe.log_every == 0 or last:
+            if watching.logs_at(state.step):
                 self.heart.enter("log")
-                self._log(result)
+                self._log()
             if self.digests is not None and c.health.digest_every > 0 and state.step % c.health.digest_every == 0:
                 self.digests.compare({n: (p.tensor, p.placement) for n, p in self.placed().items()}, step=state.step)
             if showing or saving:  # a pause waits for the device
@@ -225,6 +232,7 @@ class Trainer:
             flow=self.flow,
             group_tokens=c.group_tokens,
             after=self._update_average,
+            watch=partial(self.watching.see, state.step + 1),
             accept=accept,
             enter=self.heart.enter,
         )
@@ -266,6 +274,7 @@ class Trainer:
         self.saves.start(resumed.step, committed=True)
         self._went_back = True
         self.sinks.rewind(resumed.step)
+        self.watching.rewind(resumed.step)
         self.progress.message(
             f"step {step}: back to step {resumed.step}, and on with the samples after {last}: {words}"
         )
@@ -296,17 +305,17 @@ class Trainer:
         losses = self.validation.measure()
         self.measured = {"step": self.state.step} | {n: x if math.isfinite(x) else None for n, x in losses.items()}
 
-    def _log(self, result: StepResult) -> None:
+    def _log(self) -> None:
         """One record for every log interval; routing as the last step had it."""
         c, step = self.config, self.state.step
-        self.window.add_all(routing_scalars(result.assignments, layers=c.sparse_layers))
         taken = step + self.guard.batches_left_out
         self.window.add("train/images", float(taken * c.train.global_batch))
         if self.guard.skipped:
             self.window.add("reliability/skipped", float(len(self.guard.skipped)))
             self.window.add("reliability/roll_backs", float(self.guard.roll_backs))
-        record = self.window.flush(self.parallel.reduce) | self.saves.record()
+        record = self.window.flush(self.parallel.reduce, reading=self.watching.read) | self.saves.record()
         record = {name: value for name, value in record.items() if value or not name.startswith("data/bad/")}
+        record["perf/goodput"] = self.watching.goodput(step, record["perf/step_s"], since=self.heart.born)
         if self.measured.get("step") == step:
             record |= {f"validation/{name}": value for name, value in self.measured.items() if name != "step"}
         self.sinks.log(step, record)

@@ -61,8 +61,8 @@ class Validation:
                 batch = self.batches.encode(self.batches.fetch())
                 batch = replace(batch, position_B=batch.position_B + FIRST_POSITION)
                 for micro in split(batch, size=self.microbatch):
-                    loss, _, _ = forward(self.parallel.model, micro, flow=self.flow, group_tokens=self.group_tokens)
-                    losses.append(loss)
+                    out = forward(self.parallel.model, micro, flow=self.flow, group_tokens=self.group_tokens)
+                    losses.append(out.loss)
             self.parallel.reshard()
         return float(self.parallel.reduce(torch.stack(losses).mean().reshape(1), op="mean"))
 

@@ -1,0 +1,66 @@
+"""What a run tells of its steps besides the loss: gathered where it is made, read when a record is due."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from ecdit_train.config.schema import RunConfig
+from ecdit_train.model.router import Router
+from ecdit_train.observe.goodput import Useful
+from ecdit_train.observe.metrics import MetricWindow, Sums
+from ecdit_train.observe.routing_scalars import routing_maxima, routing_record, routing_sums, weight_sums
+from ecdit_train.observe.timesteps import loss_by_timestep, loss_sums
+
+from .step import Seen
+
+
+class Watching:
+    """Puts the microbatches of a run's updates into its window, and reads what they say together. Nothing here waits for the
+    device, and nothing that is trained on changes."""
+
+    def __init__(self, config: RunConfig, *, window: MetricWindow, routers: Sequence[Router]) -> None:
+        self._config = config
+        self._window = window
+        self._routers = routers
+        self._layers = config.sparse_layers
+        self._useful = Useful()
+
+    def measures_at(self, step: int) -> bool:
+        """Whether the held-out images are measured after so many updates."""
+        c = self._config
+        return c.validation.images > 0 and (step % c.validation.every_steps == 0 or step == c.train.steps)
+
+    def logs_at(self, step: int) -> bool:
+        """Whether a record follows so many updates."""
+        c = self._config
+        return self.measures_at(step) or step % c.observe.log_every == 0 or step == c.train.steps
+
+    def see(self, step: int, seen: Sequence[Seen]) -> None:
+        """All microbatches of the update that makes `step`: losses of every update, routing of those that a record follows."""
+        for micro in seen:
+            self._window.add_sums(loss_sums(micro.error_B, t_B=micro.t_B))
+        if self._layers and self.logs_at(step):
+            for micro in seen:
+                self._window.add_sums(routing_sums(micro.assignments, layers=self._layers, t_B=micro.t_B))
+                for name, value in routing_maxima(micro.assignments, layers=self._layers):
+                    self._window.add(name, value)
+            self._window.add_sums(weight_sums(self._routers, layers=self._layers))
+
+    def read(self, sums: Sums) -> dict[str, float]:
+        """Numbers of the sums over the window, all microbatches and ranks."""
+        return {**loss_by_timestep(sums), **routing_record(sums, layers=self._layers)}
+
+    def begin(self, step: int) -> None:
+        """A life goes on from `step`."""
+        self._useful = Useful(first=step)
+
+    def rewind(self, step: int) -> None:
+        """Updates after it were for nothing."""
+        self._useful.rewind(step)
+
+    def goodput(self, step: int, step_s: float, *, since: float) -> float:
+        """The share of the time since then (`time.monotonic`) that went into steps that count; `step_s`: of those
+        since the last record."""
+        self._useful.add(step, step_s)
+        return self._useful.share(time.monotonic() - since)

@@ -1,0 +1,89 @@
+"""Where the time goes: phases add up to what passed, on the host's clock and on a device that works behind it."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from ecdit_train.observe import phases
+from ecdit_train.observe.goodput import Useful
+from ecdit_train.observe.phases import PhaseClock
+
+
+def test_phases_add_up_to_the_time_that_passed() -> None:
+    clock = PhaseClock(torch.device("cpu"))
+    began = time.perf_counter()
+    for phase, seconds in (("data", 0.01), ("forward", 0.03), ("data", 0.02)):
+        clock.enter(phase)
+        time.sleep(seconds)
+    spent, passed = clock.read(), time.perf_counter() - began
+    assert spent.keys() == {"data", "forward"}
+    assert sum(spent.values()) == pytest.approx(passed, abs=2e-3)
+    assert spent["data"] == pytest.approx(0.03, abs=0.01)
+    time.sleep(0.01)
+    assert set(clock.read()) == {"data"}, "the open phase goes on"
+
+
+class Device:
+    """A stream that works through its events when told to; asking a border that it has not reached is an error."""
+
+    def __init__(self) -> None:
+        self.now, self.given = 0.0, 0.0
+        self.made = 0
+
+    def event(self, *, enable_timing: bool) -> Event:
+        assert enable_timing
+        self.made += 1
+        return Event(self)
+
+
+class Event:
+    def __init__(self, device: Device) -> None:
+        self.device, self.at = device, -1.0
+
+    def record(self) -> None:
+        self.at = self.device.given
+
+    def query(self) -> bool:
+        return self.at <= self.device.now
+
+    def synchronize(self) -> None:
+        assert self.query(), "this waits for the device"
+
+    def elapsed_time(self, other: Event) -> float:
+        assert self.query()
+        assert other.query()
+        return 1e3 * (other.at - self.at)
+
+
+def test_borders_on_a_device_are_read_once_it_has_passed_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device()
+    monkeypatch.setattr(torch.cuda, "Event", device.event)
+    monkeypatch.setattr(phases, "MANY", 8)
+    clock = PhaseClock(torch.device("cuda"))
+    for _ in range(10):  # the host runs ahead; nothing may wait
+        for phase, work in (("forward", 1.0), ("backward", 2.0)):
+            clock.enter(phase)
+            device.given += work
+        device.now = max(0.0, device.given - 12.0)  # four steps behind
+    assert device.made < 20, "events are used again"
+    device.now = device.given
+    assert clock.read() == {"forward": 10.0, "backward": 20.0}
+    device.given += 5.0
+    device.now = device.given
+    assert clock.read() == {"backward": 5.0}
+
+
+def test_goodput_takes_back_what_was_rolled_back() -> None:
+    useful = Useful(first=100)
+    useful.add(110, 1.0)
+    assert useful.share(20.0) == 0.5
+    useful.add(120, 2.0)
+    assert useful.share(60.0) == 0.5
+    useful.rewind(115)
+    assert useful.share(20.0) == 0.5
+    useful.add(120, 0.5)
+    assert useful.share(20.0) == 0.75
+    assert useful.share(0.0) == 0.0
