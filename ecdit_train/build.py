@@ -245,6 +245,7 @@ def make_validation(
         num_batches=config.validation.images // config.train.global_batch,
         microbatch=config.train.microbatch,
         group_tokens=config.group_tokens,
+        layers=config.sparse_layers,
     )
 
 

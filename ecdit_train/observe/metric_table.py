@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Reduction = Literal["mean", "max", "sum", "last"]
 """Over the steps of a window, and then over ranks. `last`: the newest step; a tensor is averaged over ranks, a float is
@@ -234,26 +234,28 @@ METRICS: dict[str, Metric] = {
         "last",
         "How many samples does an epoch leave out, as they fill no global batch? Others in each epoch.",
     ),
-    # loader/: this process's own, over all ranks; prefetched samples included, so they are not repeated by a resume.
-    "loader/samples_per_s": _metric(
+    # data/loader/: this process's own, over all ranks; prefetched samples included, so they are not repeated by a resume.
+    "data/loader/samples_per_s": _metric(
         "samples/s, all ranks", "sum", "How many samples did training take, pauses left out?"
     ),
-    "loader/samples": _metric("samples", "sum", "How many samples were delivered since the last log step?"),
-    "loader/bytes_read": _metric("bytes", "sum", "How many bytes of samples were read since then?"),
-    "loader/bytes_fetched": _metric(
+    "data/loader/samples": _metric("samples", "sum", "How many samples were delivered since the last log step?"),
+    "data/loader/bytes_read": _metric("bytes", "sum", "How many bytes of samples were read since then?"),
+    "data/loader/bytes_fetched": _metric(
         "bytes",
         "sum",
-        "How many came from an object store? Far above `loader/bytes_read`: ranges hold what nobody wants.",
+        "How many came from an object store? Far above `data/loader/bytes_read`: ranges hold what nobody wants.",
     ),
-    "loader/read_retries": _metric(
+    "data/loader/read_retries": _metric(
         "reads", "sum", "How many reads had to be repeated? A disk or a store is in trouble."
     ),
-    "loader/hedged": _metric("ranges", "sum", "How many ranges were asked for twice, as the first answer was slow?"),
-    "loader/decoder_fallbacks": _metric("calls", "sum", "How often did the reference take over from DALI?"),
-    "loader/steps_ready": _metric(
+    "data/loader/hedged": _metric(
+        "ranges", "sum", "How many ranges were asked for twice, as the first answer was slow?"
+    ),
+    "data/loader/decoder_fallbacks": _metric("calls", "sum", "How often did the reference take over from DALI?"),
+    "data/loader/steps_ready": _metric(
         "steps", "mean", "How many steps lie ready when training asks for one? At `data.prefetch` loading is faster."
     ),
-    "loader/steps_late_max": _metric(
+    "data/loader/steps_late_max": _metric(
         "steps",
         "max",
         "How many of the prefetched steps were missing at worst, on any rank? All of them: somebody waited.",
@@ -263,18 +265,35 @@ METRICS: dict[str, Metric] = {
         "updates", "last", "How many updates were left out? Their samples are in the log and in the checkpoints."
     ),
     "reliability/roll_backs": _metric("times", "last", "How often did the run go back to a checkpoint by itself?"),
-    # validation/: at fixed draws on the held-out images (`validation.images`).
-    "validation/loss": _metric("latent units^2", "last", "Does it learn more than its training images?"),
-    "validation/loss_ema": _metric(
-        "latent units^2", "last", "The same with the averaged weights, with which it draws."
+    # eval/: at fixed draws on the held-out images (`validation.images`).
+    "eval/loss": _metric("latent units^2", "last", "Does it learn more than its training images?"),
+    "eval/loss_ema": _metric("latent units^2", "last", "The same with the averaged weights, with which it draws."),
+    "eval/loss_t{b}": _metric(
+        "latent units^2",
+        "last",
+        "At which timesteps does it generalise? `eval/loss` of the held-out images that are drawn with t in [b/10, (b+1)/10).",
     ),
-    "validation/substituted": _metric(
+    "eval/loss_ema_t{b}": _metric("latent units^2", "last", "The same with the averaged weights."),
+    "eval/selection_drift": _metric(
+        "share of choices",
+        "last",
+        "Has routing settled? Of all choices (token, expert) on one batch of held-out images, always with the same noise and "
+        "timesteps, the share that is not what it was at the measurement before; over layers. 0: nothing moved, 1: no choice "
+        "stayed. Absent at a life's first measurement.",
+    ),
+    "eval/L{n}/selection_drift": _metric("share of choices", "last", "The same of layer n."),
+    "eval/substituted": _metric(
         "samples",
         "last",
         "How many held-out images could not be read? Others stood in; above 0 the loss is not comparable.",
     ),
+    # samples/: in the record after pictures were drawn.
+    "samples/draw_s": _metric("s", "last", "How long did training wait for the newest sample pictures?"),
     # ckpt/: in the records after a save; this life's own.
     "ckpt/step": _metric("step", "last", "Up to where can nothing be lost? The newest committed step."),
+    "ckpt/age_s": _metric(
+        "s", "last", "How much time would be lost now? Since the newest commit of this life, or since its start."
+    ),
     "ckpt/blocked_s": _metric("s", "last", "How long did training wait for the newest save?"),
     "ckpt/save_s": _metric("s", "last", "How long did it take from the request to the commit?"),
     "ckpt/interval": _metric(
@@ -283,6 +302,23 @@ METRICS: dict[str, Metric] = {
     "ckpt/failed": _metric("saves", "last", "How many saves in a row has the disk refused?"),
 }
 """Every name that a training run logs. `{n}` stands for a layer number, `{b}` for a tenth of the timesteps, 0 to 9."""
+
+
+RENAMED = {"loader/": "data/loader/", "validation/": "eval/", "perf/memory_gib": "mem/allocated_gib"}
+"""How names began in the logs of earlier versions, and how they do now."""
+
+
+def current_names(record: dict[str, Any]) -> dict[str, Any]:
+    """A record of any version, with today's names."""
+    starts = tuple(RENAMED)
+    if not any(name.startswith(starts) for name in record):
+        return record
+    return {_current(name): value for name, value in record.items()}
+
+
+def _current(name: str) -> str:
+    old = next((old for old in RENAMED if name.startswith(old)), "")
+    return RENAMED[old] + name.removeprefix(old) if old else name
 
 
 def metric_key(name: str) -> str:

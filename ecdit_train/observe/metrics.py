@@ -34,6 +34,18 @@ class AllReduce(Protocol):
     def __call__(self, vector: Tensor, *, op: Literal["max", "sum"]) -> Tensor: ...
 
 
+def summed(sums: Mapping[str, Tensor], *, device: torch.device, all_reduce: AllReduce) -> dict[str, np.ndarray]:
+    """Sums over all ranks, in one exchange and one transfer; waits for the device."""
+    named = {name: value.to(device, torch.float64) for name, value in sorted(sums.items())}
+    flat = all_reduce(torch.cat([value.flatten() for value in named.values()]), op="sum").cpu().numpy()
+    return _shaped(flat, named)
+
+
+def _shaped(flat: np.ndarray, like: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    parts = np.split(flat, np.cumsum([value.numel() for value in like.values()])[:-1])
+    return {name: p.reshape(tuple(value.shape)) for p, (name, value) in zip(parts, like.items(), strict=True)}
+
+
 SUMS = "sums:"
 """Before the names of sums in a saved window."""
 
@@ -116,9 +128,10 @@ class MetricWindow:
             self._sums[name] = self._sums[name] + value if name in self._sums else value
 
     def state_dict(self, all_reduce: AllReduce | None = None) -> dict[str, list[float]]:
-        """What has gathered since the last record, as JSON: a run stopped between two log steps then logs the same
-        means as one that was not. Times and loader/ belong to the process and stay out. Collective: sums are each rank's own."""
-        kept = {name: value for name, value in self._values.items() if not name.startswith("loader/")}
+        """What has gathered since the last record, as JSON: a run stopped between two log steps then logs the
+        same means as one that was not. Times and data/loader/ belong to the process and stay out. Collective:
+        sums are each rank's own."""
+        kept = {name: value for name, value in self._values.items() if not name.startswith("data/loader/")}
         values = {name: value for name, value in kept.items() if not isinstance(value, Tensor)}
         assert len(values) == len(kept), "a device value is one rank's own, a checkpoint is everybody's"
         names = sorted(name for name in values if METRICS[metric_key(name)].reduction == "sum")
@@ -177,8 +190,8 @@ class MetricWindow:
         self.add("data/stall_frac", self._waited / max(time.perf_counter() - self._start - self._paused, 1e-9))
         record, sums = self._reduced(all_reduce)
         elapsed = time.perf_counter() - self._start - self._paused  # after the sync: the device has done these steps
-        if "loader/samples" in record:
-            record["loader/samples_per_s"] = record["loader/samples"] / elapsed
+        if "data/loader/samples" in record:
+            record["data/loader/samples_per_s"] = record["data/loader/samples"] / elapsed
         if self._steps:
             step_s = elapsed / self._steps
             record["perf/step_s"] = step_s
@@ -211,12 +224,11 @@ class MetricWindow:
             largest = all_reduce(largest, op="max") if len(largest) else largest
         flat = torch.cat([added, largest]).cpu().numpy()
         ranks, rest = flat[0], flat[1:]
-        cut = np.cumsum([len(names["mean"]), len(names["sum"]), *(value.numel() for value in sums.values())])
-        means, totals, *vectors, largest_now = np.split(rest, cut)
+        cut = np.cumsum([len(names["mean"]), len(names["sum"]), sum(value.numel() for value in sums.values())])
+        means, totals, vectors, largest_now = np.split(rest, cut)
         for group, numbers in ((names["mean"], means / ranks), (names["sum"], totals), (names["max"], largest_now)):
             known |= dict(zip(group, numbers.tolist(), strict=True))
-        arrays = [v.reshape(tuple(value.shape)) for v, value in zip(vectors, sums.values(), strict=True)]
-        return known, dict(zip(sums, arrays, strict=True))
+        return known, _shaped(vectors, sums) if sums else {}
 
     def _window_value(self, name: str) -> Tensor | float:
         mean = METRICS[metric_key(name)].reduction == "mean"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import math
+import time
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
@@ -317,7 +318,7 @@ class Trainer:
         record = {name: value for name, value in record.items() if value or not name.startswith("data/bad/")}
         record["perf/goodput"] = self.watching.goodput(step, record["perf/step_s"], since=self.heart.born)
         if self.measured.get("step") == step:
-            record |= {f"validation/{name}": value for name, value in self.measured.items() if name != "step"}
+            record |= {f"eval/{name}": value for name, value in self.measured.items() if name != "step"}
         self.sinks.log(step, record)
         self.progress.update(step, record)
         if record["data/substituted"] > 0:
@@ -358,12 +359,13 @@ class Trainer:
         if self.drawer is None:
             return
         with self.state.ema.swapped_in() if self.state.ema is not None else nullcontext():
-            grid = None
+            grid, began = None, time.perf_counter()
             try:
                 grid = self.drawer(step)
             except (OSError, StorageError) as error:  # of the one rank that writes, after the ranks' last exchange
                 logger.warning("the pictures of step %d cannot be written, training goes on: %s", step, error)
             self.parallel.reshard()
+        self.window.add("samples/draw_s", time.perf_counter() - began)
         if grid is not None:
             self.sinks.image(grid, key="samples/grid", step=step, caption=f"step {step}")
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ecdit_train.observe.metrics import METRICS, AllReduce, MetricWindow, metric_key, undocumented
 
-GROUPS = {"train", "optim", "moe", "diffusion", "perf", "mem", "data", "loader", "reliability", "validation", "ckpt"}
+GROUPS = {"train", "optim", "moe", "diffusion", "perf", "mem", "data", "reliability", "eval", "samples", "ckpt"}
 
 
 def window(**more: float) -> MetricWindow:
