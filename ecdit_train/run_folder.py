@@ -11,6 +11,7 @@
 <run>/quarantine-0000-life-0001.jsonl samples that data-parallel rank 0 could not read in the first life
 <run>/samples/step_00000100.png       sample grid, with step_00000100.json beside it
 <run>/routing/step_00000100.npz       RoutingMaps
+<run>/routing/numbers_00000100.json   RoutingNumbers of that step's record
 <run>/pictures/step_00000100.png      what `ecdit sample` drew
 <run>/evaluation/*.json               results of `ecdit evaluate`
 <run>/wandb_id, <run>/wandb/          W&B's run id and its files
@@ -58,6 +59,10 @@ def samples_path(run_folder: Path, *, step: int) -> Path:
 
 def routing_path(run_folder: Path, *, step: int) -> Path:
     return run_folder / ROUTING / f"step_{step:08d}.npz"
+
+
+def routing_numbers_path(run_folder: Path, *, step: int) -> Path:
+    return run_folder / ROUTING / f"numbers_{step:08d}.json"
 
 
 def pictures_path(run_folder: Path, *, step: int) -> Path:

@@ -113,10 +113,10 @@ METRICS: dict[str, Metric] = {
     ),
     **_moe(
         "edge_margin",
-        "share of affinity",
+        "difference / sum",
         "mean",
-        "How far is the last token that an expert takes of a group from the first that it refuses? Near 0: rounding decides. "
-        "Below 0: the router does not rank tokens by expert (token choice).",
+        "How far is the last token that an expert takes of a group from the first that it refuses, in affinity? Near 0: rounding "
+        "decides. Below 0: the router does not rank tokens by expert (token choice).",
     ),
     **_moe(
         "expert_similarity",

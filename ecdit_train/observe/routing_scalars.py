@@ -100,13 +100,13 @@ def _loads_are_equal(assignment: Assignment) -> bool:
 
 
 def _edge(a_GSE: Tensor, chosen_GSE: Tensor, *, bin_N: Tensor) -> dict[str, Tensor]:
-    """How far the last token that an expert took of a group is from the first that it refused, as a share of the last one's
-    affinity, summed by the timestep of the last one; and how many such edges there are."""
+    """How far the last token that an expert took of a group is from the first that it refused: the difference of their affinities
+    over the sum, -1 to 1, added up by the timestep of the last one; and how many such edges there are."""
     was = chosen_GSE > 0
     last_GE, place_GE = a_GSE.masked_fill(~was, math.inf).min(1)
     first_GE = a_GSE.masked_fill(was, -math.inf).max(1).values
     real_GE = was.any(1) & ~was.all(1)  # an expert that took all or none has no edge
-    margin_GE = torch.where(real_GE, (last_GE - first_GE) / last_GE.clamp(min=1e-12), 0.0)
+    margin_GE = torch.where(real_GE, (last_GE - first_GE) / (last_GE + first_GE).clamp(min=1e-30), 0.0)
     G, S, _ = a_GSE.shape
     bin_GE = bin_N.view(G, S).gather(1, place_GE)
     of_T = one_hot(bin_GE.flatten())
@@ -136,13 +136,13 @@ def routing_record(sums: Sums, *, layers: Sequence[int]) -> dict[str, float]:
     if microbatches is None:
         return record
     for number in layers:
-        for name, value in _layer_numbers(_of(sums, number), microbatches=float(microbatches[0])).items():
+        for name, value in _layer_numbers(of_layer(sums, number), microbatches=float(microbatches[0])).items():
             record[f"moe/L{number}/{name}"] = value
             of_layers.setdefault(name, []).append(value)
     for name, values in of_layers.items():
         over = max if name.endswith("_max") else sum if name in COUNTS else _mean
         record[f"moe/{name}"] = over(values)
-    spread_TK = np.sum([_of(sums, number)["spread"] for number in layers], axis=0)
+    spread_TK = np.sum([of_layer(sums, number)["spread"] for number in layers], axis=0)
     tokens_T, experts_T = spread_TK.sum(1), spread_TK @ np.arange(spread_TK.shape[1])
     record |= {f"moe/experts_per_token_t{b}": float(experts_T[b] / tokens_T[b]) for b in range(BINS) if tokens_T[b]}
     record["moe/dropped_everywhere_frac"] = float(sums["moe/0/nowhere"][0] / tokens_T.sum() * len(layers))
@@ -153,7 +153,7 @@ COUNTS = ("dead_experts",)
 """Numbers that are summed over layers."""
 
 
-def _of(sums: Sums, number: int) -> dict[str, np.ndarray]:
+def of_layer(sums: Sums, number: int) -> dict[str, np.ndarray]:
     """What was gathered of one layer."""
     start = f"moe/{number}/"
     return {name.removeprefix(start): value for name, value in sums.items() if name.startswith(start)}
@@ -178,7 +178,7 @@ def _layer_numbers(of: Mapping[str, np.ndarray], *, microbatches: float) -> dict
         "max_violation": overload(load_E),
         "combination_usage": pairs_needed(of["together"]),
         "dead_experts": (of["expert_gate"] < DEAD * of["expert_gate"].mean()).sum(),
-        "expert_timestep_std": _mean_timestep(of)[load_E > 0].std() if load_E.any() else 0.0,
+        "expert_timestep_std": mean_timestep(of)[load_E > 0].std() if load_E.any() else 0.0,
         **{name.removeprefix("own/"): value[0] / microbatches for name, value in of.items() if name.startswith("own/")},
         **{
             name.removeprefix("share/"): value[0] / max(value[1], 1)
@@ -196,7 +196,7 @@ def _layer_numbers(of: Mapping[str, np.ndarray], *, microbatches: float) -> dict
     return {name: float(value) for name, value in numbers.items()}
 
 
-def _mean_timestep(of: Mapping[str, np.ndarray]) -> np.ndarray:
+def mean_timestep(of: Mapping[str, np.ndarray]) -> np.ndarray:
     """(E,): of the tokens that an expert took; 0 where it took none."""
     return of["expert_t"] / np.maximum(of["expert_rows"].sum(0), 1)
 

@@ -314,11 +314,15 @@ class Trainer:
         if self.guard.skipped:
             self.window.add("reliability/skipped", float(len(self.guard.skipped)))
             self.window.add("reliability/roll_backs", float(self.guard.roll_backs))
-        record = self.window.flush(self.parallel.reduce, reading=self.watching.read) | self.saves.record()
+        record = (
+            self.window.flush(self.parallel.reduce, reading=partial(self.watching.read, step)) | self.saves.record()
+        )
         record = {name: value for name, value in record.items() if value or not name.startswith("data/bad/")}
         record["perf/goodput"] = self.watching.goodput(step, record["perf/step_s"], since=self.heart.born)
         if self.measured.get("step") == step:
             record |= {f"eval/{name}": value for name, value in self.measured.items() if name != "step"}
+        if self.parallel.runtime.rank == 0:
+            self.watching.write(Path(c.run), self.ownership)
         self.sinks.log(step, record)
         self.progress.update(step, record)
         if record["data/substituted"] > 0:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from ecdit_train.config.schema import RunConfig
+from ecdit_train.errors import StorageError
 from ecdit_train.model.router import Router
 from ecdit_train.observe.goodput import Useful
 from ecdit_train.observe.metrics import MetricWindow, Sums
+from ecdit_train.observe.routing_numbers import RoutingNumbers, written_at
 from ecdit_train.observe.routing_scalars import routing_maxima, routing_record, routing_sums, weight_sums
 from ecdit_train.observe.timesteps import loss_by_timestep, loss_sums
+from ecdit_train.supervise.ownership import Ownership
 
 from .step import Seen
+
+logger = logging.getLogger("ecdit.train")
 
 
 class Watching:
@@ -25,6 +32,8 @@ class Watching:
         self._routers = routers
         self._layers = config.sparse_layers
         self._useful = Useful()
+        self.numbers: RoutingNumbers | None = None
+        """What is to be written beside the record that was read last."""
 
     def measures_at(self, step: int) -> bool:
         """Whether the held-out images are measured after so many updates."""
@@ -47,9 +56,24 @@ class Watching:
                     self._window.add(name, value)
             self._window.add_sums(weight_sums(self._routers, layers=self._layers))
 
-    def read(self, sums: Sums) -> dict[str, float]:
-        """Numbers of the sums over the window, all microbatches and ranks."""
+    def read(self, step: int, sums: Sums) -> dict[str, float]:
+        """Numbers of the sums over the window that ends with `step`, all microbatches and ranks."""
+        c = self._config
+        due = written_at(step, log_every=c.observe.log_every, steps=c.train.steps)
+        self.numbers = RoutingNumbers.of(sums, step=step, layers=self._layers) if due else None
         return {**loss_by_timestep(sums), **routing_record(sums, layers=self._layers)}
+
+    def write(self, run: Path, ownership: Ownership) -> None:
+        """What is too much for a record, into its own file; before the record, so that who reads that finds it. A disk that refuses
+        is no reason not to train. Raises RunOwnedError."""
+        if self.numbers is None:
+            return
+        try:
+            ownership.recently_ours()
+            self.numbers.save(run)
+        except (OSError, StorageError) as error:
+            step = self.numbers.step
+            logger.warning("the routing numbers of step %d cannot be written, training goes on: %s", step, error)
 
     def begin(self, step: int) -> None:
         """A life goes on from `step`."""
