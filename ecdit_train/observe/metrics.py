@@ -46,6 +46,8 @@ def _shaped(flat: np.ndarray, like: Mapping[str, Tensor]) -> dict[str, np.ndarra
     return {name: p.reshape(tuple(value.shape)) for p, (name, value) in zip(parts, like.items(), strict=True)}
 
 
+OWN = ("data/loader/", "samples/")
+"""Names of what belongs to this process, not to the run: not in its checkpoints."""
 SUMS = "sums:"
 """Before the names of sums in a saved window."""
 
@@ -128,10 +130,9 @@ class MetricWindow:
             self._sums[name] = self._sums[name] + value if name in self._sums else value
 
     def state_dict(self, all_reduce: AllReduce | None = None) -> dict[str, list[float]]:
-        """What has gathered since the last record, as JSON: a run stopped between two log steps then logs the
-        same means as one that was not. Times and data/loader/ belong to the process and stay out. Collective:
-        sums are each rank's own."""
-        kept = {name: value for name, value in self._values.items() if not name.startswith("data/loader/")}
+        """What has gathered since the last record, as JSON: a run stopped between two log steps then logs the same means as
+        one that was not. Times and OWN stay out. Collective: sums are each rank's own."""
+        kept = {name: value for name, value in self._values.items() if not name.startswith(OWN)}
         values = {name: value for name, value in kept.items() if not isinstance(value, Tensor)}
         assert len(values) == len(kept), "a device value is one rank's own, a checkpoint is everybody's"
         names = sorted(name for name in values if METRICS[metric_key(name)].reduction == "sum")

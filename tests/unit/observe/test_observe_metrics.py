@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from observe_demo_run import assignments, picture, routing_scalars
 from torch import Tensor
 
+from ecdit_train.observe.journal import read_records
 from ecdit_train.observe.metrics import METRICS, AllReduce, MetricWindow, metric_key, undocumented
 
 GROUPS = {"train", "optim", "moe", "diffusion", "perf", "mem", "data", "reliability", "eval", "samples", "ckpt"}
@@ -105,6 +107,35 @@ def test_a_saved_window_holds_the_sum_of_all_ranks_once() -> None:
         records.append(again.flush())
     assert [r["data/substituted"] for r in records] == [7.0, 1.0]
     assert [r["train/loss"] for r in records] == [1.0, 1.0]
+
+
+def test_sums_of_a_saved_window_are_taken_over_once() -> None:
+    """As values are: all of them on the first rank, whose share then joins what the next steps add."""
+    w, other = window(), window()
+    w.add_sums({"diffusion/images": torch.tensor([1, 2]), "diffusion/loss": torch.tensor([0.5, 0.25])})
+    other.add_sums({"diffusion/images": torch.tensor([10, 20]), "diffusion/loss": torch.tensor([4.0, 8.0])})
+    kept: list[Tensor] = []
+    other.state_dict(lambda vector, *, op: (kept.append(vector), vector)[1])
+    state = w.state_dict(lambda vector, *, op: vector + kept[0])
+    assert state == {"sums:diffusion/images": [11.0, 22.0], "sums:diffusion/loss": [4.5, 8.25]}
+    seen: list[dict[str, list[float]]] = []
+    for first in (True, False):
+        again = window()
+        again.load_state_dict(state, first=first)
+        again.add_sums({"diffusion/images": torch.tensor([1, 1])})
+        again.flush(reading=lambda sums: seen.append({k: v.tolist() for k, v in sums.items()}) or {})
+    assert [s["diffusion/images"] for s in seen] == [[12.0, 23.0], [1.0, 1.0]]
+    assert [s["diffusion/loss"] for s in seen] == [[4.5, 8.25], [0.0, 0.0]]
+
+
+def test_logs_of_earlier_versions_are_read_with_todays_names(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1, "loader/samples": 8, "validation/loss": 0.5, "perf/memory_gib": 2.0, "train/loss": 1.0}\n'
+    )
+    (record,) = read_records(tmp_path)
+    assert record == {
+        "step": 1, "data/loader/samples": 8, "eval/loss": 0.5, "mem/allocated_gib": 2.0, "train/loss": 1.0}  # fmt: skip
+    assert undocumented({k: v for k, v in record.items() if k != "step"}) == set()
 
 
 def test_an_undescribed_name_cannot_be_logged() -> None:
