@@ -1,9 +1,9 @@
 """What watching a run costs a step: `python -m benchmarks.observe_cost` (two minutes; no quiet machine needed).
 
-What is watched is timed by itself and held against the step that it belongs to, in the same round: a step with and one without it
-differ by less than two equal steps do. Every step adds up its losses by timestep; one that a record follows also counts the
-routing of all its microbatches, reads it back and makes numbers of it. A run pays the first at every step and the second at every
-`observe.log_every`-th.
+What is watched is timed by itself and held against the step that it belongs to, in the same round: a step with and one
+without it differ by less than two equal steps do. Every step adds up its losses by timestep; one that a record follows
+also counts the routing of all its microbatches, reads it back and makes numbers of it. A run pays the first at every
+step and the second at every `observe.log_every`-th.
 """
 
 from __future__ import annotations
