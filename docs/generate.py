@@ -239,13 +239,13 @@ def metrics() -> str:
     from ecdit_train.observe.metric_table import METRICS
 
     parts = [
-        NOTE.format(source="METRICS in ecdit_train/observe/metric_table.py"),
-        "# Metrics\n\n",
+        NOTE.format(source="METRICS in ecdit_train/observe/metric_table.py") + "# Metrics\n\n",
         "Every name that a training run logs, every `observe.log_every` steps and at the last one. **Reduction** is over the "
         "steps since the last record, and then over ranks; `last` takes the newest step. `moe/` is of the record's own step, "
-        "whole; ratios, spreads and maxima are taken of sums, so no number depends on the layout ([how](../explanation/routing- "
-        "numbers.md)). `{n}` is the number of a sparse block, counted from 1; `{b}` a tenth of the timesteps, 0 (noise) to 9 "
-        "(data). Lines also have `step` and `time` (seconds since the epoch); what is not finite is `null`.\n",
+        "whole; ratios, spreads and maxima are taken of sums, so no number depends on the layout "
+        "([how](../explanation/routing-numbers.md)). `{n}` is the number of a sparse block, counted from 1; `{b}` a tenth of "
+        "the timesteps, 0 (noise) to 9 (data). Lines also have `step` and `time` (seconds since the epoch); what is not finite "
+        "is `null`.\n",
     ]
     for group in dict.fromkeys(name.partition("/")[0] for name in METRICS):
         rows = [
