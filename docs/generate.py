@@ -248,11 +248,7 @@ def metrics() -> str:
         "is `null`.\n",
     ]
     for group in dict.fromkeys(name.partition("/")[0] for name in METRICS):
-        rows = [
-            [f"`{name}`", m.unit, m.reduction, m.question]
-            for name, m in METRICS.items()
-            if name.startswith(f"{group}/")
-        ]
+        rows = [[f"`{n}`", m.unit, m.reduction, m.question] for n, m in METRICS.items() if n.startswith(f"{group}/")]
         parts.append(f"\n## {group}\n\n" + table(["name", "unit", "reduction", "the question it answers"], rows))
     return "".join(parts)
 

@@ -37,7 +37,7 @@ def _moe(name: str, unit: str, reduction: Reduction, question: str, *, over_laye
     return {
         f"moe/{name}": _metric(unit, reduction, question),
         f"moe/L{{n}}/{name}": _metric(
-            unit, reduction, f"Layer n's share of `moe/{name}`, which is the {over_layers} over layers."
+            unit, reduction, f"The same of layer n; `moe/{name}` is the {over_layers} over layers."
         ),
     }
 
