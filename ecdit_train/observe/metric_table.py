@@ -188,8 +188,13 @@ METRICS: dict[str, Metric] = {
         "mean",
         "Where does the time of a step go? Pauses are spread over the steps since the last record. On CUDA the device's own time "
         "between two events on its stream. Of the rank that writes the log; phases as in `ecdit status`: data, encode, forward, "
-        "backward (both with the experts' exchange inside), exchange (gradients' norm and the agreement on the step), optimizer, "
-        "log, validate, show, save.",
+        "backward, exchange (gradients' norm and the agreement on the step), optimizer, log, validate, show, save.",
+    ),
+    "perf/time/expert_exchange": _metric(
+        "s per step",
+        "mean",
+        "How much of forward and backward are the experts' all-to-alls, waits for other ranks included? Only where they can be "
+        "told apart: with `parallel.ep`, a fixed number of rows and no `parallel.overlap_chunks`.",
     ),
     # mem/: of the fullest rank.
     "mem/allocated_gib": _metric(
@@ -326,7 +331,7 @@ def metric_key(name: str) -> str:
     reports falls under the entries with `{name}`."""
     key = re.sub(r"/L\d+/", "/L{n}/", name)
     key = re.sub(r"_t\d$", "_t{b}", key)
-    key = re.sub(r"^perf/time/\w+$", "perf/time/{phase}", key)
+    key = key if key in METRICS else re.sub(r"^perf/time/\w+$", "perf/time/{phase}", key)
     key = re.sub(r"^data/bad/\w+$", "data/bad/{kind}", key)
     key = re.sub(r"^data/source/[\w-]+/", "data/source/{name}/", key)
     if key in METRICS:

@@ -6,6 +6,7 @@ Nothing waits for the device before `flush`: tensors are added up where they are
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal, Protocol
@@ -89,12 +90,15 @@ class MetricWindow:
         self._clock = PhaseClock(self._device)
         self.enter = self._clock.enter
         """Told each phase as it begins; times of phases are of the rank that asks."""
+        self.inside: Callable[[], Mapping[str, float]] = dict
+        """More seconds by name since it was asked last, of what happens inside of phases; asked once the device is done."""
         self._reset()
 
     def _reset(self) -> None:
         self._values: dict[str, Tensor | float] = {}
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
+        self._inside: Counter[str] = Counter()
         self._steps = 0
         self._waited = 0.0
         self._paused = 0.0
@@ -178,10 +182,12 @@ class MetricWindow:
         """Time inside is not training: left out of throughput, step time and stall share."""
         self._synchronize()
         start = time.perf_counter()
+        self._inside.update(self.inside())
         try:
             yield
         finally:
             self._synchronize()
+            self.inside()  # nor is what was done in it
             self._paused += time.perf_counter() - start
 
     def flush(self, all_reduce: AllReduce | None = None, *, reading: Reading = lambda sums: {}) -> dict[str, float]:
@@ -193,6 +199,8 @@ class MetricWindow:
         elapsed = time.perf_counter() - self._start - self._paused  # after the sync: the device has done these steps
         if "data/loader/samples" in record:
             record["data/loader/samples_per_s"] = record["data/loader/samples"] / elapsed
+        self._inside.update(self.inside())
+        seconds = {**self._clock.read(), **self._inside}
         if self._steps:
             step_s = elapsed / self._steps
             record["perf/step_s"] = step_s
@@ -202,7 +210,7 @@ class MetricWindow:
                 record["perf/mfu"] = mfu = self.flops_per_step / step_s / self._peak_flops
                 if self._planned_mfu:
                     record["perf/mfu_of_plan"] = mfu / self._planned_mfu
-            record |= {f"perf/time/{phase}": spent / self._steps for phase, spent in self._clock.read().items()}
+            record |= {f"perf/time/{phase}": spent / self._steps for phase, spent in seconds.items()}
         self._reset()
         return record | dict(reading(sums))
 

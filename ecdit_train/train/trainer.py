@@ -27,7 +27,7 @@ from ecdit_train.observe.sinks import Sinks
 from ecdit_train.parallel.context import ParallelContext
 from ecdit_train.parallel.digest import Digests
 from ecdit_train.run_folder import quarantine_path
-from ecdit_train.supervise.beats import Heart
+from ecdit_train.supervise.beats import Heart, untold
 from ecdit_train.supervise.ownership import Ownership
 from ecdit_train.supervise.stop import StopRequest
 
@@ -151,7 +151,7 @@ class Trainer:
         """
         c, state, window, watching = self.config, self.state, self.window, self.watching
         counts, first, names = dict[str, int](), state.step, set(state.tensors())
-        self.heart.also = window.enter
+        self.heart.also, window.inside = window.enter, self.parallel.exchange_seconds
         watching.begin(state.step)
         gc.freeze()  # what is built stays: a collection in the middle of a step need not look at it
         while state.step < c.train.steps:
@@ -375,6 +375,7 @@ class Trainer:
 
     def close(self) -> None:
         """Flush what people see, end the loader's threads and give the run folder free; also after an error."""
+        self.heart.also = untold  # a device that failed measures nothing any more
         self.heart.enter("close")
         gc.unfreeze()
         with ExitStack() as last:  # each of them, whatever another meets

@@ -65,9 +65,22 @@ def check_first_records(lives: dict[str, Life], folder: Path) -> None:
         assert all(mine == theirs for mine, theirs in counts.values()), (layout, counts)
 
 
+def check_exchanges(folder: Path) -> None:
+    """The experts' exchange is timed where there is one that nothing hides, and is a part of the passes it is in."""
+    for name, layout in LAYOUTS.items():
+        told = [line.get("perf/time/expert_exchange") for line in records(folder / name)]
+        words = " ".join(layout.words)
+        if "ep=" not in words or "overlap_chunks" in words:
+            assert told == [None] * len(told), name
+        else:
+            inside = [line["perf/time/forward"] + line["perf/time/backward"] for line in records(folder / name)]
+            assert all(0 < exchange < passes for exchange, passes in zip(told, inside, strict=True)), name
+
+
 def check(lives: dict[str, Life], folder: Path, *, bound: float) -> float:
     one = lives["one"]
     check_first_records(lives, folder)
+    check_exchanges(folder)
     worst = 0.0
     for name, life in lives.items():
         assert life.finished

@@ -55,6 +55,16 @@ def test_throughput_stall_and_mfu() -> None:
     assert not {"perf/mfu", "mem/allocated_gib"} & set(window().flush())
 
 
+def test_what_happens_inside_of_a_pause_is_not_a_step_s() -> None:
+    w, spent = window(), iter([1.0, 30.0, 3.0])
+    w.inside = lambda: {"expert_exchange": next(spent)}
+    with w.paused():
+        pass
+    w.step_done()
+    w.step_done()
+    assert w.flush()["perf/time/expert_exchange"] == 2.0
+
+
 def beside(peer: MetricWindow) -> AllReduce:
     """The exchange of two ranks, of which the other one has this window."""
     told: dict[str, Tensor] = {}
@@ -169,7 +179,7 @@ def test_the_table_describes_what_observe_logs_and_nothing_else_of_it() -> None:
     assert undocumented(measured) == set()
     assert {k for k in METRICS if k.startswith(("perf/", "mem/"))} - {metric_key(k) for k in measured} == {
         *("mem/allocated_gib", "mem/reserved_gib", "mem/retries"),  # CUDA only
-        "perf/goodput",  # of a life, not of a window
+        *("perf/goodput", "perf/time/expert_exchange"),  # of a life; of several ranks
     }
 
 

@@ -10,6 +10,8 @@ import torch
 from ecdit_train.observe import phases
 from ecdit_train.observe.goodput import Useful
 from ecdit_train.observe.phases import PhaseClock
+from ecdit_train.parallel import stopwatch
+from ecdit_train.parallel.stopwatch import Stopwatch
 
 
 def test_phases_add_up_to_the_time_that_passed() -> None:
@@ -74,6 +76,33 @@ def test_borders_on_a_device_are_read_once_it_has_passed_them(monkeypatch: pytes
     device.given += 5.0
     device.now = device.given
     assert clock.read() == {"backward": 5.0}
+
+
+def test_a_watch_tells_what_the_device_has_passed(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device()
+    monkeypatch.setattr(torch.cuda, "Event", device.event)
+    monkeypatch.setattr(stopwatch, "MANY", 8)
+    watch = Stopwatch("cuda")
+    for _ in range(40):
+        device.given += 1.0  # other work
+        with watch:
+            device.given += 2.0
+        device.now = max(0.0, device.given - 12.0)
+    assert device.made < 40, "events are used again"
+    assert watch.read() == 2.0 * 36  # the last four are still on their way
+    device.now = device.given
+    assert watch.read() == 2.0 * 4
+    assert watch.read() == 0.0
+
+
+def test_a_watch_on_the_host() -> None:
+    watch = Stopwatch("cpu")
+    for _ in range(2):
+        with watch:
+            time.sleep(0.01)
+        time.sleep(0.01)
+    assert 0.02 <= watch.read() < 0.2
+    assert watch.read() == 0.0
 
 
 def test_goodput_takes_back_what_was_rolled_back() -> None:

@@ -29,7 +29,18 @@ from ecdit_train.observe.timesteps import loss_by_timestep, loss_sums
 
 IMAGES, TOKENS, WIDTH, EXPERTS, GROUP = 8, 16, 12, 4, 32
 """Two images in a group."""
-KINDS = ("expert_choice", "token_choice", "threshold", "capped", "expert_race", "ec_image", "be", "le", "nucleus", "diffmoe")
+KINDS = (
+    "expert_choice",
+    "token_choice",
+    "threshold",
+    "capped",
+    "expert_race",
+    "ec_image",
+    "be",
+    "le",
+    "nucleus",
+    "diffmoe",
+)
 MAKES_ITS_OWN = {
     "nucleus": Nucleus(capacity_factor=1.0, sees="modulated", scores="softmax", route_scale=1.0, schedule=()),
     "diffmoe": DiffMoE(capacity_factor=1.0, sees="modulated", predictor_weight=1.0, momentum=0.9),
@@ -58,7 +69,9 @@ def settled(kind: str, x_BSD: torch.Tensor, *, seed: int) -> Assignment:
 def who(assignment: Assignment) -> list[tuple[int, int, float]]:
     """(token, expert, gate) of every row, one by one."""
     if isinstance(assignment, Rows):
-        return list(zip(assignment.index_R.tolist(), assignment.expert_R.tolist(), assignment.gate_R.tolist(), strict=True))
+        return list(
+            zip(assignment.index_R.tolist(), assignment.expert_R.tolist(), assignment.gate_R.tolist(), strict=True)
+        )
     E, G, C = assignment.index_EGC.shape
     filled = assignment.filled_EGC
     return [
@@ -89,7 +102,9 @@ def plain(assignment: Assignment, t_B: torch.Tensor) -> dict[str, float]:
     counts = np.array([len(experts_of[n]) for n in range(N)])
     load = np.array([sum(e == expert for _, expert, _ in rows) for e in range(EXPERTS)])
     gates = np.array([sum(abs(gate) for _, expert, gate in rows if e == expert) for e in range(EXPERTS)])
-    pairs = sorted((sum({a, b} <= experts_of[n] for n in range(N)) for a, b in combinations(range(EXPERTS), 2)), reverse=True)
+    pairs = sorted(
+        (sum({a, b} <= experts_of[n] for n in range(N)) for a, b in combinations(range(EXPERTS), 2)), reverse=True
+    )
     margins = []
     for e in range(EXPERTS):
         for group in np.arange(N).reshape(-1, GROUP):
@@ -218,7 +233,9 @@ def test_similarity_of_experts_is_the_cosine_of_their_columns() -> None:
     copies = [weight_sums([router], layers=(2,)) for _ in range(3)]  # of three ranks that replicate it
     record = routing_record(totals([part, *copies]), layers=(2,))
     w = router.weight.detach().double().numpy()
-    cosines = [w[:, a] @ w[:, b] / np.linalg.norm(w[:, a]) / np.linalg.norm(w[:, b]) for a, b in combinations(range(4), 2)]
+    cosines = [
+        w[:, a] @ w[:, b] / np.linalg.norm(w[:, a]) / np.linalg.norm(w[:, b]) for a, b in combinations(range(4), 2)
+    ]
     assert record["moe/expert_similarity"] == pytest.approx(np.mean(cosines), rel=1e-9)
     assert record["moe/expert_similarity_max"] == pytest.approx(1.0)
 
