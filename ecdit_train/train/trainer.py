@@ -175,7 +175,7 @@ class Trainer:
             last = state.step == c.train.steps
             if verdict.act == "report":
                 self.progress.message(f"step {state.step}: {verdict.words}")
-            self._add(result)
+            watching.add(result)
 
             measuring = watching.measures_at(state.step)
             showing = c.observe.sample_every > 0 and (state.step % c.observe.sample_every == 0 or last)
@@ -288,17 +288,6 @@ class Trainer:
         """The state of a checkpoint whose tensors are loaded; the place in the data is not part of it."""
         self.state.restore_step(resumed.step)
         self.window.load_state_dict(resumed.objects.get("window", {}), first=self.parallel.mesh.dp_rank == 0)
-
-    def _add(self, result: StepResult) -> None:
-        """A step's numbers into the window."""
-        window, clip = self.window, self.config.optim.clip_norm
-        window.add("train/loss", result.loss)
-        window.add("optim/grad_norm", result.grad_norm)
-        window.add("optim/grad_norm_max", result.grad_norm)
-        window.add("optim/clipped_frac", float(0 < clip < result.grad_norm))
-        for name, value in result.auxiliary.items():
-            window.add(f"train/{name}_loss", value)
-        window.step_done()
 
     def measure(self) -> None:
         """The loss on the held-out images, into the record of this step and the checkpoints that follow."""

@@ -17,7 +17,7 @@ from ecdit_train.observe.routing_scalars import routing_maxima, routing_record, 
 from ecdit_train.observe.timesteps import loss_by_timestep, loss_sums
 from ecdit_train.supervise.ownership import Ownership
 
-from .step import Seen
+from .step import Seen, StepResult
 
 logger = logging.getLogger("ecdit.train")
 
@@ -55,6 +55,17 @@ class Watching:
                 for name, value in routing_maxima(micro.assignments, layers=self._layers):
                     self._window.add(name, value)
             self._window.add_sums(weight_sums(self._routers, layers=self._layers))
+
+    def add(self, result: StepResult) -> None:
+        """The numbers of an update that was made."""
+        window, clip = self._window, self._config.optim.clip_norm
+        window.add("train/loss", result.loss)
+        window.add("optim/grad_norm", result.grad_norm)
+        window.add("optim/grad_norm_max", result.grad_norm)
+        window.add("optim/clipped_frac", float(0 < clip < result.grad_norm))
+        for name, value in result.auxiliary.items():
+            window.add(f"train/{name}_loss", value)
+        window.step_done()
 
     def read(self, step: int, sums: Sums) -> dict[str, float]:
         """Numbers of the sums over the window that ends with `step`, all microbatches and ranks."""
