@@ -73,7 +73,8 @@ def evaluation_path(run_folder: Path, *, suite: str, step: int) -> Path:
     return run_folder / EVALUATION / f"{suite}_{step:08d}.json"
 
 
-def by_step(folder: Path, *, suffix: str) -> list[tuple[int, Path]]:
-    """(step, file) of every `step_<n><suffix>` in a folder, in step order; empty when there is no such folder."""
-    found = [(re.fullmatch(r"step_(\d+)", path.name.removesuffix(suffix)), path) for path in folder.glob(f"*{suffix}")]
+def by_step(folder: Path, *, suffix: str, prefix: str = "step_") -> list[tuple[int, Path]]:
+    """(step, file) of every `<prefix><n><suffix>` in a folder, in step order; empty when there is no such folder."""
+    pattern = re.escape(prefix) + r"(\d+)"
+    found = [(re.fullmatch(pattern, path.name.removesuffix(suffix)), path) for path in folder.glob(f"*{suffix}")]
     return sorted((int(match[1]), path) for match, path in found if match)

@@ -164,6 +164,11 @@ class MetricWindow:
             own = first or METRICS[metric_key(name)].reduction != "sum"
             self._values[name], self._counts[name] = value if own else 0.0, int(count)
 
+    def begin(self) -> None:
+        """Steps begin now: what was built before them is no part of their time."""
+        self._waited = self._paused = 0.0
+        self._start = time.perf_counter()
+
     def step_done(self) -> None:
         """An optimizer step was taken."""
         self._steps += 1

@@ -53,11 +53,6 @@ class PhaseClock:
         spent, self._spent = dict(self._spent), defaultdict(float)
         return spent
 
-    def forget(self) -> None:
-        """What was counted since the last `read` is not wanted."""
-        self._borders, self._phase = self._borders[-1:], None
-        self._spent.clear()
-
     def _fold(self) -> None:
         """Borders that the device has passed become seconds; asks, does not wait."""
         done = 0

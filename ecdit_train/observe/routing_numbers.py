@@ -19,7 +19,7 @@ import numpy as np
 
 from ecdit_train import atomic
 from ecdit_train.errors import RunFolderError
-from ecdit_train.run_folder import routing_numbers_path
+from ecdit_train.run_folder import ROUTING, by_step, routing_numbers_path
 
 from .metrics import Sums
 from .routing_scalars import mean_timestep, of_layer
@@ -100,6 +100,11 @@ class RoutingNumbers:
             return cls(step=int(document["step"]), experts=E, layers=layers)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RunFolderError(f"{path}: not a file of routing numbers ({type(error).__name__}: {error})") from error
+
+
+def numbers_of(run: Path) -> list[tuple[int, Path]]:
+    """(step, file) of all that a run has written, in order."""
+    return by_step(run / ROUTING, suffix=".json", prefix="numbers_")
 
 
 def written_at(step: int, *, log_every: int, steps: int) -> bool:

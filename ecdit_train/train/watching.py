@@ -89,6 +89,7 @@ class Watching:
     def begin(self, step: int) -> None:
         """A life goes on from `step`."""
         self._useful = Useful(first=step)
+        self._window.begin()
 
     def rewind(self, step: int) -> None:
         """Updates after it were for nothing."""

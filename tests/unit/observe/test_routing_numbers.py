@@ -23,7 +23,7 @@ from ecdit_train.model.routers.diffmoe import DiffMoE
 from ecdit_train.model.routers.nucleus import Nucleus
 from ecdit_train.observe.metrics import MetricWindow, Sums
 from ecdit_train.observe.routing_drift import drift_record, drift_sums, selections
-from ecdit_train.observe.routing_numbers import FILES, RoutingNumbers, written_at
+from ecdit_train.observe.routing_numbers import FILES, RoutingNumbers, numbers_of, written_at
 from ecdit_train.observe.routing_scalars import routing_record, routing_sums, weight_sums
 from ecdit_train.observe.timesteps import loss_by_timestep, loss_sums
 
@@ -284,6 +284,7 @@ def test_the_file_says_what_was_counted(tmp_path: Path, batch: tuple[torch.Tenso
         assert np.nansum(layer_.unselected * layer_.spread.sum(1)) == layer_.spread[:, 0].sum()
         spent = (layer_.spread @ np.arange(EXPERTS + 1)).sum()
         assert np.nansum(layer_.experts_per_token * layer_.spread.sum(1)) == pytest.approx(spent)
+    assert numbers_of(tmp_path) == [(7, tmp_path / "routing/numbers_00000007.json")]
     (tmp_path / "cut.json").write_text(made.save(tmp_path).read_text()[:200])
     with pytest.raises(RunFolderError, match=r"cut\.json: not a file of routing numbers"):
         RoutingNumbers.load(tmp_path / "cut.json")
