@@ -26,6 +26,9 @@ from torch import Tensor, nn
 from ecdit_train.config.compose import compose
 from ecdit_train.diffusion.flow import Flow
 from ecdit_train.diffusion.microbatch import Microbatch
+from ecdit_train.observe.metrics import MetricWindow
+from ecdit_train.observe.routing_scalars import routing_sums, weight_sums
+from ecdit_train.observe.timesteps import loss_sums
 from ecdit_train.parallel import runtime
 from ecdit_train.parallel.context import spread
 from ecdit_train.train.state import TrainState
@@ -93,7 +96,8 @@ def one_graph(device: str, *, backend: str) -> float:
 
 
 def step_without_sync(device: str, *, precision: str) -> float:
-    """A step of the demo's network (to the moving average) under `set_sync_debug_mode("error")`; returns the norm."""
+    """A step of the demo's network (to the moving average), with all that is gathered for a record, under
+    `set_sync_debug_mode("error")`; returns the norm."""
     c = compose(["experiment=shapes_tiny", f"train.precision={precision}"])
     parallel = spread(c, runtime.start(device, env={}))
     B, channels = c.train.microbatch, c.encoders.image.channels
@@ -106,8 +110,14 @@ def step_without_sync(device: str, *, precision: str) -> float:
     flow = Flow(config=c.diffusion, seed=0, patch=c.model.patch, num_kept=c.tokens_per_image)
     state = TrainState.fresh(parallel.model, c.optim)
 
+    window = MetricWindow(device=device, images_per_step=B, tokens_per_step=B * c.tokens_per_image)
+
     def step() -> Tensor:
         done = forward_backward(parallel.model, [micro], flow=flow, group_tokens=c.group_tokens, parallel=parallel)
+        for seen in done.seen:
+            window.add_sums(loss_sums(seen.error_B, t_B=seen.t_B))
+            window.add_sums(routing_sums(seen.assignments, layers=c.sparse_layers, t_B=seen.t_B))
+        window.add_sums(weight_sums(parallel.model.routers, layers=c.sparse_layers))
         norm = parallel.clip(max_norm=1.0)
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)

@@ -3,7 +3,7 @@
     python docs/generate.py           write them
     python docs/generate.py --check   write nothing; exit 1 and name the pages that are out of date
 
-`tests/unit/test_docs.py` makes the same comparison. Imports no torch except through ecdit_train.observe.metrics.
+`tests/unit/test_docs.py` makes the same comparison. Imports no torch.
 """
 
 from __future__ import annotations
@@ -236,22 +236,19 @@ def _value(value: Any) -> str:
 
 
 def metrics() -> str:
-    from ecdit_train.observe.metrics import METRICS
+    from ecdit_train.observe.metric_table import METRICS
 
     parts = [
-        NOTE.format(source="METRICS in ecdit_train/observe/metrics.py"),
-        "# Metrics\n\n",
-        "Every name that a training run logs to `metrics.jsonl` and W&B. A record is made every `observe.log_every` steps and at the "
-        "last step. **Reduction** is over the steps since the last record, and then over ranks; `last` takes the newest step. `{n}` is "
-        "the number of a sparse block, counted from 1. Each line of `metrics.jsonl` also has `step` (updates done) and `time` (seconds "
-        "since the epoch); a value that is not finite is written as `null`.\n",
+        NOTE.format(source="METRICS in ecdit_train/observe/metric_table.py") + "# Metrics\n\n",
+        "Every name that a training run logs, every `observe.log_every` steps and at the last one. **Reduction** is over the "
+        "steps since the last record, and then over ranks; `last` takes the newest step. `moe/` is of the record's own step, "
+        "whole; ratios, spreads and maxima are taken of sums, so no number depends on the layout "
+        "([how](../explanation/routing-numbers.md)). `{n}` is the number of a sparse block, counted from 1; `{b}` a tenth of "
+        "the timesteps, 0 (noise) to 9 (data). Lines also have `step` and `time` (seconds since the epoch); what is not finite "
+        "is `null`.\n",
     ]
     for group in dict.fromkeys(name.partition("/")[0] for name in METRICS):
-        rows = [
-            [f"`{name}`", m.unit, m.reduction, m.question]
-            for name, m in METRICS.items()
-            if name.startswith(f"{group}/")
-        ]
+        rows = [[f"`{n}`", m.unit, m.reduction, m.question] for n, m in METRICS.items() if n.startswith(f"{group}/")]
         parts.append(f"\n## {group}\n\n" + table(["name", "unit", "reduction", "the question it answers"], rows))
     return "".join(parts)
 

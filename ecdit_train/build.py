@@ -35,8 +35,10 @@ from ecdit_train.parallel.context import ParallelContext, spread
 from ecdit_train.parallel.digest import Digests
 from ecdit_train.parallel.mesh import Mesh, make_mesh
 from ecdit_train.parallel.runtime import Runtime
-from ecdit_train.plan import parameters
+from ecdit_train.plan.cost import cost
 from ecdit_train.plan.flops import per_step
+from ecdit_train.plan.layout import resolve
+from ecdit_train.plan.parameters import count
 from ecdit_train.run_folder import CHECKPOINTS, WANDB_ID
 from ecdit_train.supervise import lives
 from ecdit_train.supervise.beats import Heart
@@ -148,7 +150,7 @@ def _assemble(config: RunConfig, runtime: Runtime, owned: Ownership, *, stop_aft
 
 
 def _size(config: RunConfig, runtime: Runtime) -> str:
-    counted = parameters.count(config)
+    counted = count(config)
     device = "cpu" if runtime.device.type == "cpu" else torch.cuda.get_device_name(runtime.device)
     active = counted.activated - counted.encoders
     return header.parameters(total=counted.network, active=active, device=device, threads=torch.get_num_threads())
@@ -255,6 +257,7 @@ def make_validation(
         num_batches=config.validation.images // config.train.global_batch,
         microbatch=config.train.microbatch,
         group_tokens=config.group_tokens,
+        layers=config.sparse_layers,
     )
 
 
@@ -313,14 +316,25 @@ def model_flops(config: RunConfig) -> float:
     return per_step(config, checkpointing=config.parallel.activation_checkpointing).model
 
 
+def planned_mfu(config: RunConfig, *, world: int) -> float | None:
+    """Utilisation as `ecdit plan` foresees it; None for a layout that it refuses, which is no reason not to train."""
+    try:
+        parameters = count(config)
+        return cost(config, parameters, resolve(config, world=world)).step_time.mfu
+    except ConfigError:
+        return None
+
+
 def make_window(config: RunConfig, runtime: Runtime) -> MetricWindow:
     """Utilisation needs a known peak, which only a GPU has."""
+    on_gpu = runtime.device.type == "cuda"
     return MetricWindow(
         device=runtime.device,
         images_per_step=config.train.global_batch,
         tokens_per_step=config.train.global_batch * config.tokens_per_image,
         flops_per_step=model_flops(config),
-        peak_flops=config.cluster.peak_flops * runtime.world if runtime.device.type == "cuda" else None,
+        peak_flops=config.cluster.peak_flops * runtime.world if on_gpu else None,
+        planned_mfu=planned_mfu(config, world=runtime.world) if on_gpu else None,
     )
 
 

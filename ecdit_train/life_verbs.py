@@ -174,17 +174,16 @@ def _speed(record: dict[str, Any], *, left: int) -> str:
 def _goodput(records: list[dict[str, Any]], known: list[lives.Life], *, until: float | None) -> str:
     """The share of the time since the first life began that went into steps that count. `until`: seconds since the epoch; None:
     the last that was noted. Empty where it cannot be said."""
+    from ecdit_train.observe.goodput import Useful
+
     begun = min((float(life.facts["began"]) for life in known if life.facts.get("began")), default=None)
     noted = [float(life.facts.get("time", 0.0)) for life in known] + [float(records[-1].get("time", 0.0))]
-    spent, before = 0.0, 0
-    for record in records:
-        step = int(record.get("step", before))
-        spent += (record.get("perf/step_s") or 0.0) * max(step - before, 0)
-        before = step
     passed = 0.0 if begun is None else (max(noted) if until is None else until) - begun
-    if passed <= 0 or not spent:
+    useful = Useful()
+    for record in records:
+        useful.add(int(record.get("step", 0)), record.get("perf/step_s") or 0.0)
+    if not (share := useful.share(passed)):
         return ""
-    share = min(1.0, spent / passed)
     return f"{share:.1%} of the {_ago(passed)} since it began were steps that count; the rest waited, started, saved or was lost"
 
 

@@ -11,6 +11,7 @@
 <run>/quarantine-0000-life-0001.jsonl samples that data-parallel rank 0 could not read in the first life
 <run>/samples/step_00000100.png       sample grid, with step_00000100.json beside it
 <run>/routing/step_00000100.npz       RoutingMaps
+<run>/routing/numbers_00000100.json   RoutingNumbers of that step's record
 <run>/pictures/step_00000100.png      what `ecdit sample` drew
 <run>/evaluation/*.json               results of `ecdit evaluate`
 <run>/allocation/step_00000100.json   what objects and background get (`ecdit allocation`), with a .png beside it
@@ -62,6 +63,10 @@ def routing_path(run_folder: Path, *, step: int) -> Path:
     return run_folder / ROUTING / f"step_{step:08d}.npz"
 
 
+def routing_numbers_path(run_folder: Path, *, step: int) -> Path:
+    return run_folder / ROUTING / f"numbers_{step:08d}.json"
+
+
 def pictures_path(run_folder: Path, *, step: int) -> Path:
     return run_folder / PICTURES / f"step_{step:08d}.png"
 
@@ -75,7 +80,8 @@ def allocation_path(run_folder: Path, *, step: int) -> Path:
     return run_folder / ALLOCATION / f"step_{step:08d}.json"
 
 
-def by_step(folder: Path, *, suffix: str) -> list[tuple[int, Path]]:
-    """(step, file) of every `step_<n><suffix>` in a folder, in step order; empty when there is no such folder."""
-    found = [(re.fullmatch(r"step_(\d+)", path.name.removesuffix(suffix)), path) for path in folder.glob(f"*{suffix}")]
+def by_step(folder: Path, *, suffix: str, prefix: str = "step_") -> list[tuple[int, Path]]:
+    """(step, file) of every `<prefix><n><suffix>` in a folder, in step order; empty when there is no such folder."""
+    pattern = re.escape(prefix) + r"(\d+)"
+    found = [(re.fullmatch(pattern, path.name.removesuffix(suffix)), path) for path in folder.glob(f"*{suffix}")]
     return sorted((int(match[1]), path) for match, path in found if match)

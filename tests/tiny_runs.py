@@ -52,7 +52,7 @@ ROUTERS = {
     "diffmoe": ("moe=diffmoe", "moe.scope=group"),  # groups that do not depend on the microbatch, as the others'
     "dense": ("moe=dense",),
 }
-VOLATILE = ("time", "perf/", "ckpt/", "loader/", "data/stall_frac")
+VOLATILE = ("time", "perf/", "mem/", "ckpt/", "data/loader/", "samples/", "data/stall_frac")
 """Of a record: what measures this life's machine, not the run."""
 
 

@@ -96,12 +96,12 @@ class EncodedBatches:
             "data/skipped": stats.skipped,
             "data/uncaptioned": stats.uncaptioned,
             "data/passed_over": stats.passed_over,
-            "loader/samples": stats.samples,
-            "loader/bytes_read": stats.bytes_read,
-            "loader/bytes_fetched": stats.bytes_fetched,
-            "loader/read_retries": stats.read_retries,
-            "loader/hedged": stats.hedged,
-            "loader/decoder_fallbacks": stats.decoder_fallbacks,
+            "data/loader/samples": stats.samples,
+            "data/loader/bytes_read": stats.bytes_read,
+            "data/loader/bytes_fetched": stats.bytes_fetched,
+            "data/loader/read_retries": stats.read_retries,
+            "data/loader/hedged": stats.hedged,
+            "data/loader/decoder_fallbacks": stats.decoder_fallbacks,
             **{f"data/bad/{kind}": count for kind, count in bad.items()},
         }
 
@@ -109,8 +109,8 @@ class EncodedBatches:
         stats = self._loader.stats()
         found = {
             "data/left_out": float(stats.left_out),
-            "loader/steps_ready": float(min(stats.steps_ready, stats.steps_ahead)),
-            "loader/steps_late_max": float(max(0, stats.steps_ahead - stats.steps_ready)),
+            "data/loader/steps_ready": float(min(stats.steps_ready, stats.steps_ahead)),
+            "data/loader/steps_late_max": float(max(0, stats.steps_ahead - stats.steps_ready)),
         }
         if stats.epochs is not None:
             found["data/epochs"] = stats.epochs

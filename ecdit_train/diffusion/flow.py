@@ -92,3 +92,12 @@ class Flow:
             return (raw_BKP.float() - (x_BKP - eps_BKP)).square().mean()
         weight_B = 1.0 / (1.0 - t_B).clamp_min(TRAIN_FLOOR).square()
         return (weight_B[:, None, None] * (raw_BKP.float() - x_BKP).square()).mean()
+
+    @torch.no_grad()
+    def errors(self, raw_BKP: Tensor, *, x_BKP: Tensor, eps_BKP: Tensor, t_B: Tensor) -> Tensor:
+        """(B,) fp32: what `loss` is the mean of, image by image; for the logs, with a pass of its own over the prediction, so that
+        the loss keeps its bits."""
+        if self.config.prediction == "velocity":
+            return (raw_BKP.float() - (x_BKP - eps_BKP)).square().mean((1, 2)).float()
+        weight_B = 1.0 / (1.0 - t_B).clamp_min(TRAIN_FLOOR).square()
+        return (weight_B * (raw_BKP.float() - x_BKP).square().mean((1, 2))).float()

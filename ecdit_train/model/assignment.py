@@ -31,7 +31,10 @@ class Assignment:
     """Own predictions of what the network predicts, (G, S, P), each with the weight of its loss: the training step adds weight *
     the network's own loss of that prediction, logged as `train/NAME_loss`. Only while training."""
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
-    """Scalars for the logs, as `moe/L{n}/NAME`."""
+    """Scalars for the logs, as `moe/L{n}/NAME`: means over the tokens or groups at hand, as the logs average them over the
+    microbatches and ranks of a step; of a name that ends in `_max` they take the largest."""
+    shares: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """The same for ratios: (part, whole), two scalars that are added up before they are divided."""
     observed: Mapping[str, Tensor] = field(default_factory=dict)
     """What the router has seen for its buffers, each a mean over groups, detached. Averaged over the microbatches and
     ranks of a step, then given to `Router.update_buffers` once: forward passes may be repeated (activation
@@ -70,7 +73,7 @@ class Selection(Assignment):
 
     def capped(self, cap: float) -> Table:
         """At most ceil(cap * mean_rows) rows per expert and group: those of the highest gates; the rest is dropped, and
-        counted in the metric `capped_frac`. Static: nothing waits for the device."""
+        counted in the share `capped_frac`. Static: nothing waits for the device."""
         G, S, _ = self.selected_GSE.shape
         capacity = min(max(math.ceil(cap * self.mean_rows - 1e-9), 1), S)
         selected_EGS, gate_EGS = (x.permute(2, 0, 1) for x in (self.selected_GSE, self.gate_GSE))
@@ -78,9 +81,9 @@ class Selection(Assignment):
         filled_EGC = selected_EGS.gather(2, place_EGC)
         gate_EGC = gate_EGS.gather(2, place_EGC).masked_fill(~filled_EGC, 0.0)
         first_G1 = torch.arange(G, device=place_EGC.device)[:, None] * S
-        wanted = self.selected_GSE.sum().clamp(min=1)
+        wanted = self.selected_GSE.sum()
         common = _common(self)
-        common["metrics"] = {**self.metrics, "capped_frac": 1 - filled_EGC.sum() / wanted}
+        common["shares"] = {**self.shares, "capped_frac": (wanted - filled_EGC.sum(), wanted)}
         return Table(**common, index_EGC=place_EGC + first_G1, gate_EGC=gate_EGC, filled_EGC=filled_EGC)
 
 
@@ -125,16 +128,22 @@ def taken(assignment: Assignment) -> tuple[Tensor, Tensor, Tensor]:
     return index, assignment.gate_EGC.flatten(), one
 
 
+def expert_of_rows(assignment: Assignment) -> Tensor:
+    """Whose each slot of `taken` is, int64."""
+    if isinstance(assignment, Rows):
+        return assignment.expert_R
+    assert isinstance(assignment, Table)
+    E = assignment.index_EGC.shape[0]
+    return torch.arange(E, device=assignment.index_EGC.device).repeat_interleave(assignment.index_EGC[0].numel())
+
+
 def chosen(assignment: Assignment) -> Tensor:
     """1.0 where an expert works on a token, else 0.0: (N, E) fp32. For a settled assignment; metrics only, nothing
     is computed from it."""
     N, E = assignment.probability_GSE.flatten(0, 1).shape
     index_R, _, one_R = taken(assignment)
-    if isinstance(assignment, Rows):
-        expert_R = assignment.expert_R
-    else:
-        expert_R = torch.arange(E, device=index_R.device).repeat_interleave(len(index_R) // E)
-    flat = torch.zeros(N * E, device=index_R.device).index_add(0, index_R * E + expert_R, one_R.float())
+    flat = torch.zeros(N * E, device=index_R.device)
+    flat = flat.index_add(0, index_R * E + expert_of_rows(assignment), one_R.float())
     return flat.view(N, E).clamp(max=1.0)
 
 

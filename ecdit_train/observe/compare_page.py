@@ -18,8 +18,8 @@ from .page import render
 
 FIRST = (
     "train/loss",
-    "validation/loss",
-    "validation/loss_ema",
+    "eval/loss",
+    "eval/loss_ema",
     "optim/grad_norm",
     "moe/entropy",
     "moe/dropped_frac",

@@ -143,7 +143,7 @@ class Chart:
 
 CHOSEN: Mapping[str, Sequence[tuple[str, Mapping[str, str]]]] = {
     "learning": (
-        ("Loss", {"train/loss": "training", "validation/loss": "validation", "validation/loss_ema": "validation, EMA"}),
+        ("Loss", {"train/loss": "training", "eval/loss": "validation", "eval/loss_ema": "validation, EMA"}),
         ("Gradient norm", {"optim/grad_norm": "mean", "optim/grad_norm_max": "largest"}),
         ("Learning rate", {"optim/lr": "learning rate"}),
     ),
@@ -152,7 +152,7 @@ CHOSEN: Mapping[str, Sequence[tuple[str, Mapping[str, str]]]] = {
         ("Throughput", {"perf/images_per_s": "images per second"}),
         ("Data stall", {"data/stall_frac": "waiting for data"}),
         ("Model FLOP utilisation", {"perf/mfu": "model FLOP utilisation"}),
-        ("Device memory", {"perf/memory_gib": "memory"}),
+        ("Device memory", {"mem/allocated_gib": "memory"}),
     ),
 }
 GROUPS = {

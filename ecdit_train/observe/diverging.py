@@ -9,7 +9,7 @@ from typing import Any
 
 Records = Sequence[Mapping[str, Any]]
 
-MACHINES = ("time", "perf/", "mem/", "ckpt/", "loader/", "reliability/", "data/stall_frac")
+MACHINES = ("time", "perf/", "mem/", "ckpt/", "data/loader/", "reliability/", "data/stall_frac")
 """Of a record: what measures a machine or a life, not the run."""
 FIRST = "train/loss"
 

@@ -27,6 +27,8 @@ from ecdit_train import atomic
 from ecdit_train.errors import RunOwnedError, StorageError
 from ecdit_train.run_folder import METRICS, metrics_path
 
+from .metric_table import current_names
+
 Value = float | int | str | None
 Record = Mapping[str, Value]
 
@@ -53,7 +55,8 @@ def read_records(run: Path) -> list[dict[str, Any]]:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Records in file order; a cut last line (the writer was killed) is left out, a missing file is no records."""
+    """Records in file order, with today's names; a cut last line (the writer was killed) is left out, a missing
+    file is no records."""
     if not path.exists():
         return []
     records = []
@@ -69,7 +72,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
             if number < len(lines):
                 logger.warning("%s line %d is not a JSON object, left out", path, number)
             continue
-        records.append(record)
+        records.append(current_names(record))
     return records
 
 

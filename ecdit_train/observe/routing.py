@@ -1,4 +1,4 @@
-"""Who got how much compute: scalars for curves, maps for pictures.
+"""Who got how much compute, patch by patch: maps for pictures (`routing_scalars.py`: numbers for curves).
 
 Legend: G routing groups, S tokens of a group, E experts, C capacity, N tokens of the call (G * S), B images, K patches
 the network saw of each, L sparse layers, T timesteps.
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,69 +22,21 @@ from torch import Tensor
 
 from ecdit_train import atomic
 from ecdit_train.errors import RunFolderError
-from ecdit_train.model.assignment import Assignment, chosen, experts_per_token, taken
+from ecdit_train.model.assignment import Assignment, chosen, experts_per_token
 
-
-def routing_scalars(assignments: Sequence[Assignment], *, layers: Sequence[int]) -> dict[str, Tensor]:
-    """`moe/L{n}/...` of every sparse layer and `moe/...` over layers (mean; max of `_max`), device scalars, fp32: what holds for
-    any router, and what each router reports of itself (`Assignment.metrics`).
-
-    `layers`: the numbers of the sparse blocks, counted from 1.
-    """
-    if not assignments:
-        return {}
-    scalars: dict[str, Tensor] = {}
-    per_layer: dict[str, list[Tensor]] = {}
-    counts_LN = torch.stack([experts_per_token(a).flatten() for a in assignments])
-    for number, assignment, counts_N in zip(layers, assignments, counts_LN, strict=True):
-        for name, value in _layer_scalars(assignment, counts_N=counts_N).items():
-            scalars[f"moe/L{number}/{name}"] = value
-            per_layer.setdefault(name, []).append(value)
-    for name, values in per_layer.items():
-        stacked = torch.stack(values)
-        scalars[f"moe/{name}"] = stacked.max() if name.endswith("_max") else stacked.mean()
-    scalars["moe/dropped_everywhere_frac"] = (counts_LN.sum(0) == 0).float().mean()
-    return scalars
-
-
-def _layer_scalars(assignment: Assignment, *, counts_N: Tensor) -> dict[str, Tensor]:
-    probability = assignment.probability_GSE.float()
-    _, gate, one = taken(assignment)
-    counts, chosen_NE = counts_N.float(), chosen(assignment)
-    return {
-        "dropped_frac": (counts_N == 0).float().mean(),
-        "experts_per_token_std": counts.std(correction=0),
-        "experts_per_token_max": counts.max(),
-        "entropy": torch.special.entr(probability).sum(-1).mean() / math.log(max(2, probability.shape[-1])),
-        "gate_mean": gate.detach().float().sum() / one.sum().clamp(min=1),  # gates are 0 in empty slots
-        "max_violation": max_violation(chosen_NE),
-        "combination_usage": combination_usage(chosen_NE),
-        **{name: value.detach().float() for name, value in assignment.metrics.items()},
-    }
+from .routing_scalars import overload, pairs_needed
 
 
 def max_violation(chosen_NE: Tensor) -> Tensor:
-    """MaxVio: the busiest expert's load over the mean load, less 1; 0 where loads are equal (Race-DiT, arXiv 2503.16057)."""
-    load_E = chosen_NE.sum(0)
-    return load_E.max() / load_E.mean().clamp(min=1e-9) - 1
-
-
-COVERED = 0.95
-"""Share of co-activations that the counted pairs of experts cover."""
+    """`routing_scalars.overload` of who was chosen by whom."""
+    return torch.tensor(overload(chosen_NE.sum(0).cpu().numpy()))
 
 
 def combination_usage(chosen_NE: Tensor) -> Tensor:
-    """Share of the E (E - 1) / 2 pairs of experts that are needed to cover 95 % of all co-activations, most frequent first
-    (Race-DiT, arXiv 2503.16057): 0.95 where all pairs occur alike, near 0 where a few experts always work together. 0 where no
-    token has two experts."""
+    """`routing_scalars.pairs_needed` of who was chosen by whom."""
     E = chosen_NE.shape[1]
-    if E < 2:
-        return chosen_NE.new_zeros(())
-    first, second = torch.triu_indices(E, E, offset=1, device=chosen_NE.device).unbind(0)
-    pairs = (chosen_NE.t() @ chosen_NE)[first, second].sort(descending=True).values
-    covered = pairs.cumsum(0) / pairs.sum().clamp(min=1)
-    needed = (covered < COVERED).sum() + 1
-    return torch.where(pairs.sum() > 0, needed / len(pairs), 0.0)
+    together_EE = (chosen_NE.t() @ chosen_NE).cpu().numpy()
+    return torch.tensor(pairs_needed(together_EE[np.triu_indices(E, 1)]))
 
 
 def count_maps(assignments: Sequence[Assignment], *, batch: int, side: int, keep: Tensor | None = None) -> Tensor:

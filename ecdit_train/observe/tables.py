@@ -45,7 +45,7 @@ def tiles(records: Records, config: Mapping[str, Any]) -> list[tuple[str, str]]:
         found.append((short(records[-1]["step"]), f"of {short(total)} steps" if total else "steps"))
     for label, key, form in (
         ("training loss", "train/loss", short),
-        ("validation loss", "validation/loss", short),
+        ("validation loss", "eval/loss", short),
         ("images seen", "train/images", short),
         ("images per second", "perf/images_per_s", short),
         ("of the GPUs' peak", "perf/mfu", "{:.1%}".format),

@@ -14,7 +14,7 @@ from torch import Tensor
 from ecdit_train.config.schema import RunConfig
 from ecdit_train.model.dit import DiT
 
-from . import fsdp, grads, weights
+from . import expert_parallel, fsdp, grads, weights
 from .apply import parallelize
 from .data_parallel import gather_over_dp, reduce_over_dp
 from .mesh import Mesh, make_mesh
@@ -62,6 +62,11 @@ class ParallelContext:
     def gather(self, share: Tensor) -> Tensor:
         """Equal shares of all data-parallel ranks, concatenated on dim 0 in rank order."""
         return gather_over_dp(share, self.mesh)
+
+    def exchange_seconds(self) -> Mapping[str, float]:
+        """`expert_exchange`: seconds since the last call; empty where it cannot be told apart."""
+        seconds = expert_parallel.exchange_seconds(self.mesh)
+        return {} if seconds is None else {"expert_exchange": seconds}
 
     def reshard(self) -> None:
         """Give back what a forward pass without a backward left gathered."""

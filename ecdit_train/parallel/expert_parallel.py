@@ -14,6 +14,7 @@ this rank, R rows that reach an expert here (s times ep ranks).
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ from ecdit_train.model.moe import Dispatcher, MoE
 from .collectives import all_to_all_start, all_to_all_wait, copy_to_group, sum_over_group
 from .mesh import Mesh
 from .placement import ParamPlacement
+from .stopwatch import Stopwatch
 from .uneven import Route, UnevenExchange
 
 EXCHANGE = "ecdit::expert_exchange"
@@ -59,11 +61,25 @@ def _vendor() -> Any:
     return _AllToAll
 
 
+_WATCHES: dict[str, Stopwatch] = {}
+"""By the name of the group: all that an op knows of it, as in torch's own registry."""
+_UNWATCHED: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+
+
+def exchange_seconds(mesh: Mesh) -> float | None:
+    """What this rank's exchanges of experts' rows took since the last call, forward and backward, waits for peers
+    included. None where there are none, or where they are not apart: a varying number of rows, or chunks that travel
+    under the experts' work."""
+    watch = None if mesh.ep_group is None else _WATCHES.get(mesh.ep_group.group_name)
+    return None if watch is None else watch.read()
+
+
 @torch.library.custom_op(EXCHANGE, mutates_args=())
 def _exchange(x: Tensor, group_name: str) -> Tensor:
     """Equal-split all-to-all over dim 0."""
     group = dist.distributed_c10d._resolve_process_group(group_name)  # type: ignore[arg-type]
-    return _vendor().apply(group, x)
+    with _WATCHES.get(group_name, _UNWATCHED):
+        return _vendor().apply(group, x)
 
 
 @_exchange.register_fake
@@ -250,6 +266,7 @@ def apply_expert_parallel(model: DiT, *, mesh: Mesh, overlap_chunks: int) -> dic
     if mesh.ep_group is not None:
         exchange = ExpertExchange(group=mesh.ep_group, overlap=chunks > 1)
         if chunks == 1:
+            _WATCHES[mesh.ep_group.group_name] = Stopwatch(mesh.device_type)
             _vendor()  # collective setup belongs here, not in the middle of the first forward pass
     for path, moe in sparse_layers(model).items():
         for name, tensor in (*moe.experts.named_parameters(), *moe.experts.named_buffers()):

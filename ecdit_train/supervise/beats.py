@@ -75,12 +75,23 @@ class Beat:
         return f"{self.phase}{step}"
 
 
+Enter = Callable[[str], None]
+"""What code that has phases calls with the name of the phase that begins."""
+
+
+def untold(phase: str) -> None:
+    """An `Enter` for code that nobody watches."""
+
+
 class Heart:
     """Writes one rank's beats. Without a folder it only remembers the phase."""
 
     def __init__(self, folder: Path | None, *, rank: int) -> None:
         self.folder, self.rank = folder, rank
         self.step = 0
+        self.born = time.monotonic()
+        self.also: Enter = untold
+        """Told each phase too, as it begins."""
         self._watch: Mapping[str, float] = {"start": START_SECONDS}
         self._first: int | None = None
         """The first step of this life."""
@@ -112,6 +123,7 @@ class Heart:
         self._phase, self._began = number, now
         self._counter += 1
         self._write()
+        self.also(phase)
 
     def failed(self, error: BaseException) -> None:
         """This rank ends with an error that it will tell: ranks that lose it for that need not say anything."""
@@ -233,11 +245,3 @@ def local_root() -> Path:
     """Where small files of this machine lie: in memory where there is such a place."""
     shared = Path("/dev/shm")
     return shared if os.access(shared, os.W_OK) else Path(tempfile.gettempdir())
-
-
-Enter = Callable[[str], None]
-"""What code that has phases calls with the name of the phase that begins."""
-
-
-def untold(phase: str) -> None:
-    """An `Enter` for code that nobody watches."""

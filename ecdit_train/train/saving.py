@@ -50,6 +50,8 @@ class Saves:
         self._since = (0, time.monotonic())
         self._mark = self._since
         self._record: dict[str, float] = {}
+        self._safe_at = time.monotonic()
+        """When nothing was left that could be lost."""
         self.committed = -1
         """The newest step that is committed."""
 
@@ -57,6 +59,7 @@ class Saves:
         """A life begins at `step`, which is a committed one or is not."""
         self.committed = self._asked = step if committed else -1
         self._interval, self._next = FIRST, step + FIRST
+        self._safe_at = time.monotonic()
         self._mark = self._since = (step, time.monotonic())
 
     def due(self, step: int) -> bool:
@@ -121,6 +124,7 @@ class Saves:
         for line in done.told:
             self._say(line)
         self._failed = 0
+        self._safe_at = self._mark[1]
         self.committed = done.step
         self._record |= {
             "ckpt/step": done.step,
@@ -138,9 +142,9 @@ class Saves:
             self._record["ckpt/interval"] = self._interval
 
     def record(self) -> dict[str, float]:
-        """What happened since the last call."""
+        """What happened since the last call, and how old the newest commit is."""
         record, self._record = self._record, {}
-        return record
+        return record | {"ckpt/age_s": time.monotonic() - self._safe_at}
 
     def close(self) -> None:
         self.manager.close()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -32,10 +32,29 @@ class StepResult:
     """Routers' auxiliary losses by name, weights included."""
     grad_norm: float
     """Before clipping."""
-    assignments: tuple[Assignment, ...]
-    """Of the last microbatch on this rank; device tensors."""
     applied: bool
     """Whether the update was made."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """One microbatch, for those who watch; device tensors."""
+
+    t_B: Tensor
+    """Timestep of each image."""
+    error_B: Tensor
+    """Each image's own loss, fp32."""
+    assignments: tuple[Assignment, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forward:
+    """A pass over a microbatch."""
+
+    loss: Tensor
+    auxiliary: dict[str, Tensor]
+    """Routers' auxiliary losses by name, weights included."""
+    seen: Seen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +82,11 @@ class Accumulated:
 
     losses: list[Tensor] = field(default_factory=list)
     auxiliary: dict[str, list[Tensor]] = field(default_factory=dict)
-    assignments: list[tuple[Assignment, ...]] = field(default_factory=list)
+    seen: list[Seen] = field(default_factory=list)
+
+    @property
+    def assignments(self) -> list[tuple[Assignment, ...]]:
+        return [seen.assignments for seen in self.seen]
 
 
 def forward_backward(
@@ -80,23 +103,21 @@ def forward_backward(
     for n, micro in enumerate(microbatches):
         with parallel.accumulate(last=n == num - 1):
             enter("forward")
-            loss, auxiliary, assignments = forward(model, micro, flow=flow, group_tokens=group_tokens)
+            out = forward(model, micro, flow=flow, group_tokens=group_tokens)
             enter("backward")
-            (sum(auxiliary.values(), loss) / num).backward()
-        assert n == 0 or auxiliary.keys() == done.auxiliary.keys(), (
+            (sum(out.auxiliary.values(), out.loss) / num).backward()
+        assert n == 0 or out.auxiliary.keys() == done.auxiliary.keys(), (
             "a router has other losses than in the microbatch before"
         )
-        done.losses.append(loss.detach())
-        for name, value in auxiliary.items():
+        done.losses.append(out.loss.detach())
+        for name, value in out.auxiliary.items():
             done.auxiliary.setdefault(name, []).append(value.detach())
-        done.assignments.append(assignments)
+        done.seen.append(out.seen)
     return done
 
 
-def forward(
-    model: DiT, micro: Microbatch, *, flow: Flow, group_tokens: int
-) -> tuple[Tensor, dict[str, Tensor], tuple[Assignment, ...]]:
-    """The loss of a microbatch, routers' auxiliary losses, and what the routers assigned."""
+def forward(model: DiT, micro: Microbatch, *, flow: Flow, group_tokens: int) -> Forward:
+    """The losses of a microbatch, and what is to be seen of it."""
     _, C, H, W = micro.latents_BCHW.shape
     draws = flow.draw(micro.position_B, shape=(C, H, W))
     x_t = interpolate(micro.latents_BCHW, draws.eps_BCHW, draws.t_B)
@@ -107,8 +128,12 @@ def forward(
     if draws.keep_BK is not None:
         x_BKP, eps_BKP = take_tokens(x_BKP, draws.keep_BK), take_tokens(eps_BKP, draws.keep_BK)
     truth = {"x_BKP": x_BKP, "eps_BKP": eps_BKP, "t_B": draws.t_B}
-    loss = flow.loss(prediction.patches_BKP, **truth)
-    return loss, prediction.losses(functools.partial(flow.loss, **truth)), prediction.assignments
+    error_B = flow.errors(prediction.patches_BKP, **truth)
+    return Forward(
+        loss=flow.loss(prediction.patches_BKP, **truth),
+        auxiliary=prediction.losses(functools.partial(flow.loss, **truth)),
+        seen=Seen(t_B=draws.t_B, error_B=error_B, assignments=prediction.assignments),
+    )
 
 
 def only_finite(numbers: Numbers) -> bool:
@@ -116,6 +141,10 @@ def only_finite(numbers: Numbers) -> bool:
     if not numbers.finite:
         raise NonFiniteError(f"{numbers}: the update was not applied")
     return True
+
+
+def unwatched(seen: Sequence[Seen]) -> None:
+    """The `watch` of a step that nobody looks at."""
 
 
 def train_step(
@@ -128,6 +157,7 @@ def train_step(
     flow: Flow,
     group_tokens: int,
     after: Callable[[], None],
+    watch: Callable[[Sequence[Seen]], None] = unwatched,
     accept: Callable[[Numbers], bool] = only_finite,
     enter: Enter = untold,
 ) -> StepResult:
@@ -136,7 +166,7 @@ def train_step(
 
     `accept` says whether the update is made; it must answer alike on all ranks. Where it says no, the state is what it
     was before the step, to the last bit. Reading the numbers is the step's only wait for the device. `enter` is told each
-    phase as it begins.
+    phase as it begins, `watch` what the microbatches of an update that is made were, before it; it must not wait for the device.
     """
     done = forward_backward(
         parallel.model, microbatches, flow=flow, group_tokens=group_tokens, parallel=parallel, enter=enter
@@ -150,6 +180,7 @@ def train_step(
     auxiliary = dict(zip(done.auxiliary, auxiliary_now, strict=True))
     applied = accept(Numbers(loss=loss_now, auxiliary=auxiliary, grad_norm=norm_now, own_finite=bool(own_finite)))
     if applied:
+        watch(done.seen)
         enter("optimizer")
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -158,9 +189,7 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
     if applied:
         after()
-    return StepResult(
-        loss=loss_now, auxiliary=auxiliary, grad_norm=norm_now, assignments=done.assignments[-1], applied=applied
-    )
+    return StepResult(loss=loss_now, auxiliary=auxiliary, grad_norm=norm_now, applied=applied)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -23,12 +24,11 @@ from ecdit_train.diffusion.microbatch import Microbatch, split
 from ecdit_train.errors import ConfigError, NonFiniteError, Problem, RunOwnedError, StorageError
 from ecdit_train.observe.console import Progress
 from ecdit_train.observe.metrics import MetricWindow
-from ecdit_train.observe.routing import routing_scalars
 from ecdit_train.observe.sinks import Sinks
 from ecdit_train.parallel.context import ParallelContext
 from ecdit_train.parallel.digest import Digests
 from ecdit_train.run_folder import quarantine_path
-from ecdit_train.supervise.beats import Heart
+from ecdit_train.supervise.beats import Heart, untold
 from ecdit_train.supervise.ownership import Ownership
 from ecdit_train.supervise.stop import StopRequest
 
@@ -39,6 +39,7 @@ from .saving import Saves
 from .state import TrainState, parameter_of
 from .step import Numbers, StepResult, train_step
 from .validation import Validation
+from .watching import Watching
 
 OBJECTS = ("window", "pool", "guard", "validation", "quarantine", "words")
 """What a checkpoint holds besides its tensors, its place in the data and its configuration; older ones lack some."""
@@ -79,6 +80,10 @@ class Trainer:
     _went_back: bool = False
     resumed: Resumed | None = None
     """Where this life goes on from."""
+    watching: Watching = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.watching = Watching(self.config, window=self.window, routers=self.parallel.model.routers)
 
     def resume(self) -> Resumed | None:
         """Go on from the newest sound checkpoint of the run folder, if it has one; says what was loaded and what was passed over.
@@ -145,9 +150,11 @@ class Trainer:
 
         A request that came before the first step is met after it, so that every attempt moves the run on.
         """
-        c, state, window = self.config, self.state, self.window
+        c, state, window, watching = self.config, self.state, self.window, self.watching
         counts, first, names = dict[str, int](), state.step, set(state.tensors())
         began = time.perf_counter()
+        self.heart.also, window.inside = window.enter, self.parallel.exchange_seconds
+        watching.begin(state.step)
         gc.freeze()  # what is built stays: a collection in the middle of a step need not look at it
         while state.step < c.train.steps:
             self.heart.enter("data", step=state.step + 1)
@@ -174,9 +181,9 @@ class Trainer:
             last = state.step == c.train.steps
             if verdict.act == "report":
                 self.progress.message(f"step {state.step}: {verdict.words}")
-            self._add(result)
+            watching.add(result)
 
-            measuring = self.validation is not None and (state.step % c.validation.every_steps == 0 or last)
+            measuring = watching.measures_at(state.step)
             showing = c.observe.sample_every > 0 and (state.step % c.observe.sample_every == 0 or last)
             # What was left out by going back is remembered by the next checkpoint, so that one comes first.
             saving = stopping or last or self._went_back or self.saves.due(state.step)
@@ -185,9 +192,9 @@ class Trainer:
                 self.heart.enter("validate")
                 with window.paused():
                     self.measure()
-            if measuring or state.step % c.observe.log_every == 0 or last:
+            if watching.logs_at(state.step):
                 self.heart.enter("log")
-                self._log(result)
+                self._log()
             if self.digests is not None and c.health.digest_every > 0 and state.step % c.health.digest_every == 0:
                 self.digests.compare({n: (p.tensor, p.placement) for n, p in self.placed().items()}, step=state.step)
             if showing or saving:  # a pause waits for the device
@@ -232,6 +239,7 @@ class Trainer:
             flow=self.flow,
             group_tokens=c.group_tokens,
             after=self._update_average,
+            watch=partial(self.watching.see, state.step + 1),
             accept=accept,
             enter=self.heart.enter,
         )
@@ -273,6 +281,7 @@ class Trainer:
         self.saves.start(resumed.step, committed=True)
         self._went_back = True
         self.sinks.rewind(resumed.step)
+        self.watching.rewind(resumed.step)
         self.progress.message(
             f"step {step}: back to step {resumed.step}, and on with the samples after {last}: {words}"
         )
@@ -286,36 +295,29 @@ class Trainer:
         self.state.restore_step(resumed.step)
         self.window.load_state_dict(resumed.objects.get("window", {}), first=self.parallel.mesh.dp_rank == 0)
 
-    def _add(self, result: StepResult) -> None:
-        """A step's numbers into the window."""
-        window, clip = self.window, self.config.optim.clip_norm
-        window.add("train/loss", result.loss)
-        window.add("optim/grad_norm", result.grad_norm)
-        window.add("optim/grad_norm_max", result.grad_norm)
-        window.add("optim/clipped_frac", float(0 < clip < result.grad_norm))
-        for name, value in result.auxiliary.items():
-            window.add(f"train/{name}_loss", value)
-        window.step_done()
-
     def measure(self) -> None:
         """The loss on the held-out images, into the record of this step and the checkpoints that follow."""
         assert self.validation is not None
         losses = self.validation.measure()
         self.measured = {"step": self.state.step} | {n: x if math.isfinite(x) else None for n, x in losses.items()}
 
-    def _log(self, result: StepResult) -> None:
+    def _log(self) -> None:
         """One record for every log interval; routing as the last step had it."""
         c, step = self.config, self.state.step
-        self.window.add_all(routing_scalars(result.assignments, layers=c.sparse_layers))
         taken = step + self.guard.batches_left_out
         self.window.add("train/images", float(taken * c.train.global_batch))
         if self.guard.skipped:
             self.window.add("reliability/skipped", float(len(self.guard.skipped)))
             self.window.add("reliability/roll_backs", float(self.guard.roll_backs))
-        record = self.window.flush(self.parallel.reduce) | self.saves.record()
+        record = (
+            self.window.flush(self.parallel.reduce, reading=partial(self.watching.read, step)) | self.saves.record()
+        )
         record = {name: value for name, value in record.items() if value or not name.startswith("data/bad/")}
+        record["perf/goodput"] = self.watching.goodput(step, record["perf/step_s"], since=self.heart.born)
         if self.measured.get("step") == step:
-            record |= {f"validation/{name}": value for name, value in self.measured.items() if name != "step"}
+            record |= {f"eval/{name}": value for name, value in self.measured.items() if name != "step"}
+        if self.parallel.runtime.rank == 0:
+            self.watching.write(Path(c.run), self.ownership)
         self.sinks.log(step, record)
         self.progress.update(step, record)
         if record["data/substituted"] > 0:
@@ -362,17 +364,19 @@ class Trainer:
         if self.drawer is None:
             return
         with self.state.ema.swapped_in() if self.state.ema is not None else nullcontext():
-            grid = None
+            grid, began = None, time.perf_counter()
             try:
                 grid = self.drawer(step)
             except (OSError, StorageError) as error:  # of the one rank that writes, after the ranks' last exchange
                 logger.warning("the pictures of step %d cannot be written, training goes on: %s", step, error)
             self.parallel.reshard()
+        self.window.add("samples/draw_s", time.perf_counter() - began)
         if grid is not None:
             self.sinks.image(grid, key="samples/grid", step=step, caption=f"step {step}")
 
     def close(self) -> None:
         """Flush what people see, end the loader's threads and give the run folder free; also after an error."""
+        self.heart.also = untold  # a device that failed measures nothing any more
         self.heart.enter("close")
         gc.unfreeze()
         with ExitStack() as last:  # each of them, whatever another meets

@@ -7,13 +7,17 @@ a routing group on every layout.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ecdit_train.diffusion.flow import Flow
 from ecdit_train.diffusion.microbatch import split
+from ecdit_train.observe.metrics import Sums, summed
+from ecdit_train.observe.routing_drift import drift_record, drift_sums, selections
+from ecdit_train.observe.timesteps import loss_by_timestep, loss_sums
 from ecdit_train.parallel.context import ParallelContext
 
 from .contracts import Batches
@@ -36,35 +40,63 @@ class Validation:
     num_batches: int
     microbatch: int
     group_tokens: int
+    layers: tuple[int, ...]
+    """Numbers of the sparse blocks."""
+    _selected: list[list[Tensor]] = field(default_factory=list)
+    """Of the last measurement of this life."""
 
     @classmethod
     def of(cls, flow: Flow, **parts: Any) -> Validation:
         return cls(flow=replace(flow, config=replace(flow.config, caption_drop=0.0)), **parts)
 
     def measure(self) -> dict[str, float]:
-        """`loss` with the weights as they are, `loss_ema` with their average where one is kept. Collective."""
+        """`loss` with the weights as they are, `loss_ema` with their average where one is kept, both by timestep too
+        (`loss_t{b}`), and how far the routing of a fixed batch moved since the last measurement (`selection_drift`).
+        Collective; the same numbers on every rank and every layout."""
         before = self.batches.substituted()
-        measured = {"loss": self._loss(nullcontext())}
-        replaced = torch.tensor([float(self.batches.substituted() - before)], device=self.parallel.runtime.device)
-        measured["substituted"] = float(self.parallel.reduce(replaced, op="sum"))
+        sums, now = self._pass(nullcontext())
+        sums["substituted"] = torch.tensor([float(self.batches.substituted() - before)])
+        if self._selected:
+            sums |= drift_sums(self._selected, now, layers=self.layers)
+        self._selected = now
+        total = summed(sums, device=self.parallel.runtime.device, all_reduce=self.parallel.reduce)
+        measured = {
+            **_losses(total, "loss"),
+            "substituted": float(total["substituted"][0]),
+            **drift_record(total, layers=self.layers),
+        }
         if self.state.ema is not None:
-            measured["loss_ema"] = self._loss(self.state.ema.swapped_in())
+            sums, _ = self._pass(self.state.ema.swapped_in())
+            measured |= _losses(
+                summed(sums, device=self.parallel.runtime.device, all_reduce=self.parallel.reduce), "loss_ema"
+            )
         return measured
 
     @torch.no_grad()
-    def _loss(self, weights: AbstractContextManager[Any]) -> float:
+    def _pass(self, weights: AbstractContextManager[Any]) -> tuple[dict[str, Tensor], list[list[Tensor]]]:
+        """Sums of the losses of all held-out images of this rank, and who took what of the first global batch."""
         start = self.batches.state_dict() | {"step": 0}
         self.batches.load_state_dict(start)
-        losses = []
+        sums: dict[str, Tensor] = {}
+        selected: list[list[Tensor]] = []
         with weights:
-            for _ in range(self.num_batches):
+            for number in range(self.num_batches):
                 batch = self.batches.encode(self.batches.fetch())
                 batch = replace(batch, position_B=batch.position_B + FIRST_POSITION)
                 for micro in split(batch, size=self.microbatch):
-                    loss, _, _ = forward(self.parallel.model, micro, flow=self.flow, group_tokens=self.group_tokens)
-                    losses.append(loss)
+                    seen = forward(self.parallel.model, micro, flow=self.flow, group_tokens=self.group_tokens).seen
+                    for name, value in loss_sums(seen.error_B, t_B=seen.t_B).items():
+                        sums[name] = sums[name] + value if name in sums else value
+                    if number == 0 and seen.assignments:
+                        selected.append(selections(seen.assignments))
             self.parallel.reshard()
-        return float(self.parallel.reduce(torch.stack(losses).mean().reshape(1), op="mean"))
+        return sums, selected
 
     def close(self) -> None:
         self.batches.close()
+
+
+def _losses(sums: Sums, name: str) -> dict[str, float]:
+    """The loss over all images and by timestep."""
+    by_timestep = loss_by_timestep(sums, loss=name, images=None)
+    return {name: float(sums["diffusion/loss"].sum() / sums["diffusion/images"].sum()), **by_timestep}

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from dist_compare import Errors, compare, record_of
 from dist_poisons import POISONS
 from moe_configs import expert_race, selection
 from torch import Tensor, nn
@@ -166,6 +167,8 @@ class Trace:
     weights: dict[str, Tensor] = field(default_factory=dict)
     chosen: list[list[Tensor]] = field(default_factory=list)
     """Per step, per sparse layer: (groups, S, E), how often an expert took each token of a group."""
+    records: list[dict[str, float]] = field(default_factory=list)
+    """Per step, what a run would log of its losses by timestep and of its routing."""
     buffers: dict[str, Tensor] = field(default_factory=dict)
     """After the last step."""
     copies_agree: bool = True
@@ -257,6 +260,7 @@ def run_reference(c: Case) -> Trace:
         trace.norms.append(norm.item())
         trace.grads.append(grads)
         trace.chosen.append(chosen_in_group(prediction))
+        trace.records.append(record_of(model, [(batch(step), prediction)]))
         optim.step()
         optim.zero_grad()
         for router, a in zip(model.routers, prediction.assignments, strict=True):
@@ -283,7 +287,7 @@ def run_parallel(c: Case, mesh: Mesh) -> Trace:
     context = ParallelContext(runtime=None, mesh=mesh, model=model, placements=placements)
     for step in range(c.steps):
         mine = {k: v.chunk(mesh.dp_size)[mesh.dp_rank] for k, v in batch(step).items()}
-        losses, chosen, assignments = [], [], []
+        losses, chosen, assignments, seen = [], [], [], []
         for m in range(c.microbatches):
             part = {k: v.chunk(c.microbatches)[m] for k, v in mine.items()}
             with accumulate(model, last=m == c.microbatches - 1):
@@ -292,6 +296,7 @@ def run_parallel(c: Case, mesh: Mesh) -> Trace:
             losses.append(loss.detach())
             chosen.append(chosen_in_group(prediction))
             assignments.append(prediction.assignments)
+            seen.append((part, prediction))
         total = torch.stack(losses).mean()
         if mesh.dp_group is not None:
             dist.all_reduce(total, group=mesh.dp_group)
@@ -301,6 +306,7 @@ def run_parallel(c: Case, mesh: Mesh) -> Trace:
         trace.copies_agree &= same_bits(grads, trace.grads[-1], placements)
         trace.norms.append(clip(model, placements, mesh, max_norm=MAX_NORM).item())
         trace.chosen.append([gather_groups(torch.cat(layer), mesh) for layer in zip(*chosen, strict=True)])
+        trace.records.append(record_of(model, seen, context.reduce))
         optim.step()
         optim.zero_grad()
         update_buffers(context, assignments)
@@ -327,58 +333,6 @@ def gather_groups(index: Tensor, mesh: Mesh) -> Tensor:
     parts = [torch.empty_like(index) for _ in range(mesh.dp_size)]
     dist.all_gather(parts, index.contiguous(), group=mesh.dp_group)
     return torch.cat(parts)
-
-
-BUFFER_BOUND = 1e-6
-"""What routers observe is averaged in fp32 whatever the network's type is; absolute."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Errors:
-    """Largest relative differences from the reference."""
-
-    loss: float
-    grad: float
-    grad_name: str
-    norm: float
-    weight: float
-    buffer: float
-    same_choices: bool
-    copies_agree: bool
-
-    def within(self, bound: float, *, grad: float | None = None) -> bool:
-        """`grad`: a bound of its own for gradients."""
-        return (
-            max(self.loss, self.norm, self.weight) <= bound
-            and self.buffer <= max(bound, BUFFER_BOUND)
-            and self.grad <= (grad or bound)
-            and self.same_choices
-            and self.copies_agree
-        )
-
-
-def compare(trace: Trace, reference: Trace) -> Errors:
-    grad, grad_name = 0.0, ""
-    for mine, theirs in zip(trace.grads, reference.grads, strict=True):
-        for name, g in theirs.items():
-            assert g.norm() > 0, f"{name}: the reference gradient is zero, so the comparison would say nothing"
-            error = ((mine[name] - g).norm() / g.norm()).item()
-            if not error <= grad:
-                grad, grad_name = error, name
-    return Errors(
-        loss=max(abs(a - b) / abs(b) for a, b in zip(trace.losses, reference.losses, strict=True)),
-        norm=max(abs(a - b) / abs(b) for a, b in zip(trace.norms, reference.norms, strict=True)),
-        weight=max(((trace.weights[n] - w).norm() / w.norm()).item() for n, w in reference.weights.items()),
-        grad=grad,
-        grad_name=grad_name,
-        buffer=max((float((trace.buffers[n] - b).abs().max()) for n, b in reference.buffers.items()), default=0.0),
-        copies_agree=trace.copies_agree,
-        same_choices=all(
-            torch.equal(a, b)
-            for x, y in zip(trace.chosen, reference.chosen, strict=True)
-            for a, b in zip(x, y, strict=True)
-        ),
-    )
 
 
 def check_cases(runtime: Any, cases: list[Case]) -> list[tuple[str, Errors]]:

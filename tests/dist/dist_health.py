@@ -47,14 +47,20 @@ def one_rank_sees_nan(
     return {"acts": here.all_gather_json(acts), "tensors": life.tensors, "finished": life.finished}
 
 
-def validated(here: Any, folder: Path, shards: Path, layouts: dict[str, Layout], words: tuple[str, ...]) -> dict[str, list[float]]:
-    """What each layout measures with the same first weights, in fp32."""
+def validated(here: Any, folder: Path, shards: Path, layouts: dict[str, Layout], words: tuple[str, ...]) -> dict[str, dict[str, float]]:
+    """What each layout measures with the same weights, in fp32: the first ones, and then with every second router turned round."""
     out = {}
     for name, layout in layouts.items():
         trainer = build_trainer(configure(here, folder / name, shards, *words, *layout.words), here)
-        found = trainer.validation.measure() if trainer.validation is not None else {}
+        assert trainer.validation is not None
+        first = trainer.validation.measure()
+        assert not any("drift" in key for key in first), "there is nothing to compare with"
+        with torch.no_grad():
+            for router in trainer.parallel.model.routers[::2]:
+                local(router.weight).mul_(-1.0)
+        found = trainer.validation.measure()
         trainer.close()
-        out[name] = [found["loss"], found["loss_ema"]]
+        out[name] = found
         said = here.all_gather_json(out[name])
         assert all(one == said[0] for one in said), "ranks disagree"
     return out

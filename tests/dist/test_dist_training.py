@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from dist_compare import RECORD_BOUND, record_error
 from dist_harness import run_distributed
 from dist_runs import Layout, Life
 from dist_training import curves, interrupted, looked_at, poisoned
@@ -47,8 +48,39 @@ def learned(one: Life, folder: Path, shards: Path, extra: tuple[str, ...]) -> bo
     return sum(one.losses[-10:]) < 0.9 * sum(frozen.losses[-10:])
 
 
+def check_first_records(lives: dict[str, Life], folder: Path) -> None:
+    """What is logged of the first step, whose weights are the same everywhere, is the same on all layouts: over every microbatch
+    and rank, tensor-parallel ranks counted once."""
+    first = {name: steady(records(folder / name))[0] for name in lives}
+    numbers = {name for name in first["one"] if name.startswith(("train/", "moe/", "diffusion/", "optim/"))}
+    assert {name.partition("/")[0] for name in numbers} >= {"train", "moe", "diffusion"}
+    for layout, record in first.items():
+        assert record.keys() == first["one"].keys(), layout
+        pairs = {name: (record[name], first["one"][name]) for name in numbers}
+        wrong = {name: pair for name, pair in pairs.items() if record_error(name, *pair) > RECORD_BOUND}
+        assert not wrong, (layout, wrong)
+        counted = ("images", "dropped_frac", "dropped_everywhere_frac", "dead_experts", "experts_per_token_max")
+        counts = {name: pair for name, pair in pairs.items() if name.endswith(counted) or "/images_t" in name}
+        assert len(counts) > 10
+        assert all(mine == theirs for mine, theirs in counts.values()), (layout, counts)
+
+
+def check_exchanges(folder: Path) -> None:
+    """The experts' exchange is timed where there is one that nothing hides, and is a part of the passes it is in."""
+    for name, layout in LAYOUTS.items():
+        told = [line.get("perf/time/expert_exchange") for line in records(folder / name)]
+        words = " ".join(layout.words)
+        if "ep=" not in words or "overlap_chunks" in words:
+            assert told == [None] * len(told), name
+        else:
+            inside = [line["perf/time/forward"] + line["perf/time/backward"] for line in records(folder / name)]
+            assert all(0 < exchange < passes for exchange, passes in zip(told, inside, strict=True)), name
+
+
 def check(lives: dict[str, Life], folder: Path, *, bound: float) -> float:
     one = lives["one"]
+    check_first_records(lives, folder)
+    check_exchanges(folder)
     worst = 0.0
     for name, life in lives.items():
         assert life.finished

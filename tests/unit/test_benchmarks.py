@@ -17,6 +17,7 @@ from benchmarks import (
     data_state,
     data_store,
     gpu_check,
+    observe_cost,
     timing,
 )
 from data_pipeline.indexing import index_folder
@@ -45,6 +46,12 @@ def test_every_check_runs_on_the_cpu(capsys):
 def test_a_wrong_layer_fails_the_check(monkeypatch):
     monkeypatch.setattr(gpu_check, "parity", lambda device: 0.5)
     assert gpu_check.main(["--device", "cpu"]) == 1
+
+
+def test_what_watching_costs_is_measured(results, capsys):
+    assert observe_cost.main(["--rounds", "2", "--only", "the demo"]) in (0, 1)  # two rounds are no measurement
+    (bar,) = timing.read_bars("observe_cost")
+    assert 0 < bar.value < 0.2
 
 
 def test_planning_a_save_and_a_load_are_measured_on_a_few_ranks():

@@ -128,7 +128,7 @@ def two(tmp_path, monkeypatch):
         )
         log(tmp_path / "runs" / name, losses)
     with (tmp_path / "runs/a/metrics.jsonl").open("a") as file:
-        file.write('{"step": 7, "validation/loss": 1.0}\n')
+        file.write('{"step": 7, "eval/loss": 1.0}\n')
     return ["runs/a", "runs/b"]
 
 
@@ -140,7 +140,7 @@ def test_compare_tells_where_and_what(two, capsys, tmp_path):
     assert "A  runs/a  step 7" in said
     assert "B  runs/b  step 3 of 6" in said
     assert "A and B: first apart at step 3: train/loss 1.0 and 1.5 (3 steps in common)" in said
-    assert "logged by some only: validation/loss (A)" in said
+    assert "logged by some only: eval/loss (A)" in said
     assert "train.seed: 1 (A), 2 (B)" in said
     assert told.err.split() == ["out/c.html", "out/c.png"]
     page = (tmp_path / "out/c.html").read_text()
@@ -158,7 +158,7 @@ def test_compare_for_programs(two, capsys):
     assert found["runs"][1]["parting"]["apart"]["step"] == 3
     assert found["runs"][0]["parting"] is None
     assert [line["seeds"] for line in found["table"]] == [2]
-    assert found["only"] == {"validation/loss": ["A"]}
+    assert found["only"] == {"eval/loss": ["A"]}
 
 
 def test_compare_of_odd_folders(two, capsys, tmp_path):

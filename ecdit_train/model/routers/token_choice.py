@@ -91,17 +91,14 @@ class TokenChoiceRouter(AffinityRouter):
             return table[:, : E * C].view(G, E, C).transpose(0, 1).contiguous()
 
         filled_EGC = expert_major(filled)
-        load_E = filled_EGC.sum((1, 2)).float()
+        choices = torch.full((), expert_GQ.numel(), device=a_GSE.device)
         return Table(
             index_EGC=expert_major(index),
             gate_EGC=expert_major(gate),
             filled_EGC=filled_EGC,
             probability_GSE=a_GSE.detach(),
             losses={"balance": self.config.balance_weight * _balance(a_GSE, expert_GSk[:, :, 0])},
-            metrics={
-                "overflow_frac": 1 - load_E.sum() / expert_GQ.numel(),
-                "load_cv": load_E.std(correction=0) / load_E.mean().clamp(min=1e-9),
-            },
+            shares={"overflow_frac": (choices - filled_EGC.sum(), choices)},
         )
 
 

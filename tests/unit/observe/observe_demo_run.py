@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,10 @@ from ecdit_train.model.assignment import Assignment
 from ecdit_train.model.router import RouterInput
 from ecdit_train.observe.figures import write_samples
 from ecdit_train.observe.journal import Journal
+from ecdit_train.observe.metrics import MetricWindow
 from ecdit_train.observe.report import write_report
-from ecdit_train.observe.routing import RoutingMaps, count_maps, expert_maps, routing_scalars
+from ecdit_train.observe.routing import RoutingMaps, count_maps, expert_maps
+from ecdit_train.observe.routing_scalars import routing_maxima, routing_record, routing_sums
 
 PROMPTS = (
     "a red circle",
@@ -87,6 +90,20 @@ def assignments(
     return found
 
 
+def routing_scalars(
+    microbatches: Sequence[Sequence[Assignment]], *, layers: Sequence[int], t: float = 0.5
+) -> dict[str, float]:
+    """What a step of these microbatches logs of routing; one image in each group."""
+    window = MetricWindow(device="cpu", images_per_step=1, tokens_per_step=1)
+    for called in microbatches:
+        groups = len(called[0].probability_GSE) if called else 1
+        window.add_sums(routing_sums(called, layers=layers, t_B=torch.full((groups,), t)))
+        for name, value in routing_maxima(called, layers=layers):
+            window.add(name, value)
+    record = window.flush(reading=lambda sums: routing_record(sums, layers=layers))
+    return {name: value for name, value in record.items() if name.startswith("moe/")}
+
+
 def routing_maps(step: int) -> RoutingMaps:
     images = np.stack([picture(n, noise=0.05) for n in range(4)])
     timesteps = [0.1, 0.3, 0.5, 0.7, 0.9]
@@ -129,10 +146,7 @@ def build(run: Path, *, steps: int = 1500, every: int = 10, grids: int = 6) -> P
             "data/substituted": 0.0,
         }
         if step % (every * 5) == 0:
-            record |= {
-                k: float(v)
-                for k, v in routing_scalars(assignments(images, t=0.2 + 0.7 * done), layers=(2, 4, 6)).items()
-            }
+            record |= routing_scalars([assignments(images, t=0.2 + 0.7 * done)], layers=(2, 4, 6))
         log.log(step, record)
     log.close()
     for n in range(1, grids + 1):

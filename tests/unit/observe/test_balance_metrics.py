@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from ecdit_train.model.assignment import Selection, chosen
-from ecdit_train.observe.routing import COVERED, combination_usage, max_violation
+from ecdit_train.observe.routing import combination_usage, max_violation
+from ecdit_train.observe.routing_scalars import COVERED
 
 
 def selection(selected_GSE: torch.Tensor) -> Selection:

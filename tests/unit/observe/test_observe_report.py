@@ -294,7 +294,7 @@ def test_everything_that_is_logged_has_a_curve() -> None:
     names = [
         *(
             "train/loss",
-            "validation/loss",
+            "eval/loss",
             "optim/lr",
             "train/toy_loss",
             "moe/entropy",

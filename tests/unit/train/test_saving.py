@@ -8,6 +8,7 @@ import json
 import math
 import os
 import time
+from types import SimpleNamespace
 
 import pytest
 from tiny_runs import assert_same, configure, live, records, steady
@@ -144,3 +145,21 @@ def test_a_checkpoint_says_what_made_it(tiny_shards, tmp_path):
     assert made["libraries"]["torch"]
     assert json.loads(json.dumps(made)) == made
     assert made["git"] is None or len(made["git"]["commit"]) == 40
+
+
+def test_the_age_of_the_newest_commit_is_what_would_be_lost(monkeypatch, tiny_shards, tmp_path):
+    """It grows with the clock, and falls to the time since the save was asked for once that is committed."""
+    now = 1000.0
+    monkeypatch.setattr(saving, "time", SimpleNamespace(monotonic=lambda: now))
+    done = SimpleNamespace(step=4, blocked=0.1, seconds=2.0, told=())
+    manager = SimpleNamespace(in_flight=None, saver=None, save=lambda *a, **k: done)
+    config = configure(tmp_path, tiny_shards).checkpoint
+    saves = saving.Saves(manager, config, runtime=None, say=print)
+    now = 1010.0
+    saves.start(0, committed=False)
+    now = 1050.0
+    assert saves.record()["ckpt/age_s"] == 40.0
+    saves.save(4, tensors=dict, objects=dict, lineage={}, last=False)
+    now = 1057.0
+    record = saves.record()
+    assert (record["ckpt/step"], record["ckpt/age_s"]) == (4, 7.0)

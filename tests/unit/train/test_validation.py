@@ -45,9 +45,9 @@ def test_measuring_changes_nothing_and_depends_on_nothing_but_the_weights(tiny_s
     assert_same(often.tensors, seldom.tensors)
     by_step = [
         {
-            line["step"]: (line["validation/loss"], line["validation/loss_ema"])
+            line["step"]: (line["eval/loss"], line["eval/loss_ema"])
             for line in records(tmp_path / run)
-            if "validation/loss" in line
+            if "eval/loss" in line
         }
         for run in ("often", "seldom")
     ]
@@ -67,7 +67,7 @@ def test_a_resumed_run_measures_the_same(tiny_shards, tmp_path):
     live(config, stop_after=6)
     live(config)
     live(configure(tmp_path / "whole", tiny_shards, *HELD))
-    losses = [[line.get("validation/loss") for line in records(tmp_path / run)] for run in ("parts", "whole")]
+    losses = [[line.get("eval/loss") for line in records(tmp_path / run)] for run in ("parts", "whole")]
     assert losses[0] == losses[1]
 
 
@@ -80,7 +80,7 @@ def test_the_best_checkpoints_are_kept_by_it(tiny_shards, tmp_path):
         "checkpoint.keep_best=2",
     )
     live(configure(tmp_path, tiny_shards, *words, "optim.lr=3e-2", "train.steps=16"))
-    measured = {line["step"]: line["validation/loss"] for line in records(tmp_path) if "validation/loss" in line}
+    measured = {line["step"]: line["eval/loss"] for line in records(tmp_path) if "eval/loss" in line}
     best = sorted(measured, key=lambda step: (measured[step], -step))[:2]
     kept = [committed.step for committed in checkpoint.find(tmp_path / CHECKPOINTS)]
     assert kept == sorted({*best, 16})
