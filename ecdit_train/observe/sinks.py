@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +20,9 @@ logger = logging.getLogger("ecdit.observe")
 
 
 class Sink(Protocol):
-    """Something that keeps records and pictures. One that must know of a roll-back has `rewind(step)` besides."""
+    """Something that keeps records and pictures. One that has them is told besides: `rewind(step)`, that
+    the run goes on from an earlier step; `committed(step)`, the newest one that it cannot go back
+    behind; `alert(alert)`, an `observe.alerts.Alert`."""
 
     def log(self, step: int, record: Record) -> None: ...
 
@@ -40,6 +42,10 @@ class SinkContext:
     """The whole configuration as a tree."""
     resume_step: int
     """The step this run goes on from; 0 for a fresh one."""
+    life: int = 1
+    """Number of this life of the run."""
+    lineage: Mapping[str, Any] = field(default_factory=dict)
+    """What made this life (`ecdit_train.lineage`)."""
 
 
 class Sinks:
@@ -63,6 +69,10 @@ class Sinks:
             self._truth.go_back(step)
         self._each(lambda sink: getattr(sink, "rewind", _nothing)(step))
 
+    def committed(self, step: int) -> None:
+        """The run will not go back behind this step, unless its disk loses the checkpoint."""
+        self._each(lambda sink: getattr(sink, "committed", _nothing)(step))
+
     def image(self, path: Path, *, key: str, step: int, caption: str) -> None:
         """A PNG that lies in the run folder."""
         self._each(lambda sink: sink.images(path, key, step, caption))
@@ -81,8 +91,8 @@ class Sinks:
                 off(name, error)
 
 
-def _nothing(step: int) -> None:
-    """`rewind` of a sink that has none."""
+def _nothing(_: object) -> None:
+    """What a sink does that has no such method."""
 
 
 def off(name: str, error: Exception) -> None:

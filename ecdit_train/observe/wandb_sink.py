@@ -1,7 +1,8 @@
 """A copy of the records at Weights & Biases. The only importer of wandb.
 
 W&B can never block, slow or kill a rank: every call to it happens in one daemon thread behind a bounded queue. A full
-queue drops records (the JSONL file has them), an exception becomes one warning line, closing is limited in time.
+queue drops records, an exception becomes one warning line, closing is limited in time. Nothing is lost by any of these: what
+W&B lacks of the run's rows the next life sends out of the journal, or `ecdit dash sync` (`observe.wandb_sync`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import queue
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -23,110 +24,136 @@ from ecdit_train import atomic
 from ecdit_train import run_folder as folder
 from ecdit_train.config.slots import SinkConfig
 
-from . import reach
+from . import reach, wandb_log, wandb_names
+from .journal import read_records
 from .redact import redact, redact_text
 from .sinks import Record, SinkContext
+from .wandb_rows import Rows
 
 logger = logging.getLogger("ecdit.observe")
 
 STEP = "train/step"
-"""W&B's x axis."""
-UNREACHABLE_SECONDS = 3.0
-"""With `reach.PROBE_SECONDS`: what closing costs at most when nobody answers."""
+"""W&B's x axis. W&B's own counter `_step` is the same number, in every life."""
+SUMMARIES = {
+    "train/loss": "min,last",
+    "validation/*": "min,last",
+    "perf/images_per_s": "max,mean,last",
+    "perf/mfu": "max,mean,last",
+    "optim/grad_norm_max": "max,last",
+}
+"""What W&B keeps of a curve in its table of runs, where the last value is not enough."""
+NOW = ("train/loss", "optim/lr", "perf/images_per_s", "data/stall_frac")
+"""Of the newest record, in W&B's table of runs at once: a curve waits for its checkpoint."""
+FLUSH_SECONDS = 2.0
+"""How often W&B's service writes its file."""
+CLOSE_SECONDS = 3.5
+"""What closing costs at most, online: with the interpreter's own end, less than 5 s. The rest is on disk."""
+LOCAL_SECONDS = 30.0
+"""The same offline, where only this machine's processor and disk are in the way."""
+START_SECONDS = 60.0
+"""How long the thread waits for a server, while training goes on and rows wait."""
+
+Mode = Literal["offline", "online"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Wandb(SinkConfig):
     """Weights & Biases."""
 
-    mode: Literal["offline", "online"]
-    """offline: a local folder in the run folder, sync later; online: needs W&B's own login."""
+    mode: Mode
+    """offline: a local folder in the run folder, `ecdit dash sync` later; online: needs W&B's own login."""
     project: str
     """W&B project name."""
+    entity: str | None
+    """W&B user or team; null: the login's default."""
+    name: str | None
+    """Name of the run; null: run folder, experiment, number of experts and seed."""
+    group: str | None
+    """Runs that belong together; null: the sweep, or the experiment."""
+    tags: tuple[str, ...]
+    """Beside size, router, layout and precision, which are tags by themselves."""
+    notes: str | None
+    """A sentence about the run."""
+    rows: Literal["committed", "at_once"]
+    """When a row goes to W&B, where it can never be taken back. committed: once a checkpoint holds its step, so that restarts and
+    roll-backs leave no trace; at_once: live, and what is trained again keeps its first values there."""
+
+    def check(self, run: Any, check: Any, *, key: str) -> None:
+        check.require(bool(self.project.strip()), f"{key}.project", rule="must not be empty", nearest="ecdit")
+        for name in ("project", "entity"):
+            value = getattr(self, name) or ""
+            bad = sorted(set("/\\#?%:") & set(value))
+            rule = f"W&B takes no {' '.join(bad)} in a name; a server's address is WANDB_BASE_URL"
+            check.require(not bad, f"{key}.{name}", rule=rule, nearest="".join(c for c in value if c not in bad))
+        for name, most in (("name", wandb_names.MAX_NAME), ("group", wandb_names.MAX_NAME)):
+            value = getattr(self, name) or ""
+            check.require(len(value) <= most, f"{key}.{name}", rule=f"at most {most} characters", nearest=value[:most])
+        most = wandb_names.MAX_TAG
+        long = next((tag for tag in self.tags if not 0 < len(tag) <= most), None)
+        check.require(long is None, f"{key}.tags", rule=f"each of 1 to {most} characters", nearest=(long or "")[:most])
 
     def open(self, run: SinkContext) -> WandbSink:
-        return WandbSink(run.folder, project=self.project, mode=self.mode, config=run.config, name=run.name)
+        return WandbSink(run, self)
 
 
-Call = Callable[[ModuleType, Any], None]
+Call = Callable[["Session"], None]
 
 
 class WandbSink:
     """A run at W&B with a stable id (`<run>/wandb_id`), so that a requeue continues the same curves.
 
-    `mode` offline writes `<run>/wandb/offline-run-*` for a later `wandb sync`.
-    Credentials come from W&B's own places (WANDB_API_KEY, ~/.netrc), never from the configuration.
+    Offline, and online where nobody lets us in, `<run>/wandb/offline-run-*` is what W&B's own tools read; `ecdit
+    dash sync` brings the run there later. Credentials come from W&B's own places (WANDB_API_KEY, ~/.netrc),
+    never from the configuration.
     """
 
     def __init__(
-        self,
-        run_folder: Path,
-        *,
-        project: str,
-        mode: Literal["offline", "online"],
-        config: Mapping[str, Any],
-        name: str,
-        queue_size: int = 2048,
-        close_timeout: float = 60.0,
+        self, run: SinkContext, config: Wandb, *, queue_size: int = 2048, close_timeout: float | None = None
     ) -> None:
-        self._close_timeout = close_timeout
-        self._queue: queue.Queue[Call | None] | None = None
+        self._run, self._config = run, config
+        own = CLOSE_SECONDS if config.mode == "online" else LOCAL_SECONDS
+        self._close_timeout = own if close_timeout is None else close_timeout
         self._dropped = 0
         self._warned = False
-        self._row: int | None = None
-        """The step of the last row."""
-        self._settings: dict[str, Any] = {
-            "id": _stable_id(run_folder),
-            "dir": str(run_folder),
-            "project": project,
-            "name": name,
-            "mode": mode,
-            "config": redact(config),
-            "resume": "allow",
-            "group": name,
-        }
-        self._queue = queue.Queue(maxsize=queue_size)
+        self._id = stable_id(run.folder)
+        self._queue: queue.Queue[Call | None] | None = queue.Queue(maxsize=queue_size)
         self._thread = threading.Thread(target=self._work, args=(self._queue,), name="wandb-sink", daemon=True)
         self._thread.start()
 
     def log(self, step: int, record: Record) -> None:
-        payload = {STEP: step, **record}
-        self._put(lambda wandb, run: self._add(run, payload, step=step))
+        values = dict(record)
+        self._put(lambda session: session.log(step, values))
 
     def images(self, path: Path, key: str, step: int, caption: str) -> None:
-        self._put(
-            lambda wandb, run: self._add(run, {STEP: step, key: wandb.Image(str(path), caption=caption)}, step=step)
-        )
+        self._put(lambda session: session.image(path, key, step, caption))
 
-    def _add(self, run: Any, payload: dict[str, Any], *, step: int) -> None:
-        """W&B's own counter restarts in every attempt where it is left alone, so it is set to `step`; but it only grows, and rows
-        below it are dropped. After a roll-back, in this life or an earlier one, rows get the next free number until
-        `step` is past it again. The x axis is STEP all the while. Without a number a row would be merged with the last one."""
-        if self._row is None:
-            number = max(step, run.step)
-        else:
-            number = run.step if self._row == step else max(step, run.step + 1)
-        self._row = step
-        run.log(payload, step=number)
+    def committed(self, step: int) -> None:
+        self._put(lambda session: session.commit(step))
+
+    def rewind(self, step: int) -> None:
+        self._put(lambda session: session.rewind(step))
+
+    def alert(self, alert: Any) -> None:
+        self._put(lambda session: session.alert(alert))
 
     def close(self, timeout: float | None = None) -> None:
-        """Writes what is queued, finishes the run and stops W&B's process, all within `timeout` seconds; UNREACHABLE_SECONDS are
-        enough where W&B cannot be reached: what it has is on disk, for `wandb sync`."""
+        """Writes what is queued, finishes the run and stops W&B's process, all within `timeout` seconds."""
         if self._queue is None:
             return
         timeout = self._close_timeout if timeout is None else timeout
-        if self._settings["mode"] == "online" and not reach.answers():
-            timeout = min(timeout, UNREACHABLE_SECONDS)
         deadline = time.monotonic() + timeout
         work, self._queue = self._queue, None
         with contextlib.suppress(queue.Full):
-            work.put(None, timeout=timeout)
+            work.put(None, timeout=max(0.0, deadline - time.monotonic()))
         self._thread.join(max(0.0, deadline - time.monotonic()))
         if self._thread.is_alive():
-            self._warn(f"W&B did not finish within {timeout:.0f} s; metrics.jsonl is complete")
+            self._warn(f"W&B did not finish within {timeout:.0f} s; {self._later()}")
             _kill_service()
         elif self._dropped:
-            logger.warning("W&B was too slow for %d records; metrics.jsonl has them", self._dropped)
+            logger.warning("W&B was too slow for %d records; %s", self._dropped, self._later())
+
+    def _later(self) -> str:
+        return f"nothing is lost: the next life sends the rest, or ecdit dash sync {self._run.folder}"
 
     def _put(self, call: Call) -> None:
         if self._queue is None:
@@ -135,7 +162,7 @@ class WandbSink:
             self._queue.put_nowait(call)
         except queue.Full:
             self._dropped += 1
-            self._warn("W&B is behind, records are left out there; metrics.jsonl has them")
+            self._warn(f"W&B is behind, records are left out there; {self._later()}")
 
     def _warn(self, message: str) -> None:
         if not self._warned:
@@ -145,26 +172,121 @@ class WandbSink:
     def _work(self, work: queue.Queue[Call | None]) -> None:
         """The thread: the only place that calls wandb."""
         try:
-            wandb, run = _start(self._settings, finish_timeout=self._close_timeout)
+            session = self._open()
         except BaseException as error:  # wandb raises SystemExit and KeyboardInterrupt in places
             self._warn(f"W&B is off for this run: {type(error).__name__}: {error}")
             while work.get() is not None:
                 pass
             return
         while (call := work.get()) is not None:
-            self._guard(lambda call=call: call(wandb, run))  # type: ignore[misc]
-        self._guard(run.finish)
-        # finish() returns before the file is written; teardown() waits for W&B's process.
-        self._guard(wandb.teardown)
+            self._guard(lambda call=call: call(session))  # type: ignore[misc]
+        self._guard(session.close)
+
+    def _open(self) -> Session:
+        """Offline where online is asked for and nobody lets us in: nothing is lost by it, and one line says so."""
+        mode = self._config.mode
+        if mode == "online" and reach.key() is None:
+            mode = "offline"
+            self._warn(
+                "W&B: no key here (wandb login, or WANDB_API_KEY), so this life is written to "
+                f"{self._run.folder}/wandb; send it from where there is one: ecdit dash sync {self._run.folder}"
+            )
+        try:
+            return Session(self._run, self._config, mode=mode, identity=self._id)
+        except BaseException as error:
+            if mode == "offline":
+                raise
+            _kill_service()
+            self._warn(
+                f"W&B does not take the run ({type(error).__name__}: {error}), so this life is written to "
+                f"{self._run.folder}/wandb; later: ecdit dash sync {self._run.folder}"
+            )
+        return Session(self._run, self._config, mode="offline", identity=self._id)
 
     def _guard(self, call: Callable[[], object]) -> None:
         try:
             call()
         except BaseException as error:
-            self._warn(f"W&B: {type(error).__name__}: {error}")
+            self._warn(f"W&B: {type(error).__name__}: {error}; {self._later()}")
 
 
-def _stable_id(run_folder: Path) -> str:
+class Session:
+    """One connection to W&B, or one offline folder. Blocks; used in the sink's thread and by `ecdit dash sync`.
+
+    It begins where W&B has the run: online its server is asked, offline its files are read. Rows after that which the journal has,
+    up to the step this life goes on from, are sent first: they were on their way when the last life ended.
+    """
+
+    def __init__(self, run: SinkContext, config: Wandb, *, mode: Mode, identity: str) -> None:
+        self._folder = run.folder
+        has = newest_row(run.folder) if mode == "offline" else 0
+        self._wandb, self._at = _start(run, config, mode=mode, identity=identity)
+        if mode == "online":
+            has = max(0, int(self._at.starting_step) - 1)
+        self.had = has
+        """The newest step that W&B had."""
+        self.rows = Rows(sent=has, committed=run.resume_step, waits=config.rows == "committed")
+        if run.resume_step > has:
+            self._catch_up(has, to=run.resume_step)
+        self._send()
+
+    def log(self, step: int, values: Record) -> None:
+        self.rows.add(step, {STEP: step, **values})
+        now = {f"now/{name.rpartition('/')[2]}": values[name] for name in NOW if name in values}
+        self._at.summary.update({"now/step": step, **now})
+        self._send()
+
+    def image(self, path: Path, key: str, step: int, caption: str) -> None:
+        self.rows.add(step, {STEP: step, key: _Picture(path=path, caption=caption)})
+        self._send()
+
+    def commit(self, step: int) -> None:
+        self.rows.commit(step)
+        self._send()
+
+    def rewind(self, step: int) -> None:
+        self.rows.rewind(step)
+
+    def alert(self, alert: Any) -> None:
+        level = {"info": "INFO", "warning": "WARN", "error": "ERROR"}[alert.level]
+        self._at.alert(title=alert.name, text=redact_text(str(alert)), level=level, wait_duration=0)
+
+    def close(self) -> None:
+        self._send(last=True)
+        self._at.finish()
+        # finish() returns before the file is written; teardown() waits for W&B's process.
+        self._wandb.teardown()
+
+    def _catch_up(self, has: int, *, to: int) -> None:
+        for record in read_records(self._folder):
+            if has < (step := int(record.get("step", 0))) <= to:
+                values = {k: float("nan") if v is None else v for k, v in record.items() if k not in ("step", "time")}
+                self.rows.add(step, {STEP: step, **values})
+        for step, path in folder.by_step(self._folder / folder.SAMPLES, suffix=".png"):
+            if has < step <= to:
+                self.rows.add(step, {STEP: step, GRID: _Picture(path=path, caption=f"step {step}")})
+
+    def _send(self, *, last: bool = False) -> None:
+        for step, row in self.rows.ready(last=last):
+            ready = {k: v.load(self._wandb) if isinstance(v, _Picture) else v for k, v in row.items()}
+            self._at.log({k: v for k, v in ready.items() if v is not None}, step=step, commit=True)
+
+
+GRID = "samples/grid"
+"""Pictures of the fixed prompts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Picture:
+    path: Path
+    caption: str
+
+    def load(self, wandb: ModuleType) -> Any:
+        """None for one that is not there (any more)."""
+        return wandb.Image(str(self.path), caption=self.caption) if self.path.is_file() else None
+
+
+def stable_id(run_folder: Path) -> str:
     path = run_folder / folder.WANDB_ID
     if path.exists() and (known := path.read_text().strip()):
         return known
@@ -173,8 +295,40 @@ def _stable_id(run_folder: Path) -> str:
     return fresh
 
 
-def _start(settings: dict[str, Any], *, finish_timeout: float) -> tuple[ModuleType, Any]:
-    """Imports and starts W&B: nothing of the machine, the command line, the console or the code leaves it."""
+def newest_row(run_folder: Path) -> int:
+    """The newest step in the run's files of W&B; 0 where there is none. Waits for a killed life's service to write its end."""
+    files = sorted(run_folder.glob("wandb/*run-*/run-*.wandb"), key=lambda p: p.stat().st_mtime, reverse=True)
+    for path in files:
+        while not (seen := _rows_of(path)).ended and time.time() - path.stat().st_mtime < 2 * FLUSH_SECONDS:
+            time.sleep(FLUSH_SECONDS / 4)
+        if seen.newest:
+            return seen.newest
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Seen:
+    newest: int
+    ended: bool
+
+
+def _rows_of(path: Path) -> _Seen:
+    from wandb.proto import wandb_internal_pb2
+
+    newest, ended = 0, False
+    for data in wandb_log.records(path):
+        record = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
+        record.ParseFromString(data)
+        ended |= record.WhichOneof("record_type") == "exit"
+        for item in record.history.item:
+            if "/".join(item.nested_key) == STEP or item.key == STEP:
+                newest = max(newest, int(item.value_json))
+    return _Seen(newest=newest, ended=ended)
+
+
+def _start(run: SinkContext, config: Wandb, *, mode: Mode, identity: str) -> tuple[ModuleType, Any]:
+    """Imports and starts W&B: nothing of the machine, the command line, the console or the code leaves it,
+    but what `lineage` says."""
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
@@ -189,21 +343,47 @@ def _start(settings: dict[str, Any], *, finish_timeout: float) -> tuple[ModuleTy
         x_disable_meta=True,
         x_disable_machine_info=True,
         x_save_requirements=False,
-        init_timeout=120.0,
-        finish_timeout=max(1.0, finish_timeout),
+        program="ecdit",
+        host="-",  # else the name of this machine
+        x_transaction_log_flush_interval=FLUSH_SECONDS,
+        init_timeout=START_SECONDS,
+        finish_timeout=CLOSE_SECONDS if mode == "online" else LOCAL_SECONDS,
     )
-    run = wandb.init(**settings, settings=quiet)
-    run.define_metric(STEP)
-    run.define_metric("*", step_metric=STEP)
-    return wandb, run
+    found = wandb_names.names(run.folder, run.config, tags=config.tags)
+    life = {"number": run.life, "job": wandb_names.scheduled_as(os.environ), **run.lineage}
+    at = wandb.init(
+        id=identity,
+        dir=str(run.folder),
+        project=config.project,
+        entity=config.entity,
+        name=config.name or found.name,
+        group=config.group or found.group,
+        job_type="train",
+        tags=list(found.tags),
+        notes=config.notes,
+        mode=mode,
+        config=redact({**run.config, "life": life}),
+        allow_val_change=True,
+        resume="allow",
+        settings=quiet,
+    )
+    at.define_metric(STEP)
+    at.define_metric("*", step_metric=STEP)
+    for name, kept in SUMMARIES.items():
+        at.define_metric(name, step_metric=STEP, summary=kept)
+    return wandb, at
 
 
 def _kill_service() -> None:
-    """Ends W&B's process, for which its exit hook would wait without limit (wandb 0.31: the handle is private)."""
+    """Ends W&B's process, for which its exit hook would wait without limit (wandb 0.31: the handle is private). A
+    later start makes another."""
     try:
         from wandb.sdk import wandb_setup
+        from wandb.sdk.lib.service import service_token
 
-        connection = wandb_setup.singleton()._connection
+        setup, wandb_setup._singleton = wandb_setup._singleton, None
+        service_token.clear_service_in_env()
+        connection = setup._connection  # type: ignore[union-attr]
         connection._cleanup()  # type: ignore[union-attr, misc]  # takes the exit hook away
         connection._proc._process.kill()  # type: ignore[union-attr]
     except Exception:

@@ -309,6 +309,7 @@ class Trainer:
         record = {name: value for name, value in record.items() if value or not name.startswith("data/bad/")}
         if self.measured.get("step") == step:
             record |= {f"validation/{name}": value for name, value in self.measured.items() if name != "step"}
+        self.sinks.committed(self.saves.committed)
         self.sinks.log(step, record)
         self.progress.update(step, record)
         if record["data/substituted"] > 0:
@@ -368,6 +369,7 @@ class Trainer:
                 last.callback(self.validation.close)
             last.callback(self.batches.close)
             last.callback(self.sinks.close)
+            last.callback(lambda: self.sinks.committed(self.saves.committed))
             last.callback(self.progress.close)
             last.callback(self.saves.close)
 
