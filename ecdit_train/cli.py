@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ecdit_train import arguments, checkpoint_verbs, data_verbs, errors, life_verbs, submit_verbs
+from ecdit_train import arguments, checkpoint_verbs, dash_verbs, data_verbs, errors, life_verbs, submit_verbs
 from ecdit_train.doctor import verb as doctor
 from ecdit_train.errors import EcditError, PeerLostError, PeerRefusedError
 from ecdit_train.study import study_routing
@@ -254,6 +254,10 @@ def make_parser() -> argparse.ArgumentParser:
     _config_dir(p)
 
     data_verbs.declare(verb, parser_group(verbs, "data", "make, index, verify and salvage shards"))
+
+    dash_verbs.declare(
+        verb, parser_group(verbs, "dash", "dashboards at W&B: bring runs there, and keep what is shown of them")
+    )
 
     config = parser_group(verbs, "config", "show, list and compare configurations")
     p = verb("show", config_show, "print the resolved configuration of some words", parent=config)

@@ -8,6 +8,7 @@ W&B lacks of the run's rows the next life sends out of the journal, or `ecdit da
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import queue
@@ -147,8 +148,8 @@ class WandbSink:
             work.put(None, timeout=max(0.0, deadline - time.monotonic()))
         self._thread.join(max(0.0, deadline - time.monotonic()))
         if self._thread.is_alive():
-            self._warn(f"W&B did not finish within {timeout:.0f} s; {self._later()}")
-            _kill_service()
+            self._warn(f"W&B did not finish within {timeout:g} s; {self._later()}")
+            end_service()
         elif self._dropped:
             logger.warning("W&B was too slow for %d records; %s", self._dropped, self._later())
 
@@ -196,7 +197,7 @@ class WandbSink:
         except BaseException as error:
             if mode == "offline":
                 raise
-            _kill_service()
+            end_service()
             self._warn(
                 f"W&B does not take the run ({type(error).__name__}: {error}), so this life is written to "
                 f"{self._run.folder}/wandb; later: ecdit dash sync {self._run.folder}"
@@ -217,10 +218,22 @@ class Session:
     up to the step this life goes on from, are sent first: they were on their way when the last life ended.
     """
 
-    def __init__(self, run: SinkContext, config: Wandb, *, mode: Mode, identity: str) -> None:
-        self._folder = run.folder
+    def __init__(
+        self,
+        run: SinkContext,
+        config: Wandb,
+        *,
+        mode: Mode,
+        identity: str,
+        patience: float = CLOSE_SECONDS,
+        files: Path | None = None,
+    ) -> None:
+        """`patience`: seconds that an upload may take at the end; `files`: where W&B keeps files of its own, default the run
+        folder."""
+        self._folder, self.count = run.folder, 0
         has = newest_row(run.folder) if mode == "offline" else 0
-        self._wandb, self._at = _start(run, config, mode=mode, identity=identity)
+        self._wandb, self._at = _start(run, config, mode=mode, identity=identity, patience=patience, files=files)
+        self.url: str | None = self._at.url
         if mode == "online":
             has = max(0, int(self._at.starting_step) - 1)
         self.had = has
@@ -268,6 +281,7 @@ class Session:
 
     def _send(self, *, last: bool = False) -> None:
         for step, row in self.rows.ready(last=last):
+            self.count += 1
             ready = {k: v.load(self._wandb) if isinstance(v, _Picture) else v for k, v in row.items()}
             self._at.log({k: v for k, v in ready.items() if v is not None}, step=step, commit=True)
 
@@ -326,9 +340,49 @@ def _rows_of(path: Path) -> _Seen:
     return _Seen(newest=newest, ended=ended)
 
 
-def _start(run: SinkContext, config: Wandb, *, mode: Mode, identity: str) -> tuple[ModuleType, Any]:
-    """Imports and starts W&B: nothing of the machine, the command line, the console or the code leaves it,
-    but what `lineage` says."""
+def send_evaluation(run: SinkContext, config: Wandb, path: Path, *, patience: float, files: Path) -> str | None:
+    """A result of `ecdit evaluate` as a run of its own in the training's group, of job type evaluate; returns its address.
+
+    A run of its own, as only one process may write to one at a time, and rows come in order of steps: the training may be at work,
+    and may be past that step. The same suite and step are the same run: again, they replace its summary and add no point.
+    """
+    result = json.loads(path.read_bytes())
+    suite, step = path.stem.rpartition("_")[0] or path.stem, int(result["step"])
+    flat = {f"eval/{suite}/{name}": value for name, value in result.items() if isinstance(value, int | float)}
+    tasks = {str(name): float(share) for name, share in result.get("by_task", {}).items()}
+    flat |= {f"eval/{suite}/{task}": share for task, share in tasks.items()}
+    flat.pop(f"eval/{suite}/step", None)
+    wandb, at = _start(
+        run,
+        config,
+        mode="online",
+        identity=f"{stable_id(run.folder)}-{suite}-{step}",
+        patience=patience,
+        files=files,
+        job_type="evaluate",
+        suffix=f", {suite} at step {step}",
+    )
+    if not at.starting_step:
+        at.log({STEP: step, **flat}, step=step, commit=True)
+    at.summary.update({STEP: step, **flat})
+    at.finish()
+    wandb.teardown()
+    return at.url  # type: ignore[no-any-return]
+
+
+def _start(
+    run: SinkContext,
+    config: Wandb,
+    *,
+    mode: Mode,
+    identity: str,
+    patience: float,
+    files: Path | None = None,
+    job_type: str = "train",
+    suffix: str = "",
+) -> tuple[ModuleType, Any]:
+    """Imports and starts W&B: nothing of the machine, the command line, the console or the code leaves it, but what `lineage`
+    says."""
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
@@ -347,18 +401,18 @@ def _start(run: SinkContext, config: Wandb, *, mode: Mode, identity: str) -> tup
         host="-",  # else the name of this machine
         x_transaction_log_flush_interval=FLUSH_SECONDS,
         init_timeout=START_SECONDS,
-        finish_timeout=CLOSE_SECONDS if mode == "online" else LOCAL_SECONDS,
+        finish_timeout=patience if mode == "online" else LOCAL_SECONDS,
     )
     found = wandb_names.names(run.folder, run.config, tags=config.tags)
     life = {"number": run.life, "job": wandb_names.scheduled_as(os.environ), **run.lineage}
     at = wandb.init(
         id=identity,
-        dir=str(run.folder),
+        dir=str(files or run.folder),
         project=config.project,
         entity=config.entity,
-        name=config.name or found.name,
+        name=((config.name or found.name)[: wandb_names.MAX_NAME - len(suffix)] + suffix),
         group=config.group or found.group,
-        job_type="train",
+        job_type=job_type,
         tags=list(found.tags),
         notes=config.notes,
         mode=mode,
@@ -374,7 +428,7 @@ def _start(run: SinkContext, config: Wandb, *, mode: Mode, identity: str) -> tup
     return wandb, at
 
 
-def _kill_service() -> None:
+def end_service() -> None:
     """Ends W&B's process, for which its exit hook would wait without limit (wandb 0.31: the handle is private). A
     later start makes another."""
     try:

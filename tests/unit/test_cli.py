@@ -65,6 +65,8 @@ VERBS = {
     "submit": ["WORD", "--array", "--after", "--nproc", "--parsable", "--folder"],
     "data index": ["folder", "manifest.json"],
     "data verify": ["folder", "every byte"],
+    "dash": ["sync"],
+    "dash sync": ["run folder", "--all", "--project", "--entity"],
     "config": ["show", "keys", "explain", "diff"],
     "config show": ["WORD", "--cfg"],
     "config explain": ["key"],
