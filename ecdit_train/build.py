@@ -165,7 +165,12 @@ def _open(trainer: Trainer) -> None:
         lineage=trainer.lineage,
     )
     trainer.sinks = open_sinks(
-        about, config.observe.sinks, rank=runtime.rank, life=owned.life, still_ours=owned.recently_ours
+        about,
+        config.observe.sinks,
+        rank=runtime.rank,
+        life=owned.life,
+        still_ours=owned.recently_ours,
+        say=trainer.progress.message,
     )
     trainer.lineage = runtime.broadcast_object(dict(trainer.lineage) | {"wandb_id": _wandb_id(run)})
     owned.begin(ranks=runtime.world, from_step=trainer.state.step, steps=config.train.steps)

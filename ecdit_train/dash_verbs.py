@@ -70,8 +70,8 @@ def sync(args: argparse.Namespace) -> int:
     print(f"rows         {done.rows} sent; W&B had the run up to step {done.had}, now up to {done.has}")
     if done.waiting:
         print(
-            f"waiting      {done.waiting} rows after the newest checkpoint (step {committed}): a resume may train those steps again; "
-            "--all sends them"
+            f"waiting      {done.waiting} rows after the newest checkpoint (step {committed}): "
+            "a resume may train those steps again; --all sends them"
         )
     print(f"evaluations  {done.evaluations} sent")
     print(f"offline      {len(done.offline)} folders of W&B hold nothing more; they are marked as sent")

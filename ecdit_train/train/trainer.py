@@ -167,6 +167,7 @@ class Trainer:
             last = state.step == c.train.steps
             if verdict.act == "report":
                 self.progress.message(f"step {state.step}: {verdict.words}")
+                self.sinks.event(verdict.alert, state.step, verdict.words)
             self._add(result)
 
             measuring = self.validation is not None and (state.step % c.validation.every_steps == 0 or last)
@@ -242,6 +243,7 @@ class Trainer:
         whole = self.config.train.global_batch
         first = int(batch.position_B[0]) // whole * whole
         step, last, words = self.state.step + 1, first + whole - 1, verdict.words
+        self.sinks.event(verdict.alert, step, f"samples {first} to {last}: {words}")
         act: Literal["skip", "roll_back"] = "skip" if verdict.act == "skip" else "roll_back"
         try:
             if verdict.act == "stop":
