@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ecdit_train import errors
-from ecdit_train.errors import ConfigError, Problem, RunOwnedError
+from ecdit_train.errors import ConfigError, Problem, RunOwnedError, StorageError
 from ecdit_train.run_folder import CHECKPOINTS, by_step
 from ecdit_train.supervise import lease, lives
 
@@ -31,6 +32,19 @@ def declare(verb: Callable[..., argparse.ArgumentParser], group: Any) -> None:
         help="rows after the newest checkpoint, too: for a run that will not be resumed, as W&B cannot take them back",
     )
     _place(p)
+    p = verb(
+        "apply",
+        apply,
+        "create or update a project's workspace and report at W&B from the definition in this version of ecdit; applied again it\n"
+        "updates the same two and touches nothing else\n\n"
+        "  ecdit dash apply runs/xl8e\n"
+        "  ecdit dash apply --project ecdit --entity my-team --dry-run",
+        parent=group,
+    )
+    p.add_argument("run", nargs="?", help="a run folder of the project (or --project)")
+    p.add_argument("--dry-run", action="store_true", help="print what would be sent, as JSON; no network")
+    _place(p)
+    verb("show", show, "what the dashboards hold: each section's panels and their metrics", parent=group)
 
 
 def _place(p: argparse.ArgumentParser) -> None:
@@ -77,6 +91,57 @@ def sync(args: argparse.Namespace) -> int:
     print(f"offline      {len(done.offline)} folders of W&B hold nothing more; they are marked as sent")
     print(f"run          {done.url or sink.project}")
     return errors.EXIT_OK
+
+
+def apply(args: argparse.Namespace) -> int:
+    project, entity = _project(args)
+    from ecdit_train.observe import dashboard, reach
+
+    shown = dashboard.read()
+    if not args.dry_run and reach.key() is None:
+        rule = "applying needs a login of W&B (wandb login, or WANDB_API_KEY in the environment); --dry-run shows what it would send"
+        raise ConfigError(Problem(field="WANDB_API_KEY", value=None, rule=rule))
+    from ecdit_train.observe import wandb_views
+
+    if args.dry_run:
+        print(
+            json.dumps(wandb_views.payload(shown, entity=entity or "ENTITY", project=project), indent=1, sort_keys=True)
+        )
+        return errors.EXIT_OK
+    from ecdit_train.observe.redact import redact_text
+    from ecdit_train.observe.wandb_sink import login_entity
+
+    try:
+        done = wandb_views.apply(shown, entity=entity or login_entity(), project=project)
+    except Exception as error:
+        words = redact_text(" ".join(f"{type(error).__name__}: {error}".split()))
+        raise StorageError(f"W&B does not take the dashboards of {project}: {words}") from error
+    print(f"{'updated' if done.updated else 'created'}    {sum(len(s.panels) for s in shown.sections)} panels")
+    print(f"workspace  {done.workspace}\nreport     {done.report}")
+    return errors.EXIT_OK
+
+
+def show(args: argparse.Namespace) -> int:
+    from ecdit_train.observe import dashboard
+
+    shown = dashboard.read()
+    print(f"workspace {shown.name!r}, and report {shown.report!r} with the sections marked *")
+    for section in shown.sections:
+        print(f"\n{'*' if section.opened else ' '} {section.name}")
+        for panel in section.panels:
+            print(f"    {panel.title:<36}{panel.regex or ', '.join(panel.names or panel.images)}")
+    return errors.EXIT_OK
+
+
+def _project(args: argparse.Namespace) -> tuple[str, str | None]:
+    """Project and entity that the options or the run name."""
+    if args.run is not None:
+        _, sink = _of_run(Path(args.run), args)
+        return sink.project, sink.entity
+    if not args.project:
+        rule = "name a run folder of the project, or the project: ecdit dash apply --project NAME"
+        raise ConfigError(Problem(field="--project", value=None, rule=rule, nearest="ecdit"))
+    return args.project, args.entity
 
 
 def _of_run(run: Path, args: argparse.Namespace) -> tuple[Any, Any]:

@@ -17,8 +17,8 @@ class Room:
         self._look_at = float("-inf")
 
     def saves(self) -> float | None:
-        """Checkpoints as large as the newest one that the disk still holds; None between two looks, before there is one, and where
-        nobody can say."""
+        """Checkpoints as large as the newest one that the disk still holds; None between two looks, before there is
+        one, and where nobody can say."""
         if time.monotonic() < self._look_at:
             return None
         self._look_at = time.monotonic() + SECONDS

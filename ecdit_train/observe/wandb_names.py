@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,11 @@ def names(folder: Path, config: Mapping[str, Any], *, tags: Sequence[str] = ()) 
     return Names(
         name=", ".join(parts)[:MAX_NAME], group=(sweep.name if sweep else experiment or folder.name), tags=(*kept,)
     )
+
+
+def slug(text: str) -> str:
+    """Letters and digits alone, for addresses."""
+    return re.sub(r"[^a-z0-9]+", "", text.lower())
 
 
 def scheduled_as(environ: Mapping[str, str]) -> str | None:

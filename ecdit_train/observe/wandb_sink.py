@@ -228,8 +228,8 @@ class Session:
         patience: float = CLOSE_SECONDS,
         files: Path | None = None,
     ) -> None:
-        """`patience`: seconds that an upload may take at the end; `files`: where W&B keeps files of its own, default the run
-        folder."""
+        """`patience`: seconds that an upload may take at the end; `files`: where W&B keeps files of its own,
+        default the run folder."""
         self._folder, self.count = run.folder, 0
         has = newest_row(run.folder) if mode == "offline" else 0
         self._wandb, self._at = _start(run, config, mode=mode, identity=identity, patience=patience, files=files)
@@ -298,6 +298,23 @@ class _Picture:
     def load(self, wandb: ModuleType) -> Any:
         """None for one that is not there (any more)."""
         return wandb.Image(str(self.path), caption=self.caption) if self.path.is_file() else None
+
+
+def login_entity() -> str:
+    """Whose the login is: the default user or team. Raises what W&B's client does."""
+    import wandb
+
+    return str(wandb.Api().default_entity)
+
+
+def report_ids(*, entity: str, project: str) -> dict[str, str]:
+    """Title -> id of a project's reports; empty where there is no such project."""
+    import wandb
+
+    try:
+        return {str(page.display_name): str(page.id) for page in wandb.Api().reports(f"{entity}/{project}")}
+    except (ValueError, wandb.errors.CommError):
+        return {}
 
 
 def stable_id(run_folder: Path) -> str:
@@ -381,8 +398,8 @@ def _start(
     job_type: str = "train",
     suffix: str = "",
 ) -> tuple[ModuleType, Any]:
-    """Imports and starts W&B: nothing of the machine, the command line, the console or the code leaves it, but what `lineage`
-    says."""
+    """Imports and starts W&B: nothing of the machine, the command line, the console or the code leaves it,
+    but what `lineage` says."""
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb

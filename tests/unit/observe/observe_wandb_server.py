@@ -77,6 +77,35 @@ class Stub:
         files = [{"name": name, "uploadUrl": f"{self.url}/upload/{name}"} for name in v["files"]]
         return {"createRunFiles": {"runID": v["run"], "uploadHeaders": [], "files": files}}
 
+    def _GetDefaultEntity(self, v: dict[str, Any]) -> dict[str, Any]:
+        return {"viewer": {"id": "u", "entity": "me"}}
+
+    def _GetProjects(self, v: dict[str, Any]) -> dict[str, Any]:
+        page = {"__typename": "PageInfo", "endCursor": None, "hasNextPage": False}
+        node = {"__typename": "Project", "id": "p", "name": "p", "entityName": "me", "createdAt": "2026-01-01T00:00:00",
+                "isBenchmark": False, "user": None}  # fmt: skip
+        return {"models": {"pageInfo": page, "edges": [{"node": node}]}}
+
+    def _ProjectViews(self, v: dict[str, Any]) -> dict[str, Any]:
+        found = [{"node": view, "cursor": "c"} for view in self.views.values() if view["type"] == "runs"]
+        return {"project": {"allViews": {"edges": found, "pageInfo": {"endCursor": None, "hasNextPage": False}}}}
+
+    def _View(self, v: dict[str, Any]) -> dict[str, Any]:
+        found = [view for view in self.views.values() if view["name"] == v["viewName"]]
+        return {"project": {"allViews": {"edges": [{"node": view} for view in found]}}}
+
+    def _upsertView(self, v: dict[str, Any]) -> dict[str, Any]:
+        """By id, else a new one: an id that changes with each call would be a view more."""
+        identity = v.get("id") or f"view{len(self.views)}"
+        view = {"id": identity, "type": v["type"], "name": v["name"], "displayName": v["displayName"], "spec": v["spec"],
+                "description": v["description"], "project": {"id": "p", "name": v["projectName"], "entityName": "me"},
+                "createdAt": "2026-01-01T00:00:00", "updatedAt": "2026-01-01T00:00:00", "user": None,
+                "previewUrl": None, "coverUrl": None, "viewCount": 0, "starCount": 0}  # fmt: skip
+        fresh, self.views[identity] = identity not in self.views, view
+        return {"upsertView": {"view": view, "inserted": fresh}}
+
+    _UpsertView2 = _upsertView
+
     def stream(self, run: str, body: dict[str, Any]) -> dict[str, Any]:
         """Lines at an offset, as W&B keeps them: those that are there already are replaced."""
         kept = self.runs.setdefault(run, Kept())
