@@ -99,7 +99,7 @@ def apply(args: argparse.Namespace) -> int:
 
     shown = dashboard.read()
     if not args.dry_run and reach.key() is None:
-        rule = "applying needs a login of W&B (wandb login, or WANDB_API_KEY in the environment); --dry-run shows what it would send"
+        rule = "applying needs a login of W&B (wandb login, or WANDB_API_KEY); --dry-run shows what it would send"
         raise ConfigError(Problem(field="WANDB_API_KEY", value=None, rule=rule))
     from ecdit_train.observe import wandb_views
 
@@ -109,7 +109,7 @@ def apply(args: argparse.Namespace) -> int:
         )
         return errors.EXIT_OK
     from ecdit_train.observe.redact import redact_text
-    from ecdit_train.observe.wandb_sink import login_entity
+    from ecdit_train.observe.wandb_run import login_entity
 
     try:
         done = wandb_views.apply(shown, entity=entity or login_entity(), project=project)

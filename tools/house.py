@@ -40,7 +40,7 @@ VENDORS: dict[str, tuple[str, ...]] = {
     ),
     "huggingface_hub": ("ecdit_train/export/weights.py",),
     "safetensors": ("ecdit_train/diffusion/encoders/local_folder.py",),
-    "wandb": ("ecdit_train/observe/wandb_sink.py",),
+    "wandb": ("ecdit_train/observe/wandb_run.py",),
     "wandb_workspaces": ("ecdit_train/observe/wandb_views.py",),
     "tensorboard": ("ecdit_train/observe/tensorboard_sink.py",),
     "matplotlib": ("ecdit_train/observe/figures.py",),

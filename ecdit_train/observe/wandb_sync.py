@@ -21,7 +21,8 @@ from ecdit_train.errors import StorageError
 from .journal import read_records
 from .redact import redact_text
 from .sinks import SinkContext
-from .wandb_sink import Session, Wandb, end_service, send_evaluation, stable_id
+from .wandb_run import Session, end_service, send_evaluation, stable_id
+from .wandb_sink import Wandb
 
 PATIENCE = 600.0
 """Seconds that an upload may take."""

@@ -17,7 +17,7 @@ from wandb_workspaces.workspaces import internal
 
 from .dashboard import Dashboard, Panel
 from .wandb_names import slug
-from .wandb_sink import STEP, report_ids
+from .wandb_run import STEP, report_ids
 
 COLUMNS, WIDTH, HEIGHT = 3, 8, 6
 """Panels in a row of the report's grids of 24, and their size."""

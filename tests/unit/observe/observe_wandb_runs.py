@@ -10,7 +10,8 @@ from observe_wandb_file import history, run_files
 
 from ecdit_train.observe.journal import read_records
 from ecdit_train.observe.sinks import SinkContext, Sinks, open_sinks
-from ecdit_train.observe.wandb_sink import STEP, Wandb, WandbSink
+from ecdit_train.observe.wandb_run import STEP
+from ecdit_train.observe.wandb_sink import Wandb, WandbSink
 
 CONFIG: dict[str, Any] = {
     "experiment": "shapes_tiny",

@@ -97,15 +97,15 @@ def test_rows_go_at_once_where_that_is_asked_for(tmp_path):
 
 def test_what_a_life_could_not_send_the_next_one_does(tmp_path, monkeypatch):
     """A life without W&B at all, then one with it."""
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    sinks = opened(tmp_path)
-    for step in range(1, 8):
-        sinks.log(step, {"train/loss": 1 / step, "bad": float("nan")})
-    sample_grid(np.zeros((1, 8, 8, 3), np.uint8), ["a"], tmp_path / "samples/step_4.png")
-    sinks.committed(5)
-    sinks.close()
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "wandb", None)
+        sinks = opened(tmp_path)
+        for step in range(1, 8):
+            sinks.log(step, {"train/loss": 1 / step, "bad": float("nan")})
+        sample_grid(np.zeros((1, 8, 8, 3), np.uint8), ["a"], tmp_path / "samples/step_4.png")
+        sinks.committed(5)
+        sinks.close()
     assert not run_files(tmp_path)
-    monkeypatch.undo()
     sinks = opened(tmp_path, life=2, after=5)
     for step in range(6, 9):
         sinks.log(step, {"train/loss": 2.0})
@@ -168,7 +168,7 @@ def test_twenty_restarts_are_one_run(tmp_path):
 
 def test_a_file_with_a_cut_end_is_read_up_to_there(tmp_path):
     from ecdit_train.observe import wandb_log
-    from ecdit_train.observe.wandb_sink import newest_row
+    from ecdit_train.observe.wandb_run import newest_row
 
     one = sink(tmp_path)
     for step in range(1, 200):

@@ -16,7 +16,7 @@ from ecdit_train.config.stored import freeze
 from ecdit_train.errors import StorageError
 from ecdit_train.observe import wandb_sync
 from ecdit_train.observe.figures import sample_grid
-from ecdit_train.observe.wandb_sink import stable_id
+from ecdit_train.observe.wandb_run import stable_id
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +75,7 @@ def test_what_was_offline_is_there_once_however_often_it_is_sent(tmp_path, serve
 def test_a_server_that_fails_is_one_error_and_nothing_is_marked(tmp_path, server, monkeypatch):
     _life(tmp_path, life=1, after=0, until=3, committed=3)
     server.trouble = "500"
-    monkeypatch.setattr("ecdit_train.observe.wandb_sink.START_SECONDS", 2.0)
+    monkeypatch.setattr("ecdit_train.observe.wandb_run.START_SECONDS", 2.0)
     with pytest.raises(StorageError, match="W&B does not take"):
         _sync(tmp_path, upto=3)
     assert not list(tmp_path.glob("wandb/*/*.synced"))

@@ -19,7 +19,7 @@ from observe_wandb_runs import opened, same, shown, sink
 from observe_wandb_server import KEY, serving, wait_for
 
 from ecdit_train.observe.journal import read_records
-from ecdit_train.observe.wandb_sink import stable_id
+from ecdit_train.observe.wandb_run import stable_id
 
 BOUND = 5.0
 """Seconds, at the start and at the end."""
@@ -38,6 +38,7 @@ def _own_wandb_environment(monkeypatch, tmp_path):
 
 class FakeRun:
     step = starting_step = 0
+    url = None
 
     def __init__(self, log: object, finish: object) -> None:
         self.log, self.finish, self.summary = log, finish, {}
@@ -200,7 +201,7 @@ def test_online_without_a_key_is_offline_and_says_so_once(tmp_path):
 def test_a_server_that_refuses_the_run_leaves_the_offline_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    monkeypatch.setattr("ecdit_train.observe.wandb_sink.START_SECONDS", 2.0)
+    monkeypatch.setattr("ecdit_train.observe.wandb_run.START_SECONDS", 2.0)
     sinks = opened(tmp_path, mode="online")
     sinks.log(1, {"train/loss": 1.0})
     sinks.committed(1)
