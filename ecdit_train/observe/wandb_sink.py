@@ -83,10 +83,11 @@ class WandbSink:
         self, run: SinkContext, config: Wandb, *, queue_size: int = 2048, close_timeout: float | None = None
     ) -> None:
         self._run, self._config = run, config
-        own = CLOSE_SECONDS if config.mode == "online" else LOCAL_SECONDS
+        self._warned = False
+        self._mode = self._allowed(config.mode)
+        own = CLOSE_SECONDS if self._mode == "online" else LOCAL_SECONDS
         self._close_timeout = own if close_timeout is None else close_timeout
         self._dropped = 0
-        self._warned = False
         self._id = wandb_run.stable_id(run.folder)
         self._queue: queue.Queue[Call | None] | None = queue.Queue(maxsize=queue_size)
         self._thread = threading.Thread(target=self._work, args=(self._queue,), name="wandb-sink", daemon=True)
@@ -154,15 +155,18 @@ class WandbSink:
             self._guard(lambda call=call: call(session))  # type: ignore[misc]
         self._guard(session.close)
 
+    def _allowed(self, mode: Mode) -> Mode:
+        if mode == "offline" or reach.key() is not None:
+            return mode
+        self._warn(
+            "W&B: no key here (wandb login, or WANDB_API_KEY), so this life is written to "
+            f"{self._run.folder}/wandb; send it from where there is one: ecdit dash sync {self._run.folder}"
+        )
+        return "offline"
+
     def _open(self) -> Session:
-        """Offline where online is asked for and nobody lets us in: nothing is lost by it, and one line says so."""
-        mode = self._config.mode
-        if mode == "online" and reach.key() is None:
-            mode = "offline"
-            self._warn(
-                "W&B: no key here (wandb login, or WANDB_API_KEY), so this life is written to "
-                f"{self._run.folder}/wandb; send it from where there is one: ecdit dash sync {self._run.folder}"
-            )
+        """Offline where W&B does not take the run: nothing is lost by it, and one line says so."""
+        mode = self._mode
         try:
             return Session(self._run, self._config, mode=mode, identity=self._id)
         except BaseException as error:

@@ -7,9 +7,12 @@ them. (`wandb sync` sends files instead: whole, once, and marks them as sent als
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import tempfile
+import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from ecdit_train import atomic
 from ecdit_train import run_folder as folder
 from ecdit_train.errors import StorageError
 
+from . import reach
 from .journal import read_records
 from .redact import redact_text
 from .sinks import SinkContext
@@ -26,6 +30,8 @@ from .wandb_sink import Wandb
 
 PATIENCE = 600.0
 """Seconds that an upload may take."""
+EVALUATED_SECONDS = 30.0
+"""The same for one result, right after `ecdit evaluate`: pictures were drawn for minutes, so this much is not much."""
 SENT = "evaluations.json"
 """In `<run>/wandb`: which results were sent, by the digest of their file."""
 
@@ -89,6 +95,32 @@ def sync(run: SinkContext, config: Wandb, *, alive: bool) -> Synced:
         offline=done,
         url=session.url,
     )
+
+
+def evaluated(
+    run: SinkContext, sinks: Mapping[str, Any], path: Path, *, seconds: float = EVALUATED_SECONDS
+) -> str | None:
+    """Send a result that was just written, where the run is online and there is a key. Returns what to tell a person: where it is,
+    or that it will be sent later; None where the run has no W&B. Takes `seconds` at most and raises nothing."""
+    config = next((sink for sink in sinks.values() if isinstance(sink, Wandb)), None)
+    if config is None:
+        return None
+    later = f"W&B has it after: ecdit dash sync {run.folder}"
+    if config.mode == "offline" or reach.key() is None:
+        return later
+    found: list[str | None] = []
+
+    def send() -> None:
+        with contextlib.suppress(BaseException), tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as files:
+            found.append(send_evaluation(run, config, path, patience=seconds, files=Path(files)))
+
+    thread = threading.Thread(target=send, name="wandb-evaluation", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not found:
+        end_service()
+        return f"W&B did not take it within {seconds:g} s; {later}"
+    return f"W&B: {found[0]}"
 
 
 def _send_evaluations(run: SinkContext, config: Wandb, **how: Any) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -104,3 +105,30 @@ def test_the_command_tells_what_it_sent_and_what_waits(tmp_path, capsys, server)
         assert rows in said
         assert ("1 rows after the newest checkpoint" in said) == waiting
         assert f"{server.url}/me/ecdit/runs/{stable_id(tmp_path)}" in said
+
+
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_an_evaluation_is_sent_when_it_is_made(mode, tmp_path, server):
+    path = tmp_path / "evaluation" / "shapes_00000005.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps({"step": 5, "overall": 0.25, "by_task": {}}))
+    told = wandb_sync.evaluated(about(tmp_path), {"wandb": asked(mode=mode)}, path)
+    assert told is not None
+    if mode == "offline":
+        assert "ecdit dash sync" in told
+        assert not server.runs
+    else:
+        assert f"{stable_id(tmp_path)}-shapes-5" in told
+        (run,) = server.runs.values()
+        assert run.summary["eval/shapes/overall"] == 0.25
+    assert wandb_sync.evaluated(about(tmp_path), {}, path) is None
+
+
+def test_an_evaluation_never_waits_long_for_a_server(tmp_path, server):
+    server.trouble = "hang"
+    path = tmp_path / "shapes_00000005.json"
+    path.write_text(json.dumps({"step": 5, "overall": 0.25, "by_task": {}}))
+    began = time.monotonic()
+    told = wandb_sync.evaluated(about(tmp_path), {"wandb": asked(mode="online")}, path, seconds=4.0)
+    assert time.monotonic() - began < 6
+    assert "did not take it within 4 s" in str(told)

@@ -174,6 +174,7 @@ def test_a_server_in_trouble_costs_no_more_than_the_bound(trouble, tmp_path, mon
     assert [r["step"] for r in read_records(tmp_path)] == list(range(1, 11))
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_in_the_middle_loses_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     with serving() as server:
