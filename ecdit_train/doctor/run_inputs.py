@@ -86,10 +86,10 @@ def wandb(wanted: str | None, *, environ: Mapping[str, str] = os.environ) -> Ite
     way = f" through the proxy {where.proxy}" if where.proxy else ""
     key = reach.key(environ=environ)
     if wanted != "online":
-        how = "offline: files under RUN/wandb, wandb sync sends them" if wanted else "no W&B sink in this run"
+        how = "offline: files under RUN/wandb, ecdit dash sync sends them" if wanted else "no W&B sink in this run"
         yield ok("wandb", f"{how}; {key or 'no key'} here" if wanted else how)
         return
-    fix = "observe.sinks.wandb.mode=offline, and wandb sync from a machine with internet; metrics.jsonl has everything anyway"
+    fix = "observe.sinks.wandb.mode=offline, and ecdit dash sync from a machine with internet; metrics.jsonl has everything anyway"
     if reach.answers(environ=environ):
         yield ok("wandb", f"{where.host} answers{way}")
     else:
