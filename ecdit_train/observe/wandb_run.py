@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import secrets
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,10 @@ from ecdit_train import atomic
 from ecdit_train import run_folder as folder
 
 from . import wandb_log, wandb_names
+from .figures import allocation_heatmap
 from .journal import read_records
 from .redact import redact, redact_text
+from .routing import RoutingMaps
 from .sinks import Record, SinkContext
 from .wandb_rows import Rows
 
@@ -41,6 +44,8 @@ SUMMARIES = {
 """What W&B keeps of a curve in its table of runs, where the last value is not enough."""
 NOW = ("train/loss", "optim/lr", "perf/images_per_s", "data/stall_frac")
 """Of the newest record, in W&B's table of runs at once: a curve waits for its checkpoint."""
+STATS_SECONDS = 15.0
+"""How often W&B's service looks at processor, memory, disk and GPUs."""
 FLUSH_SECONDS = 2.0
 """How often W&B's service writes its file."""
 CLOSE_SECONDS = 3.5
@@ -73,6 +78,7 @@ class Session:
         """`patience`: seconds that an upload may take at the end; `files`: where W&B keeps files of its own,
         default the run folder."""
         self._folder, self.count = run.folder, 0
+        self._drawn = tempfile.TemporaryDirectory(prefix="ecdit-wandb-", ignore_cleanup_errors=True)
         has = newest_row(run.folder) if mode == "offline" else 0
         self._wandb, self._at = _start(run, config, mode=mode, identity=identity, patience=patience, files=files)
         self.url: str | None = self._at.url
@@ -111,6 +117,7 @@ class Session:
         self._at.finish()
         # finish() returns before the file is written; teardown() waits for W&B's process.
         self._wandb.teardown()
+        self._drawn.cleanup()
 
     def _catch_up(self, has: int, *, to: int) -> None:
         for record in read_records(self._folder):
@@ -124,12 +131,26 @@ class Session:
     def _send(self, *, last: bool = False) -> None:
         for step, row in self.rows.ready(last=last):
             self.count += 1
+            if GRID in row and (drawn := self._routing(step)) is not None:
+                row[MAPS] = drawn
             ready = {k: v.load(self._wandb) if isinstance(v, _Picture) else v for k, v in row.items()}
             self._at.log({k: v for k, v in ready.items() if v is not None}, step=step, commit=True)
+
+    def _routing(self, step: int) -> _Picture | None:
+        """Experts per patch of the first prompt, by layer and timestep; drawn here, where nobody waits for it."""
+        path = Path(self._drawn.name) / f"routing_{step}.png"
+        try:
+            maps = RoutingMaps.load(folder.routing_path(self._folder, step=step))
+            return _Picture(path=allocation_heatmap(maps, path), caption=f"step {step}: {maps.prompts[0]}")
+        except Exception:  # a dense model has none, a damaged file is told elsewhere
+            logger.debug("no routing picture of step %d", step, exc_info=True)
+            return None
 
 
 GRID = "samples/grid"
 """Pictures of the fixed prompts."""
+MAPS = "samples/routing"
+"""Beside them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,9 +273,10 @@ def _start(
         disable_git=True,
         disable_code=True,
         save_code=False,
-        x_disable_stats=True,
+        x_disable_stats=job_type != "train",  # numbers of rank 0's machine, without its name
+        x_stats_sampling_interval=STATS_SECONDS,
         x_disable_meta=True,
-        x_disable_machine_info=True,
+        x_disable_machine_info=job_type != "train",  # forbids those numbers, too
         x_save_requirements=False,
         program="ecdit",
         host="-",  # else the name of this machine

@@ -32,7 +32,9 @@ def _no_wandb_environment(monkeypatch):
 def one_run_as_logged(run: Path, *, steps: int) -> None:
     rows = shown(run)
     assert [row["_step"] for row in rows if "samples/grid/_type" in row] == list(range(4, steps + 1, 4))
-    assert same([{k: v for k, v in row.items() if not k.startswith("samples/grid")} for row in rows], run)
+    assert all(("samples/grid/_type" in row) == ("samples/routing/_type" in row) for row in rows)
+    pictures = ("samples/grid", "samples/routing")
+    assert same([{k: v for k, v in row.items() if not k.startswith(pictures)} for row in rows], run)
     assert len(rows) == steps
     assert len({path.name for path in run_files(run)}) == 1, "one id"
 

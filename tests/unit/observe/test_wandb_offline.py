@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -232,3 +234,20 @@ def test_the_reader_of_this_test_reads_what_wandb_wrote(tmp_path):
     assert not same([row | {"a": 2.0}], tmp_path)
     assert not same([row, row], tmp_path)
     assert not same([], tmp_path)
+
+
+def test_numbers_of_the_machine_are_sent_and_its_name_is_not(tmp_path, monkeypatch):
+    monkeypatch.setattr("ecdit_train.observe.wandb_run.STATS_SECONDS", 1.0)
+    one = sink(tmp_path)
+    one.log(1, {"train/loss": 1.0})
+    one.committed(1)
+    time.sleep(5)
+    one.close(timeout=60)
+    (path,) = run_files(tmp_path)
+    seen = {item.key for r in records(path) if r.WhichOneof("record_type") == "stats" for item in r.stats.item}
+    assert any("cpu" in key for key in seen), seen
+    assert any("memory" in key for key in seen), seen
+    name = socket.gethostname()
+    raw = path.read_bytes()
+    assert name.encode() not in raw
+    assert not [r for r in records(path) if r.WhichOneof("record_type") == "environment"]
