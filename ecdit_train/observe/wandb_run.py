@@ -11,6 +11,7 @@ import os
 import secrets
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -74,13 +75,16 @@ class Session:
         identity: str,
         patience: float = CLOSE_SECONDS,
         files: Path | None = None,
+        wanted: Callable[[], bool] = lambda: True,
     ) -> None:
-        """`patience`: seconds that an upload may take at the end; `files`: where W&B keeps files of its own,
-        default the run folder."""
+        """`wanted`: asked before W&B's process is started; `patience`: seconds that an upload may take at the end;
+        `files`: where W&B keeps files of its own, default the run folder."""
         self._folder, self.count = run.folder, 0
         self._drawn = tempfile.TemporaryDirectory(prefix="ecdit-wandb-", ignore_cleanup_errors=True)
         has = newest_row(run.folder) if mode == "offline" else 0
-        self._wandb, self._at = _start(run, config, mode=mode, identity=identity, patience=patience, files=files)
+        self._wandb, self._at = _start(
+            run, config, mode=mode, identity=identity, patience=patience, files=files, wanted=wanted
+        )
         self.url: str | None = self._at.url
         if mode == "online":
             has = max(0, int(self._at.starting_step) - 1)
@@ -258,6 +262,7 @@ def _start(
     identity: str,
     patience: float,
     files: Path | None = None,
+    wanted: Callable[[], bool] = lambda: True,
     job_type: str = "train",
     suffix: str = "",
 ) -> tuple[ModuleType, Any]:
@@ -266,6 +271,9 @@ def _start(
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
+
+    if not wanted():
+        raise InterruptedError("closed before it began")
 
     quiet = wandb.Settings(
         silent=True,
@@ -291,11 +299,11 @@ def _start(
         dir=str(files or run.folder),
         project=config.project,
         entity=config.entity,
-        name=((config.name or found.name)[: wandb_names.MAX_NAME - len(suffix)] + suffix),
-        group=config.group or found.group,
+        name=redact_text((config.name or found.name)[: wandb_names.MAX_NAME - len(suffix)] + suffix),
+        group=redact_text(config.group or found.group),
         job_type=job_type,
-        tags=list(found.tags),
-        notes=config.notes,
+        tags=[redact_text(tag) for tag in found.tags],
+        notes=redact_text(config.notes) if config.notes else None,
         mode=mode,
         config=redact({**run.config, "life": life}),
         allow_val_change=True,

@@ -88,6 +88,8 @@ class WandbSink:
         own = CLOSE_SECONDS if self._mode == "online" else LOCAL_SECONDS
         self._close_timeout = own if close_timeout is None else close_timeout
         self._dropped = 0
+        self._abandoned = False
+        """Nobody waits for the thread any more."""
         self._id = wandb_run.stable_id(run.folder)
         self._queue: queue.Queue[Call | None] | None = queue.Queue(maxsize=queue_size)
         self._thread = threading.Thread(target=self._work, args=(self._queue,), name="wandb-sink", daemon=True)
@@ -120,6 +122,7 @@ class WandbSink:
             work.put(None, timeout=max(0.0, deadline - time.monotonic()))
         self._thread.join(max(0.0, deadline - time.monotonic()))
         if self._thread.is_alive():
+            self._abandoned = True
             self._warn(f"W&B did not finish within {timeout:g} s; {self._later()}")
             wandb_run.end_service()
         elif self._dropped:
@@ -151,6 +154,9 @@ class WandbSink:
             while work.get() is not None:
                 pass
             return
+        if self._abandoned:
+            wandb_run.end_service()  # else its exit hook would keep the process
+            return
         while (call := work.get()) is not None:
             self._guard(lambda call=call: call(session))  # type: ignore[misc]
         self._guard(session.close)
@@ -167,17 +173,18 @@ class WandbSink:
     def _open(self) -> Session:
         """Offline where W&B does not take the run: nothing is lost by it, and one line says so."""
         mode = self._mode
+        how: Any = {"identity": self._id, "wanted": lambda: not self._abandoned}
         try:
-            return Session(self._run, self._config, mode=mode, identity=self._id)
+            return Session(self._run, self._config, mode=mode, **how)
         except BaseException as error:
-            if mode == "offline":
+            if mode == "offline" or self._abandoned:
                 raise
             wandb_run.end_service()
             self._warn(
                 f"W&B does not take the run ({type(error).__name__}: {error}), so this life is written to "
                 f"{self._run.folder}/wandb; later: ecdit dash sync {self._run.folder}"
             )
-        return Session(self._run, self._config, mode="offline", identity=self._id)
+        return Session(self._run, self._config, mode="offline", **how)
 
     def _guard(self, call: Callable[[], object]) -> None:
         try:

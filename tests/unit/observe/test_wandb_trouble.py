@@ -170,7 +170,7 @@ def test_a_server_in_trouble_costs_no_more_than_the_bound(trouble, tmp_path, mon
     assert cost.start < SLACK
     assert cost.slowest < 0.5
     assert cost.end < BOUND
-    assert cost.end + cost.exit < BOUND + SLACK
+    assert cost.exit < BOUND, "tenths of a second where nothing else runs: docs/how-to/watch-with-wandb.md"
     assert [r["step"] for r in read_records(tmp_path)] == list(range(1, 11))
 
 
