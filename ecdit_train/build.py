@@ -171,9 +171,21 @@ def _open(trainer: Trainer) -> None:
             trainer.progress.message(f"made by another {line}")
     if runtime.rank == 0:
         _keep_lineage(trainer, trainer.lineage)
-    about = SinkContext(folder=run, name=config.experiment, config=to_dict(config), resume_step=trainer.state.step)
+    about = SinkContext(
+        folder=run,
+        name=config.experiment,
+        config=to_dict(config),
+        resume_step=trainer.state.step,
+        life=owned.life,
+        lineage=trainer.lineage,
+    )
     trainer.sinks = open_sinks(
-        about, config.observe.sinks, rank=runtime.rank, life=owned.life, still_ours=owned.recently_ours
+        about,
+        config.observe.sinks,
+        rank=runtime.rank,
+        life=owned.life,
+        still_ours=owned.recently_ours,
+        say=trainer.progress.message,
     )
     trainer.lineage = runtime.broadcast_object(dict(trainer.lineage) | {"wandb_id": _wandb_id(run)})
     owned.begin(ranks=runtime.world, from_step=trainer.state.step, steps=config.train.steps)

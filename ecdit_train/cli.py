@@ -11,7 +11,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ecdit_train import arguments, checkpoint_verbs, data_verbs, errors, header, life_verbs, look_verbs, submit_verbs
+from ecdit_train import (
+    arguments,
+    checkpoint_verbs,
+    dash_verbs,
+    data_verbs,
+    errors,
+    header,
+    life_verbs,
+    look_verbs,
+    submit_verbs,
+)
 from ecdit_train.allocation_verb import allocation
 from ecdit_train.doctor import verb as doctor
 from ecdit_train.errors import EcditError, PeerLostError, PeerRefusedError
@@ -277,6 +287,10 @@ def make_parser() -> argparse.ArgumentParser:
     _config_dir(p)
 
     data_verbs.declare(verb, parser_group(verbs, "data", "make, index, verify and salvage shards"))
+
+    dash_verbs.declare(
+        verb, parser_group(verbs, "dash", "dashboards at W&B: bring runs there, and keep what is shown of them")
+    )
 
     config = parser_group(verbs, "config", "show, list and compare configurations")
     p = verb("show", config_show, "print the resolved configuration of some words", parent=config)

@@ -17,7 +17,7 @@ from typing import Any
 from ecdit_train import errors, log_verb
 from ecdit_train.errors import ConfigError, Problem, RunFolderError
 from ecdit_train.run_folder import CHECKPOINTS, RESOLVED, by_step
-from ecdit_train.supervise import lease, lives, processes, summary
+from ecdit_train.supervise import alert_file, lease, lives, processes, summary
 from ecdit_train.supervise.beats import ALONE
 from ecdit_train.supervise.lease import BEATS, Holding
 from ecdit_train.supervise.verdict import Seen
@@ -110,6 +110,11 @@ def look(run: Path) -> Status:
     if known and records and (share := _goodput(records, known, until=time.time() if there else None)):
         lines.append(f"goodput     {share}")
     lines.append(f"checkpoint  {_newest_checkpoint(run)}")
+    if alerts := alert_file.open_ones(run):
+        told = "; ".join(
+            f"{one['name']} since step {one.get('step', '?')}: {one.get('words', '')}" for one in alerts[-3:]
+        )
+        lines.append(f"alerts      {told} (docs/runbook)")
     if held is not None and held.owner is not None:
         words = "" if alive else ", which has ended" if lease.is_gone(held.owner) else ", of which nothing is heard"
         lines.append(f"owner       {held.owner}{words}")

@@ -6,6 +6,7 @@
 <run>/logs/, <run>/jobs/              what jobs say; what they did and decided (launch.record)
 <run>/metrics/0001.jsonl              one JSON object per step that the first life logged: the truth, W&B is a copy
 <run>/metrics.jsonl                   each step once, made from them
+<run>/alerts.jsonl                    what was found wrong, when it began and was over (ecdit_train.supervise.alert_file)
 <run>/lease/, <run>/lives/, <run>/beats/   whose the folder is, its lives, what its ranks do (ecdit_train.supervise)
 <run>/checkpoints/                    committed steps (ecdit_train.checkpoint)
 <run>/quarantine-0000-life-0001.jsonl samples that data-parallel rank 0 could not read in the first life
@@ -34,6 +35,7 @@ JOBS = "jobs"
 LOGS = "logs"
 METRICS_FILE = "metrics.jsonl"
 METRICS = "metrics"
+ALERTS = "alerts.jsonl"
 CHECKPOINTS = "checkpoints"
 SAMPLES = "samples"
 ROUTING = "routing"

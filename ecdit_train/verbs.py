@@ -149,7 +149,19 @@ def evaluate(args: argparse.Namespace) -> int:
         path = evaluation_path(Path(asked.run), suite="shapes", step=step)
         with written(path):  # last: what was found is told even where it cannot be kept
             shapes.write(result, path, step=step, **spent)
+        _tell_wandb(config, path)
     return errors.EXIT_OK
+
+
+def _tell_wandb(config: Any, path: Path) -> None:
+    """Send a result where the run's W&B is online and there is a key; else `ecdit dash sync` will."""
+    from ecdit_train.config.convert import to_dict
+    from ecdit_train.observe import wandb_sync
+    from ecdit_train.observe.sinks import SinkContext
+
+    about = SinkContext(folder=Path(config.run), name=config.experiment, config=to_dict(config), resume_step=0)
+    if (told := wandb_sync.evaluated(about, config.observe.sinks, path)) is not None:
+        print(told)
 
 
 # --- planning ---------------------------------------------------------------------------------------------------

@@ -15,8 +15,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ecdit_train.errors import EXIT_OK, EXIT_REQUEUE, EcditError, StorageError
+from ecdit_train.errors import EXIT_OK, EXIT_REQUEUE, EcditError, NoProgressError, StorageError
 from ecdit_train.run_folder import JOB_SCRIPT, JOBS
+from ecdit_train.supervise import alert_file
 from ecdit_train.supervise.exit_file import EXIT_FILE_VARIABLE
 from launch import bandwidth, classes, interface, job_file, leftover, life, preflight, record, reports
 from launch.comeback import Comeback
@@ -138,6 +139,9 @@ class Supervisor:
             asked=self._asked,
             state=self.slurm.state() if "TERM" in warned else None,
         )
+        if decision.code == NoProgressError.exit_code:
+            words = f"job {self.slurm.job}: {decision.reason}"
+            alert_file.append(Path(self.job.run), name="no-progress", level="error", state="on", words=words)
         return decision, ending
 
     def _requeue(self, ending: Ending) -> int:

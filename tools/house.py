@@ -40,7 +40,9 @@ VENDORS: dict[str, tuple[str, ...]] = {
     ),
     "huggingface_hub": ("ecdit_train/export/weights.py",),
     "safetensors": ("ecdit_train/diffusion/encoders/local_folder.py",),
-    "wandb": ("ecdit_train/observe/wandb_sink.py",),
+    "wandb": ("ecdit_train/observe/wandb_run.py",),
+    "wandb_workspaces": ("ecdit_train/observe/wandb_views.py",),
+    "tensorboard": ("ecdit_train/observe/tensorboard_sink.py",),
     "matplotlib": ("ecdit_train/observe/figures.py",),
     "jinja2": ("ecdit_train/observe/page.py", "data_pipeline/preparing/page.py"),
     "markupsafe": ("ecdit_train/observe/page.py",),  # jinja2's own strings
@@ -52,7 +54,10 @@ VENDORS: dict[str, tuple[str, ...]] = {
         *("ecdit_train/config/hydra_app.py", "ecdit_train/config/stored.py"),
         *("ecdit_train/config/installed.py", "ecdit_train/observe/tables.py"),
     ),
-    "yaml": ("ecdit_train/config/hydra_app.py", "ecdit_train/config/stored.py", "ecdit_train/config/validate.py"),
+    "yaml": (
+        *("ecdit_train/config/hydra_app.py", "ecdit_train/config/stored.py", "ecdit_train/config/validate.py"),
+        "ecdit_train/observe/dashboard.py",
+    ),
     "scipy": (
         "data_pipeline/shapes/grader.py",
         "data_pipeline/preparing/fingerprints.py",

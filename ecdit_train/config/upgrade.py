@@ -1,8 +1,9 @@
 """Run folders of older versions, read as this version would have written them.
 
 `resolved.yaml` says its format since format 2; format 1 (ecdit 0.1, before slots) says nothing. Format 3 has keys that
-format 2 had not, format 4 has the sections that keep a run alive, format 5 what a job asks of Slurm and how it comes back,
-format 6 how data are read: each new key gets the value that says what the code did before it (`ADDED`).
+format 2 had not, format 4 has the sections that keep a run alive, format 5 what a job asks of Slurm and how it comes
+back, format 6 how data are read, format 7 how a run is watched: each new key gets the value that says what the code
+did before it (`ADDED`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 from ecdit_train.config.slots import TARGET
 from ecdit_train.errors import RunFolderError
 
-FORMAT = 6
+FORMAT = 7
 """What this version writes."""
 
 KEY = "format"
@@ -83,6 +84,12 @@ ADDED_TO: Mapping[str, Mapping[str, Any]] = {
     "ecdit_train.model.routers.expert_choice.ExpertChoice": {"sees": "modulated", "schedule": []},
     "ecdit_train.model.routers.token_choice.TokenChoice": {"sees": "modulated"},
     "ecdit_train.model.routers.threshold.Threshold": {"sees": "modulated"},
+    # Since format 7.
+    "ecdit_train.observe.wandb_sink.Wandb": {
+        **dict.fromkeys(("entity", "name", "group", "notes")),
+        "tags": [],
+        "rows": "committed",
+    },
 }
 """The same for keys of classes that fill slots, wherever they do."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import netrc
 import os
 import urllib.request
 from collections.abc import Iterator, Mapping
@@ -17,7 +16,6 @@ from launch import inputs
 from launch.mounts import outside
 
 SHOWN_SHARDS = 20
-NETRC = Path("~/.netrc")
 
 
 def checks(cfg: RunConfig | None) -> list[Check]:
@@ -86,12 +84,12 @@ def wandb(wanted: str | None, *, environ: Mapping[str, str] = os.environ) -> Ite
     """Whether somebody answers, and whether there is a key; that is never shown. `wanted`: the sink's mode."""
     where = reach.address(environ)
     way = f" through the proxy {where.proxy}" if where.proxy else ""
-    key = "WANDB_API_KEY" if environ.get("WANDB_API_KEY") else "a login in ~/.netrc" if _logged_in(where.host) else None
+    key = reach.key(environ=environ)
     if wanted != "online":
-        how = "offline: files under RUN/wandb, wandb sync sends them" if wanted else "no W&B sink in this run"
+        how = "offline: files under RUN/wandb, ecdit dash sync sends them" if wanted else "no W&B sink in this run"
         yield ok("wandb", f"{how}; {key or 'no key'} here" if wanted else how)
         return
-    fix = "observe.sinks.wandb.mode=offline, and wandb sync from a machine with internet; metrics.jsonl has everything anyway"
+    fix = "observe.sinks.wandb.mode=offline, and ecdit dash sync from a machine with internet; metrics.jsonl has everything anyway"
     if reach.answers(environ=environ):
         yield ok("wandb", f"{where.host} answers{way}")
     else:
@@ -106,10 +104,3 @@ def wandb(wanted: str | None, *, environ: Mapping[str, str] = os.environ) -> Ite
         yield ok("wandb key", key)
     if where.proxy is None and (others := sorted(urllib.request.getproxies())):
         yield ok("proxies", f"set for {', '.join(others)}, not used for {where.host}")
-
-
-def _logged_in(host: str) -> bool:
-    try:
-        return netrc.netrc(NETRC.expanduser()).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False

@@ -1,8 +1,9 @@
-"""Whether W&B can be reached from here. Standard library only."""
+"""Whether W&B can be reached from here, and whether it would let us in. Standard library only."""
 
 from __future__ import annotations
 
 import contextlib
+import netrc
 import os
 import socket
 import threading
@@ -10,8 +11,10 @@ import urllib.parse
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 PROBE_SECONDS = 1.5
+NETRC = Path("~/.netrc")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,3 +50,15 @@ def answers(*, environ: Mapping[str, str] = os.environ) -> bool:
 
     threading.Thread(target=call, name="wandb-probe", daemon=True).start()
     return answered.wait(PROBE_SECONDS)
+
+
+def key(*, environ: Mapping[str, str] = os.environ) -> str | None:
+    """Where W&B's own client would find a key; it is never shown. None where there is none."""
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"):
+        if environ.get(name):
+            return name
+    try:
+        known = netrc.netrc(Path(environ.get("NETRC") or NETRC).expanduser()).authenticators(address(environ).host)
+    except (OSError, netrc.NetrcParseError):
+        return None
+    return "a login in ~/.netrc" if known is not None else None

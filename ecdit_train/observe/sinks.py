@@ -6,21 +6,27 @@ A sink that raises is switched off with one warning; that it does not block is i
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from ecdit_train.config.slots import SinkConfig
+from ecdit_train.supervise import alert_file, lives
 
+from .alerts import Alert, Watch
 from .journal import Journal, Record
 from .redact import redact_text
+from .room import Room
 
 logger = logging.getLogger("ecdit.observe")
 
 
 class Sink(Protocol):
-    """Something that keeps records and pictures. One that must know of a roll-back has `rewind(step)` besides."""
+    """Something that keeps records and pictures. One that has them is told besides: `rewind(step)`, that
+    the run goes on from an earlier step; `committed(step)`, the newest one that it cannot go back
+    behind; `alert(alert)`, an `observe.alerts.Alert`."""
 
     def log(self, step: int, record: Record) -> None: ...
 
@@ -40,6 +46,10 @@ class SinkContext:
     """The whole configuration as a tree."""
     resume_step: int
     """The step this run goes on from; 0 for a fresh one."""
+    life: int = 1
+    """Number of this life of the run."""
+    lineage: Mapping[str, Any] = field(default_factory=dict)
+    """What made this life (`ecdit_train.lineage`)."""
 
 
 class Sinks:
@@ -48,20 +58,56 @@ class Sinks:
     `truth` is ours; a copy that raises is named once and left out from then on.
     """
 
-    def __init__(self, truth: Journal | None = None, copies: Mapping[str, Sink] | None = None) -> None:
+    def __init__(
+        self,
+        truth: Journal | None = None,
+        copies: Mapping[str, Sink] | None = None,
+        *,
+        folder: Path | None = None,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        """`folder`: of the run that is watched for alerts; `say` tells a person of one."""
         self._truth = truth
         self._copies = dict(copies or {})
+        self._folder, self._say = folder, say
+        self._watch, self._room = Watch(), Room(folder) if folder is not None else None
 
     def log(self, step: int, record: Record) -> None:
         if self._truth is not None:
             self._truth.log(step, record)
         self._each(lambda sink: sink.log(step, record))
+        if self._folder is not None:
+            self._tell(self._watch.see(step, record, free_saves=self._room.saves() if self._room else None))
+
+    def event(self, name: str, step: int, words: str) -> None:
+        """Something that happened between two records (`observe.alerts.KINDS`)."""
+        if self._folder is not None:
+            self._tell(self._watch.event(name, step, words))
+
+    def begins(self, step: int) -> None:
+        """A life begins."""
+        if self._folder is not None:
+            began = [float(life.facts.get("began") or 0) for life in lives.read(self._folder)]
+            self._tell(self._watch.begins([*began, time.time()], now=time.time(), step=step))
+
+    def _tell(self, alerts: Iterable[Alert]) -> None:
+        for alert in alerts:
+            facts: dict[str, Any] = {"step": alert.step, "name": alert.name, "level": alert.level}
+            facts |= {"state": "off" if alert.over else "on", "words": alert.words}
+            assert self._folder is not None
+            alert_file.append(self._folder, life=self._truth.life if self._truth is not None else 0, **facts)
+            self._say(f"alert: {alert}")
+            self._each(lambda sink, alert=alert: getattr(sink, "alert", _nothing)(alert))  # type: ignore[misc]
 
     def rewind(self, step: int) -> None:
         """The run goes on from an earlier step: later records are of a past that is not the run's."""
         if self._truth is not None:
             self._truth.go_back(step)
         self._each(lambda sink: getattr(sink, "rewind", _nothing)(step))
+
+    def committed(self, step: int) -> None:
+        """The run will not go back behind this step, unless its disk loses the checkpoint."""
+        self._each(lambda sink: getattr(sink, "committed", _nothing)(step))
 
     def image(self, path: Path, *, key: str, step: int, caption: str) -> None:
         """A PNG that lies in the run folder."""
@@ -81,8 +127,8 @@ class Sinks:
                 off(name, error)
 
 
-def _nothing(step: int) -> None:
-    """`rewind` of a sink that has none."""
+def _nothing(_: object) -> None:
+    """What a sink does that has no such method."""
 
 
 def off(name: str, error: Exception) -> None:
@@ -97,6 +143,7 @@ def open_sinks(
     rank: int,
     life: int = 1,
     still_ours: Callable[[], None] = lambda: None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Sinks:
     """Rank 0 gets the journal of this life and every configured sink that opens; other ranks a null object."""
     if rank != 0:
@@ -108,4 +155,6 @@ def open_sinks(
             copies[name] = sink.open(run)
         except Exception as error:
             off(name, error)
-    return Sinks(truth, copies)
+    opened = Sinks(truth, copies, folder=run.folder, say=say)
+    opened.begins(run.resume_step)
+    return opened

@@ -1,132 +1,135 @@
-"""A copy of the records at Weights & Biases. The only importer of wandb.
+"""A copy of the records at Weights & Biases.
 
-W&B can never block, slow or kill a rank: every call to it happens in one daemon thread behind a bounded queue. A full
-queue drops records (the JSONL file has them), an exception becomes one warning line, closing is limited in time.
+W&B can never block, slow or kill a rank: every call to it (`wandb_run.py`) happens in one daemon thread behind a
+bounded queue. A full queue drops records, an exception becomes one warning line, closing is limited in time.
+Nothing is lost by any of these: what W&B lacks of the run's rows the next life sends out of the journal, or
+`ecdit dash sync` (`observe.wandb_sync`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import queue
-import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal
 
-from ecdit_train import atomic
-from ecdit_train import run_folder as folder
 from ecdit_train.config.slots import SinkConfig
 
-from . import reach
-from .redact import redact, redact_text
+from . import reach, wandb_names, wandb_run
+from .redact import redact_text
 from .sinks import Record, SinkContext
+from .wandb_run import CLOSE_SECONDS, LOCAL_SECONDS, Mode, Session
 
 logger = logging.getLogger("ecdit.observe")
-
-STEP = "train/step"
-"""W&B's x axis."""
-UNREACHABLE_SECONDS = 3.0
-"""With `reach.PROBE_SECONDS`: what closing costs at most when nobody answers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Wandb(SinkConfig):
     """Weights & Biases."""
 
-    mode: Literal["offline", "online"]
-    """offline: a local folder in the run folder, sync later; online: needs W&B's own login."""
+    mode: Mode
+    """offline: a local folder in the run folder, `ecdit dash sync` later; online: needs W&B's own login."""
     project: str
     """W&B project name."""
+    entity: str | None
+    """W&B user or team; null: the login's default."""
+    name: str | None
+    """Name of the run; null: run folder, experiment, number of experts and seed."""
+    group: str | None
+    """Runs that belong together; null: the sweep, or the experiment."""
+    tags: tuple[str, ...]
+    """Beside size, router, layout and precision, which are tags by themselves."""
+    notes: str | None
+    """A sentence about the run."""
+    rows: Literal["committed", "at_once"]
+    """When a row goes to W&B, where it can never be taken back. committed: once a checkpoint holds its step, so that restarts and
+    roll-backs leave no trace; at_once: live, and what is trained again keeps its first values there."""
+
+    def check(self, run: Any, check: Any, *, key: str) -> None:
+        check.require(bool(self.project.strip()), f"{key}.project", rule="must not be empty", nearest="ecdit")
+        for name in ("project", "entity"):
+            value = getattr(self, name) or ""
+            bad = sorted(set("/\\#?%:") & set(value))
+            rule = f"W&B takes no {' '.join(bad)} in a name; a server's address is WANDB_BASE_URL"
+            check.require(not bad, f"{key}.{name}", rule=rule, nearest="".join(c for c in value if c not in bad))
+        for name, most in (("name", wandb_names.MAX_NAME), ("group", wandb_names.MAX_NAME)):
+            value = getattr(self, name) or ""
+            check.require(len(value) <= most, f"{key}.{name}", rule=f"at most {most} characters", nearest=value[:most])
+        most = wandb_names.MAX_TAG
+        long = next((tag for tag in self.tags if not 0 < len(tag) <= most), None)
+        check.require(long is None, f"{key}.tags", rule=f"each of 1 to {most} characters", nearest=(long or "")[:most])
 
     def open(self, run: SinkContext) -> WandbSink:
-        return WandbSink(run.folder, project=self.project, mode=self.mode, config=run.config, name=run.name)
+        return WandbSink(run, self)
 
 
-Call = Callable[[ModuleType, Any], None]
+Call = Callable[["Session"], None]
 
 
 class WandbSink:
     """A run at W&B with a stable id (`<run>/wandb_id`), so that a requeue continues the same curves.
 
-    `mode` offline writes `<run>/wandb/offline-run-*` for a later `wandb sync`.
-    Credentials come from W&B's own places (WANDB_API_KEY, ~/.netrc), never from the configuration.
+    Offline, and online where nobody lets us in, `<run>/wandb/offline-run-*` is what W&B's own tools read; `ecdit
+    dash sync` brings the run there later. Credentials come from W&B's own places (WANDB_API_KEY, ~/.netrc),
+    never from the configuration.
     """
 
     def __init__(
-        self,
-        run_folder: Path,
-        *,
-        project: str,
-        mode: Literal["offline", "online"],
-        config: Mapping[str, Any],
-        name: str,
-        queue_size: int = 2048,
-        close_timeout: float = 60.0,
+        self, run: SinkContext, config: Wandb, *, queue_size: int = 2048, close_timeout: float | None = None
     ) -> None:
-        self._close_timeout = close_timeout
-        self._queue: queue.Queue[Call | None] | None = None
-        self._dropped = 0
+        self._run, self._config = run, config
         self._warned = False
-        self._row: int | None = None
-        """The step of the last row."""
-        self._settings: dict[str, Any] = {
-            "id": _stable_id(run_folder),
-            "dir": str(run_folder),
-            "project": project,
-            "name": name,
-            "mode": mode,
-            "config": redact(config),
-            "resume": "allow",
-            "group": name,
-        }
-        self._queue = queue.Queue(maxsize=queue_size)
+        self._mode = self._allowed(config.mode)
+        own = CLOSE_SECONDS if self._mode == "online" else LOCAL_SECONDS
+        self._close_timeout = own if close_timeout is None else close_timeout
+        self._dropped = 0
+        self._abandoned = False
+        """Nobody waits for the thread any more."""
+        self._id = wandb_run.stable_id(run.folder)
+        self._queue: queue.Queue[Call | None] | None = queue.Queue(maxsize=queue_size)
         self._thread = threading.Thread(target=self._work, args=(self._queue,), name="wandb-sink", daemon=True)
         self._thread.start()
 
     def log(self, step: int, record: Record) -> None:
-        payload = {STEP: step, **record}
-        self._put(lambda wandb, run: self._add(run, payload, step=step))
+        values = dict(record)
+        self._put(lambda session: session.log(step, values))
 
     def images(self, path: Path, key: str, step: int, caption: str) -> None:
-        self._put(
-            lambda wandb, run: self._add(run, {STEP: step, key: wandb.Image(str(path), caption=caption)}, step=step)
-        )
+        self._put(lambda session: session.image(path, key, step, caption))
 
-    def _add(self, run: Any, payload: dict[str, Any], *, step: int) -> None:
-        """W&B's own counter restarts in every attempt where it is left alone, so it is set to `step`; but it only grows, and rows
-        below it are dropped. After a roll-back, in this life or an earlier one, rows get the next free number until
-        `step` is past it again. The x axis is STEP all the while. Without a number a row would be merged with the last one."""
-        if self._row is None:
-            number = max(step, run.step)
-        else:
-            number = run.step if self._row == step else max(step, run.step + 1)
-        self._row = step
-        run.log(payload, step=number)
+    def committed(self, step: int) -> None:
+        self._put(lambda session: session.commit(step))
+
+    def rewind(self, step: int) -> None:
+        self._put(lambda session: session.rewind(step))
+
+    def alert(self, alert: Any) -> None:
+        self._put(lambda session: session.alert(alert))
 
     def close(self, timeout: float | None = None) -> None:
-        """Writes what is queued, finishes the run and stops W&B's process, all within `timeout` seconds; UNREACHABLE_SECONDS are
-        enough where W&B cannot be reached: what it has is on disk, for `wandb sync`."""
+        """Writes what is queued, finishes the run and stops W&B's process, all within `timeout` seconds."""
         if self._queue is None:
             return
         timeout = self._close_timeout if timeout is None else timeout
-        if self._settings["mode"] == "online" and not reach.answers():
-            timeout = min(timeout, UNREACHABLE_SECONDS)
         deadline = time.monotonic() + timeout
         work, self._queue = self._queue, None
         with contextlib.suppress(queue.Full):
-            work.put(None, timeout=timeout)
+            work.put(None, timeout=max(0.0, deadline - time.monotonic()))
         self._thread.join(max(0.0, deadline - time.monotonic()))
         if self._thread.is_alive():
-            self._warn(f"W&B did not finish within {timeout:.0f} s; metrics.jsonl is complete")
-            _kill_service()
+            self._abandoned = True
+            self._warn(f"W&B did not finish within {timeout:g} s; {self._later()}")
+            wandb_run.end_service()
         elif self._dropped:
-            logger.warning("W&B was too slow for %d records; metrics.jsonl has them", self._dropped)
+            logger.warning("W&B was too slow for %d records; %s", self._dropped, self._later())
+
+    def _later(self) -> str:
+        return f"nothing is lost: the next life sends the rest, or ecdit dash sync {self._run.folder}"
 
     def _put(self, call: Call) -> None:
         if self._queue is None:
@@ -135,7 +138,7 @@ class WandbSink:
             self._queue.put_nowait(call)
         except queue.Full:
             self._dropped += 1
-            self._warn("W&B is behind, records are left out there; metrics.jsonl has them")
+            self._warn(f"W&B is behind, records are left out there; {self._later()}")
 
     def _warn(self, message: str) -> None:
         if not self._warned:
@@ -145,66 +148,46 @@ class WandbSink:
     def _work(self, work: queue.Queue[Call | None]) -> None:
         """The thread: the only place that calls wandb."""
         try:
-            wandb, run = _start(self._settings, finish_timeout=self._close_timeout)
+            session = self._open()
         except BaseException as error:  # wandb raises SystemExit and KeyboardInterrupt in places
             self._warn(f"W&B is off for this run: {type(error).__name__}: {error}")
             while work.get() is not None:
                 pass
             return
+        if self._abandoned:
+            wandb_run.end_service()  # else its exit hook would keep the process
+            return
         while (call := work.get()) is not None:
-            self._guard(lambda call=call: call(wandb, run))  # type: ignore[misc]
-        self._guard(run.finish)
-        # finish() returns before the file is written; teardown() waits for W&B's process.
-        self._guard(wandb.teardown)
+            self._guard(lambda call=call: call(session))  # type: ignore[misc]
+        self._guard(session.close)
+
+    def _allowed(self, mode: Mode) -> Mode:
+        if mode == "offline" or reach.key() is not None:
+            return mode
+        self._warn(
+            "W&B: no key here (wandb login, or WANDB_API_KEY), so this life is written to "
+            f"{self._run.folder}/wandb; send it from where there is one: ecdit dash sync {self._run.folder}"
+        )
+        return "offline"
+
+    def _open(self) -> Session:
+        """Offline where W&B does not take the run: nothing is lost by it, and one line says so."""
+        mode = self._mode
+        how: Any = {"identity": self._id, "wanted": lambda: not self._abandoned}
+        try:
+            return Session(self._run, self._config, mode=mode, **how)
+        except BaseException as error:
+            if mode == "offline" or self._abandoned:
+                raise
+            wandb_run.end_service()
+            self._warn(
+                f"W&B does not take the run ({type(error).__name__}: {error}), so this life is written to "
+                f"{self._run.folder}/wandb; later: ecdit dash sync {self._run.folder}"
+            )
+        return Session(self._run, self._config, mode="offline", **how)
 
     def _guard(self, call: Callable[[], object]) -> None:
         try:
             call()
         except BaseException as error:
-            self._warn(f"W&B: {type(error).__name__}: {error}")
-
-
-def _stable_id(run_folder: Path) -> str:
-    path = run_folder / folder.WANDB_ID
-    if path.exists() and (known := path.read_text().strip()):
-        return known
-    fresh = secrets.token_hex(6)
-    atomic.write(path, f"{fresh}\n".encode())
-    return fresh
-
-
-def _start(settings: dict[str, Any], *, finish_timeout: float) -> tuple[ModuleType, Any]:
-    """Imports and starts W&B: nothing of the machine, the command line, the console or the code leaves it."""
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-    os.environ.setdefault("WANDB_SILENT", "true")
-    import wandb
-
-    quiet = wandb.Settings(
-        silent=True,
-        console="off",
-        disable_git=True,
-        disable_code=True,
-        save_code=False,
-        x_disable_stats=True,
-        x_disable_meta=True,
-        x_disable_machine_info=True,
-        x_save_requirements=False,
-        init_timeout=120.0,
-        finish_timeout=max(1.0, finish_timeout),
-    )
-    run = wandb.init(**settings, settings=quiet)
-    run.define_metric(STEP)
-    run.define_metric("*", step_metric=STEP)
-    return wandb, run
-
-
-def _kill_service() -> None:
-    """Ends W&B's process, for which its exit hook would wait without limit (wandb 0.31: the handle is private)."""
-    try:
-        from wandb.sdk import wandb_setup
-
-        connection = wandb_setup.singleton()._connection
-        connection._cleanup()  # type: ignore[union-attr, misc]  # takes the exit hook away
-        connection._proc._process.kill()  # type: ignore[union-attr]
-    except Exception:
-        logger.debug("no W&B process to end", exc_info=True)
+            self._warn(f"W&B: {type(error).__name__}: {error}; {self._later()}")

@@ -35,6 +35,8 @@ class Verdict:
 
     act: Literal["update", "report", "skip", "roll_back", "stop"]
     words: str = ""
+    alert: Literal["", "non-finite", "loss-spike"] = ""
+    """What it is called in `observe.alerts`; empty for an update."""
 
 
 class Guard:
@@ -58,12 +60,14 @@ class Guard:
         """
         bad, spike, *others = self._runtime.any_rank(not numbers.finite, self._is_spike(numbers.loss), *asked)
         if bad:
-            verdict = Verdict(act=self._config.non_finite, words=f"{numbers}{self._culprits(numbers)}")
+            verdict = Verdict(
+                act=self._config.non_finite, words=f"{numbers}{self._culprits(numbers)}", alert="non-finite"
+            )
         elif spike and self._config.spike != "ignore":
             median, deviation = self._usual()
             far = (numbers.loss - median) / deviation if deviation else math.inf
             words = f"loss {numbers.loss:.6g} is {far:.3g} deviations above the median {median:.6g} of {len(self._losses)} steps"
-            verdict = Verdict(act=self._config.spike, words=words)
+            verdict = Verdict(act=self._config.spike, words=words, alert="loss-spike")
         else:
             verdict = Verdict(act="update")
         if verdict.act in ("update", "report"):

@@ -6,12 +6,10 @@ import gc
 import logging
 import math
 import time
-from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +32,7 @@ from ecdit_train.supervise.stop import StopRequest
 
 from .contracts import Batches, Drawer
 from .guard import Guard, Verdict
+from .met import met
 from .optim import learning_rate
 from .saving import Saves
 from .state import TrainState, parameter_of
@@ -181,6 +180,7 @@ class Trainer:
             last = state.step == c.train.steps
             if verdict.act == "report":
                 self.progress.message(f"step {state.step}: {verdict.words}")
+                self.sinks.event(verdict.alert, state.step, verdict.words)
             watching.add(result)
 
             measuring = watching.measures_at(state.step)
@@ -257,6 +257,7 @@ class Trainer:
         whole = self.config.train.global_batch
         first = int(batch.position_B[0]) // whole * whole
         step, last, words = self.state.step + 1, first + whole - 1, verdict.words
+        self.sinks.event(verdict.alert, step, f"samples {first} to {last}: {words}")
         act: Literal["skip", "roll_back"] = "skip" if verdict.act == "skip" else "roll_back"
         try:
             if verdict.act == "stop":
@@ -318,6 +319,7 @@ class Trainer:
             record |= {f"eval/{name}": value for name, value in self.measured.items() if name != "step"}
         if self.parallel.runtime.rank == 0:
             self.watching.write(Path(c.run), self.ownership)
+        self.sinks.committed(self.saves.committed)
         self.sinks.log(step, record)
         self.progress.update(step, record)
         if record["data/substituted"] > 0:
@@ -341,23 +343,8 @@ class Trainer:
             "pool": self._pool,
             "guard": self.guard.state_dict(),
             "validation": dict(self.measured),
-            "quarantine": self._quarantined(),
-            "words": self._words(),
+            **met(self.batches, self.parallel, before={} if self.resumed is None else self.resumed.objects),
         }
-
-    def _quarantined(self) -> dict[str, int]:
-        """Unreadable samples of all lives, by kind of error. Collective."""
-        own = self.batches.bad() if self.parallel.mesh.tp_rank == 0 else {}
-        before = self.resumed.objects.get("quarantine", {}) if self.resumed is not None else {}
-        total = Counter(before)
-        for counts in self.parallel.runtime.all_gather_json(own):
-            total.update(counts)
-        return dict(sorted(total.items()))
-
-    def _words(self) -> list[str]:
-        """Of captions, all lives. Collective."""
-        before = self.resumed.objects.get("words", []) if self.resumed is not None else []
-        return sorted({*before, *chain(*self.parallel.runtime.all_gather_json(self.batches.words()))})
 
     def show(self, step: int) -> None:
         """Draw the fixed prompts with the averaged weights."""
@@ -385,6 +372,7 @@ class Trainer:
                 last.callback(self.validation.close)
             last.callback(self.batches.close)
             last.callback(self.sinks.close)
+            last.callback(lambda: self.sinks.committed(self.saves.committed))
             last.callback(self.progress.close)
             last.callback(self.saves.close)
 

@@ -17,7 +17,7 @@ from tiny_runs import configure, words
 from ecdit_train import life_verbs
 from ecdit_train.config.stored import freeze
 from ecdit_train.errors import ConfigError, RunFolderError
-from ecdit_train.supervise import lives, summary
+from ecdit_train.supervise import alert_file, lives, summary
 from ecdit_train.supervise.beats import Beat
 from ecdit_train.supervise.lease import acquire, read
 from ecdit_train.supervise.verdict import Seen
@@ -56,6 +56,17 @@ def test_the_last_life_is_the_exit_code(code, state, run):
     found = life_verbs.look(run)
     assert (found.state, found.exit_code) == (state, code)
     assert found.lines[-1].endswith(f"8 ranks, a, Slurm job 17: from step 0 to 12, exit code {code}: because")
+
+
+def test_alerts_that_are_on_are_one_line(run):
+    told = {"step": 7, "level": "warning", "words": "ranks wait"}
+    alert_file.append(run, name="slow-data", state="on", life=2, **told)
+    alert_file.append(run, name="bad-samples", state="on", life=2, **told)
+    alert_file.append(run, name="bad-samples", state="off", life=2, **told)
+    (line,) = [line for line in life_verbs.look(run).lines if line.startswith("alerts")]
+    assert line == "alerts      slow-data since step 7: ranks wait (docs/runbook)"
+    alert_file.append(run, name="slow-data", state="off", life=2, **told)
+    assert not [line for line in life_verbs.look(run).lines if line.startswith("alerts")]
 
 
 def test_an_end_that_nobody_noted(run):

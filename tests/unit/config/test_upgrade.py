@@ -77,6 +77,11 @@ def test_a_run_of_format_5_reads_the_data_that_it_read(tmp_path):
     assert load(tmp_path) == compose(["experiment=shapes_tiny", "run=runs/old"], local=False)
 
 
+def test_a_run_of_format_6_is_watched_as_it_was(tmp_path):
+    shutil.copy(OLD.parent / "format6" / "shapes_tiny.yaml", tmp_path / "resolved.yaml")
+    assert load(tmp_path) == compose(["experiment=shapes_tiny", "run=runs/old"], local=False)
+
+
 def test_what_is_written_says_its_format(tmp_path):
     config = compose(["experiment=shapes_tiny"], local=False)
     freeze(config, tmp_path)
@@ -86,9 +91,9 @@ def test_what_is_written_says_its_format(tmp_path):
 
 def test_a_newer_format_is_refused_by_its_number(tmp_path):
     with pytest.raises(
-        RunFolderError, match=r"has format 7; this ecdit reads formats 1 to 6: use the one that wrote it"
+        RunFolderError, match=r"has format 8; this ecdit reads formats 1 to 7: use the one that wrote it"
     ):
-        load(run_folder(tmp_path, "format: 7\nrun: x\n"))
+        load(run_folder(tmp_path, "format: 8\nrun: x\n"))
 
 
 def test_what_only_looks_old_is_refused_by_the_version_it_should_be_of(tmp_path):

@@ -21,7 +21,7 @@ def by_name(found) -> dict:
 @pytest.fixture
 def nobody(tmp_path, monkeypatch):
     """No login, no proxy."""
-    monkeypatch.setattr(run_inputs, "NETRC", tmp_path / "netrc")
+    monkeypatch.setattr(run_inputs.reach, "NETRC", tmp_path / "netrc")
     for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     return tmp_path / "netrc"

@@ -15,7 +15,7 @@ from job_stage import ROOT, Stage, warn
 
 from ecdit_train.config.compose import compose
 from ecdit_train.errors import ConfigError, EcditError, NoProgressError
-from ecdit_train.supervise import processes
+from ecdit_train.supervise import alert_file, processes
 from launch import job_file, preflight, record
 from launch.decide import Ending
 from launch.description import describe
@@ -77,6 +77,9 @@ def test_lives_without_progress_end_with_76_and_waits_grow(stage, fit):
     assert stage.then == ["again", "again", "stop"]
     assert [line.get("wait") for line in stage.lines()] == [15.0, 60.0, None]
     assert "3 lives in a row without a newer checkpoint" in stage.lines()[-1]["reason"]
+    (alert,) = alert_file.open_ones(stage.run)
+    assert alert["name"] == "no-progress"
+    assert "3 lives in a row without a newer checkpoint" in alert["words"]
     # Somebody has looked, and tries again: it counts from there.
     assert stage.supervise(OK) == 0
 

@@ -1,32 +1,19 @@
-"""The JSONL file is the truth; W&B copies it and can neither block nor break a rank."""
+"""The JSONL file is the truth; sinks copy it, and none of them can break a rank."""
 
 from __future__ import annotations
 
 import json
-import logging
 import sys
 import threading
 import time
-import types
 from pathlib import Path
 
-import numpy as np
 import pytest
-from observe_wandb_file import history, records, run_files
 
 from ecdit_train.errors import RunOwnedError
-from ecdit_train.observe.figures import sample_grid
 from ecdit_train.observe.journal import Journal, read_jsonl, read_records
 from ecdit_train.observe.redact import REDACTED, redact
 from ecdit_train.observe.sinks import SinkContext, Sinks, open_sinks
-from ecdit_train.observe.wandb_sink import WandbSink
-
-
-@pytest.fixture(autouse=True)
-def _no_wandb_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("WANDB_MODE", "WANDB_DIR", "WANDB_RUN_ID", "WANDB_SERVICE", "WANDB_API_KEY"):
-        monkeypatch.delenv(name, raising=False)
-
 
 # --- JSONL -----------------------------------------------------------------------------------------------------------
 
@@ -154,53 +141,6 @@ def test_only_rank_0_writes(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics", "metrics.jsonl"]
 
 
-# --- W&B as it is ----------------------------------------------------------------------------------------------------
-
-
-def test_offline_files_hold_every_step_of_two_lives_under_one_id(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MY_API_KEY", "planted-0123456789")
-    config = {
-        "train": {"steps": 50, "max_tokens": 7},
-        "hub_token": "s3cr3t",
-        "cluster": {"env": ["X=planted-0123456789"]},
-    }
-    grid = sample_grid(np.zeros((1, 8, 8, 3), np.uint8), ["a"], tmp_path / "samples/step_1.png")
-    for start in (1, 26):
-        sink = WandbSink(tmp_path, project="test", mode="offline", config=config, name="demo")
-        for step in range(start, start + 25):
-            sink.log(step, {"train/loss": 1 / step})
-        sink.images(grid, "samples", start + 24, "a picture")
-        sink.close(timeout=40)
-    first, second = run_files(tmp_path)
-    logged = [h for path in (first, second) for h in history(path)]
-    assert [h["train/step"] for h in logged if "train/loss" in h] == list(range(1, 51))
-    assert [h["_step"] for h in logged] == list(range(1, 51))  # W&B's own counter: must not restart in a later life
-    assert [h["train/step"] for h in logged if h.get("samples/_type") == "image-file"] == [25, 50]
-    identity = (tmp_path / "wandb_id").read_text().strip()
-    for path in (first, second):
-        assert path.name == f"run-{identity}.wandb"
-        raw = path.read_bytes()
-        assert b"planted-0123456789" not in raw
-        assert b"s3cr3t" not in raw
-        metrics = [r.metric for r in records(path) if r.WhichOneof("record_type") == "metric"]
-        assert any(m.glob_name == "*" and m.step_metric == "train/step" for m in metrics)
-
-
-def test_steps_after_a_roll_back_reach_wandb(tmp_path: Path) -> None:
-    sink = WandbSink(tmp_path, project="test", mode="offline", config={}, name="demo")
-    sinks = Sinks(None, {"wandb": sink})
-    for step in range(1, 7):
-        sinks.log(step, {"train/loss": 1.0})
-    sinks.rewind(3)
-    for step in range(4, 12):
-        sinks.log(step, {"train/loss": 2.0})
-    sink.close(timeout=40)
-    (file,) = run_files(tmp_path)
-    assert [h["train/step"] for h in history(file)] == [*range(1, 7), *range(4, 12)]
-
-
 def test_without_sinks_nothing_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)  # importing it would raise
     threads = threading.active_count()
@@ -209,93 +149,6 @@ def test_without_sinks_nothing_is_imported(tmp_path: Path, monkeypatch: pytest.M
     sinks.close()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics", "metrics.jsonl"]
     assert threading.active_count() == threads
-
-
-# --- W&B as it can be ------------------------------------------------------------------------------------------------
-
-
-class FakeRun:
-    step = 0
-
-    def __init__(self, log: object, finish: object) -> None:
-        self.log, self.finish = log, finish
-
-    def define_metric(self, *args: object, **kwargs: object) -> None: ...
-
-
-def fake_wandb(
-    monkeypatch: pytest.MonkeyPatch, *, init: object = None, log: object = None, finish: object = None
-) -> None:
-    def nothing(*args: object, **kwargs: object) -> None: ...
-
-    run = FakeRun(log or nothing, finish or nothing)
-    module = types.SimpleNamespace(
-        init=init or (lambda **_: run), Settings=lambda **_: None, teardown=nothing, Image=lambda *a, **k: None
-    )
-    monkeypatch.setitem(sys.modules, "wandb", module)  # type: ignore[arg-type]
-
-
-def hang(*args: object, **kwargs: object) -> None:
-    threading.Event().wait(20)
-
-
-def fail(*args: object, **kwargs: object) -> None:
-    raise RuntimeError("no route\nto host")
-
-
-def leave(*args: object, **kwargs: object) -> None:
-    raise SystemExit(3)
-
-
-@pytest.mark.parametrize("where", ["init", "finish"])
-def test_closing_costs_seconds_where_nobody_answers(where, tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # refuses; a black hole is the probe's timeout
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    fake_wandb(monkeypatch, **{where: hang})
-    sink = WandbSink(tmp_path, project="p", mode="online", config={}, name="n")
-    sink.log(1, {})
-    began = time.monotonic()
-    sink.close()
-    assert time.monotonic() - began < 5
-
-
-@pytest.mark.parametrize("where", ["init", "log", "finish"])
-@pytest.mark.parametrize("trouble", [hang, fail, leave])
-def test_trouble_never_reaches_the_caller(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, where: str, trouble: object
-) -> None:
-    fake_wandb(monkeypatch, **{where: trouble})
-    caplog.set_level(logging.WARNING, logger="ecdit.observe")
-    sink = WandbSink(tmp_path, project="p", mode="offline", config={}, name="n", queue_size=8)
-    start = time.monotonic()
-    for step in range(200):
-        sink.log(step, {"train/loss": 1.0})
-    sink.images(tmp_path / "no.png", "samples", 1, "")
-    assert time.monotonic() - start < 0.5
-    sink.close(timeout=0.4)
-    sink.close(timeout=0.4)
-    sink.log(201, {})
-    assert time.monotonic() - start < 2.0
-    lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith("W&B")]
-    assert 1 <= len(lines) <= 2  # the trouble, and how many records a full queue cost
-    assert all("\n" not in line for line in lines)
-
-
-def test_slow_is_dropped_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[int] = []
-
-    def slow(payload: dict[str, int], *, step: int) -> None:
-        time.sleep(0.01)
-        seen.append(step)
-
-    fake_wandb(monkeypatch, log=slow)
-    sink = WandbSink(tmp_path, project="p", mode="offline", config={}, name="n", queue_size=4)
-    for step in range(500):
-        sink.log(step, {})
-    sink.close(timeout=5)
-    assert 1 <= len(seen) < 500
-    assert seen == sorted(seen)
 
 
 def test_redaction_knows_secrets_from_sizes() -> None:

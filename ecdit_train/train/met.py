@@ -1,0 +1,25 @@
+"""What a run has met in its data over all lives, as a checkpoint holds it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from ecdit_train.parallel.context import ParallelContext
+
+from .contracts import Batches
+
+
+def met(batches: Batches, parallel: ParallelContext, *, before: Mapping[str, Any]) -> dict[str, Any]:
+    """`quarantine`: unreadable samples by kind of error; `words`: of captions, where the encoder knows only those that it has seen.
+
+    `before`: the objects of the checkpoint that this life goes on from. Collective.
+    """
+    first = parallel.mesh.tp_rank == 0  # the ranks of a tensor-parallel group read the same samples
+    own = {"bad": batches.bad() if first else {}, "words": batches.words() if first else []}
+    bad, words = Counter(before.get("quarantine", {})), set(before.get("words", ()))
+    for rank in parallel.runtime.all_gather_json(own):
+        bad.update(rank["bad"])
+        words.update(rank["words"])
+    return {"quarantine": dict(sorted(bad.items())), "words": sorted(words)}
