@@ -43,9 +43,11 @@ demo: setup  ## draw shapes into shards, train a small EC-DiT on 2 ranks, resume
 	$(BIN)/ecdit --nproc 2 resume $(RUN)
 	$(BIN)/ecdit --nproc 2 sample run=$(RUN) prompts='[a photo of a red circle, a photo of a blue square, a photo of a green triangle, a photo of a yellow cross]'
 	$(BIN)/ecdit --nproc 2 evaluate run=$(RUN) tasks='[single_object,colors]' repeat=2
+	$(BIN)/ecdit --nproc 2 allocation run=$(RUN)
 	$(BIN)/ecdit report $(RUN)
 	@echo
 	@echo "Look at   $(RUN)/pictures/ (samples), $(RUN)/samples/ (the same prompts while it learned), $(RUN)/report.html (all of it)"
+	@echo "Play      $(BIN)/ecdit play $(RUN)"
 	@echo "Try next  $(BIN)/ecdit sample run=$(RUN) prompts='a photo of a purple square' sample.guidance=3 repeat=8"
 	@echo "          $(BIN)/ecdit plan experiment=ec_dit_m_64e cluster=h100_ib400 cluster.nodes=8"
 

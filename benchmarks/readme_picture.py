@@ -2,7 +2,7 @@
 
     python -m benchmarks.readme_picture runs/demo docs/images/demo.png
 
-Also prints, layer by layer, the mean number of experts per patch of the shapes and of the background.
+How many experts objects and background get is what `ecdit allocation run=runs/demo` says.
 """
 
 from __future__ import annotations
@@ -11,11 +11,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
-from data_pipeline.shapes.draw import BACKGROUND
-from data_pipeline.shapes.grader import FOREGROUND_DISTANCE
 from ecdit_train.observe import figures
 from ecdit_train.observe.routing import RoutingMaps
 from ecdit_train.run_folder import ROUTING, by_step
@@ -35,23 +32,6 @@ def main(run: Path, out: Path) -> None:
     canvas.paste(right, (left.width + 24, 0))
     out.parent.mkdir(parents=True, exist_ok=True)
     canvas.save(out, optimize=True)
-    for layer, (inside, outside) in experts_per_patch(maps).items():
-        print(f"layer {layer}: {inside:.2f} experts per patch of a shape, {outside:.2f} per patch of the background")
-
-
-def experts_per_patch(maps: RoutingMaps) -> dict[int, tuple[float, float]]:
-    """Layer -> mean experts per patch of the shapes and of the background, over pictures and timesteps. A patch belongs to a
-    shape where the grader's rule finds foreground in half of its pixels."""
-    side = maps.counts.shape[-1]
-    B, pixels = len(maps.images), maps.images.shape[1] // side
-    distance = np.linalg.norm(maps.images.astype(np.float32) - np.array(BACKGROUND, np.float32), axis=-1)
-    cells = (distance > FOREGROUND_DISTANCE).reshape(B, side, pixels, side, pixels)
-    shape_BSS = cells.mean(axis=(2, 4)) >= 0.5
-    counts_LBSS = maps.counts.mean(axis=0)
-    return {
-        layer: (float(c[shape_BSS].mean()), float(c[~shape_BSS].mean()))
-        for layer, c in zip(maps.layers, counts_LBSS, strict=True)
-    }
 
 
 if __name__ == "__main__":

@@ -86,9 +86,9 @@ class Allocation:
                 f"object patches get {ratio:.2f} times the experts of background patches (one seed: no spread is known)"
             )
         if abs(ratio - 1) <= ALIKE * error:
-            return f"object and background patches get alike: {ratio:.2f} times, within its error of {error:.2f}"
+            return f"object and background patches get alike: {ratio:.2f} times, within its error of {error:.1g}"
         word = "more" if ratio > 1 else "less"
-        return f"object patches get {word}: {ratio:.2f} +- {error:.2f} times the experts of background patches"
+        return f"object patches get {word}: {ratio:.2f} +- {error:.1g} times the experts of background patches"
 
 
 @dataclass(kw_only=True)
