@@ -59,8 +59,12 @@ class Line:
 
 def final_loss(run: Path) -> Final | None:
     """The loss at the end of a run's log; None where there is none yet."""
+    return _final(read_records(run))
+
+
+def _final(records: Iterable[Mapping[str, Any]]) -> Final | None:
     found: list[tuple[int, float]] = []
-    for record in read_records(run):
+    for record in records:
         loss = record.get("train/loss")
         if isinstance(loss, int | float) and math.isfinite(loss):
             found.append((int(record["step"]), float(loss)))
@@ -259,7 +263,7 @@ def compared(folders: Sequence[str], *, tolerance: float = 0.0) -> Comparison:
                 combination=label,
                 step=int(records[-1]["step"]) if records else None,
                 steps=int(steps) if isinstance(steps, int) else None,
-                final=final_loss(folder),
+                final=_final(records),
                 written=records[-1].get("time") if records else None,
                 parting=parting(logs[0], records, tolerance=tolerance) if n else None,
             )

@@ -112,15 +112,19 @@ def play(args: argparse.Namespace) -> int:
 
         run_folder(args.run)  # says what is there instead
     print(f"reading the weights of {args.run} ...", file=sys.stderr, flush=True)
-    from ecdit_train.opened import open_run
-    from ecdit_train.play import Playground
-
-    run = open_run(args.run, step=args.step, weights=args.weights, config_dir=args.config_dir)
-    run.read()  # what is wrong with them is said here, not in the page
     try:
-        with Playground(run).server(port=args.port) as served:
-            print(f"{served.url}  (Ctrl-C ends it)\nfrom a machine of your own: {served.tunnel()}", flush=True)
-            served.serve_forever()
+        from ecdit_train.opened import open_run
+        from ecdit_train.play import Playground
+
+        run = open_run(args.run, step=args.step, weights=args.weights, config_dir=args.config_dir)
+        run.read()  # what is wrong with them is said here, not in the page
+        ground = Playground(run)
+        try:
+            with ground.server(port=args.port) as served:
+                print(f"{served.url}  (Ctrl-C ends it)\nfrom a machine of your own: {served.tunnel()}", flush=True)
+                served.serve_forever()
+        finally:
+            ground.end()
     except KeyboardInterrupt:
         print()
     return errors.EXIT_OK

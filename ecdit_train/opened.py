@@ -7,6 +7,7 @@ Legend: n pictures, S pixels per side, T timesteps, L sparse layers, E experts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -57,8 +58,12 @@ def open_run(
         RunFolderError: it is neither.
         ConfigError: a step or kind of weights that a pipeline folder cannot have.
     """
-    folder = Path(folder)
+    folder = Path(folder).absolute()  # weights are read later, maybe from another working directory
+    if weights not in ("ema", "raw"):
+        raise ConfigError(Problem(field="weights", value=weights, rule="is ema or raw", nearest="ema"))
     where = torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(Problem(field="device", value=str(device), rule="there is no GPU here", nearest="cpu"))
     if (folder / MODEL_INDEX).is_file():
         for field, value in (("step", step), ("weights", None if weights == "ema" else weights)):
             if value is not None:
@@ -271,6 +276,8 @@ def _check(prompts: Sequence[str], how: SampleConfig, *, repeat: int, timesteps:
         for field, value in numbers.items()
         if value < 1
     ]
+    if not math.isfinite(how.guidance):
+        problems.append(Problem(field="guidance", value=how.guidance, rule="must be a finite number", nearest=1.0))
     if not prompts:
         problems.append(Problem(field="prompts", value=[], rule="needs at least one"))
     if how.scope not in ("group", "image", "batch"):

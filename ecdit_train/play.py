@@ -68,6 +68,10 @@ class Playground:
         """Raises EcditError: the port cannot be had."""
         return Server(self.answer, port=port)
 
+    def end(self) -> None:
+        """A drawing that goes on ends at its next step."""
+        self._now.wanted = False
+
     def answer(self, path: str, query: Mapping[str, str]) -> Reply | None:
         if path == "/":
             return Reply(body=self.page())

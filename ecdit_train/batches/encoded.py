@@ -11,7 +11,7 @@ import torch
 from data_pipeline.contract import Batch, Loader
 from data_pipeline.errors import SAMPLE_ERRORS, BadArray
 from ecdit_train.config.schema import EncodersConfig, RunConfig
-from ecdit_train.diffusion.encoders import ImageCodec, KnowsWords, TextEncoder
+from ecdit_train.diffusion.encoders import MAX_WORDS, ImageCodec, KnowsWords, TextEncoder
 from ecdit_train.diffusion.microbatch import Microbatch
 
 
@@ -30,10 +30,6 @@ def make_encoders(config: RunConfig, device: torch.device) -> Encoders:
         text=config.encoders.text.build(device=device, dtype=dtype),
         image=config.encoders.image.build(device=device, dtype=dtype),
     )
-
-
-MAX_WORDS = 20_000
-"""Words of captions that are kept; a set with more is nothing that a hashed word stands for."""
 
 
 class EncodedBatches:
@@ -117,7 +113,7 @@ class EncodedBatches:
         return found | {f"data/source/{source.name}/epochs": source.epochs for source in stats.sources}
 
     def words(self) -> list[str]:
-        return sorted(self._words)[:MAX_WORDS]
+        return sorted(self._words)
 
     def bad(self) -> dict[str, int]:
         return dict(self._loader.stats().bad)

@@ -43,7 +43,7 @@ KINDS: Mapping[str, Kind] = {
     "dead-experts": Kind(
         level="warning",
         page="dead-experts.md",
-        meaning="experts of a layer get no token, or its router is decided for good",
+        meaning="experts of a layer add next to nothing, or its router is decided for good",
     ),
     "save-refused": Kind(
         level="error", page="storage.md", meaning="the disk refuses checkpoints: what is trained may be lost"
@@ -105,6 +105,7 @@ class Watch:
         """Records in a row: above 0 in trouble, below 0 calm while it is on."""
         self._on: set[str] = set()
         self._step_s: deque[float] = deque(maxlen=USUAL)
+        self._slow_in_a_row = 0
 
     def see(self, step: int, record: Mapping[str, Any], *, free_saves: float | None = None) -> list[Alert]:
         """What begins or is over with this record.
@@ -145,7 +146,9 @@ class Watch:
         if not isinstance(step_s, int | float) or not math.isfinite(step_s):
             return None
         usual = statistics.median(self._step_s) if len(self._step_s) >= USUAL // 2 else None
-        if usual is None or step_s < SLOWER * usual:  # slow ones are not what is usual
+        slow = usual is not None and step_s >= SLOWER * usual
+        self._slow_in_a_row = self._slow_in_a_row + 1 if slow else 0
+        if not slow or self._slow_in_a_row > 2 * USUAL:  # slow ones are not what is usual, unless they have come to be
             self._step_s.append(step_s)
         if usual is None:
             return None
@@ -195,12 +198,16 @@ def _save_refused(record: Mapping[str, Any]) -> State | None:
 
 
 def _dead_experts(record: Mapping[str, Any]) -> State | None:
-    """Experts without a token where a metric counts them; a certain router where entropies are known."""
+    """Experts whose gates add up to next to nothing, where a metric counts them; a certain router where entropies are known."""
     counted = {name: _number(record, name) for name in record if re.fullmatch(r"moe/L\d+/dead_experts", name)}
     entropy = {name: _number(record, name) for name in record if re.fullmatch(r"moe/L\d+/entropy", name)}
     if not counted and not entropy:
         return None
-    dead = [f"{name.split('/')[1]} has {n:g} experts without a token" for name, n in counted.items() if n]
+    dead = [
+        f"{name.split('/')[1]} has {n:g} experts whose gates add up to less than a tenth of the mean"
+        for name, n in counted.items()
+        if n
+    ]
     sure = [
         f"{name.split('/')[1]}'s router is certain (entropy {x:.3g} of log E)"
         for name, x in entropy.items()

@@ -166,7 +166,9 @@ def _padded(low: float, high: float, *, share: float) -> tuple[float, float]:
 
 def _ticks(low: float, high: float, *, about: int = 5) -> list[float]:
     """Multiples of 1, 2 or 5 times a power of ten."""
-    raw = (high - low) / about
+    raw = high / about - low / about  # a range may be more than the largest number
+    if not 0 < raw < 1e300:
+        return [low, high]
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(power * m for m in (1, 2, 5, 10) if power * m >= raw * 0.999)
     return [round(i * step, 12) for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]

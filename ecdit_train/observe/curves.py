@@ -105,8 +105,13 @@ def columns(records: Records, *, only: Sequence[str] | None = None) -> Columns:
     )
 
 
+LARGEST = 10**300
+
+
 def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return isinstance(value, float) or abs(value) < LARGEST  # larger ones are no float
 
 
 def _together(found: list[float], reduce: str) -> float:
@@ -157,7 +162,6 @@ CHOSEN: Mapping[str, Sequence[tuple[str, Mapping[str, str]]]] = {
 }
 GROUPS = {
     "train": "learning",
-    "validation": "learning",
     "optim": "learning",
     "diffusion": "learning",
     "eval": "learning",

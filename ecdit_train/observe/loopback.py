@@ -77,7 +77,11 @@ class Server(ThreadingHTTPServer):
 
     def tunnel(self) -> str:
         """What to type on one's own machine if this one is far away."""
-        return f"ssh -N -L {self.port}:{ADDRESS}:{self.port} {getpass.getuser()}@{socket.gethostname()}"
+        try:
+            user = f"{getpass.getuser()}@"
+        except (KeyError, OSError, ImportError):  # a number without a name, as in containers
+            user = ""
+        return f"ssh -N -L {self.port}:{ADDRESS}:{self.port} {user}{socket.gethostname()}"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A browser that went away in the middle is nobody's fault."""

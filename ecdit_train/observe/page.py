@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -16,6 +17,8 @@ def render(template: str, **values: Any) -> Markup:
 
 def short(value: float) -> str:
     """Short and readable: 1,200  0.034  2.5e-05."""
+    if not math.isfinite(value):
+        return "not finite"
     if value == 0:
         return "0"
     size = abs(value)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import base64
+import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -27,6 +28,8 @@ from .routing import RoutingMaps
 from .tables import read_config, read_json
 from .which_run import run_folder as checked
 
+logger = logging.getLogger("ecdit.observe")
+
 MAX_GRIDS = 60
 """Sample grids embedded; of a longer run an even choice, first and last included, so that the file stays sendable."""
 MAX_PROMPTS, MAX_PANELS = 4, 60
@@ -42,7 +45,7 @@ def write_report(run_folder: Path) -> Path:
     """
     run = checked(run_folder)
     path = run / folder.REPORT
-    atomic.write(path, page(run, {name: part(run) for name, part in PARTS.items()}).encode())
+    atomic.write(path, page(run, {name: shown(name, run, part) for name, part in PARTS.items()}).encode())
     return path
 
 
@@ -54,6 +57,8 @@ class Built:
     """id -> HTML of its inside; empty where there is nothing to show."""
     data: Mapping[str, Any] = field(default_factory=dict)
     """What scripts read: id of the element -> JSON."""
+    broken: bool = False
+    """Something in its files could not be shown."""
 
 
 TITLES: Mapping[str, tuple[str, str, str]] = {
@@ -95,7 +100,7 @@ def page(run: Path, parts: Mapping[str, Built], *, live: bool = False) -> str:
         title=run.resolve().name,
         experiment=read_config(run).get("experiment") or "a run of ecdit",
         written=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-        tiles=sections["tiles"],
+        tiles=sections.get("tiles", ""),
         sections=[(name, *TITLES[name], sections.get(name, "")) for name in TITLES],
         data={name: value for part in parts.values() for name, value in part.data.items()},
         live=live,
@@ -168,6 +173,17 @@ PARTS: Mapping[str, Callable[[Path], Built]] = {
 }
 
 
+def shown(name: str, run: Path, part: Callable[[Path], Built]) -> Built:
+    """A part, or one line in its place: one damaged file, which may be anything, takes no other part away."""
+    try:
+        return part(run)
+    except Exception as error:
+        words = f"{type(error).__name__}: {error}"
+        logger.warning("%s of %s cannot be shown: %s", name, run, words, exc_info=not isinstance(error, OSError))
+        html = render("broken.html", words=redact_text(words))
+        return Built(sections={MAIN.get(name, name): html}, broken=True)
+
+
 def files_of(part: str, run: Path) -> Iterable[Path]:
     """What a part is made of: it is made anew when one of these changes, comes or goes."""
     patterns = {
@@ -179,6 +195,10 @@ def files_of(part: str, run: Path) -> Iterable[Path]:
         "configuration": (folder.RESOLVED,),
     }
     return (path for pattern in patterns[part] for path in run.glob(pattern))
+
+
+MAIN = {"records": "learning", "routing": "explorer"}
+"""The section in which a part says what is wrong with it, where it has another name."""
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------

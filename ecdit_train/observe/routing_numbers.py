@@ -98,7 +98,7 @@ class RoutingNumbers:
             E = int(document["experts"])
             layers = {int(number): _read(layer, experts=E) for number, layer in document["layers"].items()}
             return cls(step=int(document["step"]), experts=E, layers=layers)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except Exception as error:  # a damaged file may hold anything
             raise RunFolderError(f"{path}: not a file of routing numbers ({type(error).__name__}: {error})") from error
 
 

@@ -6,7 +6,6 @@ change, whoever asks, and so seldom that making it takes a sixth of the time at 
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,15 +17,13 @@ from typing import Any
 
 from .loopback import Reply, Server
 from .page import render
-from .report import PARTS, Built, files_of, page, routing_part
+from .report import PARTS, Built, files_of, page, routing_part, shown
 from .which_run import run_folder
 
 SECONDS = 2.0
 """Between two questions of a page."""
 LEISURE = 5.0
 """Times as long as it took to make a part, it is left alone."""
-
-logger = logging.getLogger("ecdit.observe")
 
 # Figures for paper take seconds: the file has them.
 BUILDERS: Mapping[str, Callable[[Path], Built]] = {**PARTS, "routing": partial(routing_part, still=False)}
@@ -45,6 +42,8 @@ def server(folders: Sequence[str | Path], *, port: int = 0) -> Server:
         if len(runs) == 1:
             return runs[0].answer(path.removeprefix("/"), query)
         number, _, rest = path.removeprefix("/").partition("/")
+        if path.count("/") == 1 and number.isdecimal():  # so that what its page asks for lies below it
+            return Reply(body=f'<meta http-equiv="refresh" content="0; url=/{number}/">')
         if not number:
             return Reply(body=render("runs.html", runs=[(n, run.run) for n, run in enumerate(runs, start=1)]))
         if not number.isdecimal() or not 1 <= int(number) <= len(runs) or not path.startswith(f"/{number}/"):
@@ -103,10 +102,9 @@ class LiveRun:
             stamp = _stamp(name, self.run)
             if stamp != kept.stamp and time.monotonic() - kept.made_at >= LEISURE * kept.took:
                 start = time.monotonic()
-                try:
-                    kept.built, kept.stamp = BUILDERS[name](self.run), stamp
-                except OSError as error:  # a file was replaced under our hands; the next question finds the new one
-                    logger.warning("%s of %s could not be read: %s", name, self.run, error)
+                kept.built = shown(name, self.run, BUILDERS[name])
+                # A file may have been replaced under our hands: the next question finds the new one.
+                kept.stamp = f"{stamp} broken" if kept.built.broken else stamp
                 kept.made_at = time.monotonic()
                 kept.took = kept.made_at - start
             return Kept(stamp=kept.stamp, built=kept.built)

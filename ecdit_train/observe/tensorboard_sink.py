@@ -58,7 +58,7 @@ class TensorBoardSink:
     def __init__(self, run: SinkContext, *, flush_seconds: float) -> None:
         self._folder, self._flush = run.folder / FOLDER, flush_seconds
         self._writer: Any = None
-        self._trouble = False
+        self._trouble: set[str] = set()
         self._queue: queue.Queue[Call | None] | None = queue.Queue(maxsize=QUEUE)
         self._thread = threading.Thread(target=self._work, args=(self._queue,), name="tensorboard-sink", daemon=True)
         self._thread.start()
@@ -110,8 +110,9 @@ class TensorBoardSink:
             self._warn(f"TensorBoard: {type(error).__name__}: {error}; metrics.jsonl has everything")
 
     def _warn(self, message: str) -> None:
-        if not self._trouble:
-            self._trouble = True
+        kind = message[:24]  # once for each kind of trouble
+        if kind not in self._trouble:
+            self._trouble.add(kind)
             logger.warning("%s", redact_text(" ".join(message.split())))
 
     def _begin(self, after: int, config: Mapping[str, Any] | None = None) -> None:

@@ -37,7 +37,7 @@ STEP = "train/step"
 """W&B's x axis. W&B's own counter `_step` is the same number, in every life."""
 SUMMARIES = {
     "train/loss": "min,last",
-    "validation/*": "min,last",
+    "eval/*": "min,last",
     "perf/images_per_s": "max,mean,last",
     "perf/mfu": "max,mean,last",
     "optim/grad_norm_max": "max,last",
@@ -195,13 +195,12 @@ def stable_id(run_folder: Path) -> str:
 
 def newest_row(run_folder: Path) -> int:
     """The newest step in the run's files of W&B; 0 where there is none. Waits for a killed life's service to write its end."""
-    files = sorted(run_folder.glob("wandb/*run-*/run-*.wandb"), key=lambda p: p.stat().st_mtime, reverse=True)
-    for path in files:
+    newest = 0
+    for path in run_folder.glob("wandb/*run-*/run-*.wandb"):
         while not (seen := _rows_of(path)).ended and time.time() - path.stat().st_mtime < 2 * FLUSH_SECONDS:
             time.sleep(FLUSH_SECONDS / 4)
-        if seen.newest:
-            return seen.newest
-    return 0
+        newest = max(newest, seen.newest)  # times of files say nothing after a copy, or where a clock went back
+    return newest
 
 
 @dataclass(frozen=True, kw_only=True)

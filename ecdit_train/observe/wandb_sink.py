@@ -83,7 +83,7 @@ class WandbSink:
         self, run: SinkContext, config: Wandb, *, queue_size: int = 2048, close_timeout: float | None = None
     ) -> None:
         self._run, self._config = run, config
-        self._warned = False
+        self._warned: set[str] = set()
         self._mode = self._allowed(config.mode)
         own = CLOSE_SECONDS if self._mode == "online" else LOCAL_SECONDS
         self._close_timeout = own if close_timeout is None else close_timeout
@@ -141,8 +141,9 @@ class WandbSink:
             self._warn(f"W&B is behind, records are left out there; {self._later()}")
 
     def _warn(self, message: str) -> None:
-        if not self._warned:
-            self._warned = True
+        kind = message[:24]  # once for each kind of trouble
+        if kind not in self._warned:
+            self._warned.add(kind)
             logger.warning("%s", redact_text(" ".join(message.split())))
 
     def _work(self, work: queue.Queue[Call | None]) -> None:

@@ -6,13 +6,15 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from ecdit_train.diffusion.encoders import MAX_WORDS
 from ecdit_train.parallel.context import ParallelContext
 
 from .contracts import Batches
 
 
 def met(batches: Batches, parallel: ParallelContext, *, before: Mapping[str, Any]) -> dict[str, Any]:
-    """`quarantine`: unreadable samples by kind of error; `words`: of captions, where the encoder knows only those that it has seen.
+    """`quarantine`: unreadable samples by kind of error. `words`: of captions, where the encoder knows only those that it has seen;
+    none where not all are known: there are more than `MAX_WORDS`, or earlier lives did not keep them.
 
     `before`: the objects of the checkpoint that this life goes on from. Collective.
     """
@@ -22,4 +24,5 @@ def met(batches: Batches, parallel: ParallelContext, *, before: Mapping[str, Any
     for rank in parallel.runtime.all_gather_json(own):
         bad.update(rank["bad"])
         words.update(rank["words"])
-    return {"quarantine": dict(sorted(bad.items())), "words": sorted(words)}
+    known = len(words) < MAX_WORDS and (not before or "words" in before) and before.get("words") != []
+    return {"quarantine": dict(sorted(bad.items())), "words": sorted(words) if known else []}

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tiny_runs import configure, live
 
@@ -152,12 +153,29 @@ def test_an_exported_pipeline_draws_the_same(opened, run, tmp_path) -> None:
         open_run(tmp_path / "pipe", step=4)
 
 
-@pytest.mark.parametrize("given", [{"steps": 0}, {"repeat": 0}, {"timesteps": 0}, {"scope": "world"}])
+@pytest.mark.parametrize(
+    "given", [{"steps": 0}, {"repeat": 0}, {"timesteps": 0}, {"scope": "world"}, {"guidance": float("nan")}]
+)
 def test_values_that_cannot_be(opened, given) -> None:
     with pytest.raises(ConfigError, match=next(iter(given))):
         opened.draw(PROMPTS, **given)
     with pytest.raises(ConfigError, match="prompts"):
         opened.draw([])
+
+
+def test_it_may_be_opened_here_and_drawn_with_elsewhere(run, monkeypatch, tmp_path) -> None:
+    monkeypatch.chdir(Path(run).parent)
+    relative = open_run(Path(run).name, device="cpu")
+    monkeypatch.chdir(tmp_path)
+    assert relative.draw(PROMPTS[0]).images.shape[0] == 1
+
+
+@pytest.mark.parametrize(("field", "value"), [("weights", "best"), ("device", "cuda")])
+def test_what_cannot_be_opened_with(run, field, value) -> None:
+    if value == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(ConfigError, match=field):
+        open_run(run, **{field: value})
 
 
 def test_folders_that_cannot_be_opened(run, tmp_path) -> None:

@@ -23,6 +23,10 @@ class TextEncoder(Protocol):
         ...
 
 
+MAX_WORDS = 20_000
+"""Words of captions that a run keeps; a set with more of them is nothing for an encoder that knows no word by itself."""
+
+
 @runtime_checkable
 class KnowsWords(Protocol):
     """A text encoder that knows nothing of a word before training has shown it: who draws is told of others."""
