@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     line, after = submit_verbs.split(sys.argv[1:] if argv is None else argv)
     if _bare(line):
         with contextlib.suppress(SystemExit), contextlib.redirect_stdout(sys.stderr):
-            parser.parse_args([*line, "--help"])
+            parser.parse_args([*line[-1:], "--help"])
         sys.exit(2)
     args, rest = parser.parse_known_args(line)
     if rest and (not hasattr(args, "overrides") or any(word.startswith("-") for word in rest)):
@@ -121,7 +121,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _bare(line: Sequence[str]) -> bool:
     """A verb that does nothing without words, or none at all: its help answers better than a refusal, or than the paper's XL."""
-    return len(line) == 0 or (len(line) == 1 and line[0] in NEEDS_WORDS and "RANK" not in os.environ)
+    words = line[2:] if line[:1] == ["--nproc"] else line
+    return len(line) == 0 or (len(words) == 1 and words[0] in NEEDS_WORDS and "RANK" not in os.environ)
 
 
 def _instead(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Any:

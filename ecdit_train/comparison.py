@@ -19,7 +19,7 @@ from ecdit_train.config.stored import read_tree
 from ecdit_train.errors import RunFolderError
 from ecdit_train.observe.diverging import Parting, metrics_of, parting
 from ecdit_train.observe.journal import read_records
-from ecdit_train.observe.redact import redact_text
+from ecdit_train.observe.redact import redact, redact_text
 from ecdit_train.observe.which_run import SWEEP_FILE, hint, is_run
 from ecdit_train.run_folder import RESOLVED
 
@@ -226,7 +226,10 @@ class Comparison:
             | {"parting": None if r.parting is None else asdict(r.parting)}
             for r in self.runs
         ]
-        different = {k: [None if v is ABSENT else v for v in values] for k, values in self.different.items()}
+        different = {
+            key: [None if v is ABSENT else redact_text(v) if isinstance(v, str) else v for v in values]
+            for key, values in redact(self.different).items()
+        }
         return {"table": as_json(self.lines), "runs": runs, "different": different, "only": dict(self.only)}
 
 

@@ -110,7 +110,7 @@ def look(run: Path) -> Status:
     if known and records and (share := _goodput(records, known, until=time.time() if there else None)):
         lines.append(f"goodput     {share}")
     lines.append(f"checkpoint  {_newest_checkpoint(run)}")
-    if alerts := alert_file.open_ones(run):
+    if alerts := alert_file.open_ones(run, life=max((one.number for one in known), default=None)):
         told = "; ".join(
             f"{one['name']} since step {one.get('step', '?')}: {one.get('words', '')}" for one in alerts[-3:]
         )

@@ -97,9 +97,10 @@ def report(args: argparse.Namespace) -> int:
     if args.serve:
         return _serve(runs, port=args.port)
     from ecdit_train.observe.report import write_report
+    from ecdit_train.run_folder import REPORT
 
     for run in runs:
-        with written(run):
+        with written(run / REPORT):
             print(write_report(run))
     return errors.EXIT_OK
 

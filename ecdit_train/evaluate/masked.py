@@ -40,7 +40,7 @@ def masked_pictures(folder: Path, *, resolution: int, side: int, multiple: int) 
         images.append(np.asarray(ImageOps.fit(picture, size, method=Image.Resampling.BICUBIC)))
         masks.append(np.asarray(ImageOps.fit(mask, size, method=Image.Resampling.BOX)) >= 128)
         text = path.with_suffix(".txt")
-        captions.append(text.read_text(encoding="utf-8").strip() if text.exists() else "")
+        captions.append(text.read_text(encoding="utf-8", errors="replace").strip() if text.exists() else "")
     return KnownPictures(
         images=np.stack(images), captions=tuple(captions), on_object=on_patches(np.stack(masks), side=side)
     )

@@ -27,8 +27,10 @@ def one_hot(bin_N: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
 
 def loss_sums(error_B: Tensor, *, t_B: Tensor) -> dict[str, Tensor]:
     """Sums over images, to be added up over microbatches, steps and ranks. `error_B`: each image's own loss."""
-    of_TB = one_hot(timestep_bin(t_B))
-    return {"diffusion/images": of_TB.sum(1), "diffusion/loss": of_TB @ error_B.detach().to(torch.float64)}
+    part_B = timestep_bin(t_B)
+    # Picked, not multiplied by 0: an image that is not finite stays in its own part.
+    error_TB = torch.where(one_hot(part_B, torch.bool), error_B.detach().to(torch.float64), 0.0)
+    return {"diffusion/images": one_hot(part_B).sum(1), "diffusion/loss": error_TB.sum(1)}
 
 
 def loss_by_timestep(

@@ -38,14 +38,17 @@ class Rows:
         self._rows = {n: row for n, row in self._rows.items() if n <= step}
 
     def ready(self, *, last: bool = False) -> list[tuple[int, dict[str, Any]]]:
-        """Rows to send now, in order; they count as sent. `last`: nothing is added to the newest one any more."""
+        """Rows to send now, in order, each to be told to `done` once W&B has it: one that fails waits with all that come after
+        it, as W&B takes no row of an earlier step. `last`: nothing is added to the newest one any more."""
         limit = self._committed
         if not self._waits and self._rows:
             limit = max(limit, max(self._rows) - (not last))
-        now = sorted(step for step in self._rows if step <= limit)
-        if now:
-            self.sent = now[-1]
-        return [(step, self._rows.pop(step)) for step in now]
+        return [(step, self._rows[step]) for step in sorted(self._rows) if step <= limit]
+
+    def done(self, step: int) -> None:
+        """W&B has the row."""
+        del self._rows[step]
+        self.sent = step
 
     def __len__(self) -> int:
         """Rows that wait."""

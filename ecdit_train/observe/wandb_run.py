@@ -139,6 +139,7 @@ class Session:
                 row[MAPS] = drawn
             ready = {k: v.load(self._wandb) if isinstance(v, _Picture) else v for k, v in row.items()}
             self._at.log({k: v for k, v in ready.items() if v is not None}, step=step, commit=True)
+            self.rows.done(step)
 
     def _routing(self, step: int) -> _Picture | None:
         """Experts per patch of the first prompt, by layer and timestep; drawn here, where nobody waits for it."""
@@ -163,8 +164,12 @@ class _Picture:
     caption: str
 
     def load(self, wandb: ModuleType) -> Any:
-        """None for one that is not there (any more)."""
-        return wandb.Image(str(self.path), caption=self.caption) if self.path.is_file() else None
+        """None for one that is not there (any more), or is no picture."""
+        try:
+            return wandb.Image(str(self.path), caption=self.caption) if self.path.is_file() else None
+        except Exception as error:
+            logger.warning("%s cannot be sent: %s", self.path, error)
+            return None
 
 
 def login_entity() -> str:
@@ -195,12 +200,17 @@ def stable_id(run_folder: Path) -> str:
 
 def newest_row(run_folder: Path) -> int:
     """The newest step in the run's files of W&B; 0 where there is none. Waits for a killed life's service to write its end."""
-    newest = 0
+    newest, until = 0, time.monotonic() + 2 * FLUSH_SECONDS
     for path in run_folder.glob("wandb/*run-*/run-*.wandb"):
-        while not (seen := _rows_of(path)).ended and time.time() - path.stat().st_mtime < 2 * FLUSH_SECONDS:
+        while not (seen := _rows_of(path)).ended and time.monotonic() < until and _young(path):
             time.sleep(FLUSH_SECONDS / 4)
         newest = max(newest, seen.newest)  # times of files say nothing after a copy, or where a clock went back
     return newest
+
+
+def _young(path: Path) -> bool:
+    """Whether somebody may still be writing it."""
+    return time.time() - path.stat().st_mtime < 2 * FLUSH_SECONDS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -126,19 +126,20 @@ class WandbSink:
             self._warn(f"W&B did not finish within {timeout:g} s; {self._later()}")
             wandb_run.end_service()
         elif self._dropped:
-            logger.warning("W&B was too slow for %d records; %s", self._dropped, self._later())
+            logger.warning("W&B was too slow, %d calls were left out; %s", self._dropped, self._later())
 
     def _later(self) -> str:
         return f"nothing is lost: the next life sends the rest, or ecdit dash sync {self._run.folder}"
 
     def _put(self, call: Call) -> None:
-        if self._queue is None:
+        if self._queue is None or self._dropped:
+            self._dropped += self._queue is not None
             return
         try:
             self._queue.put_nowait(call)
         except queue.Full:
-            self._dropped += 1
-            self._warn(f"W&B is behind, records are left out there; {self._later()}")
+            self._dropped = 1
+            self._warn(f"W&B is behind, and gets nothing more in this life: its rows have no hole; {self._later()}")
 
     def _warn(self, message: str) -> None:
         kind = message[:24]  # once for each kind of trouble

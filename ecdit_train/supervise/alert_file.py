@@ -24,7 +24,9 @@ def append(run: Path, **facts: Any) -> None:
     with contextlib.suppress(OSError):
         handle = os.open(run / ALERTS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            os.write(handle, line.encode())
+            # A line that a full disk or a cut of power tore must not swallow this one.
+            torn = os.fstat(handle).st_size > 0 and (run / ALERTS).read_bytes()[-1:] != b"\n"
+            os.write(handle, (("\n" if torn else "") + line).encode())
         finally:
             os.close(handle)
 
@@ -41,11 +43,12 @@ def read(run: Path) -> list[dict[str, Any]]:
     return found
 
 
-def open_ones(run: Path) -> list[Mapping[str, Any]]:
+def open_ones(run: Path, *, life: int | None = None) -> list[Mapping[str, Any]]:
     """Those that are on, oldest first. A new life looks anew: what an earlier one found does not count, but for what its job's
-    supervisor wrote after it."""
-    lines = read(run)
-    newest = max((int(line["life"]) for line in lines if line.get("life") is not None), default=None)
+    supervisor wrote after it. `life`: the newest, where anybody knows; None: the newest that wrote a line."""
+    lines = [line for line in read(run) if isinstance(line.get("life"), int | None)]
+    newest = max((line["life"] for line in lines if line.get("life") is not None), default=None)
+    newest = newest if life is None else max(life, newest or 0)
     on: dict[str, dict[str, Any]] = {}
     for line in lines:
         if line.get("life") not in (newest, None):

@@ -24,6 +24,18 @@ TROUBLE = {
 }
 
 
+def test_what_an_earlier_life_left_on_is_over_with_it(tmp_path: Path) -> None:
+    alert_file.append(tmp_path, life=1, step=3, name="slow-data", state="on", words="x")
+    assert [one["name"] for one in alert_file.open_ones(tmp_path, life=1)] == ["slow-data"]
+    assert alert_file.open_ones(tmp_path, life=2) == []
+
+
+def test_a_torn_or_foreign_line_swallows_nothing(tmp_path: Path) -> None:
+    (tmp_path / "alerts.jsonl").write_text('{"life": "three", "name": "x", "state": "on"}\n{"life": 1, "na')
+    alert_file.append(tmp_path, life=1, step=3, name="slow-data", state="on", words="x")
+    assert [one["name"] for one in alert_file.open_ones(tmp_path)] == ["slow-data"]
+
+
 def told(watch, records, *, first=1):
     return [
         (alert.name, alert.step, alert.over)
