@@ -62,4 +62,9 @@ def _check_alerts(check: Checker) -> None:
         if (value := check.values[key]) is None:
             continue
         rule = f"must be above {above:g}" + (f" and at most {most:g}" if most < math.inf else "") + "; null: no alert"
-        check.require(above < value <= most, key, rule=rule, nearest=most if value > most else above + 1 if isinstance(above, int) else "null")
+        check.require(
+            above < value <= most,
+            key,
+            rule=rule,
+            nearest=most if value > most else above + 1 if isinstance(above, int) else "null",
+        )

@@ -208,7 +208,11 @@ def _dead_experts(record: Mapping[str, Any], limits: AlertsConfig) -> State | No
     least, sure_below = limits.dead_experts or 0, limits.router_entropy or 0.0
     if not counted and not entropy:
         return None
-    dead = [f"{name.split('/')[1]} has {n:g} experts without a token" for name, n in counted.items() if n is not None and n >= least]
+    dead = [
+        f"{name.split('/')[1]} has {n:g} experts without a token"
+        for name, n in counted.items()
+        if n is not None and n >= least
+    ]
     sure = [
         f"{name.split('/')[1]}'s router is certain (entropy {x:.3g} of log E)"
         for name, x in entropy.items()

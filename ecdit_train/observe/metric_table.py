@@ -339,7 +339,8 @@ METRICS: dict[str, Metric] = {
     ),
     "ckpt/failed": _metric("saves", "last", "How many saves in a row has the disk refused?"),
 }
-"""Every name that a training run logs. `{n}` stands for a layer number, `{i}` for a node's, `{b}` for a tenth of the timesteps, 0 to 9."""
+"""Every name that a training run logs. `{n}` stands for a layer number, `{i}` for a node's, `{b}` for a tenth of the
+timesteps, 0 to 9."""
 
 
 RENAMED = {"loader/": "data/loader/", "validation/": "eval/", "perf/memory_gib": "mem/allocated_gib"}

@@ -113,9 +113,9 @@ def test_null_switches_one_alert_off_and_no_other(name):
     watch = Watch(replace(LIMITS, **dict.fromkeys(LIMIT_OF[name])))
     told(watch, [{}] * USUAL)
     assert told(watch, [TROUBLE[name] | {"moe/L2/dead_experts": 9.0}] * 10, first=100)[1:] == []
-    assert {what for what, *_ in told(watch, [dict(x for t in TROUBLE.values() for x in t.items())] * 10, first=200)} == (
-        TROUBLE.keys() - {name}
-    ) - ({"dead-experts"} if name != "dead-experts" else set())  # that one began above
+    assert {
+        what for what, *_ in told(watch, [dict(x for t in TROUBLE.values() for x in t.items())] * 10, first=200)
+    } == (TROUBLE.keys() - {name}) - ({"dead-experts"} if name != "dead-experts" else set())  # that one began above
 
 
 def test_limits_are_the_runs_own():
