@@ -64,7 +64,7 @@ def nodes_record(sums: Sums) -> dict[str, float]:
     if KEY not in sums:
         return {}
     by_node = sums[KEY].reshape(-1, 1 + len(FIELDS)).tolist()
-    record = {}
+    record = dict[str, float]()
     for place, (group, name) in enumerate(FIELDS, start=1):
         known = {node: row[place] for node, row in enumerate(by_node) if row[0] and math.isfinite(row[place])}
         if len(by_node) <= MOST:

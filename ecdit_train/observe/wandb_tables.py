@@ -16,8 +16,6 @@ import numpy as np
 from ecdit_train.errors import RunFolderError
 from ecdit_train.run_folder import ALLOCATION, routing_numbers_path
 
-from .routing_numbers import RoutingNumbers
-
 TASKS = ("task", "correct", "chance", "step")
 ALLOC = (
     *("layer", "t", "object mean", "object spread", "background mean", "background spread"),
@@ -114,6 +112,8 @@ def _rows(name: str, kind: Mapping[str, Any], *, layers: Sequence[int]) -> list[
 def histograms(run: Path, step: int) -> dict[str, Counted]:
     """Experts per token of each sparse layer over all timesteps, as the record of `step` has them in the file beside it; empty
     where there is none."""
+    from .routing_numbers import RoutingNumbers  # imports torch, which a configuration with this sink must not
+
     path = routing_numbers_path(run, step=step)
     if not path.exists():
         return {}

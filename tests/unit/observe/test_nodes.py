@@ -43,8 +43,10 @@ def test_one_rank_of_each_node_speaks(proc):
     (proc / "stat").write_text("cpu  140 0 70 930 60 0 0 0 0 0\n")
     record = _record(ranks)
     assert record == {
-        "perf/node0/cpu_frac": 0.3, "perf/node1/cpu_frac": 0.3,
-        "mem/node0/host_gib": 3.0, "mem/node1/host_gib": 3.0,
+        "perf/node0/cpu_frac": 0.3,
+        "perf/node1/cpu_frac": 0.3,
+        "mem/node0/host_gib": 3.0,
+        "mem/node1/host_gib": 3.0,
     }
     assert not undocumented(record)
 

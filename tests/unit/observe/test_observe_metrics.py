@@ -74,7 +74,9 @@ def test_times_of_phases_are_means_over_ranks_and_those_without_waits_tell_the_s
         mine.step_done()
     record = w.flush(beside(other))
     assert {name: value for name, value in record.items() if name.startswith(("perf/time/", "perf/slowest/"))} == {
-        "perf/time/data": 2.0, "perf/time/forward": 0.25, "perf/time/show": 1.0,
+        "perf/time/data": 2.0,
+        "perf/time/forward": 0.25,
+        "perf/time/show": 1.0,
         "perf/slowest/data": 3.0,
     }
 
