@@ -20,10 +20,8 @@ from ecdit_train import atomic
 from ecdit_train import run_folder as folder
 
 from . import wandb_log, wandb_names, wandb_tables
-from .figures import allocation_heatmap
 from .journal import read_records
 from .redact import redact, redact_text
-from .routing import RoutingMaps
 from .sinks import Record, SinkContext
 from .wandb_rows import Rows
 from .wandb_tables import Counted, Table
@@ -143,6 +141,9 @@ class Session:
 
     def _routing(self, step: int) -> _Picture | None:
         """Experts per patch of the first prompt, by layer and timestep; drawn here, where nobody waits for it."""
+        from .figures import allocation_heatmap  # imports torch, which a configuration with this sink must not
+        from .routing import RoutingMaps
+
         path = Path(self._drawn.name) / f"routing_{step}.png"
         try:
             maps = RoutingMaps.load(folder.routing_path(self._folder, step=step))
