@@ -141,14 +141,17 @@ def configuration() -> str:
             if section and (text := describe_class(owner)):
                 parts.append(text + "\n\n")
             rows = []
-            for name, hint in convert.hints(owner).items():
+            for name in convert.hints(owner):
                 key = f"{section}.{name}".lstrip(".")
                 if key in slots:
                     taken = ", ".join(c.name for c in found[slots[key].key] if c.target in _targets(default, key))
                     about = f"{slots[key].meaning[:1].upper()}{slots[key].meaning[1:]}."
                     rows.append([f"`{key}`", taken, f"[slot](#{anchor(key)})", "", about])
-                elif key in types:
-                    rows.append([f"`{key}`", _value(values[key]), convert.type_name(hint), kinds[key], meaning[key]])
+                elif section or key in types:  # a section within lists its keys here
+                    within = [k for k in types if k == key or k.startswith(f"{key}.")]
+                    rows += [
+                        [f"`{k}`", _value(values[k]), convert.type_name(types[k]), kinds[k], meaning[k]] for k in within
+                    ]
             parts.append(table(["key", "default", "type", "on resume", "meaning"], rows))
             if section in compose.groups():
                 parts.append("\n" + _choices(section))

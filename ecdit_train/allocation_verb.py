@@ -15,7 +15,7 @@ PAPER = "(the paper's Figure 6 shows more on objects)"
 
 
 def allocation(args: argparse.Namespace) -> int:
-    from ecdit_train.drawing import drawing_request, opened_pipeline, written
+    from ecdit_train.drawing import drawing_request, opened_pipeline, tell_wandb, written
 
     asked, config = drawing_request(arguments.Allocation, args)
     if config.moe.router is None:
@@ -64,6 +64,8 @@ def allocation(args: argparse.Namespace) -> int:
         write(made, path)
         picture = allocation_plot.write(made, path.with_suffix(".png"))
     print(f"{path}, {picture.name} beside it")
+    if not asked.out:  # what lies elsewhere `ecdit dash sync` would not find
+        tell_wandb(config, path)
     return errors.EXIT_OK
 
 

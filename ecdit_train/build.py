@@ -183,6 +183,7 @@ def _open(trainer: Trainer) -> None:
         about,
         config.observe.sinks,
         rank=runtime.rank,
+        limits=config.observe.alerts,
         life=owned.life,
         still_ours=owned.recently_ours,
         say=trainer.progress.message,

@@ -65,3 +65,14 @@ def written(path: Path, *, instead: str = "") -> Iterator[None]:
         raise
     except OSError as error:
         raise errors.StorageError(f"{path} cannot be written: {error}{instead}") from error
+
+
+def tell_wandb(config: Any, path: Path) -> None:
+    """Send a result where the run's W&B is online and there is a key; else `ecdit dash sync` will."""
+    from ecdit_train.config.convert import to_dict
+    from ecdit_train.observe import wandb_sync
+    from ecdit_train.observe.sinks import SinkContext
+
+    about = SinkContext(folder=Path(config.run), name=config.experiment, config=to_dict(config), resume_step=0)
+    if (told := wandb_sync.evaluated(about, config.observe.sinks, path)) is not None:
+        print(told)

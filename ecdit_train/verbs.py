@@ -13,7 +13,7 @@ from typing import Any
 
 from ecdit_train import arguments, errors, header, submit_verbs
 from ecdit_train.config.resolve import declarations_only
-from ecdit_train.drawing import agreed, drawing_request, opened_pipeline, world, written
+from ecdit_train.drawing import agreed, drawing_request, opened_pipeline, tell_wandb, world, written
 from ecdit_train.joining import ending, joined
 from ecdit_train.run_folder import RESOLVED, evaluation_path, pictures_path
 from ecdit_train.supervise import guard
@@ -149,19 +149,8 @@ def evaluate(args: argparse.Namespace) -> int:
         path = evaluation_path(Path(asked.run), suite="shapes", step=step)
         with written(path):  # last: what was found is told even where it cannot be kept
             shapes.write(result, path, step=step, **spent)
-        _tell_wandb(config, path)
+        tell_wandb(config, path)
     return errors.EXIT_OK
-
-
-def _tell_wandb(config: Any, path: Path) -> None:
-    """Send a result where the run's W&B is online and there is a key; else `ecdit dash sync` will."""
-    from ecdit_train.config.convert import to_dict
-    from ecdit_train.observe import wandb_sync
-    from ecdit_train.observe.sinks import SinkContext
-
-    about = SinkContext(folder=Path(config.run), name=config.experiment, config=to_dict(config), resume_step=0)
-    if (told := wandb_sync.evaluated(about, config.observe.sinks, path)) is not None:
-        print(told)
 
 
 # --- planning ---------------------------------------------------------------------------------------------------

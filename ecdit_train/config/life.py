@@ -78,3 +78,23 @@ class ValidationConfig:
     """The last images of the data set are held out; 0: none."""
     every_steps: int
     """Steps between measurements; the last step measures too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlertsConfig:
+    """When a run calls for attention (docs/how-to/watch-with-wandb.md); null: never for that."""
+
+    stall_frac: float | None
+    """Alert `slow-data`: share of time that ranks wait for data; over below 0.4 of it."""
+    slow_steps: float | None
+    """Alert `slow-steps`: seconds of a step over this life's usual ones; 1.5 is half as slow again."""
+    dead_experts: int | None
+    """Alert `dead-experts`: experts of one layer whose work enters nowhere."""
+    router_entropy: float | None
+    """The same alert: a router below has decided for good, as share of log E; over above twice that."""
+    bad_samples: int | None
+    """Alert `bad-samples`: samples between two records that could not be read."""
+    free_checkpoints: float | None
+    """Alert `disk-nearly-full`: checkpoints that the disk still holds; over above 1.5 times that."""
+    restarts: int | None
+    """Alert `many-restarts`: lives that began within an hour."""

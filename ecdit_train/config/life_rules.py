@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields
 
 from ecdit_train.config.nearest import nearest_multiple
@@ -18,6 +19,7 @@ def check_life(cfg: RunConfig, check: Checker) -> None:
     check.positive([f"watch.{field.name}" for field in fields(cfg.watch)])
     check.at_least(0, ["health.max_skips", "health.max_roll_backs", "health.digest_every"])
     check.at_least(8, ["health.spike_window"])
+    _check_alerts(check)
     held, whole = cfg.validation.images, cfg.train.global_batch
     if check.sane("validation.images", "train.global_batch"):
         check.require(
@@ -39,4 +41,30 @@ def check_life(cfg: RunConfig, check: Checker) -> None:
             "checkpoint.every_steps",
             rule=f"with keep_best every saved step must be measured: a multiple of validation.every_steps = {measured}",
             nearest=measured if every is None else nearest_multiple(every, max(measured, 1)),
+        )
+
+
+ALERTS = {
+    "stall_frac": (0.0, 1.0),
+    "slow_steps": (1.0, math.inf),
+    "dead_experts": (0, math.inf),
+    "router_entropy": (0.0, 0.5),
+    "bad_samples": (0, math.inf),
+    "free_checkpoints": (0.0, math.inf),
+    "restarts": (1, math.inf),
+}
+"""Limits lie above the first and at or below the second: else the alert would never be silent, or never speak."""
+
+
+def _check_alerts(check: Checker) -> None:
+    for name, (above, most) in ALERTS.items():
+        key = f"observe.alerts.{name}"
+        if (value := check.values[key]) is None:
+            continue
+        rule = f"must be above {above:g}" + (f" and at most {most:g}" if most < math.inf else "") + "; null: no alert"
+        check.require(
+            above < value <= most,
+            key,
+            rule=rule,
+            nearest=most if value > most else above + 1 if isinstance(above, int) else "null",
         )

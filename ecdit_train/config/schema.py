@@ -13,7 +13,7 @@ from typing import Literal
 
 from ecdit_train.config.cluster import ClusterConfig
 from ecdit_train.config.data_schema import DataConfig
-from ecdit_train.config.life import CheckpointConfig, HealthConfig, ValidationConfig, WatchConfig
+from ecdit_train.config.life import AlertsConfig, CheckpointConfig, HealthConfig, ValidationConfig, WatchConfig
 from ecdit_train.config.slots import (
     DispatcherConfig,
     ExpertsConfig,
@@ -216,6 +216,8 @@ class ObserveConfig:
     """Prompts of the sample grids; same noise every time, so grids compare over steps."""
     sinks: Mapping[str, SinkConfig]
     """Where records and pictures are copied to, by name; metrics.jsonl is written anyway."""
+    alerts: AlertsConfig
+    """When the run calls for attention."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -77,6 +77,16 @@ ADDED: Mapping[str, Any] = {
     "data.keep": [],
     "data.take_down": [],
     "data.manifest": None,
+    # Since format 7. Limits that the code had.
+    "observe.alerts": {
+        "stall_frac": 0.25,
+        "slow_steps": 1.5,
+        "dead_experts": 1,
+        "router_entropy": 0.01,
+        "bad_samples": 1,
+        "free_checkpoints": 2.0,
+        "restarts": 5,
+    },
 }
 """Keys since format 3 and what was there before them."""
 

@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ecdit_train.config.life import AlertsConfig
+
 Level = Literal["warning", "error"]
 PAGES = "docs/runbook"
 
@@ -79,17 +81,17 @@ class Alert:
         return f"{self.name} at step {self.step}: {self.words} ({PAGES}/{KINDS[self.name].page})"
 
 
-STALL, STALL_OVER = 0.25, 0.10
-"""Share of time that ranks wait for data: a quarter of the machine's time is worth a look; below a tenth it is the usual noise."""
-SLOWER, SLOWER_OVER = 1.5, 1.2
-"""Seconds of a step over the median of the last `USUAL` records."""
+STALL_OVER = 0.4
+"""Of `stall_frac`: a quarter of the machine's time is worth a look; below a tenth it is the usual noise."""
+SLOWER_OVER = 0.4
+"""Of what `slow_steps` is above 1."""
 USUAL = 32
-ENTROPY, ENTROPY_OVER = 0.01, 0.02
-"""Of log E: a router below has decided for good, as nothing comes back through a softmax that is that certain."""
-FREE_SAVES, FREE_SAVES_OVER = 2.0, 3.0
-"""Checkpoints that the disk still holds. A new one is written before the oldest goes."""
-RESTARTS, RESTART_SECONDS = 5, 3600.0
-"""Lives within an hour; a healthy run begins a few times a day."""
+"""Records whose median is usual."""
+ENTROPY_OVER = 2.0
+"""Times `router_entropy`, below which nothing comes back through a softmax."""
+FREE_OVER = 1.5
+"""Times `free_checkpoints`. A new one is written before the oldest goes."""
+RESTART_SECONDS = 3600.0
 PATIENCE, CALM = 3, 6
 """Records in a row that show a trouble before it is told, and its absence before it is over."""
 
@@ -100,7 +102,8 @@ State = tuple[bool, bool, str]
 class Watch:
     """Looks at each record of a life, on rank 0."""
 
-    def __init__(self) -> None:
+    def __init__(self, limits: AlertsConfig) -> None:
+        self._limits = limits
         self._seen: dict[str, int] = {}
         """Records in a row: above 0 in trouble, below 0 calm while it is on."""
         self._on: set[str] = set()
@@ -115,14 +118,14 @@ class Watch:
         """
         found = []
         for name, rule in _RULES.items():
-            if (state := rule(record)) is not None:
+            if (state := rule(record, self._limits)) is not None:
                 found += self._judge(name, step, state, patience=1 if name in _AT_ONCE else PATIENCE)
         if (state := self._slow(record)) is not None:
             found += self._judge("slow-steps", step, state, patience=PATIENCE)
-        if free_saves is not None:
+        if free_saves is not None and (least := self._limits.free_checkpoints) is not None:
             state = (
-                free_saves < FREE_SAVES,
-                free_saves > FREE_SAVES_OVER,
+                free_saves < least,
+                free_saves > FREE_OVER * least,
                 f"room for {free_saves:.1f} more checkpoints",
             )
             found += self._judge("disk-nearly-full", step, state, patience=1)
@@ -137,23 +140,23 @@ class Watch:
     def begins(self, began: list[float], *, now: float, step: int) -> list[Alert]:
         """A life begins; `began`: when each life of the run did, in seconds since the epoch."""
         recent = sum(now - RESTART_SECONDS <= at <= now for at in began)
-        if recent < RESTARTS:
+        if self._limits.restarts is None or recent < self._limits.restarts:
             return []
         return self.event("many-restarts", step, f"{recent} lives began within an hour")
 
     def _slow(self, record: Mapping[str, Any]) -> State | None:
-        step_s = record.get("perf/step_s")
-        if not isinstance(step_s, int | float) or not math.isfinite(step_s):
+        step_s, slower = _number(record, "perf/step_s"), self._limits.slow_steps
+        if step_s is None or slower is None:
             return None
         usual = statistics.median(self._step_s) if len(self._step_s) >= USUAL // 2 else None
-        slow = usual is not None and step_s >= SLOWER * usual
+        slow = usual is not None and step_s >= slower * usual
         self._slow_in_a_row = self._slow_in_a_row + 1 if slow else 0
         if not slow or self._slow_in_a_row > 2 * USUAL:  # slow ones are not what is usual, unless they have come to be
             self._step_s.append(step_s)
         if usual is None:
             return None
         words = f"{step_s:.3g} s a step, usually {usual:.3g} s"
-        return step_s >= SLOWER * usual, step_s < SLOWER_OVER * usual, words
+        return step_s >= slower * usual, step_s < (1 + SLOWER_OVER * (slower - 1)) * usual, words
 
     def _judge(self, name: str, step: int, state: State, *, patience: int) -> list[Alert]:
         trouble, calm, words = state
@@ -179,45 +182,50 @@ def _number(record: Mapping[str, Any], name: str) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
-def _slow_data(record: Mapping[str, Any]) -> State | None:
-    if (share := _number(record, "data/stall_frac")) is None:
+def _slow_data(record: Mapping[str, Any], limits: AlertsConfig) -> State | None:
+    share, most = _number(record, "data/stall_frac"), limits.stall_frac
+    if share is None or most is None:
         return None
-    return share >= STALL, share < STALL_OVER, f"ranks wait for data {share:.0%} of the time"
+    return share >= most, share < STALL_OVER * most, f"ranks wait for data {share:.0%} of the time"
 
 
-def _bad_samples(record: Mapping[str, Any]) -> State | None:
-    if (count := _number(record, "data/substituted")) is None:
+def _bad_samples(record: Mapping[str, Any], limits: AlertsConfig) -> State | None:
+    count, least = _number(record, "data/substituted"), limits.bad_samples
+    if count is None or least is None:
         return None
-    return count > 0, count == 0, f"{count:.0f} samples since the last record could not be read"
+    return count >= least, count < least, f"{count:.0f} samples since the last record could not be read"
 
 
-def _save_refused(record: Mapping[str, Any]) -> State | None:
+def _save_refused(record: Mapping[str, Any], _: AlertsConfig) -> State | None:
     if (count := _number(record, "ckpt/failed")) is None:
         return None
     return count > 0, count == 0, f"{count:.0f} saves in a row were refused"
 
 
-def _dead_experts(record: Mapping[str, Any]) -> State | None:
+def _dead_experts(record: Mapping[str, Any], limits: AlertsConfig) -> State | None:
     """Experts whose gates add up to next to nothing, where a metric counts them; a certain router where entropies are known."""
-    counted = {name: _number(record, name) for name in record if re.fullmatch(r"moe/L\d+/dead_experts", name)}
-    entropy = {name: _number(record, name) for name in record if re.fullmatch(r"moe/L\d+/entropy", name)}
+    counted, entropy = (
+        {name: _number(record, name) for name in record if limit is not None and re.fullmatch(rf"moe/L\d+/{of}", name)}
+        for of, limit in (("dead_experts", limits.dead_experts), ("entropy", limits.router_entropy))
+    )
+    least, sure_below = limits.dead_experts or 0, limits.router_entropy or 0.0
     if not counted and not entropy:
         return None
     dead = [
         f"{name.split('/')[1]} has {n:g} experts whose gates add up to less than a tenth of the mean"
         for name, n in counted.items()
-        if n
+        if n is not None and n >= least
     ]
     sure = [
         f"{name.split('/')[1]}'s router is certain (entropy {x:.3g} of log E)"
         for name, x in entropy.items()
-        if x is not None and x < ENTROPY
+        if x is not None and x < sure_below
     ]
-    calm = not dead and all(x is None or x > ENTROPY_OVER for x in entropy.values())
+    calm = not dead and all(x is None or x > ENTROPY_OVER * sure_below for x in entropy.values())
     return bool(dead or sure), calm, "; ".join([*dead, *sure][:4]) or "each expert works"
 
 
-_RULES: Mapping[str, Callable[[Mapping[str, Any]], State | None]] = {
+_RULES: Mapping[str, Callable[[Mapping[str, Any], AlertsConfig], State | None]] = {
     "slow-data": _slow_data,
     "bad-samples": _bad_samples,
     "save-refused": _save_refused,

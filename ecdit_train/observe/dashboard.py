@@ -16,7 +16,7 @@ from .metrics import METRICS
 DEFINITION = Path(__file__).with_name("templates") / "dashboard.yaml"
 VERSION = 1
 
-_PLACES = {"n": r"\d+", "b": r"\d+"}
+_PLACES = {"i": r"\d+", "n": r"\d+", "b": r"\d+"}
 """What stands for a part of a name; any other place is a word."""
 
 

@@ -187,8 +187,14 @@ METRICS: dict[str, Metric] = {
         "s per step",
         "mean",
         "Where does the time of a step go? Pauses are spread over the steps since the last record. On CUDA the device's own time "
-        "between two events on its stream. Of the rank that writes the log; phases as in `ecdit status`: data, encode, forward, "
+        "between two events on its stream. Mean over ranks; phases as in `ecdit status`: data, encode, forward, "
         "backward, exchange (gradients' norm and the agreement on the step), optimizer, log, validate, show, save.",
+    ),
+    "perf/slowest/{phase}": _metric(
+        "s per step",
+        "max",
+        "Does one rank hold up the others? data and encode of the slowest rank; far above `perf/time/{phase}`: look at its node. "
+        "In the other phases ranks wait for each other, and the slowest is the one that waits least.",
     ),
     "perf/time/expert_exchange": _metric(
         "s per step",
@@ -196,6 +202,23 @@ METRICS: dict[str, Metric] = {
         "How much of forward and backward are the experts' all-to-alls, waits for other ranks included? Only where they can be "
         "told apart: with `parallel.ep`, a fixed number of rows and no `parallel.overlap_chunks`.",
     ),
+    "perf/node{i}/cpu_frac": _metric(
+        "share of time",
+        "last",
+        "Are processors the limit? How much of node i's the machine used since the last record.",
+    ),
+    "perf/node{i}/gpu_frac": _metric(
+        "share of time",
+        "last",
+        "Is a node's GPU idle? Share of the driver's last sample in which a kernel ran; mean over node i's GPUs. Not how well it "
+        "is used: that is `perf/mfu`. Absent on CPU.",
+    ),
+    **{
+        f"perf/nodes/{name}_{{name}}": _metric(
+            "share of time", "last", f"In place of `perf/node{{i}}/{name}` with more than 64 nodes: min, mean, max."
+        )
+        for name in ("cpu_frac", "gpu_frac")
+    },
     # mem/: of the fullest rank.
     "mem/allocated_gib": _metric(
         "GiB", "max", "How close to the end of device memory? Largest so far that tensors took. Absent on CPU."
@@ -209,6 +232,16 @@ METRICS: dict[str, Metric] = {
         "times", "max", "How often had the allocator to empty its cache to go on? Each costs a wait. Absent on CPU."
     ),
     "mem/host_rss_gib": _metric("GiB", "max", "Does a rank's process grow on its host? What it has in memory now."),
+    "mem/node{i}/host_gib": _metric(
+        "GiB", "last", "Is a node about to run out? Memory in use on node i, by whomever; numbers, as names stay here."
+    ),
+    "mem/node{i}/gpu_gib": _metric("GiB", "last", "The same of device memory: mean over node i's GPUs. Absent on CPU."),
+    **{
+        f"mem/nodes/{name}_{{name}}": _metric(
+            "GiB", "last", f"In place of `mem/node{{i}}/{name}` with more than 64 nodes: min, mean, max."
+        )
+        for name in ("host_gib", "gpu_gib")
+    },
     # data/
     "data/stall_frac": _metric(
         "share of time", "mean", "How long do ranks wait for the loader? Above a few percent, feed more."
@@ -306,7 +339,8 @@ METRICS: dict[str, Metric] = {
     ),
     "ckpt/failed": _metric("saves", "last", "How many saves in a row has the disk refused?"),
 }
-"""Every name that a training run logs. `{n}` stands for a layer number, `{b}` for a tenth of the timesteps, 0 to 9."""
+"""Every name that a training run logs. `{n}` stands for a layer number, `{i}` for a node's, `{b}` for a tenth of the
+timesteps, 0 to 9."""
 
 
 RENAMED = {"loader/": "data/loader/", "validation/": "eval/", "perf/memory_gib": "mem/allocated_gib"}
@@ -330,8 +364,10 @@ def metric_key(name: str) -> str:
     """The key of METRICS that describes a logged name: `moe/L2/entropy` -> `moe/L{n}/entropy`; what a router of one's own
     reports falls under the entries with `{name}`."""
     key = re.sub(r"/L\d+/", "/L{n}/", name)
+    key = re.sub(r"/node\d+/", "/node{i}/", key)
+    key = re.sub(r"^(\w+/nodes/\w+)_(min|mean|max)$", r"\1_{name}", key)
     key = re.sub(r"_t\d$", "_t{b}", key)
-    key = key if key in METRICS else re.sub(r"^perf/time/\w+$", "perf/time/{phase}", key)
+    key = key if key in METRICS else re.sub(r"^perf/(time|slowest)/\w+$", r"perf/\1/{phase}", key)
     key = re.sub(r"^data/bad/\w+$", "data/bad/{kind}", key)
     key = re.sub(r"^data/source/[\w-]+/", "data/source/{name}/", key)
     if key in METRICS:

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ecdit_train.supervise.beats import PHASES
+
 from .memory import memory_numbers
 from .metric_table import METRICS, Metric, metric_key, undocumented
 from .phases import PhaseClock
@@ -51,6 +53,8 @@ OWN = ("data/loader/", "samples/")
 """Names of what belongs to this process, not to the run: not in its checkpoints."""
 SUMS = "sums:"
 """Before the names of sums in a saved window."""
+ALONE = ("data", "encode")
+"""Phases in which no rank waits for another, so that the slowest one's time is its own."""
 
 
 class MetricWindow:
@@ -89,7 +93,7 @@ class MetricWindow:
         self._planned_mfu = planned_mfu
         self._clock = PhaseClock(self._device)
         self.enter = self._clock.enter
-        """Told each phase as it begins; times of phases are of the rank that asks."""
+        """Told each phase as it begins, the same ones on all ranks."""
         self.inside: Callable[[], Mapping[str, float]] = dict
         """More seconds by name since it was asked last, of what happens inside of phases; asked once the device is done."""
         self._reset()
@@ -199,13 +203,15 @@ class MetricWindow:
         """The record of this window, and a new window. The only synchronisation with the device. `reading`: what the sums that
         gathered say; the same on all ranks."""
         self.add_all(memory_numbers(self._device))
+        self._synchronize()  # the device has done these steps: its clocks can be read
+        self._inside.update(self.inside())
+        if self._steps:
+            self._add_phases({**self._clock.read(), **self._inside})
         self.add("data/stall_frac", self._waited / max(time.perf_counter() - self._start - self._paused, 1e-9))
         record, sums = self._reduced(all_reduce)
-        elapsed = time.perf_counter() - self._start - self._paused  # after the sync: the device has done these steps
+        elapsed = time.perf_counter() - self._start - self._paused  # what ranks wait for each other is in it
         if "data/loader/samples" in record:
             record["data/loader/samples_per_s"] = record["data/loader/samples"] / elapsed
-        self._inside.update(self.inside())
-        seconds = {**self._clock.read(), **self._inside}
         if self._steps:
             step_s = elapsed / self._steps
             record["perf/step_s"] = step_s
@@ -215,9 +221,19 @@ class MetricWindow:
                 record["perf/mfu"] = mfu = self.flops_per_step / step_s / self._peak_flops
                 if self._planned_mfu:
                     record["perf/mfu_of_plan"] = mfu / self._planned_mfu
-            record |= {f"perf/time/{phase}": spent / self._steps for phase, spent in seconds.items()}
         self._reset()
-        return record | dict(reading(sums))
+        never = {
+            name for name, value in record.items() if value == 0 and name.startswith(("perf/time/", "perf/slowest/"))
+        }
+        return {name: value for name, value in record.items() if name not in never} | dict(reading(sums))
+
+    def _add_phases(self, seconds: Mapping[str, float]) -> None:
+        """All phases that there are, as ranks must reduce the same names whatever each of them has been through."""
+        for phase in sorted({*PHASES, "expert_exchange", *seconds}):
+            spent = seconds.get(phase, 0.0) / self._steps
+            self.add(f"perf/time/{phase}", spent)
+            if phase in ALONE:
+                self.add(f"perf/slowest/{phase}", spent)
 
     def _reduced(self, all_reduce: AllReduce | None) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         """The values by name and the sums, over ranks: one exchange of sums, one of maxima, one transfer of both."""

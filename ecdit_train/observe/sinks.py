@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from ecdit_train.config.life import AlertsConfig
 from ecdit_train.config.slots import SinkConfig
 from ecdit_train.supervise import alert_file, lives
 
@@ -64,29 +65,31 @@ class Sinks:
         copies: Mapping[str, Sink] | None = None,
         *,
         folder: Path | None = None,
+        limits: AlertsConfig | None = None,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """`folder`: of the run that is watched for alerts; `say` tells a person of one."""
+        """`folder`: of the run that is watched for alerts, by these `limits`; `say` tells a person of one."""
         self._truth = truth
         self._copies = dict(copies or {})
         self._folder, self._say = folder, say
-        self._watch, self._room = Watch(), Room(folder) if folder is not None else None
+        self._watch = Watch(limits) if folder is not None and limits is not None else None
+        self._room = Room(folder) if folder is not None else None
 
     def log(self, step: int, record: Record) -> None:
         if self._truth is not None:
             self._truth.log(step, record)
         self._each(lambda sink: sink.log(step, record))
-        if self._folder is not None:
+        if self._watch is not None:
             self._tell(self._watch.see(step, record, free_saves=self._room.saves() if self._room else None))
 
     def event(self, name: str, step: int, words: str) -> None:
         """Something that happened between two records (`observe.alerts.KINDS`)."""
-        if self._folder is not None:
+        if self._watch is not None:
             self._tell(self._watch.event(name, step, words))
 
     def begins(self, step: int) -> None:
         """A life begins."""
-        if self._folder is not None:
+        if self._watch is not None and self._folder is not None:
             began = [float(life.facts.get("began") or 0) for life in lives.read(self._folder)]
             self._tell(self._watch.begins([*began, time.time()], now=time.time(), step=step))
 
@@ -141,11 +144,13 @@ def open_sinks(
     sinks: Mapping[str, SinkConfig],
     *,
     rank: int,
+    limits: AlertsConfig | None = None,
     life: int = 1,
     still_ours: Callable[[], None] = lambda: None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Sinks:
-    """Rank 0 gets the journal of this life and every configured sink that opens; other ranks a null object."""
+    """Rank 0 gets the journal of this life and every configured sink that opens; other ranks a null object. Without
+    `limits` nobody watches for alerts."""
     if rank != 0:
         return Sinks()
     truth = Journal(run.folder, life=life, after=run.resume_step, still_ours=still_ours)
@@ -155,6 +160,6 @@ def open_sinks(
             copies[name] = sink.open(run)
         except Exception as error:
             off(name, error)
-    opened = Sinks(truth, copies, folder=run.folder, say=say)
+    opened = Sinks(truth, copies, folder=run.folder, limits=limits, say=say)
     opened.begins(run.resume_step)
     return opened

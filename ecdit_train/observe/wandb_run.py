@@ -5,7 +5,6 @@ W&B's client is told to send nothing of the machine, the command line, the conso
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import secrets
@@ -20,13 +19,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from ecdit_train import atomic
 from ecdit_train import run_folder as folder
 
-from . import wandb_log, wandb_names
-from .figures import allocation_heatmap
+from . import wandb_log, wandb_names, wandb_tables
 from .journal import read_records
 from .redact import redact, redact_text
-from .routing import RoutingMaps
 from .sinks import Record, SinkContext
 from .wandb_rows import Rows
+from .wandb_tables import Counted, Table
 
 if TYPE_CHECKING:
     from .wandb_sink import Wandb
@@ -137,12 +135,16 @@ class Session:
             self.count += 1
             if GRID in row and (drawn := self._routing(step)) is not None:
                 row[MAPS] = drawn
-            ready = {k: v.load(self._wandb) if isinstance(v, _Picture) else v for k, v in row.items()}
+            row |= wandb_tables.histograms(self._folder, step)
+            ready = {k: _loaded(v, self._wandb) for k, v in row.items()}
             self._at.log({k: v for k, v in ready.items() if v is not None}, step=step, commit=True)
             self.rows.done(step)
 
     def _routing(self, step: int) -> _Picture | None:
         """Experts per patch of the first prompt, by layer and timestep; drawn here, where nobody waits for it."""
+        from .figures import allocation_heatmap  # imports torch, which a configuration with this sink must not
+        from .routing import RoutingMaps
+
         path = Path(self._drawn.name) / f"routing_{step}.png"
         try:
             maps = RoutingMaps.load(folder.routing_path(self._folder, step=step))
@@ -162,14 +164,6 @@ MAPS = "samples/routing"
 class _Picture:
     path: Path
     caption: str
-
-    def load(self, wandb: ModuleType) -> Any:
-        """None for one that is not there (any more), or is no picture."""
-        try:
-            return wandb.Image(str(self.path), caption=self.caption) if self.path.is_file() else None
-        except Exception as error:
-            logger.warning("%s cannot be sent: %s", self.path, error)
-            return None
 
 
 def login_entity() -> str:
@@ -233,34 +227,49 @@ def _rows_of(path: Path) -> _Seen:
     return _Seen(newest=newest, ended=ended)
 
 
-def send_evaluation(run: SinkContext, config: Wandb, path: Path, *, patience: float, files: Path) -> str | None:
-    """A result of `ecdit evaluate` as a run of its own in the training's group, of job type evaluate; returns its address.
+def send_result(run: SinkContext, config: Wandb, path: Path, *, patience: float, files: Path) -> str | None:
+    """A result of `ecdit evaluate` or `ecdit allocation` as a run of its own in the training's group, of job type
+    evaluate; returns its address.
 
     A run of its own, as only one process may write to one at a time, and rows come in order of steps: the training may be at work,
     and may be past that step. The same suite and step are the same run: again, they replace its summary and add no point.
     """
-    result = json.loads(path.read_bytes())
-    suite, step = path.stem.rpartition("_")[0] or path.stem, int(result["step"])
-    flat = {f"eval/{suite}/{name}": value for name, value in result.items() if isinstance(value, int | float)}
-    tasks = {str(name): float(share) for name, share in result.get("by_task", {}).items()}
-    flat |= {f"eval/{suite}/{task}": share for task, share in tasks.items()}
-    flat.pop(f"eval/{suite}/step", None)
+    result = wandb_tables.read(path)
     wandb, at = _start(
         run,
         config,
         mode="online",
-        identity=f"{stable_id(run.folder)}-{suite}-{step}",
+        identity=f"{stable_id(run.folder)}-{result.suite}-{result.step}",
         patience=patience,
         files=files,
         job_type="evaluate",
-        suffix=f", {suite} at step {step}",
+        suffix=f", {result.suite} at step {result.step}",
     )
-    if not at.starting_step:
-        at.log({STEP: step, **flat}, step=step, commit=True)
-    at.summary.update({STEP: step, **flat})
+    shown: dict[str, Any] = {STEP: result.step, **result.numbers}
+    shown |= {name: _loaded(table, wandb) for name, table in result.tables.items()}
+    shown |= {name: wandb.Image(str(picture)) for name, picture in result.pictures.items()}
+    if at.starting_step:
+        at.summary.update(shown)
+    else:
+        at.log(shown, step=result.step, commit=True)
     at.finish()
     wandb.teardown()
     return at.url  # type: ignore[no-any-return]
+
+
+def _loaded(value: Any, wandb: ModuleType) -> Any:
+    """As W&B's client wants it; None for a picture that is not there (any more), or is none: its row is worth more."""
+    if isinstance(value, _Picture):
+        try:
+            return wandb.Image(str(value.path), caption=value.caption) if value.path.is_file() else None
+        except Exception as error:
+            logger.warning("%s cannot be sent: %s", value.path, error)
+            return None
+    if isinstance(value, Table):
+        return wandb.Table(columns=list(value.columns), data=[list(row) for row in value.rows])
+    if isinstance(value, Counted):
+        return wandb.Histogram(np_histogram=(list(value.counts), list(value.edges)))
+    return value
 
 
 def _start(

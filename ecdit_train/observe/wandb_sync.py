@@ -25,13 +25,15 @@ from . import reach
 from .journal import read_records
 from .redact import redact_text
 from .sinks import SinkContext
-from .wandb_run import Session, end_service, send_evaluation, stable_id
+from .wandb_run import Session, end_service, send_result, stable_id
 from .wandb_sink import Wandb
 
 PATIENCE = 600.0
 """Seconds that an upload may take."""
 EVALUATED_SECONDS = 30.0
-"""The same for one result, right after `ecdit evaluate`: pictures were drawn for minutes, so this much is not much."""
+"""The same for one result, right after it was written: pictures were drawn for minutes before."""
+RESULTS = (folder.EVALUATION, folder.ALLOCATION)
+"""Folders of what `ecdit evaluate` and `ecdit allocation` wrote."""
 SENT = "evaluations.json"
 """In `<run>/wandb`: which results were sent, by the digest of their file."""
 
@@ -112,7 +114,7 @@ def evaluated(
 
     def send() -> None:
         with contextlib.suppress(BaseException), tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as files:
-            found.append(send_evaluation(run, config, path, patience=seconds, files=Path(files)))
+            found.append(send_result(run, config, path, patience=seconds, files=Path(files)))
 
     thread = threading.Thread(target=send, name="wandb-evaluation", daemon=True)
     thread.start()
@@ -127,11 +129,11 @@ def _send_evaluations(run: SinkContext, config: Wandb, **how: Any) -> int:
     state = run.folder / "wandb" / SENT
     known: dict[str, Any] = json.loads(state.read_bytes()) if state.exists() else {}
     count = 0
-    for path in sorted((run.folder / folder.EVALUATION).glob("*.json")):
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        if known.get(path.name) != digest:
-            send_evaluation(run, config, path, **how)
-            known[path.name] = digest
+    for path in sorted(path for kind in RESULTS for path in (run.folder / kind).glob("*.json")):
+        name, digest = str(path.relative_to(run.folder)), hashlib.sha256(path.read_bytes()).hexdigest()
+        if known.get(name) != digest:
+            send_result(run, config, path, **how)
+            known[name] = digest
             state.parent.mkdir(exist_ok=True)
             atomic.write(state, json.dumps(known, indent=1).encode())
             count += 1

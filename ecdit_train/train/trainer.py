@@ -22,6 +22,7 @@ from ecdit_train.diffusion.microbatch import Microbatch, split
 from ecdit_train.errors import ConfigError, NonFiniteError, Problem, RunOwnedError, StorageError
 from ecdit_train.observe.console import Progress
 from ecdit_train.observe.metrics import MetricWindow
+from ecdit_train.observe.nodes import Nodes, node_key
 from ecdit_train.observe.sinks import Sinks
 from ecdit_train.parallel.context import ParallelContext
 from ecdit_train.parallel.digest import Digests
@@ -153,7 +154,9 @@ class Trainer:
         counts, first, names = dict[str, int](), state.step, set(state.tensors())
         began = time.perf_counter()
         self.heart.also, window.inside = window.enter, self.parallel.exchange_seconds
-        watching.begin(state.step)
+        runtime = self.parallel.runtime
+        said = runtime.all_gather_json([node_key(), self.parallel.mesh.tp_rank == 0])
+        watching.begin(state.step, nodes=Nodes(said, rank=runtime.rank, device=runtime.device))
         gc.freeze()  # what is built stays: a collection in the middle of a step need not look at it
         while state.step < c.train.steps:
             self.heart.enter("data", step=state.step + 1)
@@ -310,6 +313,7 @@ class Trainer:
         if self.guard.skipped:
             self.window.add("reliability/skipped", float(len(self.guard.skipped)))
             self.window.add("reliability/roll_backs", float(self.guard.roll_backs))
+        self.watching.look()
         record = (
             self.window.flush(self.parallel.reduce, reading=partial(self.watching.read, step)) | self.saves.record()
         )

@@ -12,6 +12,7 @@ from ecdit_train.errors import StorageError
 from ecdit_train.model.router import Router
 from ecdit_train.observe.goodput import Useful
 from ecdit_train.observe.metrics import MetricWindow, Sums
+from ecdit_train.observe.nodes import Nodes, nodes_record
 from ecdit_train.observe.routing_numbers import RoutingNumbers, written_at
 from ecdit_train.observe.routing_scalars import routing_maxima, routing_record, routing_sums, weight_sums
 from ecdit_train.observe.timesteps import loss_by_timestep, loss_sums
@@ -32,6 +33,8 @@ class Watching:
         self._routers = routers
         self._layers = config.sparse_layers
         self._useful = Useful()
+        self.nodes: Nodes | None = None
+        """Of the life that is at work."""
         self.numbers: RoutingNumbers | None = None
         """What is to be written beside the record that was read last."""
 
@@ -72,7 +75,7 @@ class Watching:
         c = self._config
         due = written_at(step, log_every=c.observe.log_every, steps=c.train.steps)
         self.numbers = RoutingNumbers.of(sums, step=step, layers=self._layers) if due else None
-        return {**loss_by_timestep(sums), **routing_record(sums, layers=self._layers)}
+        return {**loss_by_timestep(sums), **routing_record(sums, layers=self._layers), **nodes_record(sums)}
 
     def write(self, run: Path, ownership: Ownership) -> None:
         """What is too much for a record, into its own file; before the record, so that who reads that finds it. A disk that refuses
@@ -86,8 +89,14 @@ class Watching:
             step = self.numbers.step
             logger.warning("the routing numbers of step %d cannot be written, training goes on: %s", step, error)
 
-    def begin(self, step: int) -> None:
+    def look(self) -> None:
+        """Right before a record is read: what the machines do."""
+        if self.nodes is not None:
+            self._window.add_sums(self.nodes.sums())
+
+    def begin(self, step: int, *, nodes: Nodes) -> None:
         """A life goes on from `step`."""
+        self.nodes = nodes
         self._useful = Useful(first=step)
         self._window.begin()
 

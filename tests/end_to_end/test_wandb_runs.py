@@ -33,8 +33,9 @@ def one_run_as_logged(run: Path, *, steps: int) -> None:
     rows = shown(run)
     assert [row["_step"] for row in rows if "samples/grid/_type" in row] == list(range(4, steps + 1, 4))
     assert all(("samples/grid/_type" in row) == ("samples/routing/_type" in row) for row in rows)
-    pictures = ("samples/grid", "samples/routing")
-    assert same([{k: v for k, v in row.items() if not k.startswith(pictures)} for row in rows], run)
+    assert all("routing/L2/experts_per_token" in {k.rpartition("/_")[0] or k for k in row} for row in rows)
+    beside = ("samples/grid", "samples/routing", "routing/L")
+    assert same([{k: v for k, v in row.items() if not k.startswith(beside)} for row in rows], run)
     assert len(rows) == steps
     assert len({path.name for path in run_files(run)}) == 1, "one id"
 

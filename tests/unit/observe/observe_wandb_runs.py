@@ -6,8 +6,10 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from observe_wandb_file import history, run_files
 
+from ecdit_train.evaluate.allocation import Allocation
 from ecdit_train.observe.journal import read_records
 from ecdit_train.observe.sinks import SinkContext, Sinks, open_sinks
 from ecdit_train.observe.wandb_run import STEP
@@ -52,3 +54,12 @@ def same(rows: list[dict[str, Any]], run: Path) -> bool:
     truth = [{k: v for k, v in record.items() if k != "time"} for record in read_records(run)]
     plain = [{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()} for row in ours]
     return plain == truth and [row["_step"] for row in rows] == [record["step"] for record in truth]
+
+
+def allocated(*, seeds: int) -> Allocation:
+    """(R, T, L) = (seeds, 2, 3), each cell another number."""
+    names = ("on_object", "on_background", "unselected_object", "unselected_background", "auc")
+    arrays: dict[str, Any] = {
+        name: np.arange(seeds * 6, dtype=float).reshape(seeds, 2, 3) + 100 * n for n, name in enumerate(names, start=1)
+    }
+    return Allocation(pictures=4, left_out=1, timesteps=(0.25, 0.75), **arrays)

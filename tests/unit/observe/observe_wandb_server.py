@@ -37,6 +37,8 @@ class Stub:
     operations: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     """GraphQL: (operation, variables), in order."""
     views: dict[str, dict[str, Any]] = field(default_factory=dict)
+    uploads: dict[str, bytes] = field(default_factory=dict)
+    """Content by name of file."""
     over: threading.Event = field(default_factory=threading.Event)
 
     def graphql(self, query: str, variables: dict[str, Any]) -> dict[str, Any]:
@@ -76,6 +78,14 @@ class Stub:
     def _CreateRunFiles(self, v: dict[str, Any]) -> dict[str, Any]:
         files = [{"name": name, "uploadUrl": f"{self.url}/upload/{name}"} for name in v["files"]]
         return {"createRunFiles": {"runID": v["run"], "uploadHeaders": [], "files": files}}
+
+    def _ArtifactType(self, v: dict[str, Any]) -> dict[str, Any]:
+        return {"project": None}
+
+    def _CreateArtifact(self, v: dict[str, Any]) -> dict[str, Any]:
+        """As one whose content is there already."""
+        sequence = {"id": "s", "latestArtifact": {"id": "a", "versionIndex": 0}}
+        return {"createArtifact": {"artifact": {"id": "a", "state": "COMMITTED", "artifactSequence": sequence}}}
 
     def _GetDefaultEntity(self, v: dict[str, Any]) -> dict[str, Any]:
         return {"viewer": {"id": "u", "entity": "me"}}
@@ -130,7 +140,7 @@ def _handler(stub: Stub) -> type[BaseHTTPRequestHandler]:
             self._answer({})
 
         def do_PUT(self) -> None:
-            self._body()
+            stub.uploads[self.path.removeprefix("/upload/")] = self._body()
             self._answer({})
 
         def do_POST(self) -> None:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
+from ecdit_train.config.compose import compose
+from ecdit_train.config.validate import validate
+from ecdit_train.errors import ConfigError
 from ecdit_train.observe.alerts import CALM, KINDS, PATIENCE, USUAL, Watch
 from ecdit_train.observe.sinks import SinkContext, open_sinks
 from ecdit_train.supervise import alert_file
 
+LIMITS = compose(["experiment=shapes_tiny"], local=False).observe.alerts
 DOCS = Path(__file__).parents[3] / "docs"
 
 QUIET = {"data/stall_frac": 0.02, "data/substituted": 0.0, "perf/step_s": 1.0, "moe/L2/entropy": 0.6, "ckpt/failed": 0}
@@ -56,7 +61,7 @@ def test_every_alert_has_a_page_that_names_it_and_is_listed():
 
 @pytest.mark.parametrize("name", TROUBLE)
 def test_it_begins_once_and_is_over_once(name):
-    watch = Watch()
+    watch = Watch(LIMITS)
     assert told(watch, [{}] * USUAL) == []
     patience = 1 if name in ("bad-samples", "save-refused") else PATIENCE
     began = told(watch, [TROUBLE[name]] * 10, first=100)
@@ -66,14 +71,14 @@ def test_it_begins_once_and_is_over_once(name):
 
 @pytest.mark.parametrize("name", TROUBLE)
 def test_a_value_at_the_limit_does_not_flood(name):
-    watch = Watch()
+    watch = Watch(LIMITS)
     told(watch, [{}] * USUAL)
     records = [TROUBLE[name] if n % 2 else {} for n in range(200)]
     assert len(told(watch, records, first=100)) <= 1
 
 
 def test_values_that_are_missing_or_no_numbers_are_no_alert():
-    watch = Watch()
+    watch = Watch(LIMITS)
     for step in range(1, 60):
         record = dict.fromkeys([key for t in TROUBLE.values() for key in t], [None, math.nan, math.inf][step % 3])
         assert watch.see(step, record) == []
@@ -81,7 +86,7 @@ def test_values_that_are_missing_or_no_numbers_are_no_alert():
 
 
 def test_a_new_usual_is_learnt_only_from_steps_that_are_usual():
-    watch = Watch()
+    watch = Watch(LIMITS)
     told(watch, [{}] * USUAL)
     assert told(watch, [{"perf/step_s": 1.4}] * 100, first=100) == []
     assert told(watch, [{"perf/step_s": 1.9}] * 10, first=300) == []  # 1.4 is usual now
@@ -89,14 +94,14 @@ def test_a_new_usual_is_learnt_only_from_steps_that_are_usual():
 
 
 def test_experts_that_are_counted_dead_are_named():
-    watch = Watch()
+    watch = Watch(LIMITS)
     (alert,) = [a for step in range(1, 4) for a in watch.see(step, {"moe/L4/dead_experts": 2.0, "moe/L4/entropy": 0.5})]
     assert "L4 has 2 experts" in str(alert)
     assert "docs/runbook/dead-experts.md" in str(alert)
 
 
 def test_events_and_the_disk_and_restarts():
-    watch = Watch()
+    watch = Watch(LIMITS)
     assert [a.level for a in watch.event("non-finite", 5, "loss nan")] == ["error"]
     assert watch.event("non-finite", 6, "loss nan") == []
     assert told(watch, [{}] * 10, first=7) == [("non-finite", 6 + CALM, True)]
@@ -105,6 +110,51 @@ def test_events_and_the_disk_and_restarts():
     now = 10_000.0
     assert watch.begins([now - 4000, now - 100, now - 50, now], now=now, step=1) == []
     assert [a.name for a in watch.begins([now - 60 * n for n in range(5)], now=now, step=1)] == ["many-restarts"]
+
+
+LIMIT_OF = {
+    "slow-data": ("stall_frac",),
+    "bad-samples": ("bad_samples",),
+    "dead-experts": ("router_entropy", "dead_experts"),
+    "slow-steps": ("slow_steps",),
+}
+
+
+@pytest.mark.parametrize("name", LIMIT_OF)
+def test_null_switches_one_alert_off_and_no_other(name):
+    watch = Watch(replace(LIMITS, **dict.fromkeys(LIMIT_OF[name])))
+    told(watch, [{}] * USUAL)
+    assert told(watch, [TROUBLE[name] | {"moe/L2/dead_experts": 9.0}] * 10, first=100)[1:] == []
+    assert {
+        what for what, *_ in told(watch, [dict(x for t in TROUBLE.values() for x in t.items())] * 10, first=200)
+    } == (TROUBLE.keys() - {name}) - ({"dead-experts"} if name != "dead-experts" else set())  # that one began above
+
+
+def test_limits_are_the_runs_own():
+    """Above its own limit, and at its ordinary one, which no longer counts."""
+    watch = Watch(replace(LIMITS, stall_frac=0.6, dead_experts=3, bad_samples=4, slow_steps=3.0))
+    told(watch, [{}] * USUAL)
+    usual = {"data/stall_frac": 0.5, "moe/L2/dead_experts": 2.0, "data/substituted": 3.0, "perf/step_s": 2.9}
+    assert told(watch, [usual] * 10, first=100) == []
+    more = {"data/stall_frac": 0.6, "moe/L2/dead_experts": 3.0, "data/substituted": 4.0, "perf/step_s": 9.0}
+    began = told(watch, [more] * 10, first=200)
+    assert {name for name, *_ in began} == {"slow-data", "dead-experts", "bad-samples", "slow-steps"}
+    none = Watch(replace(LIMITS, restarts=None, free_checkpoints=None))
+    assert none.begins([9.0] * 50, now=10.0, step=1) == []
+    assert none.see(1, {}, free_saves=0.1) == []
+    early = Watch(replace(LIMITS, restarts=2, free_checkpoints=10.0))
+    assert [a.name for a in early.begins([9.0] * 2, now=10.0, step=1)] == ["many-restarts"]
+    assert [a.name for a in early.see(1, {}, free_saves=9.0)] == ["disk-nearly-full"]
+
+
+def test_a_limit_that_could_never_speak_or_never_be_silent_is_refused():
+    wrong = {"stall_frac": 1.5, "slow_steps": 1.0, "dead_experts": 0, "router_entropy": 0.6}
+    wrong |= {"bad_samples": 0, "free_checkpoints": 0.0, "restarts": 1}
+    assert set(wrong) == {field.name for field in fields(LIMITS)}
+    config = compose(["experiment=shapes_tiny", *(f"observe.alerts.{k}={v}" for k, v in wrong.items())], local=False)
+    with pytest.raises(ConfigError) as error:
+        validate(config, world=1)
+    assert all(f"observe.alerts.{name} = " in str(error.value) for name in wrong)
 
 
 class Heard:
@@ -131,7 +181,7 @@ def test_an_alert_is_said_sent_and_kept(tmp_path):
     heard, said = Heard(), []
     about = SinkContext(folder=tmp_path, config={}, name="n", resume_step=0)
     for life in (1, 2):
-        sinks = open_sinks(about, {"mine": Opens(heard)}, rank=0, life=life, say=said.append)
+        sinks = open_sinks(about, {"mine": Opens(heard)}, rank=0, limits=LIMITS, life=life, say=said.append)
         sinks.log(1, {"data/substituted": 2.0})
         sinks.event("loss-spike", 2, "loss 9 is far above")
         sinks.close()
@@ -161,7 +211,7 @@ def test_what_is_on_is_the_newest_lifes_and_what_its_job_said_after(tmp_path):
 
 def test_ranks_other_than_0_tell_nobody(tmp_path):
     about = SinkContext(folder=tmp_path, config={}, name="n", resume_step=0)
-    sinks = open_sinks(about, {}, rank=1)
+    sinks = open_sinks(about, {}, rank=1, limits=LIMITS)
     sinks.log(1, {"data/substituted": 2.0})
     sinks.event("non-finite", 1, "")
     sinks.close()

@@ -65,6 +65,22 @@ def test_what_happens_inside_of_a_pause_is_not_a_step_s() -> None:
     assert w.flush()["perf/time/expert_exchange"] == 2.0
 
 
+def test_times_of_phases_are_means_over_ranks_and_those_without_waits_tell_the_slowest() -> None:
+    """Two ranks, of which one has never been in a phase of the other: they still reduce the same names."""
+    w, other = window(), window()
+    for mine, spent in ((w, {"data": 2.0, "forward": 1.0}), (other, {"data": 6.0, "show": 4.0})):
+        mine.inside = lambda spent=spent: spent  # type: ignore[misc]
+        mine.step_done()
+        mine.step_done()
+    record = w.flush(beside(other))
+    assert {name: value for name, value in record.items() if name.startswith(("perf/time/", "perf/slowest/"))} == {
+        "perf/time/data": 2.0,
+        "perf/time/forward": 0.25,
+        "perf/time/show": 1.0,
+        "perf/slowest/data": 3.0,
+    }
+
+
 def beside(peer: MetricWindow) -> AllReduce:
     """The exchange of two ranks, of which the other one has this window."""
     told: dict[str, Tensor] = {}
@@ -179,7 +195,8 @@ def test_the_table_describes_what_observe_logs_and_nothing_else_of_it() -> None:
     assert undocumented(measured) == set()
     assert {k for k in METRICS if k.startswith(("perf/", "mem/"))} - {metric_key(k) for k in measured} == {
         *("mem/allocated_gib", "mem/reserved_gib", "mem/retries"),  # CUDA only
-        *("perf/goodput", "perf/time/expert_exchange"),  # of a life; of several ranks
+        *("perf/goodput", "perf/time/expert_exchange", "perf/slowest/{phase}"),  # of a life; of several ranks; of data
+        *(name for name in METRICS if "/node" in name),  # test_nodes.py
     }
 
 

@@ -8,15 +8,17 @@ import time
 import numpy as np
 import pytest
 from observe_wandb_file import run_files
-from observe_wandb_runs import about, asked, opened, same
+from observe_wandb_runs import about, allocated, asked, opened, same
 from observe_wandb_server import KEY, serving
 
 from ecdit_train import cli
 from ecdit_train.config.compose import compose
 from ecdit_train.config.stored import freeze
 from ecdit_train.errors import StorageError
+from ecdit_train.evaluate.allocation import document
 from ecdit_train.observe import wandb_sync
 from ecdit_train.observe.figures import sample_grid
+from ecdit_train.observe.routing_numbers import LayerNumbers, RoutingNumbers
 from ecdit_train.observe.wandb_run import stable_id
 
 
@@ -50,9 +52,18 @@ def test_what_was_offline_is_there_once_however_often_it_is_sent(tmp_path, serve
     assert (first.had, first.has, first.rows, first.waiting, first.offline) == (0, 5, 5, 2, ())
     assert _sync(tmp_path, upto=5, alive=True).rows == 0
     _life(tmp_path, life=2, after=5, until=9, committed=9)
-    result = {"step": 5, "overall": 0.25, "num_images": 8, "by_task": {"colors": 0.5}}
+    result = {
+        "step": 5,
+        "overall": 0.25,
+        "num_images": 8,
+        "by_task": {"colors": 0.5},
+        "chance_by_task": {"colors": 0.1},
+    }
     (tmp_path / "evaluation").mkdir()
     (tmp_path / "evaluation" / "shapes_00000005.json").write_text(json.dumps(result))
+    spread = np.tile([3, 4, 1], (10, 1))
+    layer = dict.fromkeys(("entropy", "edge_margin", "load", "gate", "timestep"), np.ones(2))
+    RoutingNumbers(step=8, experts=2, layers={2: LayerNumbers(spread=spread, **layer)}).save(tmp_path)
     last = _sync(tmp_path, upto=9)
     assert (last.had, last.rows, last.waiting, last.evaluations, len(last.offline)) == (5, 4, 0, 1, 2)
     assert all(path.with_name(path.name + ".synced").exists() for path in run_files(tmp_path))
@@ -62,7 +73,9 @@ def test_what_was_offline_is_there_once_however_often_it_is_sent(tmp_path, serve
     assert set(server.runs) == {identity, f"{identity}-shapes-5"}
     rows = server.runs[identity].history
     assert [row["_step"] for row in rows if "samples/grid" in row] == [4]
-    assert same([{k: v for k, v in row.items() if k != "samples/grid"} for row in rows], tmp_path)
+    ((step, counted),) = [(row["_step"], row[name]) for row in rows if (name := "routing/L2/experts_per_token") in row]
+    assert (step, counted["_type"], counted["values"]) == (8, "histogram", [30, 40, 10])
+    assert same([{k: v for k, v in row.items() if k not in ("samples/grid", name)} for row in rows], tmp_path)
     told = server.runs[f"{identity}-shapes-5"]
     assert (told.asked["jobType"], told.asked["groupName"]) == ("evaluate", "shapes_tiny")
     assert [(row["train/step"], row["eval/shapes/overall"]) for row in told.history] == [(5, 0.25)]
@@ -132,3 +145,22 @@ def test_an_evaluation_never_waits_long_for_a_server(tmp_path, server):
     told = wandb_sync.evaluated(about(tmp_path), {"wandb": asked(mode="online")}, path, seconds=4.0)
     assert time.monotonic() - began < 6
     assert "did not take it within 4 s" in str(told)
+
+
+def test_an_allocation_is_a_table_and_a_picture(tmp_path, server):
+    made = document({"true": allocated(seeds=3)}, step=5, layers=[2, 4, 6])
+    path = tmp_path / "allocation" / "step_00000005.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(made))
+    sample_grid(np.zeros((1, 8, 8, 3), np.uint8), ["a"], path.with_suffix(".png"))
+    _life(tmp_path, life=1, after=0, until=5, committed=5)
+    assert _sync(tmp_path, upto=5).evaluations == 1
+    assert _sync(tmp_path, upto=5).evaluations == 0
+    told = server.runs[f"{stable_id(tmp_path)}-allocation-5"]
+    (row,) = told.history
+    assert (row["alloc"]["_type"], row["alloc"]["nrows"], row["alloc"]["ncols"]) == ("table-file", 6, 10)
+    (table,) = [json.loads(content) for name, content in server.uploads.items() if "/alloc_" in name and "json" in name]
+    assert table["columns"][:3] == ["layer", "t", "object mean"]
+    assert table["data"][0] == [2, 0.25, 106.0, 6.0, 206.0, 6.0, 506.0, 306.0, 406.0, "true"]
+    assert row["alloc_picture"]["_type"] == "image-file"
+    assert row["eval/allocation/true_ratio"] == made["kinds"]["true"]["ratio"]

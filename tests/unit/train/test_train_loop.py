@@ -75,16 +75,19 @@ def test_everything_documented_is_logged(tiny_shards, tmp_path):
         live(configure(tmp_path / router, tiny_shards, *how, *more))
         logged |= {metric_key(name) for line in records(tmp_path / router) for name in line}
     on_gpu = {name for name, metric in METRICS.items() if "Absent on CPU" in metric.question}
-    assert on_gpu == {"perf/mfu", "perf/mfu_of_plan", "mem/allocated_gib", "mem/reserved_gib", "mem/retries"}
+    assert on_gpu == {
+        *("perf/mfu", "perf/mfu_of_plan", "perf/node{i}/gpu_frac", "mem/node{i}/gpu_gib"),
+        *("mem/allocated_gib", "mem/reserved_gib", "mem/retries"),
+    }
     own = {name for name in METRICS if name.endswith("{name}_max")}  # of routers outside the package
-    rare = {
+    rare = {name for name in METRICS if "/nodes/" in name} | {
         "data/bad/{kind}",
         "data/source/{name}/epochs",
         "ckpt/interval",
         "reliability/skipped",
         "reliability/roll_backs",
         "perf/time/expert_exchange",
-    }  # test_saving.py, test_guard.py, test_dist_training.py, below
+    }  # test_nodes.py, test_saving.py, test_guard.py, test_dist_training.py, below
     assert METRICS.keys() - logged == on_gpu | own | rare
 
 
