@@ -121,7 +121,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _bare(line: Sequence[str]) -> bool:
     """A verb that does nothing without words, or none at all: its help answers better than a refusal, or than the paper's XL."""
-    words = line[2:] if line[:1] == ["--nproc"] else line
+    ranks = line[:1] == ["--nproc"] and "".join(line[1:2]).isdecimal() and int(line[1]) > 0
+    words = line[2:] if ranks else line
     return len(line) == 0 or (len(words) == 1 and words[0] in NEEDS_WORDS and "RANK" not in os.environ)
 
 

@@ -65,6 +65,11 @@ def test_a_bare_verb_explains_itself(verb, capsys) -> None:
     assert len(out.splitlines()) > 5
 
 
+def test_ranks_without_words_are_bare_too(capsys) -> None:
+    assert ecdit("--nproc", 2, "train") == 2
+    assert "usage: ecdit train" in capsys.readouterr().err
+
+
 def test_nothing_at_all_lists_the_verbs(capsys) -> None:
     assert ecdit() == 2
     assert "goes on where it stopped" in capsys.readouterr().err
