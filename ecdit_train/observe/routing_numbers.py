@@ -83,11 +83,12 @@ class RoutingNumbers:
         return cls(step=step, experts=next(iter(made.values())).load.size, layers=made)
 
     def save(self, run: Path) -> Path:
-        """Raises OSError."""
+        """Into a run folder that is there. Raises OSError."""
         path = routing_numbers_path(run, step=self.step)
+        path.parent.mkdir(exist_ok=True)
         layers = {str(number): _plain(layer) for number, layer in self.layers.items()}
         document = {"step": self.step, "experts": self.experts, "timesteps": BINS, "layers": layers}
-        atomic.write(path, json.dumps(document, separators=(",", ":")).encode())
+        atomic.write(path, json.dumps(document, separators=(",", ":")).encode(), make_folder=False)
         return path
 
     @classmethod

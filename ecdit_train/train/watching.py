@@ -83,7 +83,7 @@ class Watching:
         if self.numbers is None:
             return
         try:
-            ownership.recently_ours()
+            ownership.still_ours()  # now: a folder that was moved or replaced is not to be made, or written into
             self.numbers.save(run)
         except (OSError, StorageError) as error:
             step = self.numbers.step
