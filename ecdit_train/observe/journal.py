@@ -148,6 +148,13 @@ class Journal:
         except OSError as error:
             logger.warning("%s cannot be written, training goes on: %s", self._run / METRICS, error)
 
+    def ours(self) -> bool:
+        """Whether the folder is known to be this life's to write in. Raises nothing."""
+        try:
+            return self._known_ours()
+        except RunOwnedError:
+            return False
+
     def _known_ours(self) -> bool:
         """Raises RunOwnedError. False where a disk that fails cannot say; the next checkpoint, which must know, asks again."""
         if time.monotonic() < self._ask_at:

@@ -98,7 +98,8 @@ class Sinks:
             facts: dict[str, Any] = {"step": alert.step, "name": alert.name, "level": alert.level}
             facts |= {"state": "off" if alert.over else "on", "words": alert.words}
             assert self._folder is not None
-            alert_file.append(self._folder, life=self._truth.life if self._truth is not None else 0, **facts)
+            if self._truth is None or self._truth.ours():
+                alert_file.append(self._folder, life=self._truth.life if self._truth is not None else 0, **facts)
             self._say(f"alert: {alert}")
             self._each(lambda sink, alert=alert: getattr(sink, "alert", _nothing)(alert))  # type: ignore[misc]
 

@@ -11,7 +11,7 @@ import pytest
 
 from ecdit_train.config.compose import compose
 from ecdit_train.config.validate import validate
-from ecdit_train.errors import ConfigError
+from ecdit_train.errors import ConfigError, RunOwnedError, StorageError
 from ecdit_train.observe.alerts import CALM, KINDS, PATIENCE, USUAL, Watch
 from ecdit_train.observe.sinks import SinkContext, open_sinks
 from ecdit_train.supervise import alert_file
@@ -216,6 +216,18 @@ def test_ranks_other_than_0_tell_nobody(tmp_path):
     sinks.event("non-finite", 1, "")
     sinks.close()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [RunOwnedError("another's"), StorageError("moved")])
+def test_a_folder_that_is_another_s_gets_no_line(tmp_path, error):
+    def not_ours() -> None:
+        raise error
+
+    about, said = SinkContext(folder=tmp_path, config={}, name="n", resume_step=0), []
+    sinks = open_sinks(about, {}, rank=0, limits=LIMITS, still_ours=not_ours, say=said.append)
+    sinks.event("non-finite", 1, "nan")
+    assert said
+    assert alert_file.read(tmp_path) == []
 
 
 def test_a_disk_that_refuses_ends_nothing(tmp_path):
