@@ -42,7 +42,9 @@ def server(folders: Sequence[str | Path], *, port: int = 0) -> Server:
         if len(runs) == 1:
             return runs[0].answer(path.removeprefix("/"), query)
         number, _, rest = path.removeprefix("/").partition("/")
-        if path.count("/") == 1 and number.isdecimal():  # so that what its page asks for lies below it
+        if path.count("/") == 1 and number in map(
+            str, range(1, len(runs) + 1)
+        ):  # so that what its page asks for lies below it
             return Reply(body=f'<meta http-equiv="refresh" content="0; url=/{number}/">')
         if not number:
             return Reply(body=render("runs.html", runs=[(n, run.run) for n, run in enumerate(runs, start=1)]))

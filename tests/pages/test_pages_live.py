@@ -122,7 +122,8 @@ def test_several_runs_have_a_list(run: Path, made: Path) -> None:
         assert 'href="/1/"' in text
         assert str(made) in text
         assert get(served, "/2/")[0] == get(served, "/2/update.json")[0] == 200
-        assert get(served, "/2")[0] == get(served, "/3/")[0] == get(served, "/update.json")[0] == 404
+        assert 'url=/2/"' in get(served, "/2")[1]
+        assert get(served, "/3")[0] == get(served, "/3/")[0] == get(served, "/update.json")[0] == 404
 
 
 def test_ctrl_c_ends_the_command_cleanly(run: Path) -> None:

@@ -85,7 +85,7 @@ def test_ci_and_contributors_run_the_same() -> None:
     assert (
         [step["run"].split()[1] for step in job["steps"] if "run" in step]
         == script
-        == ["setup", "slurm-deps", "lint", "test"]
+        == ["setup", "slurm-deps", "browser-deps", "lint", "test"]
     )
 
 
