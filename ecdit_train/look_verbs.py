@@ -93,7 +93,8 @@ def report(args: argparse.Namespace) -> int:
     from ecdit_train.observe.which_run import run_folder
 
     runs = [run_folder(name) for name in args.runs]  # none is written if one is no run
-    print(f"reading {', '.join(map(str, runs))} ...", file=sys.stderr, flush=True)
+    if sys.stderr.isatty():
+        print(f"reading {', '.join(map(str, runs))} ...", file=sys.stderr, flush=True)
     if args.serve:
         return _serve(runs, port=args.port)
     from ecdit_train.observe.report import write_report

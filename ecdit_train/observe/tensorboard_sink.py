@@ -110,7 +110,7 @@ class TensorBoardSink:
             self._warn(f"TensorBoard: {type(error).__name__}: {error}; metrics.jsonl has everything")
 
     def _warn(self, message: str) -> None:
-        kind = message[:24]  # once for each kind of trouble
+        kind = message.partition(":")[0]  # once for each kind of trouble; of errors, the first
         if kind not in self._trouble:
             self._trouble.add(kind)
             logger.warning("%s", redact_text(" ".join(message.split())))

@@ -18,9 +18,12 @@ from ecdit_train.observe.sinks import SinkContext, open_sinks
 from ecdit_train.observe.tensorboard_sink import TensorBoard
 
 
+LIMITS = compose(["experiment=shapes_tiny"], local=False).observe.alerts
+
+
 def opened(run, *, life=1, after=0, config=None):
     about = SinkContext(folder=run, name="n", config=config or {}, resume_step=after, life=life)
-    return open_sinks(about, {"tensorboard": TensorBoard(flush_seconds=1)}, rank=0, life=life)
+    return open_sinks(about, {"tensorboard": TensorBoard(flush_seconds=1)}, rank=0, life=life, limits=LIMITS)
 
 
 def shown(run, name="train/loss"):
