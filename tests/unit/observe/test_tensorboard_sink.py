@@ -17,7 +17,6 @@ from ecdit_train.observe.journal import read_records
 from ecdit_train.observe.sinks import SinkContext, open_sinks
 from ecdit_train.observe.tensorboard_sink import TensorBoard
 
-
 LIMITS = compose(["experiment=shapes_tiny"], local=False).observe.alerts
 
 
