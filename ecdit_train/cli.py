@@ -121,8 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _bare(line: Sequence[str]) -> bool:
     """A verb that does nothing without words, or none at all: its help answers better than a refusal, or than the paper's XL."""
-    ranks = line[:1] == ["--nproc"] and "".join(line[1:2]).isdecimal() and int(line[1]) > 0
-    words = line[2:] if ranks else line
+    words = line[2:] if line[:1] == ["--nproc"] and "".join(line[1:2]).strip("0").isdecimal() else line
     return len(line) == 0 or (len(words) == 1 and words[0] in NEEDS_WORDS and "RANK" not in os.environ)
 
 
