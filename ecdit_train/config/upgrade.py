@@ -87,6 +87,8 @@ ADDED: Mapping[str, Any] = {
         "free_checkpoints": 2.0,
         "restarts": 5,
     },
+    # Since format 8.
+    "moe.form": "plain",
 }
 """Keys since format 3 and what was there before them."""
 

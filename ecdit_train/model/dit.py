@@ -20,7 +20,8 @@ from .attention import Attention
 from .block import Block, modulate, norm
 from .embed import Conditioning, Text, TextEmbedding, TimestepEmbedding, patchify, sincos_2d, take_tokens
 from .feed_forward import FeedForward
-from .moe import MoE
+from .lean import lean
+from .moe import MoE, plain
 from .router import Router
 
 
@@ -133,4 +134,5 @@ def make_moe(model: ModelConfig, moe: MoEConfig, *, patch_values: int) -> MoE:
     dispatcher = moe.dispatcher.build()
     dispatcher.cap = moe.dispatcher.cap
     shared = moe.experts.build_shared(width=D, hidden=moe.shared_experts * hidden) if moe.shared_experts else None
-    return MoE(router, experts, dispatcher=dispatcher, shared=shared)  # type: ignore[arg-type]
+    form = {"plain": plain, "lean": lean}[moe.form]
+    return MoE(router, experts, dispatcher=dispatcher, shared=shared, form=form)  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ecdit_train.model.assignment import Assignment, Rows, Selection, Table
 from ecdit_train.model.dit import DiT
-from ecdit_train.model.moe import Dispatcher, MoE
+from ecdit_train.model.moe import Dispatcher, Experts, MoE
 
 from .collectives import all_to_all_start, all_to_all_wait, copy_to_group, sum_over_group
 from .mesh import Mesh
@@ -149,13 +149,25 @@ class ExpertParallelDispatcher(Dispatcher):
         chunks: int,
     ) -> None:
         super().__init__(cap=local.cap)
-        self.local = local
-        self.exchange = exchange
+        self._local = local
+        self.exchange = self.travel = exchange
         self.tp_group, self.tp_rank, self.tp_size = tp_group, tp_rank, tp_size
         self.chunks = chunks
         self.uneven = UnevenExchange(group=exchange.group if exchange else None)
         if exchange is not None and exchange.overlap:
             self.pipeline = self._one_part_after_another
+
+    @property
+    def local(self) -> Dispatcher:
+        return self._local
+
+    def enter(self, x_ND: Tensor, table: Table) -> tuple[Tensor, Table]:
+        """Like the tokens, gates are whole on every tp rank and each uses its share: gradients of both are summed over tp."""
+        gates = copy_to_group(table.gate_EGC, self.tp_group)
+        return copy_to_group(x_ND, self.tp_group), self._mine(replace(table, gate_EGC=gates))
+
+    def leave(self, y_ND: Tensor) -> Tensor:
+        return sum_over_group(y_ND, self.tp_group)
 
     def settle(self, assignment: Assignment) -> Assignment:
         """Of a varying number of rows: a static cap, or this tp rank's share of the list with the counts of all peers."""
@@ -205,11 +217,11 @@ class ExpertParallelDispatcher(Dispatcher):
         mine = self._mine(replace(assignment, gate_EGC=copy_to_group(assignment.gate_EGC, self.tp_group)))
         return sum_over_group(self.local.combine(y_EsD, mine, num_tokens=num_tokens), self.tp_group)
 
-    def _one_part_after_another(self, compute: Callable[[Tensor], Tensor], parts: Any) -> list[Tensor]:
+    def _one_part_after_another(self, experts: Experts, parts: Any) -> list[Tensor]:
         """While one part is worked on, the next arrives and the last one leaves: results leave as soon as they exist, so that they
         travel under the next part's products."""
         assert self.exchange is not None
-        return [self.exchange.send_back(compute(self.exchange.receive_out(part))) for part in parts]
+        return [self.exchange.send_back(experts.compute(self.exchange.receive_out(part))) for part in parts]
 
     def _mine(self, assignment: Table) -> Table:
         """This tp rank's slots as a single group: tables (E, 1, s)."""

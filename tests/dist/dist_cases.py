@@ -51,6 +51,7 @@ MOE = MoEConfig(
     group_size=GROUP,
     layers="even",
     expert_ratio=None,
+    form="plain",
     shared_experts=0,
 )
 TOKEN_CHOICE = replace(MOE, router=TOKEN_CHOICE_ROUTER)
@@ -123,6 +124,10 @@ class Case:
             extra.append(type(self.moe.router).__name__ + str(getattr(self.moe.router, "apart", "")))
         if self.moe.dispatcher != MOE.dispatcher:
             extra.append(str(self.moe.dispatcher))
+        if self.moe.form != MOE.form:
+            extra.append(self.moe.form)
+        if self.moe.experts is not None and self.moe.experts != MOE.experts:
+            extra.append(str(self.moe.experts))
         if self.model.kv_heads != MODEL.kv_heads:
             extra.append(f"kv={self.model.kv_heads}")
         return f"rep{p.dp_replicate} tp{p.tp} ep{p.ep} {' '.join(extra)}".strip()
@@ -246,7 +251,7 @@ def chosen_in_group(prediction: Prediction) -> list[Tensor]:
 
 def run_reference(c: Case) -> Trace:
     """One process, no parallel code at all; microbatches are only a loop order, so the whole batch is one forward."""
-    model = make_model(c).to(getattr(torch, c.dtype))
+    model = make_model(replace(c, moe=replace(c.moe, form="plain"))).to(getattr(torch, c.dtype))
     model.load_state_dict(full_state(c))
     optim, trace = optimizer(c, model), Trace()
     for step in range(c.steps):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ecdit_train.model.dit import DiT
+from ecdit_train.model.lean import Lean
 from ecdit_train.parallel.expert_parallel import sparse_layers
 from ecdit_train.parallel.mesh import Mesh
 from ecdit_train.parallel.owners import MatrixOwners
@@ -53,6 +54,12 @@ def _combine_own_gates(combine: Any, dispatcher: Any, y: Any, assignment: Any, *
     # Undo the sum over tp: the gradient of the copy is divided by the group's size.
     gate = gate / dispatcher.tp_size + (gate - gate / dispatcher.tp_size).detach()
     return combine(y, replace(assignment, gate_EGC=gate), num_tokens=num_tokens)
+
+
+def poison_lean_gates(model: DiT, mesh: Mesh) -> None:
+    """Gates that travel with the lean layer's gradients arrive at their neighbours' rows: losses and norms look right."""
+    send = Lean.send_gates
+    Lean.send_gates = lambda lean, gate: send(lean, gate.roll(1, dims=1))  # type: ignore[method-assign]
 
 
 def poison_drifted_copy(model: DiT, mesh: Mesh) -> None:
@@ -108,6 +115,7 @@ POISONS: dict[str, Any] = {
     "kv_sum": poison_kv_sum,
     "stale_index": poison_stale_index,
     "gate_gradient": poison_gate_gradient,
+    "lean_gates": poison_lean_gates,
     "drifted_copy": poison_drifted_copy,
     "lost_piece": poison_lost_piece,
     "stale_copy": poison_stale_copy,
