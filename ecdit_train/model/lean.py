@@ -32,6 +32,10 @@ from .experts.two_layers import TwoLayers
 from .moe import Dispatcher, Experts, Settled, Travel, plain
 
 
+CPU_ROWS = 256
+"""Rows that a CPU works on together."""
+
+
 def lean(experts: Experts, dispatcher: Dispatcher, x_ND: Tensor, assignment: Settled) -> Tensor:
     """`moe.plain` with less memory: (N, D) -> (N, D). A varying number of rows takes the plain way."""
     if not isinstance(assignment, Table):
@@ -100,7 +104,7 @@ class _LeanExperts(torch.autograd.Function):
             for part in _blocks(x_eRD):
                 for w, h_i in zip(first, h, strict=True):
                     torch.bmm(x_eRD[part], w[part], out=h_i[part])
-                torch.bmm(experts.activate(*(h_i[part] for h_i in h)), last[part], out=y_eRD[part])
+                torch.bmm(experts.activate_forward(tuple(h_i[part] for h_i in h)), last[part], out=y_eRD[part])
             back.append(lean.send_back(y_eRD))
             kept += h
             if lean.travel is not None:
@@ -150,10 +154,10 @@ class _LeanExperts(torch.autograd.Function):
 
 
 def _blocks(x_eRD: Tensor) -> Iterator[slice]:
-    """The experts that are worked on together: on a GPU all of them, in one batched product; on a CPU one after the other, so that
+    """The experts that are worked on together: on a GPU all of them, in one batched product; on a CPU a few hundred rows, so that
     activations are made, used and made again while they lie in its cache."""
-    e = x_eRD.shape[0]
-    size = 1 if x_eRD.device.type == "cpu" else max(e, 1)
+    e, R, _ = x_eRD.shape
+    size = max(1, CPU_ROWS // max(R, 1)) if x_eRD.device.type == "cpu" else max(e, 1)
     for first in range(0, e, size):
         yield slice(first, first + size)
 

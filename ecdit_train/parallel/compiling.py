@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 
 from ecdit_train.model.dit import DiT
-from ecdit_train.model.moe import MoE
+from ecdit_train.model.experts.two_layers import TwoLayers
+from ecdit_train.model.moe import MoE, plain
 
 
 def apply_compile(model: DiT) -> None:
@@ -20,6 +21,11 @@ def apply_compile(model: DiT) -> None:
     for block in model.blocks:
         moe = block.feed_forward
         if isinstance(moe, MoE):
-            moe.experts.compute = torch.compile(moe.experts.compute)  # type: ignore[method-assign]
+            experts = moe.experts
+            if moe.form is plain:
+                experts.compute = torch.compile(experts.compute)  # type: ignore[method-assign]
+            elif isinstance(experts, TwoLayers):  # its products stand alone: what is between them is fused
+                experts.activate_forward = torch.compile(experts.activate_forward)  # type: ignore[method-assign]
+                experts.activate_backward = torch.compile(experts.activate_backward)  # type: ignore[method-assign]
             moe.forward = torch.compiler.disable(moe.forward)  # type: ignore[method-assign]
         block.forward = torch.compile(block.forward)

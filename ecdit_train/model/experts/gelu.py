@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from ecdit_train.config.slots import ExpertsConfig
 
 from ..feed_forward import FeedForward
-from .two_layers import Activated, TwoLayers, rows_dot
+from . import activations
+from .two_layers import Activated, TwoLayers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +52,9 @@ class GeluExperts(TwoLayers):
         (h,) = h_eRH
         return F.gelu(h, approximate="tanh")
 
+    def activate_forward(self, h_eRH: tuple[Tensor, ...]) -> Tensor:
+        return activations.gelu(*h_eRH)
+
     def activate_backward(self, h_eRH: tuple[Tensor, ...], da_eRH: Tensor) -> Activated:
-        (h,) = h_eRH
-        a = F.gelu(h, approximate="tanh")
-        dh = torch.ops.aten.gelu_backward(da_eRH, h, approximate="tanh")
-        return Activated(a=a, dh=(dh,), dot_eR=rows_dot(a, da_eRH))
+        a, dh, dot = activations.gelu_backward(*h_eRH, da_eRH)
+        return Activated(a=a, dh=(dh,), dot_eR=dot)

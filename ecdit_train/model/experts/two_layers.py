@@ -41,6 +41,10 @@ class TwoLayers(Experts):
         """a, element by element."""
         raise NotImplementedError
 
+    def activate_forward(self, h_eRH: tuple[Tensor, ...]) -> Tensor:
+        """`activate` outside of autograd."""
+        return self.activate(*h_eRH)
+
     def activate_backward(self, h_eRH: tuple[Tensor, ...], da_eRH: Tensor) -> Activated:
         """The same, and its gradients; outside of autograd. May write into `da_eRH`."""
         raise NotImplementedError
