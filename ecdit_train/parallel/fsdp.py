@@ -23,6 +23,7 @@ from .grads import expert_gradient_divisor
 from .mesh import Mesh
 
 Precision = Literal["fp32", "bf16"]
+Freed = Literal["all", "dense", "experts", "none"]
 
 
 def policies(precision: Precision) -> tuple[MixedPrecisionPolicy, MixedPrecisionPolicy]:
@@ -44,17 +45,18 @@ def needs_fsdp(mesh: Mesh, precision: Precision) -> bool:
     return mesh.world > 1 or precision == "bf16"
 
 
-def apply_fsdp(model: DiT, *, mesh: Mesh, precision: Precision, reshard_after_forward: bool) -> None:
+def apply_fsdp(model: DiT, *, mesh: Mesh, precision: Precision, reshard_after_forward: Freed) -> None:
     """Shard in place, innermost first. The device meshes must exist."""
     network, routing = policies(precision)
     # The prediction is a view (a 3-D linear layer returns one). That matters only to who writes into it in place;
     # nobody does.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    dense, experts = (reshard_after_forward in ("all", part) for part in ("dense", "experts"))
     for moe in sparse_layers(model).values():
-        fully_shard(moe.router, mesh=mesh.fsdp_dense, mp_policy=routing, reshard_after_forward=reshard_after_forward)
-        _shard_experts(moe.experts, mesh=mesh, policy=network, reshard_after_forward=reshard_after_forward)
+        fully_shard(moe.router, mesh=mesh.fsdp_dense, mp_policy=routing, reshard_after_forward=dense)
+        _shard_experts(moe.experts, mesh=mesh, policy=network, reshard_after_forward=experts)
     for block in model.blocks:
-        fully_shard(block, mesh=mesh.fsdp_dense, mp_policy=network, reshard_after_forward=reshard_after_forward)
+        fully_shard(block, mesh=mesh.fsdp_dense, mp_policy=network, reshard_after_forward=dense)
     fully_shard(model, mesh=mesh.fsdp_dense, mp_policy=network, reshard_after_forward=False)
 
 

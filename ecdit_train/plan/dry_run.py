@@ -302,7 +302,7 @@ def compare(plan: Plan, ran: DryRun) -> tuple[Difference, ...]:
     rows = [Difference(name=kind, formula=planned[kind], measured=sent[kind]) for kind in kinds]
     m, root = memory.estimate(cfg, parameters, layout), units(cfg, parameters, layout)[0]
     running = m.parameters + m.gradients + m.gathered + m.communication + m.activations - m.never_together
-    between = root.gathered_bytes if layout.reshard_after_forward else m.gathered
+    between = root.gathered_bytes if layout.reshard_after_forward != "none" else m.gathered
     pairs = (
         ("parameters", m.parameters, ran.parameters),
         ("gradients", m.gradients, ran.gradients),

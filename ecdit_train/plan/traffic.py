@@ -75,7 +75,7 @@ def _weights(cfg: RunConfig, parameters: Parameters, layout: Layout) -> Iterator
     reduced in fp32 once a step."""
     replicas = layout.group("dp_replicate")
     for unit in units(cfg, parameters, layout):
-        gathers = 2 if layout.reshard_after_forward and unit.name != "root" else 1
+        gathers = 2 if layout.reshard_after_forward != "none" and unit.name != "root" else 1
         calls, group = unit.count * gathers * layout.microbatches, layout.group(unit.axis)
         gradients = 4 * unit.gathered
         yield _flow("all_gather", f"weights, {unit.name}", unit.axis, group, calls=calls, message=unit.gathered_bytes)

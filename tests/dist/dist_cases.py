@@ -70,9 +70,14 @@ PARALLEL = ParallelConfig(
     ep=1,
     sequence_parallel=False,
     activation_checkpointing="none",
+    keep=(),
+    checkpoint_blocks=1.0,
     compile=False,
     overlap_chunks=1,
-    reshard_after_forward=True,
+    reduce_gradients="step",
+    reshard_after_forward="all",
+    replicate_experts=False,
+    exchange="flat",
 )
 
 MUON = Muon(
@@ -145,7 +150,7 @@ def case(
     model: ModelConfig = MODEL,
     chunks: int = 1,
     ac: Any = "none",
-    reshard: bool = True,
+    reshard: Any = "all",
     compiled: bool = False,
     **rest: Any,
 ) -> Case:
