@@ -79,6 +79,7 @@ VENDORS: dict[str, tuple[str, ...]] = {
         "data_pipeline/exact_source.py",
     ),
     "nvidia": ("data_pipeline/dali.py",),
+    "triton": ("ecdit_train/kernels/language.py",),
     "duckdb": ("data_pipeline/preparing/duck.py",),
     "ray": ("data_pipeline/preparing/on_ray.py",),
 }

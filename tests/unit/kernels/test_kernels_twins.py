@@ -1,0 +1,101 @@
+"""What runs where there is no GPU: the twins' gradients in fp64, the choice between kernel and twin, and that every kernel compiles
+for the GPUs that training is planned for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ecdit_train.errors import ConfigError
+from ecdit_train.kernels import gelu, language, rows
+from ecdit_train.model.dispatchers.triton import Triton
+
+
+@pytest.fixture
+def case():
+    g = torch.Generator().manual_seed(0)
+    index = torch.tensor([4, 0, 0, 6, 0, 2, 6])
+    x, y = (torch.randn(n, 5, generator=g, dtype=torch.float64) for n in (8, 7))
+    return (
+        x.requires_grad_(),
+        y.requires_grad_(),
+        index,
+        torch.rand(7, generator=g, dtype=torch.float64).requires_grad_(),
+    )
+
+
+def test_gradients_of_gather_sum_and_weigh(case):
+    x, y, index, gate = case
+    lists = rows.list_rows(index, num_tokens=8)
+    assert torch.autograd.gradcheck(lambda a: rows.Gather.apply(a, index), (x,))
+    assert torch.autograd.gradcheck(lambda a: rows.Gather.apply(a, index, lists), (x,))
+    assert torch.autograd.gradcheck(lambda a: rows.Sum.apply(a, index, lists), (y,))
+    assert torch.autograd.gradcheck(lambda a, b: rows.Weigh.apply(a, b, index, lists), (y, gate))
+
+
+def test_gradients_of_gelu(case):
+    _, h, _, gate = case
+    da = torch.randn_like(h)
+    a = torch.nn.functional.gelu(h, approximate="tanh")
+    (expected,) = torch.autograd.grad(a, h, da)
+    with torch.no_grad():
+        got = gelu.gelu_backward_rows(h, da)
+        gated = gelu.gelu_backward_rows(h, da, gate_R=gate)
+    for one, two in zip(got, (a, expected, (a * da).sum(-1)), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
+    for one, two in zip(gated, (a * gate[:, None], expected * gate[:, None], got[2]), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
+
+
+def test_lists_name_every_row_once_in_order(case):
+    _, _, index, _ = case
+    lists = rows.list_rows(index, num_tokens=8)
+    assert [lists.order_R[a:b].tolist() for a, b in zip(lists.start_N1, lists.start_N1[1:], strict=False)] == [
+        [1, 2, 4], [], [5], [], [0], [], [3, 6], [],
+    ]  # fmt: skip
+    assert lists.num_tokens == 8
+
+
+def test_cpu_tensors_and_fp64_go_to_the_twins():
+    assert not language.runs(torch.zeros(1))
+    assert not language.runs(torch.zeros(1, dtype=torch.float64))
+
+
+def test_without_triton_the_dispatcher_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr(language, "HERE", False)
+    with pytest.raises(ConfigError, match=r"moe\.dispatcher = 'triton': needs Triton, .*nearest valid: deterministic"):
+        Triton(cap=None).build()
+
+
+SIGNATURES = {
+    rows._gather_kernel: ({"x": "*T", "index": "*i64", "gate": "*fp32", "out": "*T", "D": "i32"}, {"GATED": True}),
+    rows._sum_kernel: (
+        {"rows": "*T", "order": "*i64", "start": "*i64", "gate": "*fp32", "out": "*T", "D": "i32"}, {"GATED": True},
+    ),
+    rows._gather_and_dot_kernel: (
+        {"grad": "*T", "rows": "*T", "index": "*i64", "gate": "*fp32", "out": "*T", "dot": "*fp32", "D": "i32"}, {},
+    ),
+    gelu._gelu_kernel: ({"h": "*T", "a": "*T", "size": "i32", "scale": "fp32", "cube": "fp32"}, {}),
+    gelu._gelu_backward_kernel: (
+        {"h": "*T", "da": "*T", "gate": "*fp32", "a": "*T", "dh": "*T", "dot": "*fp32", "H": "i32", "scale": "fp32",
+         "cube": "fp32"}, {"GATED": True},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.skipif(not language.HERE or language.INTERPRETED, reason="Triton is not installed, or interprets")
+@pytest.mark.parametrize("kernel", SIGNATURES, ids=lambda k: getattr(k, "__name__", "kernel"))
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_kernels_compile_for_an_h100(kernel, dtype, tmp_path, monkeypatch):
+    """To machine code, by Triton's own assembler, which needs no device."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    pointers, constants = SIGNATURES[kernel]
+    constants = constants | {"BLOCK": 1024}
+    signature = {n: t.replace("T", dtype) for n, t in pointers.items()} | dict.fromkeys(constants, "constexpr")
+    signature = {name: signature[name] for name in kernel.arg_names}
+    made = triton.compile(ASTSource(kernel, signature, constexprs=constants), target=GPUTarget("cuda", 90, 32))
+    assert len(made.asm["cubin"]) > 1000
