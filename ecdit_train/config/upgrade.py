@@ -2,8 +2,8 @@
 
 `resolved.yaml` says its format since format 2; format 1 (ecdit 0.1, before slots) says nothing. Format 3 has keys that
 format 2 had not, format 4 has the sections that keep a run alive, format 5 what a job asks of Slurm and how it comes
-back, format 6 how data are read, format 7 how a run is watched: each new key gets the value that says what the code
-did before it (`ADDED`).
+back, format 6 how data are read, format 7 how a run is watched, format 8 how a step is made fast: each new key gets the value
+that says what the code did before it (`ADDED`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from ecdit_train.config.slots import TARGET
 from ecdit_train.errors import RunFolderError
 
-FORMAT = 7
+FORMAT = 8
 """What this version writes."""
 
 KEY = "format"
@@ -87,6 +87,8 @@ ADDED: Mapping[str, Any] = {
         "free_checkpoints": 2.0,
         "restarts": 5,
     },
+    # Since format 8.
+    "watch.agree_every": 1,
 }
 """Keys since format 3 and what was there before them."""
 
