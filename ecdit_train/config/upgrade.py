@@ -94,6 +94,7 @@ ADDED: Mapping[str, Any] = {
     "parallel.reduce_gradients": "step",
     "parallel.replicate_experts": False,
     "parallel.exchange": "flat",
+    "watch.agree_every": 1,
 }
 """Keys since format 3 and what was there before them."""
 

@@ -50,6 +50,14 @@ class ParallelContext:
         """The vector reduced over data-parallel ranks, the same on every one of them."""
         return reduce_over_dp(vector, self.mesh, op=op)
 
+    def any_rank(self, flags: Tensor) -> Tensor:
+        """For each flag (0.0 or 1.0, on the device) whether any rank has it; the same on all of them, and nobody waits."""
+        if self.mesh.world_group is None:
+            return flags
+        out = flags.clone()
+        dist.all_reduce(out, op=dist.ReduceOp.MAX, group=self.mesh.world_group)
+        return out
+
     def mean_of_first(self, vector: Tensor) -> Tensor:
         """Mean over data-parallel ranks of what the first rank of each tp group says: the same bits on all ranks, also
         where tp ranks disagree in a last bit."""
