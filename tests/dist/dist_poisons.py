@@ -131,13 +131,17 @@ def poison_experts_counted_once(model: DiT, mesh: Mesh) -> None:
     mesh.hybrid_copies = lambda kind: 1 if kind == "expert" else mesh.degrees.dp_replicate  # type: ignore[method-assign]
 
 
-def poison_copies_never_meet(model: DiT, mesh: Mesh) -> None:
-    """The copies of hybrid sharding keep the gradients of their own half of the batch."""
-    model.set_requires_all_reduce = lambda flag: None
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            type(module).set_requires_all_reduce(module, False, recurse=False)
-    model.set_requires_gradient_sync = lambda flag: None
+def poison_lost_microbatch(model: DiT, mesh: Mesh) -> None:
+    """The sum over hybrid sharding's copies takes the last microbatch's gradients alone."""
+    told = model.set_requires_all_reduce
+
+    def forgetful(flag: bool) -> None:
+        told(flag)
+        for module in model.modules():
+            for group in module._get_fsdp_state()._fsdp_param_groups if flag and isinstance(module, FSDPModule) else ():
+                group._partial_reduce_output = None
+
+    model.set_requires_all_reduce = forgetful
 
 
 POISONS: dict[str, Any] = {
@@ -154,5 +158,5 @@ POISONS: dict[str, Any] = {
     "kept_product_summed_in_place": poison_kept_product_summed_in_place,
     "no_inside_leg": poison_no_inside_leg,
     "experts_counted_once": poison_experts_counted_once,
-    "copies_never_meet": poison_copies_never_meet,
+    "lost_microbatch": poison_lost_microbatch,
 }

@@ -102,10 +102,10 @@ def test_where_gradients_wait_for_the_last_microbatch():
 
 def test_faults_of_copies_are_noticed() -> None:
     cases = [case(rep=2, ep=2, replicate=True, steps=1, poison="experts_counted_once"),
-             case(rep=2, steps=1, microbatches=2, reduce="microbatch", poison="copies_never_meet")]  # fmt: skip
+             case(rep=2, steps=1, microbatches=2, reduce="microbatch", poison="lost_microbatch")]  # fmt: skip
     results = [errors for _, errors in run_distributed(4, check_cases, cases)[0]]
-    once, apart = results
+    once, lost = results
     assert once.loss < BOUND
     assert once.norm > 1e-4, str(once)
-    assert apart.loss < BOUND
-    assert not apart.copies_agree or apart.grad > 1e-4, str(apart)
+    assert lost.loss < BOUND
+    assert lost.grad > 1e-2, str(lost)
