@@ -94,8 +94,8 @@ def megatron_reduce(runtime: Any) -> list[float | bool]:
 
 
 def test_megatron_reduces_a_copy_of_what_is_not_contiguous_and_else_in_place() -> None:
-    """3.0 on each rank should have become 6.0; in place, so that a product kept for backward needs a sum of its own
-    (tensor_parallel.Row.keeps_sum)."""
+    """3.0 on each rank should have become 6.0; in place, so that a product kept for backward needs a sum
+    of its own (tensor_parallel.Row.keeps_sum)."""
     assert run_distributed(2, megatron_reduce) == [[2.0, 3.0, True]] * 2
 
 
