@@ -33,6 +33,8 @@ from ecdit_train.train.optimizers.muon import Muon
 from ecdit_train.train.step import update_buffers
 
 IMAGES, CHANNELS, SIDE, KEPT, TEXT_TOKENS, TEXT_FEATURES = 16, 4, 8, 8, 5, 24
+NODE = 2
+"""Ranks of a node, where the exchange is hierarchical."""
 GROUP = 16
 """Two half-masked images."""
 MAX_NORM = 0.01
@@ -150,7 +152,12 @@ def case(
     model: ModelConfig = MODEL,
     chunks: int = 1,
     ac: Any = "none",
+    keep: Any = (),
+    share: float = 1.0,
+    reduce: Any = "step",
     reshard: Any = "all",
+    replicate: bool = False,
+    exchange: Any = "flat",
     compiled: bool = False,
     **rest: Any,
 ) -> Case:
@@ -161,7 +168,12 @@ def case(
         dp_replicate=rep,
         overlap_chunks=chunks,
         activation_checkpointing=ac,
+        keep=keep,
+        checkpoint_blocks=share,
+        reduce_gradients=reduce,
         reshard_after_forward=reshard,
+        replicate_experts=replicate,
+        exchange=exchange,
         compile=compiled,
     )
     return Case(parallel=parallel, moe=moe, model=model, **rest)
@@ -287,7 +299,7 @@ def run_parallel(c: Case, mesh: Mesh) -> Trace:
     placements = parallelize(model, mesh=mesh, parallel=c.parallel, precision=c.precision)
     model.to_empty(device="cpu")
     load_full(model, placements, full_state(c))
-    if c.dtype == "float64" and mesh.edp_size == 1 and mesh.world > 1:
+    if c.dtype == "float64" and mesh.degrees.edp_shard == 1 and mesh.world > 1:
         # torch 2.13 treats float64 as it treats fp16, and then divides twice on a mesh of one (test_dist_quirks.py).
         # Production reduces in float32, where it divides once; the float32 cases cover that.
         for moe in sparse_layers(model).values():
@@ -300,7 +312,7 @@ def run_parallel(c: Case, mesh: Mesh) -> Trace:
         losses, chosen, assignments, seen = [], [], [], []
         for m in range(c.microbatches):
             part = {k: v.chunk(c.microbatches)[m] for k, v in mine.items()}
-            with accumulate(model, last=m == c.microbatches - 1):
+            with accumulate(model, last=m == c.microbatches - 1, reduce=c.parallel.reduce_gradients):
                 loss, prediction = forward(model, part, group_tokens=c.group_tokens)
                 (loss / c.microbatches).backward()
             losses.append(loss.detach())
@@ -349,7 +361,7 @@ def check_cases(runtime: Any, cases: list[Case]) -> list[tuple[str, Errors]]:
     """All cases in turn, each against one process. Rank 0 knows the errors; every rank answers for its own copies."""
     results, references = [], {}
     for c in cases:
-        mesh = make_mesh(c.parallel, device_type="cpu", world=runtime.world)
+        mesh = make_mesh(c.parallel, device_type="cpu", world=runtime.world, gpus_per_node=NODE)
         trace = run_parallel(c, mesh)
         errors = None
         if runtime.rank == 0:
