@@ -5,7 +5,9 @@ Legend: B images, C channels, H W latent height and width.
 Guidance runs both halves in one batch: the network gets them one after the other, so that captioned and null pictures never
 share a routing group: under scope `image` and `group` because a half is whole groups, under `batch` because the group is a half
 (in training, pictures whose caption was dropped are in the groups of those with one). Routers that let whole microbatches compete
-in training decide by thresholds here, token by token. Noise is keyed by (seed, prompt, repetition): same prompt and seed, same picture, whatever else is drawn.
+in training decide by thresholds here, token by token.
+
+Noise is keyed by (seed, prompt, repetition): same prompt and seed, same picture, whatever else is drawn.
 """
 
 from __future__ import annotations
@@ -28,8 +30,8 @@ Network = Callable[[Tensor, float, Tensor], Tensor]
 
 
 def halves(config: SampleConfig, *, pictures: int, device: torch.device | str) -> Tensor:
-    """(B,) bool for the rows that the network sees: first the captioned pictures, and with guidance the same ones without their
-    captions, True."""
+    """(B,) bool, a row that the network sees each: the captioned pictures, and with guidance the same ones again,
+    their caption dropped (True)."""
     rows = 2 * pictures if config.guidance != 1.0 else pictures
     return torch.arange(rows, device=device) >= pictures
 

@@ -46,9 +46,9 @@ def sample_latents(
 ) -> Tensor:
     """Latents (B, C, H, W) for `features` of texts (B, L, X) with their mask (B, L). B * patches must be whole routing groups.
 
-    A picture depends on every picture in its group: `group_tokens` = patches of one image keeps them independent, the paper's
-    512 tokens (two images) are one override of the sample section. What the network makes of the text alone is made once for all
-    steps (`model.embed.Prompt`).
+    A picture depends on every picture in its group: `group_tokens` = patches of one image keeps them independent, the
+    paper's 512 tokens (two images) are one override of the sample section. What the network makes of the text alone is
+    made once for all steps (`model.embed.Prompt`).
     """
     features_BLX, mask_BL = features
     side = shape[1] // model.patch

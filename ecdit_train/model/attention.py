@@ -42,8 +42,8 @@ class Attention(nn.Module):
         return rearrange(z_BSD, "b s (h d) -> b h s d", d=self.head_dim)
 
     def forward(self, x_BSD: Tensor, *, context: Tensor | KeysValues, mask_BL: Tensor | None = None) -> Tensor:
-        """x: (B, S, D), context: (B, T, Y) or what `keys_values` made of it, mask: (B, T) with True where a key may be seen. Returns
-        (B, S, D)."""
+        """x: (B, S, D), context: (B, T, Y) or what `keys_values` made of it, mask: (B, T) with True where a key may be seen.
+        Returns (B, S, D)."""
         q = self._heads(self.query(x_BSD))
         seen = context if isinstance(context, KeysValues) else self.keys_values(context)
         k, v = seen.key_BkTd, seen.value_BkTd

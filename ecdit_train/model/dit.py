@@ -93,8 +93,8 @@ class DiT(nn.Module):
         return [block.feed_forward.router for block in self.blocks if isinstance(block.feed_forward, MoE)]
 
     def prompt(self, text: Text) -> Prompt:
-        """The work on the text that all steps of a sampler share: refiner, pooled text, every block's keys and values. FSDP takes it
-        for a forward pass (`parallel.drawing`)."""
+        """The work on the text that all steps of a sampler share: refiner, pooled text, every block's keys and values. FSDP takes
+        it for a forward pass (`parallel.drawing`)."""
         text_BLY, mask_BL, pooled_BY = self.text(text)
         blocks = tuple(block.keys_values(text_BLY) for block in self.blocks)
         return Prompt(mask_BL=mask_BL, pooled_BD=self.pooled_text(pooled_BY), blocks=blocks)

@@ -24,8 +24,8 @@ METHODS = ("prompt", "keys_values")
 
 
 def gathered_bytes(model: nn.Module) -> int:
-    """Of this rank's part (under tensor and expert parallelism) with all of FSDP's shards gathered, in the weights' own type: at most
-    what will be gathered."""
+    """Of this rank's part (under tensor and expert parallelism) with all of FSDP's shards gathered, in the weights' own type:
+    at most what will be gathered."""
     return sum(p.numel() * p.element_size() for p in model.parameters())  # a DTensor counts its whole
 
 

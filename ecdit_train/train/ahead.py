@@ -38,8 +38,8 @@ class Ahead:
         enter: Callable[..., None],
         waiting: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
-        """`enter` is told the phases `data` (with the step that the batch is for) and `encode`; `waiting` is around the wait for the
-        loader."""
+        """`enter` is told the phases `data` (with the step that the batch is for) and `encode`; `waiting` is around the
+        wait for the loader."""
         self._batches, self._enter, self._waiting = batches, enter, waiting
         self._next: Taken | Exception | None = None
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None

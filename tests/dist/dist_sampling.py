@@ -16,8 +16,8 @@ from ecdit_train.build import build_pipeline
 
 
 def drawn_once(here: Any, run: Path, shards: Path, layouts: dict[str, Layout], prompts: list[str]) -> dict[str, Any]:
-    """By layout: whether pictures with the prompt's work done once are those with it done in every step, bit for bit; how often FSDP
-    gathers weights with 2 and with 4 steps of the sampler; whether all is given back."""
+    """By layout: whether pictures with the prompt's work done once are those with it done in every step, bit for bit;
+    how often FSDP gathers weights with 2 and with 4 steps of the sampler; whether all is given back."""
     out = {}
     gather, gathers = _fsdp_param_group.foreach_all_gather, [0]
 

@@ -73,8 +73,8 @@ class AdamWOptimizer(BlockOptimizer):
 
 
 class FusedAdamW(torch.optim.Optimizer):
-    """torch's fused kernel, which knows `found_inf` itself, on this rank's shards: a DTensor's dispatch would cost more than they do,
-    and refuses parameters of two meshes."""
+    """torch's fused kernel, which knows `found_inf` itself, on this rank's shards: a DTensor's dispatch would cost more
+    than they do, and refuses parameters of two meshes."""
 
     _step_supports_amp_scaling = True
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from test_guard import leave_out, poison
-from tiny_runs import assert_same, configure, live, records
+from tiny_runs import PowerCut, assert_same, configure, live, records
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ecdit_train.errors import NonFiniteError
@@ -112,20 +112,17 @@ def test_a_save_is_of_what_was_trained_on(tiny_shards, tmp_path):
     whole = live(configure(tmp_path / "whole", tiny_shards, *words))
     stopped = configure(tmp_path / "stopped", tiny_shards, *words)
 
-    class Cut(Exception):
-        pass
-
     def meddle(trainer):
         step = trainer._step
 
         def cut(taken):
             if trainer.state.step == 7:
-                raise Cut
+                raise PowerCut
             step(taken)
 
         trainer._step = cut
 
-    with pytest.raises(Cut):
+    with pytest.raises(PowerCut):
         live(stopped, before=meddle)
     rest = live(stopped)
     assert [p for positions, _ in rest.seen for p in positions] == list(range(48, 96)), "on from the save of step 6"
@@ -136,21 +133,18 @@ def test_a_save_is_of_what_was_trained_on(tiny_shards, tmp_path):
 def test_an_error_of_the_batch_ahead_comes_when_its_step_does(where, tiny_shards, tmp_path):
     """All of the step before it is done: its record, its save."""
 
-    class Torn(Exception):
-        pass
-
     def meddle(trainer):
         real, calls = getattr(trainer.batches, where), [0]
 
         def torn(*args):
             calls[0] += 1
             if calls[0] == 5:
-                raise Torn
+                raise PowerCut
             return real(*args)
 
         setattr(trainer.batches, where, torn)
 
-    with pytest.raises(Torn):
+    with pytest.raises(PowerCut):
         live(configure(tmp_path, tiny_shards, "checkpoint.every_steps=4"), before=meddle)
     assert [line["step"] for line in records(tmp_path)] == [1, 2, 3, 4]
     assert (tmp_path / "checkpoints" / "step_00000004").exists()
@@ -165,7 +159,13 @@ class Reads(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name
-        if name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::is_nonzero", "aten::equal"):
+        if name in (
+            "aten::_local_scalar_dense",
+            "aten::nonzero",
+            "aten::masked_select",
+            "aten::is_nonzero",
+            "aten::equal",
+        ):
             self.found.append(name)
         return func(*args, **(kwargs or {}))
 
