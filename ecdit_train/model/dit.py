@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -96,7 +97,7 @@ class DiT(nn.Module):
         """The work on the text that all steps of a sampler share: refiner, pooled text, every block's keys and values. FSDP takes
         it for a forward pass (`parallel.drawing`)."""
         text_BLY, mask_BL, pooled_BY = self.text(text)
-        blocks = tuple(block.keys_values(text_BLY) for block in self.blocks)
+        blocks = tuple(cast(Block, block).keys_values(text_BLY) for block in self.blocks)
         return Prompt(mask_BL=mask_BL, pooled_BD=self.pooled_text(pooled_BY), blocks=blocks)
 
     def condition(self, t_B: Tensor, text: Text | Prompt) -> Conditioning:

@@ -97,9 +97,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self.watching = Watching(self.config, window=self.window, routers=self.parallel.model.routers)
         device, waiting = self.parallel.runtime.device, self.window.waiting
-        self.ahead = Ahead(
-            self.batches, device=device, enter=lambda *p, **s: self.heart.enter(*p, **s), waiting=waiting
-        )
+        self.ahead = Ahead(self.batches, device=device, heart=lambda: self.heart, waiting=waiting)
         self._names = set(self.state.tensors())
 
     def resume(self) -> Resumed | None:
@@ -153,9 +151,8 @@ class Trainer:
         while state.step < c.train.steps:
             self._step(self._next())
             last = state.step == c.train.steps
-            agreed = ask(
-                state.step, known=state.step == self.stop_after, asked=bool(stop.name), writing=self.saves.writing
-            )
+            ends, writing = state.step == self.stop_after, self.saves.writing
+            agreed = ask(state.step, known=ends, asked=bool(stop.name), writing=writing)
             stopping = agreed.stopping
             if not (stopping or last or self._again):
                 self.ahead.prepare(state.step + 1)  # while the device works on this step
