@@ -91,9 +91,9 @@ def test_what_is_written_says_its_format(tmp_path):
 
 def test_a_newer_format_is_refused_by_its_number(tmp_path):
     with pytest.raises(
-        RunFolderError, match=r"has format 8; this ecdit reads formats 1 to 7: use the one that wrote it"
+        RunFolderError, match=r"has format 9; this ecdit reads formats 1 to 8: use the one that wrote it"
     ):
-        load(run_folder(tmp_path, "format: 8\nrun: x\n"))
+        load(run_folder(tmp_path, "format: 9\nrun: x\n"))
 
 
 def test_what_only_looks_old_is_refused_by_the_version_it_should_be_of(tmp_path):
