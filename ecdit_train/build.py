@@ -45,8 +45,8 @@ from ecdit_train.supervise.beats import Heart
 from ecdit_train.supervise.ownership import Ownership, own
 from ecdit_train.train.guard import Guard
 from ecdit_train.train.saving import Saves
-from ecdit_train.train.state import TrainState
-from ecdit_train.train.trainer import Trainer, placed
+from ecdit_train.train.state import TrainState, placed
+from ecdit_train.train.trainer import Trainer
 from ecdit_train.train.validation import Validation
 
 MAX_PATCH = 1 << 20

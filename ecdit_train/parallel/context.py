@@ -14,7 +14,7 @@ from torch import Tensor
 from ecdit_train.config.schema import RunConfig
 from ecdit_train.model.dit import DiT
 
-from . import expert_parallel, fsdp, grads, weights
+from . import drawing, expert_parallel, fsdp, grads, weights
 from .apply import parallelize
 from .data_parallel import gather_over_dp, reduce_over_dp
 from .mesh import Mesh, make_mesh
@@ -76,6 +76,10 @@ class ParallelContext:
         """`expert_exchange`: seconds since the last call; empty where it cannot be told apart."""
         seconds = expert_parallel.exchange_seconds(self.mesh)
         return {} if seconds is None else {"expert_exchange": seconds}
+
+    def drawing(self) -> AbstractContextManager[Any]:
+        """Around forward passes without a backward whose weights do not change in between. Collective."""
+        return drawing.drawing(self.model, runtime=self.runtime)
 
     def reshard(self) -> None:
         """Give back what a forward pass without a backward left gathered."""

@@ -87,9 +87,10 @@ class Runtime:
 
     def any_rank(self, *flags: bool) -> tuple[bool, ...]:
         """For each flag whether any rank has it; the same on all ranks."""
+        if self.control is None:
+            return flags
         values = torch.tensor([int(flag) for flag in flags])
-        if self.control is not None:
-            dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.control)
+        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.control)
         return tuple(map(bool, values.tolist()))
 
     def broadcast_object(self, value: Json, *, source: int = 0) -> Json:

@@ -172,8 +172,8 @@ def train_step(
     before: Callable[[], None] = nothing,
     enter: Enter = untold,
 ) -> Issued:
-    """Gradients, one global norm, the guard's word, and the update of weights, optimizer state, their moving average and routers'
-    buffers.
+    """Gradients, one global norm, the guard's word, and the update of weights, optimizer state, their moving
+    average and routers' buffers.
 
     Everything is asked of the device, and the host does not wait for it: where the guard refuses, every bit of the state stays
     (`state.step` and an optimizer's own counts are the host's to put right). An optimizer that cannot be refused on the device
