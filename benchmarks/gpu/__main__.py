@@ -41,6 +41,7 @@ def checks() -> dict[str, Check]:
         "about": about,
         "parity": arithmetic.parity,
         "bf16": arithmetic.bf16,
+        "attention": arithmetic.attention,
         "kernels": arithmetic.kernels,
         "grid": grid.grid,
         "waits": runs.waits,

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 from ecdit_train.kernels import adaln, draws, gelu, language, rows
 from ecdit_train.keyed import Purpose
@@ -91,6 +92,19 @@ def kernels(device: Device, found: Findings) -> None:
             found.values[label] = speed
             if device.cuda:
                 found.at_least(f"{label}: twin / kernel in time", speed["twin / kernel"], 1.0)
+
+
+def attention(device: Device, found: Findings) -> None:
+    """Which of torch's attention kernels takes the shapes of a 3XL rank: any but the one that writes its weights out."""
+    images, S, L, heads, kv_heads = device.choose(cuda=(64, 128, 128, 36, 6), cpu=(2, 8, 4, 4, 2))
+    q, k, text = (torch.randn(images, h, n, 64, device=device.kind, dtype=torch.bfloat16) for h, n in ((heads, S), (kv_heads, S), (heads, L)))
+    mask = torch.ones(images, 1, 1, L, dtype=torch.bool, device=device.kind)
+    for name, given in {"self": (q, k, k, None), "text": (q, text, text, mask)}.items():
+        gqa = q.shape[1] != given[1].shape[1]
+        chosen = SDPBackend(torch._fused_sdp_choice(*given, enable_gqa=gqa)).name
+        found.values[name] = chosen
+        if device.cuda:
+            found.at_most(f"attention, {name}: {chosen}", int(chosen in ("MATH", "ERROR")), 0)
 
 
 Call = Callable[[], tuple[Tensor, ...]]
