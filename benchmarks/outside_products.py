@@ -1,9 +1,10 @@
 """Bytes that a block moves outside of its matrix products and attention: `python -m benchmarks.outside_products`.
 
-Every op of one forward and backward in bf16 is seen as it runs, with its real tensors (through Triton's interpreter where it is a kernel,
-so this needs no GPU): what it reads and writes, in bytes per token and unit of width. Views cost nothing; a gather reads the rows it
-takes, not the table they come from. Caches are left out: what is counted is what a GPU must move if nothing of it stays on the chip.
-The numbers do not depend on the width, up to what is kept per token or image. The table is in docs/explanation/performance.md.
+Every op of one forward and backward in bf16 is seen as it runs, with its real tensors (through Triton's interpreter
+where it is a kernel, so this needs no GPU): what it reads and writes, in bytes per token and unit of width. Views cost
+nothing; a gather reads the rows it takes, not the table they come from. Caches are left out: what is counted is what a
+GPU must move if nothing of it stays on the chip. The numbers do not depend on the width, up to what is kept per token
+or image. The table is in docs/explanation/performance.md.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ecdit_train.config.slots import RouterSizes
-from ecdit_train.kernels import adaln, gelu, language, rows
+from ecdit_train.kernels import adaln, gelu, language
 from ecdit_train.model.attention import Attention
 from ecdit_train.model.block import Block
 from ecdit_train.model.dispatchers.index_add import IndexAddDispatcher
@@ -38,7 +39,14 @@ B, S, D, E, FC, TEXT = 2, 128, 256, 8, 2, 16
 N, R = B * S, FC * B * S
 
 PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "_scaled_dot_product", "linear")
-FREE = {"aten::_unsafe_view", "aten::detach", "aten::empty_like", "aten::new_empty", "aten::empty", "aten::empty_strided"}
+FREE = {
+    "aten::_unsafe_view",
+    "aten::detach",
+    "aten::empty_like",
+    "aten::new_empty",
+    "aten::empty",
+    "aten::empty_strided",
+}
 TABLES = {"aten::index_select", "ecdit::gather_rows", "ecdit::gather_and_dot", "aten::gather"}
 """Their first argument is read where the index points: as much as the result."""
 
@@ -74,11 +82,16 @@ def tensors(tree: Any) -> list[Tensor]:
 
 def size(t: Tensor) -> int:
     """Bytes that are really there: broadcast dims count once."""
-    return t.element_size() * int(torch.tensor([n for n, s in zip(t.shape, t.stride(), strict=True) if s] or [1]).prod()) if t.numel() else 0
+    return (
+        t.element_size() * int(torch.tensor([n for n, s in zip(t.shape, t.stride(), strict=True) if s] or [1]).prod())
+        if t.numel()
+        else 0
+    )
 
 
 def moved(work: Callable[[], Tensor], *leaves: Tensor) -> float:
-    """Bytes per token and unit of width, forward and backward, of the gradients of `leaves`. The gradient that comes in is there."""
+    """Bytes per token and unit of width, forward and backward, of the gradients of `leaves`. The gradient that
+    comes in is there."""
     with torch.no_grad():
         grad = torch.ones_like(work())
     with Traffic() as seen:
@@ -127,7 +140,8 @@ def pieces() -> dict[str, Piece]:
 
 
 def lean_gelu() -> dict[str, float]:
-    """What the backward of a lean layer makes of pre-activations and da: a, dh and <a, da>; one pass against torch's own ops, in bf16."""
+    """What the backward of a lean layer makes of pre-activations and da: a, dh and <a, da>; one pass against torch's
+    own ops, in bf16."""
     h, da = torch.randn(R, 4 * D, dtype=torch.bfloat16), torch.randn(R, 4 * D, dtype=torch.bfloat16)
 
     def plain() -> None:
@@ -150,7 +164,9 @@ def block(*, sparse: bool, fused: bool) -> float:
     cross = Attention(D, context_width=D, heads=D // 64, kv_heads=D // 64, head_dim=64)
     layer: FeedForward | MoE = FeedForward(D, hidden=4 * D)
     if sparse:
-        router = ExpertChoice(capacity_factor=float(FC), sees="modulated").build(RouterSizes(width=D, num_experts=E, patch_values=4))
+        router = ExpertChoice(capacity_factor=float(FC), sees="modulated").build(
+            RouterSizes(width=D, num_experts=E, patch_values=4)
+        )
         dispatcher = TritonDispatcher() if fused else IndexAddDispatcher()
         layer = MoE(router, GeluExperts(D, hidden=4 * D, num_experts=E), dispatcher=dispatcher)
     made = Block(D, self_attention=attention, cross_attention=cross, feed_forward=layer, modulations=3)
@@ -192,7 +208,9 @@ def main() -> int:
         print("needs Triton (pip install 'ecdit[kernels]')", file=sys.stderr)
         return 1
     if not language.INTERPRETED:
-        return subprocess.run([sys.executable, "-m", "benchmarks.outside_products"], env=os.environ | {"TRITON_INTERPRET": "1"}).returncode
+        return subprocess.run(
+            [sys.executable, "-m", "benchmarks.outside_products"], env=os.environ | {"TRITON_INTERPRET": "1"}
+        ).returncode
     print(f"bytes per token and unit of width, bf16, forward and backward, f_c = {FC}\n")
     print(f"| {'':44} | plain | fused |\n|{'-' * 46}|------:|------:|")
     for name, plain, fused in table():

@@ -97,7 +97,10 @@ def kernels(device: Device, found: Findings) -> None:
 def attention(device: Device, found: Findings) -> None:
     """Which of torch's attention kernels takes the shapes of a 3XL rank: any but the one that writes its weights out."""
     images, S, L, heads, kv_heads = device.choose(cuda=(64, 128, 128, 36, 6), cpu=(2, 8, 4, 4, 2))
-    q, k, text = (torch.randn(images, h, n, 64, device=device.kind, dtype=torch.bfloat16) for h, n in ((heads, S), (kv_heads, S), (heads, L)))
+    q, k, text = (
+        torch.randn(images, h, n, 64, device=device.kind, dtype=torch.bfloat16)
+        for h, n in ((heads, S), (kv_heads, S), (heads, L))
+    )
     mask = torch.ones(images, 1, 1, L, dtype=torch.bool, device=device.kind)
     for name, given in {"self": (q, k, k, None), "text": (q, text, text, mask)}.items():
         gqa = q.shape[1] != given[1].shape[1]

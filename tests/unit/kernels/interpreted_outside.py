@@ -1,4 +1,5 @@
-"""What `benchmarks.outside_products` counts, against counting by hand (through Triton's interpreter: kernels are what is counted)."""
+"""What `benchmarks.outside_products` counts, against counting by hand (through Triton's interpreter: kernels
+are what is counted)."""
 
 from __future__ import annotations
 
@@ -26,7 +27,9 @@ def test_gather(pieces):
 
 def test_gate_and_sum(pieces):
     plain, fused = of(pieces["gate and sum"])
-    assert fused == pytest.approx((4 + 2) + (4 + 4 + 4), abs=0.8), "rows in, tokens out; gradient and rows in, gradient of rows out"
+    assert fused == pytest.approx((4 + 2) + (4 + 4 + 4), abs=0.8), (
+        "rows in, tokens out; gradient and rows in, gradient of rows out"
+    )
     assert plain > 2.5 * fused
 
 
@@ -38,5 +41,7 @@ def test_norm_and_modulation(pieces):
 
 def test_what_a_lean_layer_makes_again():
     found = counted.lean_gelu()
-    assert found["fused"] == pytest.approx(4 * 8 * 2, abs=0.1), "h and da in, a and dh out, 4 f_c values of 2 bytes each"
+    assert found["fused"] == pytest.approx(4 * 8 * 2, abs=0.1), (
+        "h and da in, a and dh out, 4 f_c values of 2 bytes each"
+    )
     assert found["plain"] > 2 * found["fused"]
