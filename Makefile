@@ -104,8 +104,8 @@ bench-peers: setup  ## public peers' own sparse layers beside ours: PEERS=folder
 bench-data: setup  ## the data pipeline against peers, floors and its bars (about fifteen minutes); ENERGON=python of an environment with it
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.data $(if $(ENERGON),--energon $(ENERGON))
 
-gpu-check: setup  ## parity, bf16, compile, host syncs and TFLOP/s on a GPU; skips with a reason where there is none
-	$(BIN)/python -m benchmarks.gpu_check
+gpu-check: setup  ## everything that only a GPU can show (docs/how-to/first-hour-on-a-gpu.md); NPROC=n: the parity grid over n of them
+	$(BIN)/python -m benchmarks.gpu $(if $(NPROC),--nproc $(NPROC))
 
 VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 BUILDER ?= docker

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from ecdit_train.config.schema import HEAD_DIM, ModelConfig, MoEConfig, sparse_layers
 from ecdit_train.config.slots import RouterSizes
+from ecdit_train.kernels.adaln import modulated_norm
 
 from .assignment import Assignment
 from .attention import Attention
-from .block import Block, modulate, norm
+from .block import Block
 from .embed import Conditioning, Prompt, Text, TextEmbedding, TimestepEmbedding, patchify, sincos_2d, take_tokens
 from .feed_forward import FeedForward
 from .lean import lean
@@ -86,7 +87,7 @@ class DiT(nn.Module):
             if assignment is not None:
                 assignments.append(assignment)
         shift, scale = self.final_modulation(c.vector_BD).chunk(2, dim=-1)
-        patches = self.final(modulate(norm(x), shift_BD=shift, scale_BD=scale))
+        patches = self.final(modulated_norm(x, shift_BD=shift, scale_BD=scale))
         return Prediction(patches_BKP=patches, assignments=tuple(assignments))
 
     @property
