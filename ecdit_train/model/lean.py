@@ -53,8 +53,9 @@ class Lean:
     """k; divides s."""
 
     def __call__(self, experts: Experts, rows: tuple[Tensor, Tensor], *, index_Es: Tensor) -> Tensor:
-        """(tokens (N, D), gates (E, s)), and each slot's token -> (N, D). Called by the experts' own forward, with the tensors among
-        its arguments, so that FSDP finds its weights gathered and knows when they have their gradients."""
+        """(tokens (N, D), gates (E, s)), and each slot's token -> (N, D). Called by the experts' own
+        forward, with the tensors among its arguments, so that FSDP finds its weights gathered and knows when
+        they have their gradients."""
         assert isinstance(experts, TwoLayers), "a rule of the configuration"
         x_ND, gate_Es = rows
         return _LeanExperts.apply(x_ND, gate_Es, index_Es, self, experts, *experts.matrices())
