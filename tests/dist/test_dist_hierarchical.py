@@ -23,7 +23,12 @@ def both_ways(exchange: ExpertExchange, x: torch.Tensor) -> list[torch.Tensor]:
     return [there.detach(), back.detach(), x.grad]
 
 
-def check_moves(runtime: Any, node: int) -> None:
+def check_moves(runtime: Any, sizes: tuple[int, ...]) -> None:
+    for node in sizes:
+        check_nodes_of(node, runtime)
+
+
+def check_nodes_of(node: int, runtime: Any) -> None:
     nodes = runtime.world // node
     mesh = init_device_mesh("cpu", (nodes, node), mesh_dim_names=("node", "local"))
     group = mesh._flatten("ep").get_group()
@@ -44,8 +49,7 @@ def check_moves(runtime: Any, node: int) -> None:
 
 def test_rows_arrive_in_the_same_order() -> None:
     """3 nodes of 2 and 2 nodes of 3: what mixes up nodes and places on them cannot pass both."""
-    for node in (2, 3):
-        run_distributed(6, check_moves, node)
+    run_distributed(6, check_moves, (2, 3))
 
 
 def test_training_is_the_same() -> None:

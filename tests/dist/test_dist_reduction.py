@@ -46,8 +46,8 @@ def test_production_type() -> None:
 @pytest.mark.slow
 def test_layouts_on_eight_ranks() -> None:
     """Two copies of experts, each sharded over two ranks, with every other axis there is."""
-    assert_equal(8, [case(rep=2, ep=2, replicate=True, steps=2, reduce="microbatch", microbatches=2),
-                     case(rep=2, tp=2, ep=2, replicate=True, steps=2, optim="muon"),
+    assert_equal(8, [case(rep=2, tp=2, ep=2, replicate=True, steps=2, reduce="microbatch", microbatches=2),
+                     case(rep=2, ep=2, replicate=True, steps=2, optim="muon"),
                      case(rep=2, tp=2, ep=4, steps=1, exchange="hierarchical", replicate=True)])  # fmt: skip
 
 
@@ -86,15 +86,16 @@ def units(model: torch.nn.Module) -> Any:
                 yield name.endswith(".experts"), group.fsdp_params
 
 
-@pytest.mark.parametrize(("freed", "gathered"), [("all", (0, 0)), ("dense", (0, 1)), ("experts", (1, 0)), ("none", (1, 1))])
-def test_whose_weights_are_freed(freed, gathered):
-    held = run_distributed(2, check_held, case(reshard=freed))[0]["gathered"]
-    assert tuple(int(n > 0) for n in held) == gathered
+def check_all_held(runtime: Any, cases: list[Case]) -> list[dict[str, list[int]]]:
+    return [check_held(runtime, c) for c in cases]
 
 
-def test_where_gradients_wait_for_the_last_microbatch():
-    step = run_distributed(2, check_held, case())[0]
-    each = run_distributed(2, check_held, case(reduce="microbatch"))[0]
+def test_whose_weights_are_freed_and_where_gradients_wait_for_the_last_microbatch():
+    gathered = {"all": [0, 0], "dense": [0, 1], "experts": [1, 0], "none": [1, 1]}
+    cases = [*(case(reshard=freed) for freed in gathered), case(), case(reduce="microbatch")]
+    *freed, step, each = run_distributed(2, check_all_held, cases)[0]
+    for held, wanted in zip(freed, gathered.values(), strict=True):
+        assert [int(n > 0) for n in held["gathered"]] == wanted
     assert step["sharded"] == [0, 0] == each["whole"]
     for whole, shard in zip(step["whole"], each["sharded"], strict=True):
         assert 0 < whole <= 2 * shard < whole + 400  # two ranks; biases and routers are padded
