@@ -27,10 +27,12 @@ from data_pipeline.shapes.prompts import all_prompts
 from ecdit_train.config.compose import compose
 from ecdit_train.diffusion.flow import Flow
 from ecdit_train.diffusion.microbatch import Microbatch, split
+from ecdit_train.errors import NonFiniteError
 from ecdit_train.evaluate.pictures import SamplePipeline
 from ecdit_train.observe.figures import sample_grid
 from ecdit_train.parallel import runtime
 from ecdit_train.parallel.context import spread
+from ecdit_train.train.device_guard import DeviceGuard
 from ecdit_train.train.optim import learning_rate
 from ecdit_train.train.state import TrainState
 from ecdit_train.train.step import train_step
@@ -54,7 +56,7 @@ def main(words: list[str]) -> None:
     features, mask = text.encode([s.caption for s in drawn])
 
     parallel = spread(c, runtime.alone())
-    state = TrainState.fresh(parallel.model, c.optim)
+    state, guard = TrainState.fresh(parallel.model, c.optim), DeviceGuard(c.health)
     # The last share of the time on whole pictures, in groups of as many pictures.
     finish = float(own.get("finish", 0))
     group = c.moe.group_size * c.patches_per_image // c.tokens_per_image
@@ -88,13 +90,15 @@ def main(words: list[str]) -> None:
             result = train_step(
                 list(split(batch, size=c.train.microbatch)),
                 parallel=parallel,
-                optimizer=state.optimizer,
+                state=state,
+                guard=guard,
                 lr=learning_rate(step, c.optim, total_steps=c.train.steps),
                 max_norm=c.optim.clip_norm,
                 flow=flow,
                 group_tokens=stage.group_tokens,
-                after=lambda: state.ema.update(state.step) if state.ema is not None else None,
-            )
+            ).numbers()
+            if not result.applied:
+                raise NonFiniteError(f"{result}: the update was not applied")
             state.step += 1
             losses.append(result.loss)
         t = time.process_time()

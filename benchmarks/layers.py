@@ -14,7 +14,7 @@ from ecdit_train.model.dispatchers.deterministic import DeterministicDispatcher
 from ecdit_train.model.dispatchers.index_add import IndexAddDispatcher
 from ecdit_train.model.experts.gelu import GeluExperts
 from ecdit_train.model.feed_forward import FeedForward
-from ecdit_train.model.moe import MoE
+from ecdit_train.model.moe import Form, MoE, plain
 from ecdit_train.model.routers.expert_choice import ExpertChoice, ExpertChoiceRouter
 
 
@@ -43,11 +43,13 @@ def fill(module: nn.Module, *, seed: int) -> None:
             p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float32) * p.shape[-1] ** -0.5)
 
 
-def expert_choice(width: int, *, hidden: int, experts: int, capacity_factor: float, deterministic: bool = False) -> MoE:
+def expert_choice(
+    width: int, *, hidden: int, experts: int, capacity_factor: float, deterministic: bool = False, form: Form = plain
+) -> MoE:
     config = ExpertChoice(capacity_factor=capacity_factor, sees="modulated")
     router = ExpertChoiceRouter(RouterSizes(width=width, num_experts=experts, patch_values=1), config=config)
     dispatcher = DeterministicDispatcher() if deterministic else IndexAddDispatcher()
-    return MoE(router, GeluExperts(width, hidden=hidden, num_experts=experts), dispatcher=dispatcher)
+    return MoE(router, GeluExperts(width, hidden=hidden, num_experts=experts), dispatcher=dispatcher, form=form)
 
 
 def copy_weights(source: MoE, target: Algorithm1) -> None:
@@ -58,12 +60,12 @@ def copy_weights(source: MoE, target: Algorithm1) -> None:
             expert.down.weight.copy_(down.T)
 
 
-def check(*, experts: int, capacity_factor: int, group_tokens: int, deterministic: bool) -> None:
+def check(*, experts: int, capacity_factor: int, group_tokens: int, deterministic: bool, form: Form = plain) -> None:
     """The layer is Algorithm 1 in fp64: values, and gradients of the tokens, the router and every expert. Experts,
     capacity and group are the benchmark's, the widths are small."""
     width, hidden = 32, 48
     source = expert_choice(
-        width, hidden=hidden, experts=experts, capacity_factor=capacity_factor, deterministic=deterministic
+        width, hidden=hidden, experts=experts, capacity_factor=capacity_factor, deterministic=deterministic, form=form
     ).to(torch.float64)
     reference = Algorithm1(
         width, hidden=hidden, experts=experts, capacity=group_tokens * capacity_factor // experts

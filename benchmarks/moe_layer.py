@@ -1,29 +1,42 @@
-"""The expert-choice layer against the bare batched product, Algorithm 1 taken literally and a dense layer of equal FLOPs.
+"""The expert-choice layer, in each of its forms, against the bare batched product, Algorithm 1 taken literally and a
+dense layer of equal FLOPs.
 
-    python -m benchmarks.moe_layer [--rounds 5]
+    python -m benchmarks.moe_layer [--rounds 12] [--seconds 150] [--experts 8,16,32,64]
 
-T = 2048 tokens of width 384, f_c = 2, routing groups of 1024 tokens, forward and backward, E = 8 .. 64, fp32 and bf16. Every
-variant is first checked against Algorithm 1 in fp64. The bars hold on one CPU thread; no GPU number is claimed.
+T = 2048 tokens of width 384, f_c = 2, routing groups of 1024 tokens, forward and backward, fp32 and, where the CPU has
+instructions for it, bf16. Every form is first checked against Algorithm 1 in fp64. `kept` counts the vectors of width d that a
+layer holds for each row between forward and backward. The bars hold on one CPU thread; no GPU number is claimed.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
+from itertools import product
 
 import torch
 from torch import Tensor, nn
 
 from ecdit_train.model.dispatchers.deterministic import DeterministicDispatcher
+from ecdit_train.model.dispatchers.index_add import IndexAddDispatcher
 from ecdit_train.model.feed_forward import FeedForward
-from ecdit_train.model.moe import MoE
+from ecdit_train.model.lean import lean
+from ecdit_train.model.moe import Dispatcher, Form, MoE, plain
 
 from .layers import Algorithm1, check, expert_choice, fill
-from .timing import Bar, Times, Work, interleave, report, settle
+from .timing import Bar, Times, Work, fast_in_bf16, interleave, report, settle
 
 TOKENS, WIDTH, HIDDEN, CAPACITY_FACTOR, GROUP = 2048, 384, 1536, 2, 1024
-EXPERTS = (8, 16, 32, 64)
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+EXPERTS = (8, 16)
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32} if fast_in_bf16() else {"fp32": torch.float32}
+FORMS: dict[str, tuple[Form, Callable[[], Dispatcher]]] = {
+    "plain": (plain, IndexAddDispatcher),
+    "plain, ordered": (plain, DeterministicDispatcher),
+    "lean": (lean, IndexAddDispatcher),
+    "lean, ordered": (lean, DeterministicDispatcher),
+}
+"""Form of the layer, and how rows are summed."""
 
 
 def work(module: nn.Module, x: Tensor, *, group_tokens: int | None = None) -> Work:
@@ -48,72 +61,99 @@ def case(experts: int, dtype: torch.dtype) -> dict[str, Work]:
     dense = FeedForward(WIDTH, hidden=HIDDEN)
     for number, module in enumerate((literal, layer, dense)):
         fill(module.to(dtype), seed=number)
-    deterministic = MoE(layer.router, layer.experts, dispatcher=DeterministicDispatcher())
     bare = layer.experts
     rows = CAPACITY_FACTOR * TOKENS
     x = torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(9)).to(dtype)
     many = torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(9)).to(dtype)
     groups = x.view(-1, GROUP, WIDTH)
+    forms = {
+        name: MoE(layer.router, layer.experts, dispatcher=dispatcher(), form=form)
+        for name, (form, dispatcher) in FORMS.items()
+    }
     return {
-        "layer": work(layer, groups.clone(), group_tokens=GROUP),
-        "deterministic": work(deterministic, groups.clone(), group_tokens=GROUP),
+        **{name: work(form, groups.clone(), group_tokens=GROUP) for name, form in forms.items()},
         "algorithm1": work(literal, groups.clone()),
         "bmm": work(bare, many.view(experts, -1, WIDTH).clone()),
         "dense": work(dense, many.clone()),
     }
 
 
+def kept_rows(form: str, dtype: torch.dtype, *, experts: int) -> float:
+    """Vectors of width d per row in storages other than the tokens' and the weights'."""
+    made, dispatcher = FORMS[form]
+    layer = expert_choice(WIDTH, hidden=HIDDEN, experts=experts, capacity_factor=CAPACITY_FACTOR, form=made).to(dtype)
+    layer.router.float()
+    layer.dispatcher = dispatcher()
+    fill(layer, seed=0)
+    x = torch.randn(TOKENS // GROUP, GROUP, WIDTH).to(dtype).requires_grad_()
+    known = {t.untyped_storage().data_ptr() for t in (x, *layer.parameters())}
+    sizes: dict[int, int] = {}
+    held = []  # so that no storage is given back and counted twice
+
+    def pack(t: Tensor) -> Tensor:
+        held.append(t)
+        if t.untyped_storage().data_ptr() not in known:
+            sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        layer(x, group_tokens=GROUP)
+    return sum(sizes.values()) / (CAPACITY_FACTOR * TOKENS * WIDTH * dtype.itemsize)
+
+
 def summarise(times: Times) -> dict[str, float]:
-    pairs = {
-        "layer / bmm": ("layer", "bmm"),
-        "deterministic / bmm": ("deterministic", "bmm"),
-        "deterministic / layer": ("deterministic", "layer"),
-        "algorithm1 / layer": ("algorithm1", "layer"),
-        "layer / dense": ("layer", "dense"),
-        "bmm / dense": ("bmm", "dense"),
-    }
+    pairs = {f"{form} / {other}": (form, other) for form, other in product(FORMS, ("bmm", "dense"))}
+    pairs |= {f"algorithm1 / {form}": ("algorithm1", form) for form in FORMS} | {"bmm / dense": ("bmm", "dense")}
     ratios = {name: round(times.ratio(*pair), 3) for name, pair in pairs.items()}
-    ratios["layer / bmm spread"] = round(times.spread("layer", "bmm"), 3)
-    return ratios
+    return ratios | {"lean / bmm spread": round(times.spread("lean", "bmm"), 3), "rounds": times.rounds}
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    rounds = parser.parse_args(arguments).rounds
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--seconds", type=float, default=150.0, help="after which no round begins but the first three")
+    parser.add_argument("--experts", default=",".join(map(str, EXPERTS)))
+    asked = parser.parse_args(arguments)
+    numbers = [int(n) for n in asked.experts.split(",")]
     settle()
-    for experts in EXPERTS:
-        for deterministic in (False, True):
-            check(experts=experts, capacity_factor=CAPACITY_FACTOR, group_tokens=GROUP, deterministic=deterministic)
-    print("the layer equals Algorithm 1 in fp64 with both dispatchers: values and all gradients")
-    cases = {f"E={e} {name}": case(e, dtype) for e in EXPERTS for name, dtype in DTYPES.items()}
-    ratios = {name: summarise(times) for name, times in interleave(cases, rounds=rounds).items()}
-    columns = list(next(iter(ratios.values())))
-    print(f"{'':<12}" + "".join(f"{c:>24}" for c in columns))
-    for name, row in ratios.items():
-        print(f"{name:<12}" + "".join(f"{row[c]:>24.3f}" for c in columns))
+    for experts, (form, dispatcher) in product(numbers, FORMS.values()):
+        ordered = dispatcher is DeterministicDispatcher
+        check(experts=experts, capacity_factor=CAPACITY_FACTOR, group_tokens=GROUP, deterministic=ordered, form=form)
+    print(f"{', '.join(FORMS)}: each equals Algorithm 1 in fp64, values and all gradients")
+    if len(DTYPES) == 1:
+        print("left out: bf16, for which this CPU has no instructions")
+    cases = {f"E={e} {name}": case(e, dtype) for e in numbers for name, dtype in DTYPES.items()}
+    measured = interleave(cases, rounds=asked.rounds, seconds=asked.seconds)
+    ratios: dict[str, dict[str, float]] = {name: summarise(times) for name, times in measured.items()}
+    print(f"{'':<30}" + "".join(f"{name:>12}" for name in ratios))
+    for row in next(iter(ratios.values())):
+        print(f"{row:<30}" + "".join(f"{found[row]:>12.3f}" for found in ratios.values()))
+    kept = {f"{form} {name}": round(kept_rows(form, t, experts=16), 3) for form in FORMS for name, t in DTYPES.items()}
+    print("kept: " + ", ".join(f"{name} {value:.2f}" for name, value in kept.items()))
     bars = []
     for name, row in ratios.items():
+        for form in FORMS:
+            bars.append(Bar(name=f"{name}: {form} / bmm", value=row[f"{form} / bmm"], limit=1.05, at_least=False))
+        best = min(FORMS, key=lambda form: row[f"{form} / bmm"])
+        if name.startswith("E=16"):
+            bars.append(Bar(name=f"{name}: {best} / dense", value=row[f"{best} / dense"], limit=1.00, at_least=False))
         bars.append(
-            Bar(name=f"{name}: layer / bare batched product", value=row["layer / bmm"], limit=1.10, at_least=False)
+            Bar(name=f"{name}: Algorithm 1 / {best}", value=row[f"algorithm1 / {best}"], limit=1.7, at_least=True)
         )
-        bars.append(Bar(name=f"{name}: Algorithm 1 / layer", value=row["algorithm1 / layer"], limit=1.6, at_least=True))
-        if name in ("E=8 bf16", "E=16 bf16", "E=8 fp32", "E=16 fp32"):
-            bars.append(
-                Bar(
-                    name=f"{name}: layer / dense of equal FLOPs", value=row["layer / dense"], limit=1.20, at_least=False
-                )
-            )
+    bars += [
+        Bar(name=f"rows kept, {name}", value=value, limit=5.2, at_least=False)
+        for name, value in kept.items()
+        if name.startswith("lean")
+    ]
     settings = {
         "tokens": TOKENS,
         "width": WIDTH,
         "hidden": HIDDEN,
         "capacity_factor": CAPACITY_FACTOR,
         "group_tokens": GROUP,
-        "rounds": rounds,
         "pass": "forward + backward",
     }
-    return report("moe_layer", settings=settings, ratios=ratios, bars=bars)
+    return report("moe_layer", settings=settings, ratios=ratios | {"kept": kept}, bars=bars)
 
 
 if __name__ == "__main__":

@@ -23,8 +23,9 @@ from ecdit_train.diffusion.microbatch import Microbatch
 from ecdit_train.observe.metrics import MetricWindow
 from ecdit_train.parallel.context import spread
 from ecdit_train.parallel.runtime import alone
+from ecdit_train.train.device_guard import DeviceGuard
 from ecdit_train.train.state import TrainState
-from ecdit_train.train.step import Seen, train_step
+from ecdit_train.train.step import Numbers, Seen, train_step
 from ecdit_train.train.watching import Watching
 
 REPEATS = 5
@@ -62,33 +63,33 @@ def forms(config: RunConfig) -> dict[str, Work]:
     watching = Watching(c, window=window, routers=parallel.model.routers)
     once = {
         "parallel": parallel,
-        "optimizer": state.optimizer,
+        "state": state,
+        "guard": DeviceGuard(c.health),
         "lr": 1e-6,
         "max_norm": 1.0,
         "group_tokens": c.group_tokens,
-        "after": lambda: None,
     }
     unlogged, logged = c.observe.log_every + 1, c.observe.log_every
     flow, seen = Flow(**about), list[Seen]()
     P = c.model.patch**2 * c.encoders.image.channels
     patches_BKP = torch.randn(B, c.tokens_per_image, P, generator=generator)
 
-    def step(look: Look = lambda seen: None) -> None:
-        train_step(micros, flow=flow, watch=look, **once)
+    def step(look: Look = lambda seen: None) -> Numbers:
+        return train_step(micros, flow=flow, watch=look, **once).numbers()
 
     def every_step() -> None:
         for _ in range(REPEATS):
             for micro in seen:
                 flow.errors(patches_BKP, x_BKP=patches_BKP, eps_BKP=patches_BKP, t_B=micro.t_B)
-            watching.see(unlogged, seen)
+            watching.add(numbers, watching.see(unlogged, seen))
 
     def record() -> None:
         for _ in range(REPEATS):
-            watching.see(logged, seen)
+            watching.add(numbers, watching.see(logged, seen))
             window.flush(reading=partial(watching.read, logged))
 
-    step(seen.extend)
-    return {"step": step, "every step": every_step, "record": record}
+    numbers = step(seen.extend)
+    return {"step": lambda: step() and None, "every step": every_step, "record": record}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -29,6 +29,8 @@ from ecdit_train.diffusion.microbatch import Microbatch, split
 from ecdit_train.parallel import runtime
 from ecdit_train.parallel.context import ParallelContext, spread
 from ecdit_train.plan import estimate, to_json
+from ecdit_train.train.device_guard import DeviceGuard
+from ecdit_train.train.state import TrainState
 from ecdit_train.train.step import train_step
 
 from .timing import Bar, report, settle
@@ -49,8 +51,9 @@ class Trained:
 
     def __init__(self, config: RunConfig, parallel: ParallelContext) -> None:
         self.config, self.parallel = config, parallel
-        params = dict(parallel.model.named_parameters())
-        self.optimizer = config.optim.optimizer.build(params, lr=1e-4, sharding=parallel.sharding)
+        optim = replace(config.optim, lr=1e-4, ema_decay=0.0)
+        self.state = TrainState.fresh(parallel.model, optim, sharding=parallel.sharding)
+        self.guard = DeviceGuard(config.health)
         B, text, side = config.train.global_batch, config.encoders.text, config.latent_side
         g, mesh = torch.Generator().manual_seed(0), parallel.mesh
         mine = slice(mesh.dp_rank * B // mesh.dp_size, (mesh.dp_rank + 1) * B // mesh.dp_size)
@@ -66,8 +69,8 @@ class Trained:
         c = self.config
         for _ in range(steps):
             train_step(
-                list(split(self.batch, size=c.train.microbatch)), parallel=self.parallel, optimizer=self.optimizer,
-                lr=1e-4, max_norm=1.0, flow=self.flow, group_tokens=c.group_tokens, after=lambda: None,
+                list(split(self.batch, size=c.train.microbatch)), parallel=self.parallel, state=self.state,
+                guard=self.guard, lr=1e-4, max_norm=1.0, flow=self.flow, group_tokens=c.group_tokens,
             )  # fmt: skip
 
 

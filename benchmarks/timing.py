@@ -9,6 +9,7 @@ import ctypes
 import datetime
 import gc
 import json
+import math
 import platform
 import random
 import time
@@ -49,6 +50,10 @@ class Times:
 
     seconds: dict[str, list[float]]
 
+    @property
+    def rounds(self) -> int:
+        return min(map(len, self.seconds.values()))
+
     def ratio(self, variant: str, reference: str) -> float:
         return median(self._ratios(variant, reference))
 
@@ -61,11 +66,19 @@ class Times:
         return [a / b for a, b in zip(self.seconds[variant], self.seconds[reference], strict=True)]
 
 
-def interleave(cases: dict[str, dict[str, Work]], *, rounds: int, seed: int = 0) -> dict[str, Times]:
-    """Times every variant of every case once per round: cases in shuffled order, variants shuffled within each."""
-    shuffle = random.Random(seed).shuffle
+LEAST_ROUNDS = 3
+
+
+def interleave(
+    cases: dict[str, dict[str, Work]], *, rounds: int, seconds: float = math.inf, seed: int = 0
+) -> dict[str, Times]:
+    """Times every variant of every case once per round: cases in shuffled order, variants shuffled within each. After `seconds` of
+    wall time no other round begins, once there are three."""
+    shuffle, began = random.Random(seed).shuffle, time.monotonic()
     times: dict[str, Times] = {case: Times(seconds={v: [] for v in variants}) for case, variants in cases.items()}
     for number in range(-1, rounds):  # round -1 warms up
+        if number >= LEAST_ROUNDS and time.monotonic() - began > seconds:
+            break
         order = list(cases)
         shuffle(order)
         for case in order:
@@ -104,6 +117,13 @@ def machine() -> dict[str, Any]:
         "system": platform.system(),
         "threads": torch.get_num_threads(),
     }
+
+
+def fast_in_bf16() -> bool:
+    """Whether this CPU multiplies bf16 matrices by instructions of their own; without them torch takes many times fp32's time."""
+    return any(
+        getattr(torch.cpu, name, lambda: False)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    )
 
 
 def read_bars(name: str) -> list[Bar]:

@@ -112,8 +112,12 @@ class Loader(Protocol):
 
     def __next__(self) -> Batch: ...
 
-    def state_dict(self) -> dict[str, Any]:
-        """Where the next batch starts: JSON-able, below 1 KB, equal on all ranks."""
+    def mark(self) -> Any:
+        """This rank's own place, in a few numbers and without asking anybody: for `state_dict` later on."""
+        ...
+
+    def state_dict(self, mark: Any = None) -> dict[str, Any]:
+        """Where the next batch starts, or started at `mark`: JSON-able, below 1 KB, equal on all ranks."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

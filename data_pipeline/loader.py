@@ -200,9 +200,13 @@ class StreamingLoader:
         self._stall_seconds += time.perf_counter() - began
         return batch
 
-    def state_dict(self) -> dict[str, Any]:
+    def mark(self) -> int:
+        """See `contract.Loader`."""
+        return self._step
+
+    def state_dict(self, mark: int | None = None) -> dict[str, Any]:
         """See `contract.Loader`. `step` is the next one to deliver."""
-        return self._place.state(self._step)
+        return self._place.state(self._step if mark is None else mark)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `contract.Loader`. Ranks, threads, prefetch, fields and resolution may differ from the saving run's; more samples

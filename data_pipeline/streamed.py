@@ -151,9 +151,14 @@ class StreamedLoader:
         self._stall_seconds += time.perf_counter() - began
         return made.batch
 
-    def state_dict(self) -> dict[str, Any]:
+    def mark(self) -> tuple[int, int]:
+        """See `contract.Loader`."""
+        return self._step, self._turns
+
+    def state_dict(self, mark: tuple[int, int] | None = None) -> dict[str, Any]:
         """Equal on all ranks if `agree` asks them. `base` counts shards of the endless list that need not be read again."""
-        return {**self._identity(), "step": self._step, "base": self._base + self._agree(self._turns) * self._world}
+        step, turns = mark or self.mark()
+        return {**self._identity(), "step": step, "base": self._base + self._agree(turns) * self._world}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raises WrongView for other URLs, another seed or global batch, or the place of an exact stream."""

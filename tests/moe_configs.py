@@ -52,7 +52,7 @@ def moe_config(
     **rest: Any,
 ) -> MoEConfig:
     """`router`: expert_choice, token_choice, threshold, dense, expert_race or one of FAMILY."""
-    plain = {"layers": "even", "expert_ratio": None, "shared_experts": 0}
+    plain = {"layers": "even", "expert_ratio": None, "form": "plain", "shared_experts": 0}
     values: Any = {"scope": "group", "group_size": 32, **plain, **rest}
     if router == "dense":
         return MoEConfig(router=None, experts=None, dispatcher=None, num_experts=1, **values)

@@ -12,7 +12,7 @@ from data_pipeline.contract import Batch, Loader
 from data_pipeline.errors import SAMPLE_ERRORS, BadArray
 from ecdit_train.config.schema import EncodersConfig, RunConfig
 from ecdit_train.diffusion.encoders import MAX_WORDS, ImageCodec, KnowsWords, TextEncoder
-from ecdit_train.diffusion.microbatch import Microbatch
+from ecdit_train.diffusion.microbatch import Microbatch, Place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +48,7 @@ class EncodedBatches:
         self._latent_side = latent_side
         self._first: tuple[Batch, Microbatch] | None = None
         self._words: set[str] = set()
+        self._sorted: list[str] = []
 
     def prepare(self) -> None:
         """Make the first batch now: bad data is refused before a run folder is made for it. The loader's state is asked for only
@@ -113,7 +114,9 @@ class EncodedBatches:
         return found | {f"data/source/{source.name}/epochs": source.epochs for source in stats.sources}
 
     def words(self) -> list[str]:
-        return sorted(self._words)
+        if len(self._sorted) != len(self._words):
+            self._sorted = sorted(self._words)
+        return self._sorted
 
     def bad(self) -> dict[str, int]:
         return dict(self._loader.stats().bad)
@@ -151,8 +154,13 @@ class EncodedBatches:
     def close(self) -> None:
         self._loader.close()
 
-    def state_dict(self) -> dict[str, Any]:
-        return self._loader.state_dict()
+    def place(self) -> Place:
+        return Place(
+            counts=self.counts(), levels=self.levels(), bad=self.bad(), words=self.words(), mark=self._loader.mark()
+        )
+
+    def state_dict(self, mark: Any = None) -> dict[str, Any]:
+        return self._loader.state_dict(mark)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._loader.load_state_dict(state)

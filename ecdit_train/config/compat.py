@@ -24,6 +24,7 @@ _CLASSES: dict[str, Kind] = {
     "model": "identity",
     "moe": "identity",
     "moe.router.schedule": "schedule",
+    "moe.form": "free",  # another way to the same result
     "moe.dispatcher._target_": "free",  # identity where one of the two changes the result, see `kind`
     "diffusion": "identity",
     "sample": "free",

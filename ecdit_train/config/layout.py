@@ -19,7 +19,9 @@ def check_layout(cfg: RunConfig, check: Checker, *, world: int | None) -> None:
     check.require(parallel.dp_shard == -1 or parallel.dp_shard >= 1, "parallel.dp_shard", rule=rule, nearest=-1)
     _tensor(cfg, check)
     _sequence(cfg, check)
+    _recomputation(cfg, check)
     _expert(cfg, check)
+    _exchange(cfg, check)
     if world is not None and check.sane("parallel.dp_replicate", "parallel.dp_shard", "parallel.tp", "parallel.ep"):
         _world(cfg, check, world=world)
 
@@ -99,6 +101,36 @@ def _sequence(cfg: RunConfig, check: Checker) -> None:
     check.require(not wanted, "parallel.sequence_parallel", rule=NO_SEQUENCE_PARALLEL, nearest="false")
 
 
+def _recomputation(cfg: RunConfig, check: Checker) -> None:
+    """What is asked of checkpointing must have an effect."""
+    parallel, mode = cfg.parallel, cfg.parallel.activation_checkpointing
+    rule = f"must be [] with activation_checkpointing = {mode}: `selective` keeps what is named here"
+    check.require(mode == "selective" or not parallel.keep, "parallel.keep", rule=rule, nearest="[]")
+    once = list(dict.fromkeys(parallel.keep))
+    rule = "must name each kind once"
+    check.require(len(once) == len(parallel.keep), "parallel.keep", rule=rule, nearest=f"[{','.join(once)}]")
+    share = parallel.checkpoint_blocks
+    rule = "must be above 0 and at most 1; no block is activation_checkpointing=none"
+    check.require(0 < share <= 1, "parallel.checkpoint_blocks", rule=rule, nearest=1.0)
+    if mode == "none" and check.sane("parallel.checkpoint_blocks"):
+        rule = "must be 1 with activation_checkpointing = none"
+        check.require(share == 1, "parallel.checkpoint_blocks", rule=rule, nearest=1.0)
+
+
+def _exchange(cfg: RunConfig, check: Checker) -> None:
+    """A hierarchical exchange needs whole nodes, more than one of them."""
+    ep, node = cfg.parallel.ep, cfg.cluster.gpus_per_node
+    if cfg.parallel.exchange == "flat" or not check.sane("parallel.ep", "cluster.gpus_per_node"):
+        return
+    rule = f"needs ep = {ep} to be several whole nodes of cluster.gpus_per_node = {node}"
+    several = node > 1 and ep > node and ep % node == 0
+    if check.require(several, "parallel.exchange", rule=rule, nearest="flat"):
+        varies = _capacity_is_sane(cfg, check) and cfg.capacity is None
+        fixed = not varies or cfg.moe.dispatcher is None or cfg.moe.dispatcher.cap is not None
+        rule = "must be flat while the number of rows varies (moe.dispatcher.cap = null)"
+        check.require(fixed, "parallel.exchange", rule=rule, nearest="flat")
+
+
 def _expert(cfg: RunConfig, check: Checker) -> None:
     """ep spreads whole experts; chunks hold whole groups."""
     parallel, moe = cfg.parallel, cfg.moe
@@ -157,6 +189,9 @@ def _world(cfg: RunConfig, check: Checker, *, world: int) -> None:
         rule=f"must divide the world of {world} ranks (edp * ep = world)",
         nearest=max(d for d in divisors(world) if d <= ep and (cfg.moe.router is None or cfg.moe.num_experts % d == 0)),
     )
+    if cfg.parallel.replicate_experts and check.sane("parallel.ep", "parallel.dp_replicate") and world % ep == 0:
+        rule = f"needs dp_replicate = {replicate} to divide edp = world / ep = {world} / {ep} = {world // ep}"
+        check.require(world // ep % replicate == 0, "parallel.replicate_experts", rule=rule, nearest="false")
     if check.sane("parallel.tp", "parallel.dp_replicate", "train.global_batch", "train.microbatch") and world % tp == 0:
         _microbatches(cfg, check, dp=world // tp)
 

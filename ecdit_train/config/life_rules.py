@@ -17,6 +17,7 @@ def check_life(cfg: RunConfig, check: Checker) -> None:
     check.at_least(0, ["checkpoint.keep_every", "checkpoint.keep_best", "validation.images"])
     check.positive(["checkpoint.hours_between_failures", "health.spike_deviations"])
     check.positive([f"watch.{field.name}" for field in fields(cfg.watch)])
+    check.at_least(1, ["watch.agree_every"])
     check.at_least(0, ["health.max_skips", "health.max_roll_backs", "health.digest_every"])
     check.at_least(8, ["health.spike_window"])
     _check_alerts(check)

@@ -31,6 +31,8 @@ HEAD_DIM = 64
 
 SparseLayers = Literal["even", "all", "after_3"]
 
+Kept = Literal["attention", "projections", "feed_forward", "experts"]
+
 
 def sparse_layers(layers: int, *, which: SparseLayers) -> tuple[int, ...]:
     """Numbers of the blocks that carry experts where there are any, counted from 1: every second (paper section 3.1), all, or all
@@ -89,6 +91,10 @@ class MoEConfig:
     """Blocks that carry experts: 2, 4, ... (the paper), all, or all after the third (Nucleus-Image)."""
     expert_ratio: float | None
     """Hidden width of an expert over d; null: `model.ffn_ratio`, an expert as wide as the dense feed-forward."""
+    form: Literal["plain", "lean"]
+    """How a layer is carried out, with the same result: `plain` leaves it to autograd; `lean` keeps the experts'
+    first products alone for the backward pass and makes the rest again (no matrix product among it): less than
+    half of the memory."""
     shared_experts: int
     """Experts that work on every token beside the chosen ones, as one feed-forward of so many times an expert's hidden width."""
 
@@ -195,13 +201,26 @@ class ParallelConfig:
     sequence_parallel: bool
     """Not available: an expert ranks its whole group (docs/decisions/0007)."""
     activation_checkpointing: Literal["none", "selective", "full"]
-    """`selective` recomputes matrix products but keeps what the expert exchange received."""
+    """What backward computes again: nothing; `selective`: all but routing, what was exchanged and what `keep` names;
+    `full`: all but routing."""
+    keep: tuple[Kept, ...]
+    """What `selective` keeps besides: results of attention, of its projections, of the dense feed-forward's
+    products, of the experts'."""
+    checkpoint_blocks: float
+    """Share of the blocks that are checkpointed, above 0: spread evenly over the depth, over dense and sparse blocks alike."""
     compile: bool
     """torch.compile, block by block."""
     overlap_chunks: int
     """Parts into which a layer's groups are cut: one part's exchange hides behind another's experts; 1 is off."""
-    reshard_after_forward: bool
-    """Free gathered weights after the forward pass."""
+    reduce_gradients: Literal["step", "microbatch"]
+    """When gradients are summed over ranks: with the last microbatch of a step, or in each, where only shards accumulate."""
+    reshard_after_forward: Literal["all", "dense", "experts", "none"]
+    """Whose gathered weights are freed after the forward pass and gathered again in backward."""
+    replicate_experts: bool
+    """Hybrid sharding of experts too: each of the `dp_replicate` copies has all of them; else they are sharded across copies."""
+    exchange: Literal["flat", "hierarchical"]
+    """All-to-all of the experts' rows: among all ep ranks, or inside a node first (`cluster.gpus_per_node`) and then across nodes,
+    one message for each pair of nodes and local rank."""
 
 
 @dataclass(frozen=True, kw_only=True)

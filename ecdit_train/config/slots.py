@@ -178,6 +178,13 @@ class ExpertsConfig(SlotConfig):
         """Values of the compute type that autograd keeps: before and after the activation, and the result."""
         return 2.0 * hidden + width
 
+    lean: ClassVar[bool] = False
+    """Whether `moe.form=lean` can carry them out: what is built is a `model.experts.two_layers.TwoLayers`."""
+
+    def lean_values_per_row(self, *, width: int, hidden: int) -> float:
+        """Values of the compute type that `moe.form=lean` keeps: those before the activation."""
+        raise NotImplementedError
+
     def build(self, *, width: int, hidden: int, num_experts: int) -> nn.Module:
         """A `model.moe.Experts`. Called under the meta device."""
         raise NotImplementedError

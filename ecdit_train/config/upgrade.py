@@ -2,8 +2,8 @@
 
 `resolved.yaml` says its format since format 2; format 1 (ecdit 0.1, before slots) says nothing. Format 3 has keys that
 format 2 had not, format 4 has the sections that keep a run alive, format 5 what a job asks of Slurm and how it comes
-back, format 6 how data are read, format 7 how a run is watched: each new key gets the value that says what the code
-did before it (`ADDED`).
+back, format 6 how data are read, format 7 how a run is watched, format 8 what a step keeps and when it exchanges: each new
+key gets the value that says what the code did before it (`ADDED`); a key that has other values since says so in `CHANGED`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from ecdit_train.config.slots import TARGET
 from ecdit_train.errors import RunFolderError
 
-FORMAT = 7
+FORMAT = 8
 """What this version writes."""
 
 KEY = "format"
@@ -87,8 +87,22 @@ ADDED: Mapping[str, Any] = {
         "free_checkpoints": 2.0,
         "restarts": 5,
     },
+    # Since format 8. How often ranks ask each other is new; nothing is lost by it.
+    "moe.form": "plain",
+    "parallel.keep": [],
+    "parallel.checkpoint_blocks": 1.0,
+    "parallel.reduce_gradients": "step",
+    "parallel.replicate_experts": False,
+    "parallel.exchange": "flat",
+    "watch.agree_every": 5,
 }
 """Keys since format 3 and what was there before them."""
+
+CHANGED: Mapping[str, Mapping[Any, Any]] = {
+    # Since format 8.
+    "parallel.reshard_after_forward": {True: "all", False: "none"},
+}
+"""Keys whose values have other names since: old -> new."""
 
 ADDED_TO: Mapping[str, Mapping[str, Any]] = {
     "ecdit_train.model.routers.expert_choice.ExpertChoice": {"sees": "modulated", "schedule": []},
@@ -189,11 +203,14 @@ def _from_1(old: dict[str, Any]) -> dict[str, Any]:
 
 
 def _completed(old: Any) -> dict[str, Any]:
-    """Formats 2 and later only gained keys."""
+    """Formats 2 and later gained keys, and other names of values."""
     new = _with_classes_keys(old)
     for key, value in ADDED.items():
         section, _, name = key.rpartition(".")
         new[section] = {name: value, **new.get(section, {})}
+    for key, names in CHANGED.items():
+        section, _, name = key.rpartition(".")
+        new[section] = {**new[section], name: names.get(new[section][name], new[section][name])}
     return new
 
 

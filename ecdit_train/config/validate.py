@@ -220,6 +220,9 @@ def _experts(cfg: RunConfig, check: Checker) -> None:
         )
         nearest = max(round(hidden), 1) / width
         check.require(is_whole(hidden) and hidden >= 1 - 1e-6, "moe.expert_ratio", rule=rule, nearest=nearest)
+    if cfg.moe.form == "lean" and cfg.moe.experts is not None and not cfg.moe.experts.lean:
+        rule = f"{type(cfg.moe.experts).__name__} has no lean form (it builds no `model.experts.two_layers.TwoLayers`)"
+        check.require(False, "moe.form", rule=rule, nearest="plain")
     if cfg.moe.shared_experts and cfg.moe.experts is not None and not cfg.moe.experts.shared_matrices:
         rule = f"must be 0: {type(cfg.moe.experts).__name__} has no form that works on every token"
         check.require(False, "moe.shared_experts", rule=rule, nearest=0)

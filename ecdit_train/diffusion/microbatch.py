@@ -1,4 +1,4 @@
-"""What the network trains on, on the device.
+"""What the network trains on, on the device, and where in the data that is.
 
 Legend: B images of one microbatch, C channels, H W latent height and width, L text tokens, X width of the frozen text features.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -23,6 +24,22 @@ class Microbatch:
     """True at real tokens."""
     captioned_B: Tensor | None = None
     """False where a sample has no caption: it is trained on as one whose caption is dropped. None: all have one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where in the data a run is and what it met there, as of one batch: the loader may be further. This rank's."""
+
+    counts: dict[str, int]
+    """Counters since this process started, by the names of METRICS."""
+    levels: dict[str, float]
+    """How things stand, by the names of METRICS."""
+    bad: dict[str, int]
+    """Unreadable samples replaced, by kind of error."""
+    words: list[str]
+    """Words of captions, where the encoder knows only those that it has seen."""
+    mark: Any
+    """What the loader needs to say its state as of then."""
 
 
 def split(batch: Microbatch, *, size: int) -> Iterator[Microbatch]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ecdit_train.kernels.adaln import modulated_norm, norm_modulate
 
 from .assignment import Assignment
-from .attention import Attention
+from .attention import Attention, KeysValues
 from .embed import Conditioning
 from .feed_forward import FeedForward
 from .moe import MoE
@@ -42,6 +42,10 @@ class Block(nn.Module):
         self.cross_attention = cross_attention
         self.feed_forward = feed_forward
 
+    def keys_values(self, text_BLY: Tensor) -> KeysValues | None:
+        """What cross-attention makes of the text (`embed.Prompt`)."""
+        return None if self.cross_attention is None else self.cross_attention.keys_values(text_BLY)
+
     def forward(self, x_BSD: Tensor, c: Conditioning, *, group_tokens: int) -> tuple[Tensor, Assignment | None]:
         """Returns the tokens and, from a sparse block, who took what."""
         B, _, D = x_BSD.shape
@@ -55,6 +59,7 @@ class Block(nn.Module):
 
         if self.cross_attention is not None:
             assert self.norm_text is not None
+            assert c.text_BLY is not None
             x_BSD = x_BSD + self.cross_attention(self.norm_text(x_BSD), context=c.text_BLY, mask_BL=c.text_mask_BL)
 
         shift, scale, gate = ffn_B3D.unbind(1)

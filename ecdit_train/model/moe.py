@@ -11,15 +11,17 @@ and `index_add` sums the weighted results. A one-hot dispatch (the paper's Algor
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
 from .assignment import Assignment, Rows, Selection, Table
 from .router import Router, RouterInput
 
-Pipeline = Callable[[Callable[[Tensor], Tensor], Any], Any]
-"""(compute, rows in flight) -> results in flight: how a distributed dispatcher feeds experts part by part."""
+Settled = Table | Rows
+"""An assignment whose rows are known."""
+Pipeline = Callable[["Experts", Any], Any]
+"""(experts, rows as `dispatch` left them) -> results as `combine` takes them: how experts are fed otherwise than with one table."""
 
 
 class Experts(nn.Module):
@@ -39,7 +41,7 @@ class Experts(nn.Module):
 
     def forward(self, rows: Any, pipeline: Pipeline | None = None) -> Any:
         """One call for all rows, because FSDP gathers and frees the weights around each call."""
-        return self.compute(rows) if pipeline is None else pipeline(self.compute, rows)
+        return self.compute(rows) if pipeline is None else pipeline(self, rows)
 
     def shard(self, *, index: int, count: int) -> None:
         """Keep the experts of part `index` of `count`, in place and without values: parameters and buffers are cut on dim 0."""
@@ -63,6 +65,19 @@ class Experts(nn.Module):
                 module.num_experts = e
 
 
+class Travel(Protocol):
+    """How rows (E, s, D), the slots of this rank for all experts, reach their experts as (e, R, D), and back. What `send_*` returns
+    is in flight, and may only be given to the `receive_*` of its name."""
+
+    def send_out(self, x_EsD: Tensor) -> Tensor: ...
+
+    def receive_out(self, x_EsD: Tensor) -> Tensor: ...
+
+    def send_back(self, y_eRD: Tensor) -> Tensor: ...
+
+    def receive_back(self, y_EsD: Tensor) -> Tensor: ...
+
+
 class Dispatcher:
     """Brings tokens to their experts and back on one device. Gates and indices stay where they were made.
 
@@ -71,10 +86,27 @@ class Dispatcher:
     """
 
     pipeline: Pipeline | None = None
+    travel: Travel | None = None
+    """None where all experts are here."""
+    chunks: int = 1
+    """Parts of a rank's slots that travel one after another."""
 
     def __init__(self, *, cap: float | None = None) -> None:
         self.cap = cap
         """See `config.slots.DispatcherConfig.cap`."""
+
+    @property
+    def local(self) -> Dispatcher:
+        """The one that gathers and sums on this rank."""
+        return self
+
+    def enter(self, x_ND: Tensor, table: Table) -> tuple[Tensor, Table]:
+        """Tokens and slots that this rank works on; `leave` ends what this begins. For who gathers and sums for itself."""
+        return x_ND, table
+
+    def leave(self, y_ND: Tensor) -> Tensor:
+        """(N, D) of this rank's slots -> of all of them."""
+        return y_ND
 
     def gather(self, x_ND: Tensor, index_R: Tensor) -> Tensor:
         """(N, D), (R,) -> (R, D): the rows of the tokens named."""
@@ -112,11 +144,29 @@ class Dispatcher:
         return self.sum(y_RD * gate_R[:, None].to(y_RD.dtype), index_R, num_tokens=num_tokens)
 
 
+Form = Callable[[Experts, Dispatcher, Tensor, Settled], Tensor]
+"""(experts, dispatcher, tokens (N, D), who takes what) -> (N, D): how the layer is carried out, with `plain`'s result."""
+
+
+def plain(experts: Experts, dispatcher: Dispatcher, x_ND: Tensor, assignment: Settled) -> Tensor:
+    """Step by step, for autograd to look at. `model.lean` keeps less for its backward pass."""
+    rows = dispatcher.dispatch(x_ND, assignment)
+    # A varying number of rows travels as one.
+    y = experts(rows, None if isinstance(rows, Tensor) else dispatcher.pipeline)
+    return dispatcher.combine(y, assignment, num_tokens=x_ND.shape[0])
+
+
 class MoE(nn.Module):
     """Sparse feed-forward over routing groups of consecutive tokens."""
 
     def __init__(
-        self, router: Router, experts: Experts, *, dispatcher: Dispatcher, shared: nn.Module | None = None
+        self,
+        router: Router,
+        experts: Experts,
+        *,
+        dispatcher: Dispatcher,
+        shared: nn.Module | None = None,
+        form: Form = plain,
     ) -> None:
         super().__init__()
         self.router = router
@@ -124,6 +174,7 @@ class MoE(nn.Module):
         self.dispatcher = dispatcher
         self.shared = shared
         """A feed-forward that works on every token beside the chosen experts."""
+        self.form = form
 
     def forward(
         self,
@@ -147,11 +198,7 @@ class MoE(nn.Module):
             x_GSD=x_GSD, normed_GSD=normed_GSD, hidden_GSD=hidden_GSD, timestep_BD=timestep_BD, image_tokens=S
         )
         assignment = self.dispatcher.settle(self.router(tokens))
-        assert isinstance(assignment, Table | Rows)
-        rows = self.dispatcher.dispatch(x_BSD.reshape(-1, D), assignment)
-        pipeline = (
-            None if isinstance(rows, Tensor) else self.dispatcher.pipeline
-        )  # a varying number of rows travels as one
-        y_ND = self.dispatcher.combine(self.experts(rows, pipeline), assignment, num_tokens=B * S)
+        assert isinstance(assignment, Settled)
+        y_ND = self.form(self.experts, self.dispatcher, x_BSD.reshape(-1, D), assignment)
         y_BSD = y_ND.view(B, S, D)
         return (y_BSD if self.shared is None else y_BSD + self.shared(x_BSD)), assignment

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -103,27 +103,51 @@ class AffinityRouter(Router):
 
     def seen(self, tokens: RouterInput) -> Tensor:
         """(G, S, D) fp32: what the product with `weight` is taken of."""
-        x = {"modulated": tokens.x_GSD, "hidden": tokens.hidden_GSD, "timestep": tokens.normed_GSD}[self.sees]
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        if self.mix is None:
-            return x
-        with torch.autocast(x.device.type, enabled=False):
-            return F.gelu(x @ self.mix.to(x.dtype), approximate="tanh")
+        x = self._looks_at(tokens)
+        if self.mix is not None:
+            return F.gelu(product_fp32(x, self.mix), approximate="tanh")
+        return x.to(torch.promote_types(x.dtype, torch.float32))
 
     def logits(self, tokens: RouterInput, *, seen_GSD: Tensor | None = None) -> Tensor:
         """(G, S, E) fp32. `seen_GSD`: what `seen` returned, where it is needed for more."""
-        x = self.seen(tokens) if seen_GSD is None else seen_GSD
-        with torch.autocast(x.device.type, enabled=False):
-            logits = x @ self.weight.to(x.dtype)
-            if self.timestep_weight is None:
-                return logits
-            # One product per image, not per token: [t ; x] W = t W_t + x W_x.
-            by_image_BE = tokens.timestep_BD.to(x.dtype) @ self.timestep_weight.to(x.dtype)
-            return (logits.view(-1, tokens.image_tokens, logits.shape[-1]) + by_image_BE[:, None]).view_as(logits)
+        if seen_GSD is None:
+            seen_GSD = self._looks_at(tokens) if self.mix is None else self.seen(tokens)
+        logits = product_fp32(seen_GSD, self.weight)
+        if self.timestep_weight is None:
+            return logits
+        # One product per image, not per token: [t ; x] W = t W_t + x W_x.
+        by_image_BE = product_fp32(tokens.timestep_BD, self.timestep_weight)
+        return (logits.view(-1, tokens.image_tokens, logits.shape[-1]) + by_image_BE[:, None]).view_as(logits)
+
+    def _looks_at(self, tokens: RouterInput) -> Tensor:
+        return {"modulated": tokens.x_GSD, "hidden": tokens.hidden_GSD, "timestep": tokens.normed_GSD}[self.sees]
 
     def affinity(self, tokens: RouterInput) -> Tensor:
         """(G, S, E) fp32."""
         return self.logits(tokens).softmax(dim=-1)
+
+
+def product_fp32(x: Tensor, weight: Tensor) -> Tensor:
+    """x W in fp32 (fp64 for doubles), whatever type x has: (..., D), (D, E) -> (..., E). Only x itself is kept for backward, not
+    its copy in fp32, which would be as large as a row for each of two experts."""
+    return _ProductFp32.apply(x, weight)
+
+
+class _ProductFp32(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            return x.to(wide) @ weight.to(wide)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        with torch.autocast(x.device.type, enabled=False):
+            dx = (grad @ weight.to(grad.dtype).t()).to(x.dtype)
+            dweight = x.flatten(0, -2).to(grad.dtype).t() @ grad.flatten(0, -2)
+        return dx, dweight.to(weight.dtype)
 
 
 class ScheduledRouter(AffinityRouter):

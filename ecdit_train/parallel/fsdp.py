@@ -1,5 +1,8 @@
 """FSDP2 over both views: the dense part over the data-parallel mesh, experts over edp, routers apart in fp32.
 
+With hybrid sharding the dense part has a copy in every replica; experts are sharded across replicas, or
+have copies too (`parallel.replicate_experts`).
+
 Grouping: each block is gathered as one, its experts as another (another mesh), its router as a third (another
 precision), and the root holds embeddings, text refiner and output layer.
 """
@@ -23,6 +26,8 @@ from .grads import expert_gradient_divisor
 from .mesh import Mesh
 
 Precision = Literal["fp32", "bf16"]
+Freed = Literal["all", "dense", "experts", "none"]
+Reduce = Literal["step", "microbatch"]
 
 
 def policies(precision: Precision) -> tuple[MixedPrecisionPolicy, MixedPrecisionPolicy]:
@@ -44,17 +49,18 @@ def needs_fsdp(mesh: Mesh, precision: Precision) -> bool:
     return mesh.world > 1 or precision == "bf16"
 
 
-def apply_fsdp(model: DiT, *, mesh: Mesh, precision: Precision, reshard_after_forward: bool) -> None:
+def apply_fsdp(model: DiT, *, mesh: Mesh, precision: Precision, reshard_after_forward: Freed) -> None:
     """Shard in place, innermost first. The device meshes must exist."""
     network, routing = policies(precision)
     # The prediction is a view (a 3-D linear layer returns one). That matters only to who writes into it in place;
     # nobody does.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    dense, experts = (reshard_after_forward in ("all", part) for part in ("dense", "experts"))
     for moe in sparse_layers(model).values():
-        fully_shard(moe.router, mesh=mesh.fsdp_dense, mp_policy=routing, reshard_after_forward=reshard_after_forward)
-        _shard_experts(moe.experts, mesh=mesh, policy=network, reshard_after_forward=reshard_after_forward)
+        fully_shard(moe.router, mesh=mesh.fsdp_dense, mp_policy=routing, reshard_after_forward=dense)
+        _shard_experts(moe.experts, mesh=mesh, policy=network, reshard_after_forward=experts)
     for block in model.blocks:
-        fully_shard(block, mesh=mesh.fsdp_dense, mp_policy=network, reshard_after_forward=reshard_after_forward)
+        fully_shard(block, mesh=mesh.fsdp_dense, mp_policy=network, reshard_after_forward=dense)
     fully_shard(model, mesh=mesh.fsdp_dense, mp_policy=network, reshard_after_forward=False)
 
 
@@ -64,7 +70,7 @@ def _shard_experts(
     def cut(param: nn.Parameter) -> Shard:
         # Whole experts if they share evenly; else a dimension that does (more ranks than experts is the usual case);
         # FSDP2 demands even pieces on every dim but 0.
-        return Shard(next((dim for dim, size in enumerate(param.shape) if size % mesh.edp_size == 0), 0))
+        return Shard(next((dim for dim, size in enumerate(param.shape) if size % mesh.degrees.edp_shard == 0), 0))
 
     fully_shard(
         experts,
@@ -77,18 +83,20 @@ def _shard_experts(
     experts.set_gradient_divide_factor(expert_gradient_divisor(mesh))
     # gloo has no PREMUL_SUM, so the division must follow a plain sum; but on a mesh of one torch 2.13 would then
     # divide twice, silently (pinned in tests/dist/test_dist_quirks.py).
-    experts.set_force_sum_reduction_for_comms(mesh.edp_size > 1)
+    experts.set_force_sum_reduction_for_comms(mesh.degrees.edp_shard > 1)
 
 
 @contextmanager
-def accumulate(model: nn.Module, *, last: bool) -> Iterator[None]:
-    """Around the forward and backward of one microbatch: gradients are reduced over ranks only with the last one.
+def accumulate(model: nn.Module, *, last: bool, reduce: Reduce) -> Iterator[None]:
+    """Around the forward and backward of one microbatch.
 
-    Until then FSDP keeps unsharded gradients: memory of the whole (tp/ep-local) model for one
-    reduction instead of many.
+    `step`: gradients are reduced over ranks with the last one. Until then FSDP keeps unsharded gradients: memory of the whole
+    (tp/ep-local) model for one reduction instead of many. `microbatch`: they are reduce-scattered in every one and add up in
+    shards; only the sum over the copies of hybrid sharding, which is of shards, waits for the last.
     """
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last)
+        model.set_requires_gradient_sync(last or reduce == "microbatch")
+        model.set_requires_all_reduce(last)
     yield
 
 

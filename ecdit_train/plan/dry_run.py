@@ -56,6 +56,7 @@ _RULES = {
     "c10d::allgather_": ("all_gather", 1, 2),
     "c10d::broadcast_": ("broadcast", 0, 1),
     "ecdit::expert_exchange": ("all_to_all", 0, 1),
+    "ecdit::exchange_inside": ("all_to_all", 0, 1),
 }
 """Op name -> kind, position of the full buffer (or list of buffers) and position of the group among the arguments."""
 
@@ -185,7 +186,7 @@ def _run(cfg: RunConfig, *, world: int, started: float) -> DryRun:
     if cfg.capacity is None and cfg.moe.dispatcher is not None and cfg.moe.dispatcher.cap is None:
         # Fake tensors do not know how many rows there are: run the number that is expected.
         cfg = with_values(cfg, {"moe.dispatcher.cap": 1.0})
-    mesh = make_mesh(parallel, device_type="cpu", world=world)
+    mesh = make_mesh(parallel, device_type="cpu", world=world, gpus_per_node=cfg.cluster.gpus_per_node)
     model = slots.network(cfg)
     placements = parallelize(model, mesh=mesh, parallel=parallel, precision=cfg.train.precision)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -302,7 +303,7 @@ def compare(plan: Plan, ran: DryRun) -> tuple[Difference, ...]:
     rows = [Difference(name=kind, formula=planned[kind], measured=sent[kind]) for kind in kinds]
     m, root = memory.estimate(cfg, parameters, layout), units(cfg, parameters, layout)[0]
     running = m.parameters + m.gradients + m.gathered + m.communication + m.activations - m.never_together
-    between = root.gathered_bytes if layout.reshard_after_forward else m.gathered
+    between = root.gathered_bytes if layout.reshard_after_forward != "none" else m.gathered
     pairs = (
         ("parameters", m.parameters, ran.parameters),
         ("gradients", m.gradients, ran.gradients),

@@ -41,7 +41,7 @@ class Layout(Degrees):
     gpus_per_node: int
     activation_checkpointing: str
     overlap_chunks: int
-    reshard_after_forward: bool
+    reshard_after_forward: str
     microbatch: int
     """Images per forward pass of a data-parallel rank."""
     microbatches: int

@@ -95,7 +95,7 @@ def _of_stage(cfg: RunConfig, parameters: Parameters, layout: Layout) -> Memory:
     size = {name: unit.gathered_bytes for name, unit in kinds.items()}
     dense = size.get("dense block", 0)
     sparse = size.get("sparse block", 0) + size.get("router", 0) + size.get("experts", 0)
-    if layout.reshard_after_forward:
+    if layout.reshard_after_forward != "none":
         resident = size["root"] + (dense + sparse if dense and sparse else 2 * (dense + sparse))
     else:
         resident = sum(unit.gathered_bytes * unit.count for unit in kinds.values())

@@ -88,7 +88,7 @@ def candidates(
                 ep=ep,
                 activation_checkpointing=mode,
                 overlap_chunks=chunks,
-                reshard_after_forward=True,
+                reshard_after_forward="all",
                 microbatch=micro,
                 microbatches=batch // (dp * micro),
             )

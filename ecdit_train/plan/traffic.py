@@ -75,7 +75,7 @@ def _weights(cfg: RunConfig, parameters: Parameters, layout: Layout) -> Iterator
     reduced in fp32 once a step."""
     replicas = layout.group("dp_replicate")
     for unit in units(cfg, parameters, layout):
-        gathers = 2 if layout.reshard_after_forward and unit.name != "root" else 1
+        gathers = 2 if layout.reshard_after_forward != "none" and unit.name != "root" else 1
         calls, group = unit.count * gathers * layout.microbatches, layout.group(unit.axis)
         gradients = 4 * unit.gathered
         yield _flow("all_gather", f"weights, {unit.name}", unit.axis, group, calls=calls, message=unit.gathered_bytes)
@@ -98,7 +98,7 @@ def _tensor_parallel(cfg: RunConfig, layout: Layout) -> Iterator[Flow]:
     gates = tokens * slots.experts_per_token(cfg) * 4
     yield _flow("all_reduce", "tensor-parallel tokens", "tp", tp, calls=sums, message=tokens * m.width * c)
     if m.cross_attention:
-        yield _flow("all_reduce", "tensor-parallel text", "tp", tp, calls=m.layers * micro, message=text)
+        yield _flow("all_reduce", "tensor-parallel text", "tp", tp, calls=micro, message=text)
     yield _flow("all_reduce", "tensor-parallel gates", "tp", tp, calls=sparse * micro, message=gates)
     if layout.tp > m.kv_heads:
         calls, group = 2 * m.layers * micro, layout.group_of(layout.tp // m.kv_heads)

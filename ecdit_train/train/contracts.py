@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Protocol
 
-from ecdit_train.diffusion.microbatch import Microbatch
+from ecdit_train.diffusion.microbatch import Microbatch, Place
 
 
 class Batches(Protocol):
@@ -39,8 +39,12 @@ class Batches(Protocol):
         """Words of captions seen since this process started, on this rank, where the encoder knows only those."""
         ...
 
-    def state_dict(self) -> dict[str, Any]:
-        """Where in the data the run is; the same on every rank."""
+    def place(self) -> Place:
+        """As of the batch that was encoded last; asks no other rank."""
+        ...
+
+    def state_dict(self, mark: Any = None) -> dict[str, Any]:
+        """Where in the data the run is, the same on every rank: as of what was fetched, or of a `Place.mark`. Collective."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...

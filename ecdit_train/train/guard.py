@@ -1,4 +1,5 @@
-"""What becomes of a step whose numbers look wrong: decided before its update, from the same facts on every rank.
+"""What becomes of a run whose step looks wrong: its update was refused on the device (`device_guard`), this is what the host makes
+of it when it learns of that, from the same facts on every rank.
 
 not finite   the loss, an auxiliary loss or the gradient norm       `health.non_finite`
 a spike      a finite loss far above the median of the last ones    `health.spike`
@@ -17,16 +18,11 @@ from ecdit_train.config.life import HealthConfig
 from ecdit_train.errors import NonFiniteError
 from ecdit_train.parallel.runtime import Runtime
 
+from .device_guard import SCALE, DeviceGuard
 from .step import Numbers
 
 LOOK_BACK = 1000
 """Steps in which `health.max_skips` counts."""
-
-LEAST = 16
-"""Losses that a median needs before anything is called a spike."""
-
-SCALE = 1.4826
-"""Median absolute deviation to standard deviation, for normal values."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +40,7 @@ class Guard:
 
     def __init__(self, config: HealthConfig, *, runtime: Runtime) -> None:
         self._config, self._runtime = config, runtime
+        self.device = DeviceGuard(config)
         self._losses: deque[float] = deque(maxlen=config.spike_window)
         self.skipped: list[dict[str, Any]] = []
         """Updates left out: step, first and last sample position, why, and how many batches went with them."""
@@ -53,26 +50,27 @@ class Guard:
     def batches_left_out(self) -> int:
         return sum(int(entry["batches"]) for entry in self.skipped)
 
-    def judge(self, numbers: Numbers, *, asked: tuple[bool, ...] = ()) -> tuple[Verdict, tuple[bool, ...]]:
-        """Collective, the one exchange of a step: the verdict, and for each of `asked` whether any rank says so.
-
-        Numbers of two ranks may differ in a last bit, so what one of them sees counts for all.
-        """
-        bad, spike, *others = self._runtime.any_rank(not numbers.finite, self._is_spike(numbers.loss), *asked)
-        if bad:
-            verdict = Verdict(
-                act=self._config.non_finite, words=f"{numbers}{self._culprits(numbers)}", alert="non-finite"
-            )
-        elif spike and self._config.spike != "ignore":
+    def judge(self, numbers: Numbers) -> Verdict:
+        """Numbers of two ranks may differ in a last bit, but not what the device made of them: the same act on all ranks.
+        Collective where something is wrong."""
+        if not numbers.finite:
+            words = f"{numbers}{self._culprits(numbers)}"
+            verdict = Verdict(act=self._config.non_finite, words=words, alert="non-finite")
+        elif numbers.spike and self._config.spike != "ignore":
             median, deviation = self._usual()
             far = (numbers.loss - median) / deviation if deviation else math.inf
             words = f"loss {numbers.loss:.6g} is {far:.3g} deviations above the median {median:.6g} of {len(self._losses)} steps"
             verdict = Verdict(act=self._config.spike, words=words, alert="loss-spike")
         else:
             verdict = Verdict(act="update")
-        if verdict.act in ("update", "report"):
+        assert numbers.applied == (verdict.act in ("update", "report")), f"{verdict.act}, applied: {numbers.applied}"
+        if numbers.applied:
             self._losses.append(numbers.loss)
-        return verdict, tuple(others)
+        return verdict
+
+    def go_on(self) -> None:
+        """Updates are made again, after one that was not or with what a checkpoint says."""
+        self.device.go_on(list(self._losses))
 
     def left_out(self, step: int, *, first: int, last: int, words: str, act: Literal["skip", "roll_back"]) -> None:
         """Notes an update that is not made. Raises NonFiniteError where the budget is spent."""
@@ -90,12 +88,6 @@ class Guard:
             raise NonFiniteError(
                 f"{where}: {words}; {recent} updates in {LOOK_BACK} steps, health.max_skips = {self._config.max_skips}"
             )
-
-    def _is_spike(self, loss: float) -> bool:
-        if not math.isfinite(loss) or len(self._losses) < LEAST:
-            return False
-        median, deviation = self._usual()
-        return loss > median + self._config.spike_deviations * deviation
 
     def _usual(self) -> tuple[float, float]:
         """Median and robust standard deviation of the last losses."""
@@ -126,3 +118,4 @@ class Guard:
         self._losses.extend(state.get("losses", ()))
         self.skipped = list(state.get("skipped", ()))
         self.roll_backs = int(state.get("roll_backs", 0))
+        self.go_on()

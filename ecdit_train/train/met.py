@@ -7,19 +7,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from ecdit_train.diffusion.encoders import MAX_WORDS
+from ecdit_train.diffusion.microbatch import Place
 from ecdit_train.parallel.context import ParallelContext
 
-from .contracts import Batches
 
-
-def met(batches: Batches, parallel: ParallelContext, *, before: Mapping[str, Any]) -> dict[str, Any]:
+def met(place: Place, parallel: ParallelContext, *, before: Mapping[str, Any]) -> dict[str, Any]:
     """`quarantine`: unreadable samples by kind of error. `words`: of captions, where the encoder knows only those that it has seen;
     none where not all are known: there are more than `MAX_WORDS`, or earlier lives did not keep them.
 
     `before`: the objects of the checkpoint that this life goes on from. Collective.
     """
     first = parallel.mesh.tp_rank == 0  # the ranks of a tensor-parallel group read the same samples
-    own = {"bad": batches.bad() if first else {}, "words": batches.words() if first else []}
+    own = {"bad": place.bad if first else {}, "words": place.words if first else []}
     bad, words = Counter(before.get("quarantine", {})), set(before.get("words", ()))
     for rank in parallel.runtime.all_gather_json(own):
         bad.update(rank["bad"])

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from ecdit_train.config.schema import OptimConfig
 
+from .optimizers.blocks import Average, Choice, blocks_of
+
 
 def learning_rate(step: int, config: OptimConfig, *, total_steps: int) -> float:
     """Rate of update `step` (counted from 0): linear warm-up, then constant (paper), cosine or linear to zero, or stable with a
@@ -43,11 +45,26 @@ class Ema:
         for p, shadow in zip(self._params, self.shadow.values(), strict=True):
             shadow.copy_(p.detach())  # one by one: DTensor has no _foreach_copy_
 
+    def weight(self, step: int) -> float:
+        """Of the weights in their average after update `step`, counted from 0. A young average forgets faster: the
+        first weights shall not linger."""
+        return 1.0 - min(self.decay, (1.0 + step) / (10.0 + step))
+
+    def beside(self, step: int) -> Average:
+        """For an optimizer that updates it with the weights."""
+        return Average(shadow=dict(zip(self._params, self.shadow.values(), strict=True)), weight=self.weight(step))
+
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """After update `step`, counted from 0. A young average forgets faster: the first weights shall not linger."""
-        decay = min(self.decay, (1.0 + step) / (10.0 + step))
-        torch._foreach_lerp_(list(self.shadow.values()), [p.detach() for p in self._params], 1.0 - decay)
+    def update(self, step: int, *, refuse: Tensor | None = None) -> None:
+        """After update `step`, unless the device refused that (`BlockOptimizer.found_inf`)."""
+        if refuse is None:
+            shadows = list(self.shadow.values())
+            torch._foreach_lerp_(shadows, [p.detach() for p in self._params], self.weight(step))
+            return
+        choice = Choice(refuse)
+        for p, shadow in zip(self._params, self.shadow.values(), strict=True):
+            for new, old in blocks_of([p, shadow]):
+                choice.write(old.lerp(new, self.weight(step)), into=old)
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from ecdit_train.checkpoint.layout import Placed
 from ecdit_train.config.schema import OptimConfig
 from ecdit_train.errors import ConfigError, Problem
 from ecdit_train.model.init import persistent_buffers
+from ecdit_train.parallel.context import ParallelContext
 from ecdit_train.parallel.owners import Sharding
 
 from .optim import Ema
+from .optimizers.blocks import BlockOptimizer
 
 
 @dataclass(kw_only=True)
@@ -59,6 +62,28 @@ class TrainState:
             value = type(self.optimizer).__name__
             raise ConfigError(Problem(field="optim.optimizer._target_", value=value, rule=rule))
 
+    @property
+    def guarded(self) -> bool:
+        """Whether the optimizer heeds `found_inf`, as torch's `GradScaler` asks of those that it need not wait for."""
+        return bool(getattr(self.optimizer, "_step_supports_amp_scaling", False))
+
+    def update(self, *, lr: float, refuse: Tensor | None) -> None:
+        """Weights, optimizer state and moving average after one more step; gradients are used up. `refuse` (0-dim, on the device):
+        unless it is 0, every bit stays. The count of steps is the host's, who knows later: `restore_step`."""
+        optimizer, ema = self.optimizer, self.ema
+        assert refuse is None or self.guarded
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        if self.guarded:
+            optimizer.found_inf = refuse  # type: ignore[attr-defined]
+        joint = isinstance(optimizer, BlockOptimizer) and ema is not None
+        if isinstance(optimizer, BlockOptimizer):
+            optimizer.average = None if ema is None else ema.beside(self.step)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if ema is not None and not joint:
+            ema.update(self.step, refuse=refuse)
+
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor to save or to load in place, by `part/parameter` name. Shards stay shards."""
         out: dict[str, Tensor] = {}
@@ -82,3 +107,8 @@ class TrainState:
 def parameter_of(tensor_name: str) -> str:
     """`optim.square_avg/blocks.0.modulation.weight` -> `blocks.0.modulation.weight`."""
     return tensor_name.split("/", 1)[1]
+
+
+def placed(tensors: Mapping[str, Tensor], parallel: ParallelContext) -> dict[str, Placed]:
+    """Tensors named `part/parameter` with the place of the parameter they belong to."""
+    return {name: Placed(tensor=t, placement=parallel.placements[parameter_of(name)]) for name, t in tensors.items()}

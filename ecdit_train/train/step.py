@@ -15,25 +15,14 @@ from torch import Tensor
 
 from ecdit_train.diffusion.flow import Flow, interpolate
 from ecdit_train.diffusion.microbatch import Microbatch
-from ecdit_train.errors import NonFiniteError
 from ecdit_train.model.assignment import Assignment
 from ecdit_train.model.dit import DiT
 from ecdit_train.model.embed import Text, patchify, take_tokens
 from ecdit_train.parallel.context import ParallelContext
 from ecdit_train.supervise.beats import Enter, untold
 
-
-@dataclass(frozen=True, kw_only=True)
-class StepResult:
-    """Numbers of one step over all ranks."""
-
-    loss: float
-    auxiliary: Mapping[str, float]
-    """Routers' auxiliary losses by name, weights included."""
-    grad_norm: float
-    """Before clipping."""
-    applied: bool
-    """Whether the update was made."""
+from .device_guard import DeviceGuard, Reading
+from .state import TrainState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,21 +48,46 @@ class Forward:
 
 @dataclass(frozen=True, kw_only=True)
 class Numbers:
-    """What is known of a step before its update: over all ranks, `own_finite` aside."""
+    """What the device says of a step: over all ranks, `own_finite` aside."""
 
     loss: float
     auxiliary: Mapping[str, float]
+    """Routers' auxiliary losses by name, weights included."""
     grad_norm: float
+    """Before clipping."""
     own_finite: bool
     """Whether this rank's own losses are."""
-
-    @property
-    def finite(self) -> bool:
-        return all(map(math.isfinite, (self.loss, *self.auxiliary.values(), self.grad_norm)))
+    finite: bool
+    """Whether all numbers of all ranks are."""
+    spike: bool
+    """Whether any rank calls the loss one."""
+    applied: bool
+    """Whether the update was made."""
 
     def __str__(self) -> str:
         others = "".join(f", {n} loss {v}" for n, v in self.auxiliary.items() if not math.isfinite(v))
         return f"loss {self.loss}{others}, gradient norm {self.grad_norm}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Issued:
+    """A step that the device was asked for: its update is made or refused there."""
+
+    reading: Reading
+    auxiliary: tuple[str, ...]
+
+    def numbers(self) -> Numbers:
+        """Waits for the device to have come to this step's numbers; what it was asked afterwards goes on."""
+        loss, *auxiliary, norm, own_finite, strange, spike, refused = self.reading.get()
+        return Numbers(
+            loss=loss,
+            auxiliary=dict(zip(self.auxiliary, auxiliary, strict=True)),
+            grad_norm=norm,
+            own_finite=bool(own_finite),
+            finite=not strange,
+            spike=bool(spike),
+            applied=not refused,
+        )
 
 
 @dataclass(kw_only=True)
@@ -136,37 +150,35 @@ def forward(model: DiT, micro: Microbatch, *, flow: Flow, group_tokens: int) -> 
     )
 
 
-def only_finite(numbers: Numbers) -> bool:
-    """The judge of a step that has nobody to ask. Raises NonFiniteError."""
-    if not numbers.finite:
-        raise NonFiniteError(f"{numbers}: the update was not applied")
-    return True
-
-
 def unwatched(seen: Sequence[Seen]) -> None:
     """The `watch` of a step that nobody looks at."""
+
+
+def nothing() -> None:
+    """The `before` of a step that nobody waits for."""
 
 
 def train_step(
     microbatches: list[Microbatch],
     *,
     parallel: ParallelContext,
-    optimizer: torch.optim.Optimizer,
+    state: TrainState,
+    guard: DeviceGuard,
     lr: float,
     max_norm: float,
     flow: Flow,
     group_tokens: int,
-    after: Callable[[], None],
     watch: Callable[[Sequence[Seen]], None] = unwatched,
-    accept: Callable[[Numbers], bool] = only_finite,
+    before: Callable[[], None] = nothing,
     enter: Enter = untold,
-) -> StepResult:
-    """Gradients, one global norm, one look at the numbers, the update of weights and of routers' buffers, then
-    `after` (the moving average).
+) -> Issued:
+    """Gradients, one global norm, the guard's word, and the update of weights, optimizer state, their moving
+    average and routers' buffers.
 
-    `accept` says whether the update is made; it must answer alike on all ranks. Where it says no, the state is what it
-    was before the step, to the last bit. Reading the numbers is the step's only wait for the device. `enter` is told each
-    phase as it begins, `watch` what the microbatches of an update that is made were, before it; it must not wait for the device.
+    Everything is asked of the device, and the host does not wait for it: where the guard refuses, every bit of the state stays
+    (`state.step` and an optimizer's own counts are the host's to put right). An optimizer that cannot be refused on the device
+    (`TrainState.guarded`) is waited for. `watch` is told what the microbatches were, `before` is called before anything
+    changes, `enter` is told each phase as it begins; neither may wait for the device.
     """
     done = forward_backward(
         parallel.model, microbatches, flow=flow, group_tokens=group_tokens, parallel=parallel, enter=enter
@@ -175,27 +187,31 @@ def train_step(
     norm = parallel.clip(max_norm=max_norm)
     own = torch.stack([torch.stack(values).mean() for values in (done.losses, *done.auxiliary.values())])
     means = parallel.reduce(own, op="mean")
-    read = torch.cat([means, norm.reshape(1), own.isfinite().all().to(means.dtype).reshape(1)])
-    loss_now, *auxiliary_now, norm_now, own_finite = read.tolist()
-    auxiliary = dict(zip(done.auxiliary, auxiliary_now, strict=True))
-    applied = accept(Numbers(loss=loss_now, auxiliary=auxiliary, grad_norm=norm_now, own_finite=bool(own_finite)))
-    if applied:
-        watch(done.seen)
-        enter("optimizer")
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
+    finite = means.isfinite().all() & norm.isfinite().all()
+    refuse, flags = guard.judge(loss=means[0], finite=finite, parallel=parallel)
+    own_finite = own.isfinite().all().reshape(1)
+    numbers = [means, norm.reshape(1), own_finite, flags, refuse.reshape(1)]
+    issued = Issued(reading=Reading(torch.cat([n.to(means.dtype) for n in numbers])), auxiliary=tuple(done.auxiliary))
+    watch(done.seen)
+    before()
+    enter("optimizer")
+    if state.guarded:
+        state.update(lr=lr, refuse=refuse)
+        update_buffers(parallel, done.assignments, refuse=refuse)
+    elif issued.numbers().applied:
+        state.update(lr=lr, refuse=None)
         update_buffers(parallel, done.assignments)
-    optimizer.zero_grad(set_to_none=True)
-    if applied:
-        after()
-    return StepResult(loss=loss_now, auxiliary=auxiliary, grad_norm=norm_now, applied=applied)
+    else:
+        state.optimizer.zero_grad(set_to_none=True)
+    return issued
 
 
 @torch.no_grad()
-def update_buffers(parallel: ParallelContext, assignments: list[tuple[Assignment, ...]]) -> None:
+def update_buffers(
+    parallel: ParallelContext, assignments: list[tuple[Assignment, ...]], *, refuse: Tensor | None = None
+) -> None:
     """Give each router what it observed, averaged over the step's microbatches and all ranks: the same bits everywhere,
-    so that the copies of a buffer never drift apart. Nothing where no router observes anything."""
+    so that the copies of a buffer never drift apart. Nothing where no router observes anything, or where the device refuses."""
     routers = parallel.model.routers
     means = [
         {
@@ -208,4 +224,7 @@ def update_buffers(parallel: ParallelContext, assignments: list[tuple[Assignment
     sizes = [t.numel() for t in tensors]
     agreed = iter(parallel.mean_of_first(torch.cat([t.flatten() for t in tensors])).split(sizes) if tensors else ())
     for router, layer in zip(routers, means, strict=True):
+        kept = [] if refuse is None else [(buffer, buffer.clone()) for buffer in router.buffers()]
         router.update_buffers({name: next(agreed).view_as(value) for name, value in layer.items()})
+        for buffer, old in kept:
+            buffer.copy_(torch.where(refuse != 0, old, buffer))

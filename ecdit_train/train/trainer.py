@@ -18,8 +18,8 @@ from ecdit_train.checkpoint.manager import Resumed
 from ecdit_train.config.convert import to_dict
 from ecdit_train.config.schema import RunConfig
 from ecdit_train.diffusion.flow import Flow
-from ecdit_train.diffusion.microbatch import Microbatch, split
-from ecdit_train.errors import ConfigError, NonFiniteError, Problem, RunOwnedError, StorageError
+from ecdit_train.diffusion.microbatch import Microbatch, Place, split
+from ecdit_train.errors import ConfigError, NonFiniteError, Problem, StorageError
 from ecdit_train.observe.console import Progress
 from ecdit_train.observe.metrics import MetricWindow
 from ecdit_train.observe.nodes import Nodes, node_key
@@ -31,15 +31,18 @@ from ecdit_train.supervise.beats import Heart, untold
 from ecdit_train.supervise.ownership import Ownership
 from ecdit_train.supervise.stop import StopRequest
 
+from .ahead import Ahead, Taken
 from .contracts import Batches, Drawer
 from .guard import Guard, Verdict
 from .met import met
 from .optim import learning_rate
+from .pools import check_pool, pool_of
 from .saving import Saves
-from .state import TrainState, parameter_of
-from .step import Numbers, StepResult, train_step
+from .state import TrainState, placed
+from .step import Numbers, train_step
+from .under_way import UnderWay, agree
 from .validation import Validation
-from .watching import Watching
+from .watching import Watched, Watching
 
 OBJECTS = ("window", "pool", "guard", "validation", "quarantine", "words")
 """What a checkpoint holds besides its tensors, its place in the data and its configuration; older ones lack some."""
@@ -77,13 +80,25 @@ class Trainer:
     """Told each phase as it begins, in the same order on all ranks."""
     ownership: Ownership = field(default_factory=Ownership)
     """Of the run folder."""
+    ahead: Ahead = field(init=False)
     _went_back: bool = False
+    _under_way: list[UnderWay] = field(default_factory=list)
+    """Steps that the device was asked for and whose numbers nobody has read, oldest first; two at most, and for a moment."""
+    _again: list[Taken] = field(default_factory=list)
+    """Batches of steps that were refused with one before them."""
+    _place: Place | None = None
+    """Of the newest batch that was trained on in this life."""
+    _first: int = 0
+    _began: float = 0.0
     resumed: Resumed | None = None
     """Where this life goes on from."""
     watching: Watching = field(init=False)
 
     def __post_init__(self) -> None:
         self.watching = Watching(self.config, window=self.window, routers=self.parallel.model.routers)
+        device, waiting = self.parallel.runtime.device, self.window.waiting
+        self.ahead = Ahead(self.batches, device=device, heart=lambda: self.heart, waiting=waiting)
+        self._names = set(self.state.tensors())
 
     def resume(self) -> Resumed | None:
         """Go on from the newest sound checkpoint of the run folder, if it has one; says what was loaded and what was passed over.
@@ -110,36 +125,11 @@ class Trainer:
             raise ConfigError(
                 Problem(field="train.steps", value=self.config.train.steps, rule=rule, nearest=resumed.step)
             )
-        self._check_pool(resumed.objects.get("pool"))
+        check_pool(self.config, self.parallel.mesh, before=resumed.objects.get("pool"))
         self._take(resumed)
         self.batches.load_state_dict(resumed.objects["loader"])
         self.guard.load_state_dict(resumed.objects.get("guard", {}))
         return resumed
-
-    @property
-    def _pool(self) -> list[int]:
-        """Data-parallel ranks and the images that each has of one microbatch."""
-        return [self.parallel.mesh.dp_size, self.config.train.microbatch]
-
-    def _check_pool(self, before: list[int] | None) -> None:
-        """A router that lets all of them compete must find the same images together as before, or it is another router: the
-        whole global batch, or microbatches cut as they were.
-
-        Raises ConfigError. Checkpoints of older versions do not say (None).
-        """
-        router, whole = self.config.moe.router, self.config.train.global_batch
-        if router is None or not router.whole_batch or before is None or before == self._pool:
-            return
-        if math.prod(before) == math.prod(self._pool) == whole:
-            return
-        (ranks, images), (here, _) = before, self._pool
-        rule = (
-            f"experts of {self.config.run} compete within a microbatch of all ranks, which was {ranks} data-parallel ranks * "
-            f"{images} images; on {here} ranks other images would meet: go on with {ranks} ranks"
-        )
-        raise ConfigError(
-            Problem(field="train.microbatch", value=self.config.train.microbatch, rule=rule, nearest=images)
-        )
 
     def placed(self) -> dict[str, Placed]:
         """Every tensor of the state with its place in the global tensor."""
@@ -150,63 +140,34 @@ class Trainer:
 
         A request that came before the first step is met after it, so that every attempt moves the run on.
         """
-        c, state, window, watching = self.config, self.state, self.window, self.watching
-        counts, first, names = dict[str, int](), state.step, set(state.tensors())
-        began = time.perf_counter()
-        self.heart.also, window.inside = window.enter, self.parallel.exchange_seconds
+        c, state, watching = self.config, self.state, self.watching
+        self._first, self._began = state.step, time.perf_counter()
+        self.heart.also, self.window.inside = self.window.enter, self.parallel.exchange_seconds
         runtime = self.parallel.runtime
         said = runtime.all_gather_json([node_key(), self.parallel.mesh.tp_rank == 0])
         watching.begin(state.step, nodes=Nodes(said, rank=runtime.rank, device=runtime.device))
+        ask = partial(agree, every=c.watch.agree_every, ownership=self.ownership, runtime=runtime)
         gc.freeze()  # what is built stays: a collection in the middle of a step need not look at it
         while state.step < c.train.steps:
-            self.heart.enter("data", step=state.step + 1)
-            with window.waiting():
-                raw = self.batches.fetch()
-            before, counts = counts, self.batches.counts()
-            window.add_all({name: float(count - before.get(name, 0)) for name, count in counts.items()})
-            window.add_all(self.batches.levels())
-            self.heart.enter("encode")
-            batch = self.batches.encode(raw)
-            result, verdict, (stopping, writing) = self._step(batch, stop)
-            if not writing:
-                self.saves.settle()
-            if not result.applied:
-                self._leave_out(batch, verdict)
-                continue
-            state.step += 1
-            if state.step == first + 1:
-                state.check_names(names)
-                self.progress.message(
-                    f"  step {state.step} took {time.perf_counter() - began:.1f} s with all that comes first; "
-                    f"a line every {c.observe.log_every} steps"
-                )
+            self._step(self._next())
             last = state.step == c.train.steps
-            if verdict.act == "report":
-                self.progress.message(f"step {state.step}: {verdict.words}")
-                self.sinks.event(verdict.alert, state.step, verdict.words)
-            watching.add(result)
-
-            measuring = watching.measures_at(state.step)
-            showing = c.observe.sample_every > 0 and (state.step % c.observe.sample_every == 0 or last)
+            ends, writing = state.step == self.stop_after, self.saves.writing
+            agreed = ask(state.step, known=ends, asked=bool(stop.name), writing=writing)
+            stopping = agreed.stopping
+            if not (stopping or last or self._again):
+                self.ahead.prepare(state.step + 1)  # while the device works on this step
+            if not agreed.writing:
+                self.saves.settle()
             # What was left out by going back is remembered by the next checkpoint, so that one comes first.
             saving = stopping or last or self._went_back or self.saves.due(state.step)
-            self._went_back = False
-            if measuring:
-                self.heart.enter("validate")
-                with window.paused():
-                    self.measure()
-            if watching.logs_at(state.step):
-                self.heart.enter("log")
-                self._log()
-            if self.digests is not None and c.health.digest_every > 0 and state.step % c.health.digest_every == 0:
-                self.digests.compare({n: (p.tensor, p.placement) for n, p in self.placed().items()}, step=state.step)
-            if showing or saving:  # a pause waits for the device
-                with window.paused():
-                    if showing:
-                        self.heart.enter("show")
-                        self.show(state.step)
-                    if saving:
-                        self.save(state.step, last=stopping or last)
+            showing = c.observe.sample_every > 0 and (state.step % c.observe.sample_every == 0 or last)
+            digest = c.health.digest_every > 0 and state.step % c.health.digest_every == 0
+            at_rest = saving or showing or digest or watching.logs_at(state.step)
+            if self._settle(0 if at_rest else 1) and at_rest:
+                self._went_back = False
+                self._at_rest(saving=saving, showing=showing, digest=digest, last=stopping or last)
+            elif at_rest:
+                continue  # this update was not made
             if stopping and not last:
                 why = stop.name or ("--stop-after" if state.step == self.stop_after else "another rank")
                 self.progress.message(
@@ -215,8 +176,23 @@ class Trainer:
                 return False
         return True
 
-    def _step(self, batch: Microbatch, stop: StopRequest) -> tuple[StepResult, Verdict, tuple[bool, ...]]:
-        """One optimizer step; what the guard says of it; and whether any rank is to stop after it, or still writes."""
+    def _next(self) -> Taken:
+        """The batch of the next step. One whose step has to be done again comes first."""
+        if self._again:
+            return self._again.pop(0)
+        try:
+            taken = self.ahead.take(self.state.step + 1)
+        except Exception:
+            self._settle(0)  # what is known of the steps before comes before what is wrong with the data
+            raise
+        before = {} if self._place is None else self._place.counts
+        counts, self._place = taken.place.counts, taken.place
+        self.window.add_all({name: float(count - before.get(name, 0)) for name, count in counts.items()})
+        self.window.add_all(taken.place.levels)
+        return taken
+
+    def _step(self, taken: Taken) -> None:
+        """Ask the device for one optimizer step."""
         c, state = self.config, self.state
         lr = learning_rate(state.step, c.optim, total_steps=c.train.steps)
         for router in self.parallel.model.routers:
@@ -224,35 +200,74 @@ class Trainer:
         for first, flops in self.flops:
             if first <= state.step:
                 self.window.flops_per_step = flops
-        said: list[tuple[Verdict, tuple[bool, ...]]] = []
-
-        def accept(numbers: Numbers) -> bool:
-            self.saves.copied()
-            stopping = stop.name is not None or state.step + 1 == self.stop_after
-            lost = self.ownership.lost_to is not None
-            said.append(self.guard.judge(numbers, asked=(stopping, self.saves.writing, lost)))
-            return said[0][0].act in ("update", "report")
-
-        result = train_step(
-            list(split(batch, size=c.train.microbatch)),
+        watched: list[Watched] = []
+        issued = train_step(
+            list(split(taken.batch, size=c.train.microbatch)),
             parallel=self.parallel,
-            optimizer=state.optimizer,
+            state=state,
+            guard=self.guard.device,
             lr=lr,
             max_norm=c.optim.clip_norm,
             flow=self.flow,
             group_tokens=c.group_tokens,
-            after=self._update_average,
-            watch=partial(self.watching.see, state.step + 1),
-            accept=accept,
+            watch=lambda seen: watched.append(self.watching.see(state.step + 1, seen)),
+            before=self.saves.copied,
             enter=self.heart.enter,
         )
-        verdict, (stopping, writing, lost) = said[0]
-        if lost:
-            to = self.ownership.lost_to or "another job"
-            raise RunOwnedError(f"{c.run} was taken over by {to}: nothing more is written there")
-        if result.applied:
-            self.window.add("optim/lr", lr)
-        return result, verdict, (stopping, writing)
+        state.step += 1
+        self._under_way.append(UnderWay(step=state.step, taken=taken, issued=issued, lr=lr, watched=watched[0]))
+
+    def _settle(self, keep: int) -> bool:
+        """Learn what became of the steps under way, oldest first, until `keep` are left. False where an update was not made: those
+        behind it were refused with it, and their batches come again."""
+        while len(self._under_way) > keep:
+            done = self._under_way.pop(0)
+            self.heart.enter("exchange")
+            numbers = done.issued.numbers()
+            verdict = self.guard.judge(numbers)
+            if not numbers.applied:
+                self._again = [other.taken for other in self._under_way] + self._again
+                self._under_way = []
+                self.state.restore_step(done.step - 1)
+                self._leave_out(done.taken.batch, verdict)
+                self.guard.go_on()
+                return False
+            self._made(done, numbers, verdict)
+        return True
+
+    def _made(self, done: UnderWay, numbers: Numbers, verdict: Verdict) -> None:
+        """An update that was made enters the record."""
+        self.window.add("optim/lr", done.lr)
+        self.watching.add(numbers, done.watched)
+        if verdict.act == "report":
+            self.progress.message(f"step {done.step}: {verdict.words}")
+            self.sinks.event(verdict.alert, done.step, verdict.words)
+        if done.step == self._first + 1:
+            self.state.check_names(self._names)
+            self.progress.message(
+                f"  step {done.step} took {time.perf_counter() - self._began:.1f} s with all that comes first; "
+                f"a line every {self.config.observe.log_every} steps"
+            )
+
+    def _at_rest(self, *, saving: bool, showing: bool, digest: bool, last: bool) -> None:
+        """What is done with a state whose updates are all known to be made."""
+        step, watching = self.state.step, self.watching
+        if watching.measures_at(step):
+            self.heart.enter("validate")
+            with self.window.paused():
+                self.measure()
+        if watching.logs_at(step):
+            self.heart.enter("log")
+            self._log()
+        if self.digests is not None and digest:
+            self.digests.compare({n: (p.tensor, p.placement) for n, p in self.placed().items()}, step=step)
+        if showing or saving:  # a pause waits for the device
+            with self.window.paused():
+                if showing:
+                    self.heart.enter("show")
+                    self.show(step)
+                if saving:
+                    self.save(step, last=last)
 
     def _leave_out(self, batch: Microbatch, verdict: Verdict) -> None:
         """An update that is not made: end the run, go on with the next batch, or go back to the newest checkpoint and on from there
@@ -340,14 +355,18 @@ class Trainer:
         """What a checkpoint holds besides tensors."""
         window = self.window.state_dict(self.parallel.reduce)
         return {
-            "loader": self.batches.state_dict(),
+            "loader": self.batches.state_dict(None if self._place is None else self._place.mark),
             # Metrics of two tp ranks may differ in a last bit; a checkpoint holds one truth.
             "window": self.parallel.runtime.broadcast_object(window),
             "config": to_dict(self.config),
-            "pool": self._pool,
+            "pool": pool_of(self.config, self.parallel.mesh),
             "guard": self.guard.state_dict(),
             "validation": dict(self.measured),
-            **met(self.batches, self.parallel, before={} if self.resumed is None else self.resumed.objects),
+            **met(
+                self._place or self.batches.place(),
+                self.parallel,
+                before={} if self.resumed is None else self.resumed.objects,
+            ),
         }
 
     def show(self, step: int) -> None:
@@ -379,12 +398,3 @@ class Trainer:
             last.callback(lambda: self.sinks.committed(self.saves.committed))
             last.callback(self.progress.close)
             last.callback(self.saves.close)
-
-    def _update_average(self) -> None:
-        if self.state.ema is not None:
-            self.state.ema.update(self.state.step)
-
-
-def placed(tensors: dict[str, Any], parallel: ParallelContext) -> dict[str, Placed]:
-    """Tensors named `part/parameter` with the place of the parameter they belong to."""
-    return {name: Placed(tensor=t, placement=parallel.placements[parameter_of(name)]) for name, t in tensors.items()}

@@ -5,7 +5,10 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+
+from torch import Tensor
 
 from ecdit_train.config.schema import RunConfig
 from ecdit_train.errors import StorageError
@@ -18,9 +21,17 @@ from ecdit_train.observe.routing_scalars import routing_maxima, routing_record, 
 from ecdit_train.observe.timesteps import loss_by_timestep, loss_sums
 from ecdit_train.supervise.ownership import Ownership
 
-from .step import Seen, StepResult
+from .step import Numbers, Seen
 
 logger = logging.getLogger("ecdit.train")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watched:
+    """What a step adds to the record, once it is known that its update was made; device tensors."""
+
+    sums: list[dict[str, Tensor]]
+    maxima: list[tuple[str, Tensor]]
 
 
 class Watching:
@@ -48,25 +59,29 @@ class Watching:
         c = self._config
         return self.measures_at(step) or step % c.observe.log_every == 0 or step == c.train.steps
 
-    def see(self, step: int, seen: Sequence[Seen]) -> None:
-        """All microbatches of the update that makes `step`: losses of every update, routing of those that a record follows."""
-        for micro in seen:
-            self._window.add_sums(loss_sums(micro.error_B, t_B=micro.t_B))
+    def see(self, step: int, seen: Sequence[Seen]) -> Watched:
+        """All microbatches of the update that makes `step`: losses of every update, routing of those that a record follows. It is
+        not known yet whether that update is made."""
+        sums, maxima = [loss_sums(micro.error_B, t_B=micro.t_B) for micro in seen], list[tuple[str, Tensor]]()
         if self._layers and self.logs_at(step):
             for micro in seen:
-                self._window.add_sums(routing_sums(micro.assignments, layers=self._layers, t_B=micro.t_B))
-                for name, value in routing_maxima(micro.assignments, layers=self._layers):
-                    self._window.add(name, value)
-            self._window.add_sums(weight_sums(self._routers, layers=self._layers))
+                sums.append(routing_sums(micro.assignments, layers=self._layers, t_B=micro.t_B))
+                maxima += routing_maxima(micro.assignments, layers=self._layers)
+            sums.append(weight_sums(self._routers, layers=self._layers))
+        return Watched(sums=sums, maxima=maxima)
 
-    def add(self, result: StepResult) -> None:
-        """The numbers of an update that was made."""
+    def add(self, numbers: Numbers, watched: Watched) -> None:
+        """An update that was made."""
         window, clip = self._window, self._config.optim.clip_norm
-        window.add("train/loss", result.loss)
-        window.add("optim/grad_norm", result.grad_norm)
-        window.add("optim/grad_norm_max", result.grad_norm)
-        window.add("optim/clipped_frac", float(0 < clip < result.grad_norm))
-        for name, value in result.auxiliary.items():
+        for sums in watched.sums:
+            window.add_sums(sums)
+        for name, value in watched.maxima:
+            window.add(name, value)
+        window.add("train/loss", numbers.loss)
+        window.add("optim/grad_norm", numbers.grad_norm)
+        window.add("optim/grad_norm_max", numbers.grad_norm)
+        window.add("optim/clipped_frac", float(0 < clip < numbers.grad_norm))
+        for name, value in numbers.auxiliary.items():
             window.add(f"train/{name}_loss", value)
         window.step_done()
 

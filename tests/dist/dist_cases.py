@@ -33,6 +33,8 @@ from ecdit_train.train.optimizers.muon import Muon
 from ecdit_train.train.step import update_buffers
 
 IMAGES, CHANNELS, SIDE, KEPT, TEXT_TOKENS, TEXT_FEATURES = 16, 4, 8, 8, 5, 24
+NODE = 2
+"""Ranks of a node, where the exchange is hierarchical."""
 GROUP = 16
 """Two half-masked images."""
 MAX_NORM = 0.01
@@ -51,6 +53,7 @@ MOE = MoEConfig(
     group_size=GROUP,
     layers="even",
     expert_ratio=None,
+    form="plain",
     shared_experts=0,
 )
 TOKEN_CHOICE = replace(MOE, router=TOKEN_CHOICE_ROUTER)
@@ -69,9 +72,14 @@ PARALLEL = ParallelConfig(
     ep=1,
     sequence_parallel=False,
     activation_checkpointing="none",
+    keep=(),
+    checkpoint_blocks=1.0,
     compile=False,
     overlap_chunks=1,
-    reshard_after_forward=True,
+    reduce_gradients="step",
+    reshard_after_forward="all",
+    replicate_experts=False,
+    exchange="flat",
 )
 
 MUON = Muon(
@@ -123,6 +131,10 @@ class Case:
             extra.append(type(self.moe.router).__name__ + str(getattr(self.moe.router, "apart", "")))
         if self.moe.dispatcher != MOE.dispatcher:
             extra.append(str(self.moe.dispatcher))
+        if self.moe.form != MOE.form:
+            extra.append(self.moe.form)
+        if self.moe.experts is not None and self.moe.experts != MOE.experts:
+            extra.append(str(self.moe.experts))
         if self.model.kv_heads != MODEL.kv_heads:
             extra.append(f"kv={self.model.kv_heads}")
         return f"rep{p.dp_replicate} tp{p.tp} ep{p.ep} {' '.join(extra)}".strip()
@@ -140,7 +152,12 @@ def case(
     model: ModelConfig = MODEL,
     chunks: int = 1,
     ac: Any = "none",
-    reshard: bool = True,
+    keep: Any = (),
+    share: float = 1.0,
+    reduce: Any = "step",
+    reshard: Any = "all",
+    replicate: bool = False,
+    exchange: Any = "flat",
     compiled: bool = False,
     **rest: Any,
 ) -> Case:
@@ -151,7 +168,12 @@ def case(
         dp_replicate=rep,
         overlap_chunks=chunks,
         activation_checkpointing=ac,
+        keep=keep,
+        checkpoint_blocks=share,
+        reduce_gradients=reduce,
         reshard_after_forward=reshard,
+        replicate_experts=replicate,
+        exchange=exchange,
         compile=compiled,
     )
     return Case(parallel=parallel, moe=moe, model=model, **rest)
@@ -247,7 +269,7 @@ def chosen_in_group(prediction: Prediction) -> list[Tensor]:
 
 def run_reference(c: Case) -> Trace:
     """One process, no parallel code at all; microbatches are only a loop order, so the whole batch is one forward."""
-    model = make_model(c).to(getattr(torch, c.dtype))
+    model = make_model(replace(c, moe=replace(c.moe, form="plain"))).to(getattr(torch, c.dtype))
     model.load_state_dict(full_state(c))
     optim, trace = optimizer(c, model), Trace()
     for step in range(c.steps):
@@ -278,7 +300,7 @@ def run_parallel(c: Case, mesh: Mesh) -> Trace:
     placements = parallelize(model, mesh=mesh, parallel=c.parallel, precision=c.precision)
     model.to_empty(device=mesh.device_type)
     load_full(model, placements, full_state(c))
-    if c.dtype == "float64" and mesh.edp_size == 1 and mesh.world > 1:
+    if c.dtype == "float64" and mesh.degrees.edp_shard == 1 and mesh.world > 1:
         # torch 2.13 treats float64 as it treats fp16, and then divides twice on a mesh of one (test_dist_quirks.py).
         # Production reduces in float32, where it divides once; the float32 cases cover that.
         for moe in sparse_layers(model).values():
@@ -291,7 +313,7 @@ def run_parallel(c: Case, mesh: Mesh) -> Trace:
         losses, chosen, assignments, seen = [], [], [], []
         for m in range(c.microbatches):
             part = {k: v.chunk(c.microbatches)[m] for k, v in mine.items()}
-            with accumulate(model, last=m == c.microbatches - 1):
+            with accumulate(model, last=m == c.microbatches - 1, reduce=c.parallel.reduce_gradients):
                 loss, prediction = forward(model, part, group_tokens=c.group_tokens)
                 (loss / c.microbatches).backward()
             losses.append(loss.detach())
@@ -345,7 +367,7 @@ def check_cases(runtime: Any, cases: list[Case]) -> list[tuple[str, Errors]]:
     """All cases in turn, each against one process. Rank 0 knows the errors; every rank answers for its own copies."""
     results, references = [], {}
     for c in cases:
-        mesh = make_mesh(c.parallel, device_type=runtime.device.type, world=runtime.world)
+        mesh = make_mesh(c.parallel, device_type=runtime.device.type, world=runtime.world, gpus_per_node=NODE)
         trace = run_parallel(c, mesh)
         errors = None
         if runtime.rank == 0:

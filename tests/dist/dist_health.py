@@ -22,7 +22,7 @@ def one_rank_sees_nan(
     acts: list[str] = []
 
     def meddle(trainer: Trainer) -> None:
-        judge, fetch = trainer.guard.judge, trainer.batches.fetch
+        judge, fetch, step = trainer.guard.judge, trainer.batches.fetch, trainer._step
         place = {"batch": -1}
 
         def watched() -> Any:
@@ -30,15 +30,18 @@ def one_rank_sees_nan(
             while gone and int(raw.position[0]) // 8 == 3:
                 trainer.batches.encode(raw)
                 raw = fetch()
-            place["batch"] = int(raw.position[0]) // 8
             return raw
 
-        def noted(numbers: Any, **asked: Any) -> Any:
-            verdict = judge(numbers, **asked)
-            acts.append(verdict[0].act)
+        def placed(taken: Any) -> None:
+            place["batch"] = int(taken.batch.position_B[0]) // 8
+            step(taken)
+
+        def noted(numbers: Any) -> Any:
+            verdict = judge(numbers)
+            acts.append(verdict.act)
             return verdict
 
-        trainer.batches.fetch, trainer.guard.judge = watched, noted  # type: ignore[method-assign]
+        trainer.batches.fetch, trainer.guard.judge, trainer._step = watched, noted, placed  # type: ignore[method-assign]
         loss = trainer.flow.loss
         spoiled = lambda: not gone and here.rank == rank and place["batch"] == 3  # noqa: E731
         object.__setattr__(trainer.flow, "loss", lambda *a, **k: loss(*a, **k) * (math.nan if spoiled() else 1.0))

@@ -24,7 +24,7 @@ from ecdit_train.config.validate import validate
 from ecdit_train.parallel.placement import local
 from ecdit_train.parallel.weights import full_tensors
 from ecdit_train.train.state import parameter_of
-from ecdit_train.train.step import StepResult
+from ecdit_train.train.step import Numbers
 from ecdit_train.supervise.stop import StopRequest
 from ecdit_train.train.trainer import Trainer
 
@@ -63,17 +63,11 @@ def configure(here: Any, run: Path, shards: Path, *extra: str) -> RunConfig:
     return config
 
 
-def _noted(results: list[Any], of_step: Any) -> Any:
-    if of_step[0].applied:
-        results.append(of_step[0])
-    return of_step
-
-
 def live(here: Any, run: Path, shards: Path, extra: tuple[str, ...], *, stop_after: int | None = None,
          before: Callable[[Trainer], None] | None = None) -> Life:  # fmt: skip
     """Start or resume the run on all ranks; `before` may meddle with the trainer."""
     seen: list[tuple[list[int], list[str]]] = []
-    results: list[StepResult] = []
+    results: list[Numbers] = []
     deliver = StreamingLoader.__next__
 
     def watched(loader: StreamingLoader) -> Any:
@@ -86,8 +80,8 @@ def live(here: Any, run: Path, shards: Path, extra: tuple[str, ...], *, stop_aft
         with StopRequest() as stop:
             trainer = build_trainer(configure(here, run, shards, *extra), here, stop_after=stop_after)
             loaded = digests(trainer)
-            step = trainer._step
-            trainer._step = lambda batch, stop: _noted(results, step(batch, stop))  # type: ignore[method-assign]
+            made = trainer._made
+            trainer._made = lambda done, *said: (results.append(said[0]), made(done, *said))[1]  # type: ignore[method-assign]
             if before is not None:
                 before(trainer)
             try:

@@ -62,9 +62,9 @@ def poisoned(here: Any, folder: Path, shards: Path, variants: dict[str, tuple[st
             at_step_3 = lambda: here.rank == here.world - 1 and trainer.state.step == 2  # noqa: E731
             run_step = trainer._step
 
-            def step(batch: Any, stop: Any) -> Any:
+            def step(taken: Any) -> Any:
                 seen["before"] = shards_of(trainer)
-                return run_step(batch, stop)
+                return run_step(taken)
 
             trainer._step = step  # type: ignore[method-assign]
             if where == "loss":

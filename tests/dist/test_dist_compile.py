@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from dist_cases import MODEL, Case, Errors, case, check_cases
+from dist_cases import MODEL, MOE, Case, Errors, case, check_cases
 from dist_harness import run_distributed
 
 from ecdit_train.parallel import compiling
@@ -36,13 +36,29 @@ def assert_equal(cases: list[Case], *, backend: str) -> list[int]:
 def test_compiled_graphs() -> None:
     """Tracing and autograd partitioning, without code generation: a dense block, a sparse one before and after
     its layer, its experts."""
-    (graphs,) = assert_equal([case(tp=2, ep=2, compiled=True, ac="selective", steps=1, model=replace(MODEL, layers=6))],
-                             backend="aot_eager")
-    assert graphs == 4
+    deep = replace(MODEL, layers=6)
+    plain, lean = assert_equal([case(tp=2, ep=2, compiled=True, ac="selective", steps=1, model=deep),
+                                case(tp=2, ep=2, compiled=True, steps=1, model=deep, moe=replace(MOE, form="lean"))],
+                               backend="aot_eager")
+    assert plain == 4
+    assert lean == 5  # what is between a lean layer's products, each way
+
+
+ALL = ("attention", "projections", "feed_forward", "experts")
+
+
+def test_compiled_graphs_around_what_is_kept() -> None:
+    """What is kept is dispatched op by op between graphs, of which there are more; as many for 6 layers as for 4."""
+    cases = [case(tp=2, compiled=True, ac="selective", keep=ALL, steps=1, model=replace(MODEL, layers=layers)) for layers in (4, 6)]
+    four, six = assert_equal(cases, backend="aot_eager")
+    assert four == six == 9
 
 
 @pytest.mark.slow
 def test_compiled_code() -> None:
     """Inductor: generated C++, whose collectives work in place (eager tracing does not show what goes wrong there)."""
     assert_equal([case(tp=2, ac="selective", compiled=True, steps=2), case(tp=2, compiled=True, ac="full", steps=1),
-                  case(tp=2, ep=2, compiled=True, ac="selective", chunks=2, steps=1)], backend="inductor")
+                  case(tp=2, ep=2, compiled=True, ac="selective", keep=("attention", "experts"), share=0.5, steps=1),
+                  case(tp=2, ep=2, compiled=True, ac="selective", keep=ALL, steps=1),
+                  case(tp=2, ep=2, compiled=True, ac="selective", chunks=2, steps=1),
+                  case(ep=2, compiled=True, chunks=2, steps=1, moe=replace(MOE, form="lean"))], backend="inductor")

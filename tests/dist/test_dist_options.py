@@ -30,7 +30,7 @@ def test_options() -> None:
         case(ep=2, ac="selective", chunks=2), case(ep=2, ac="full", chunks=2),
         case(**all_axes, chunks=2), case(ep=4, chunks=3), case(tp=2, ep=2, chunks=2, moe=TOKEN_CHOICE),
         case(ep=2, microbatches=2), case(tp=2, ep=2, microbatches=4), case(rep=2, ep=2, microbatches=2),
-        case(rep=2, tp=2, ep=4, microbatches=2, ac="selective", chunks=2, reshard=False),
+        case(rep=2, tp=2, ep=4, microbatches=2, ac="selective", chunks=2, reshard="none"),
         case(**all_axes, moe=DETERMINISTIC), case(ep=2, moe=DETERMINISTIC, chunks=2),
         case(**all_axes, moe=TRITON), case(ep=2, moe=TRITON, chunks=2, ac="selective"),
     )])

@@ -110,7 +110,7 @@ def test_one_run_on_six_layouts(tiny_shards, tmp_path):
 @pytest.mark.parametrize("extra", [
     ("moe=token_choice", "optim.lr=1e-3"), ("moe/dispatcher=deterministic",), ("moe.scope=image",),
     ("optim/optimizer=rmsprop", "optim.lr=1e-4"), ("parallel.activation_checkpointing=selective",),
-    ("model.layers=4", "parallel.reshard_after_forward=false"),
+    ("model.layers=4", "parallel.reshard_after_forward=none"),
 ], ids=lambda extra: extra[0])  # fmt: skip
 def test_variants_on_six_layouts(extra, tiny_shards, tmp_path):
     print(f"{check(on_layouts(tmp_path, tiny_shards, RUN + extra), tmp_path, bound=1e-4):.1e}")

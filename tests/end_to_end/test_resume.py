@@ -102,9 +102,9 @@ def test_signal_in_a_step(number, undisturbed, tiny_shards, tmp_path, capsys):
 
     def meddle(trainer):
         step = trainer._step
-        trainer._step = lambda batch, stop: (
+        trainer._step = lambda taken: (
             trainer.state.step == 5 and os.kill(os.getpid(), number),
-            step(batch, stop),
+            step(taken),
         )[1]
 
     first = live(config, before=meddle)

@@ -145,17 +145,15 @@ def life(here: Any, run: Path, shards: Path, words: tuple[str, ...], kill: Kill 
     arm(heart)
     with StopRequest() as stop, notes.with_name(f"{notes.name}-{here.rank}.jsonl").open("w") as file:
         trainer = _together(lambda: build_trainer(configure(here, run, shards, *RUN, *words), here, heart=heart))
-        step = trainer._step
+        made = trainer._made
 
-        def noted(batch: Any, stop: Any) -> Any:
-            answer = step(batch, stop)
-            result = answer[0]
-            line = [trainer.state.step + 1, batch.position_B.tolist(), float(result.loss), float(result.grad_norm)]
+        def noted(done: Any, numbers: Any, verdict: Any) -> None:
+            line = [done.step, done.taken.batch.position_B.tolist(), float(numbers.loss), float(numbers.grad_norm)]
             file.write(json.dumps(line) + "\n")
             file.flush()
-            return answer
+            made(done, numbers, verdict)
 
-        trainer._step = noted  # type: ignore[method-assign]
+        trainer._made = noted  # type: ignore[method-assign]
         try:
             assert _together(lambda: trainer.run(stop))
         finally:

@@ -67,10 +67,10 @@ def outage(disk: FaultyDisk, *, error: int | None, delay: float = 0.0, first: in
     def meddle(trainer):
         step = trainer._step
 
-        def changed(batch, stop):
+        def changed(taken):
             here = first <= trainer.state.step + 1 <= last
             disk.error, disk.delay = (error, delay) if here else (None, 0.0)
-            return step(batch, stop)
+            return step(taken)
 
         trainer._step = changed
 
@@ -165,13 +165,13 @@ def test_a_run_folder_that_is_gone_ends_the_run_at_its_next_save(
     def meddle(trainer):
         step = trainer._step
 
-        def gone(batch, stop):
+        def gone(taken):
             if trainer.state.step == 4:
                 shutil.rmtree(run) if how == "removed" else run.rename(moved)
                 if how == "replaced":
                     run.mkdir()
                     (run / "another.txt").write_text("not ours")
-            return step(batch, stop)
+            return step(taken)
 
         trainer._step = gone
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from ecdit_train.config.slots import ExpertsConfig
 
 from ..feed_forward import FeedForward
-from ..moe import Experts
+from . import activations
+from .two_layers import Activated, TwoLayers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,11 @@ class Gelu(ExpertsConfig):
     """Two bias-free layers with GELU between them, the same as the dense feed-forward."""
 
     shared_matrices: ClassVar[int] = 2
+    lean: ClassVar[bool] = True
+
+    def lean_values_per_row(self, *, width: int, hidden: int) -> float:
+        """Before the activation."""
+        return float(hidden)
 
     def build(self, *, width: int, hidden: int, num_experts: int) -> GeluExperts:
         return GeluExperts(width, hidden=hidden, num_experts=num_experts)
@@ -31,15 +37,26 @@ class Gelu(ExpertsConfig):
         return FeedForward(width, hidden=hidden)
 
 
-class GeluExperts(Experts):
+class GeluExperts(TwoLayers):
     """Indexing the stacked weights by expert in a loop would allocate a full-size zero gradient for each; one
     batched product does not."""
+
+    first = ("up",)
 
     def __init__(self, width: int, *, hidden: int, num_experts: int) -> None:
         super().__init__(num_experts)
         self.up = nn.Parameter(torch.empty(num_experts, width, hidden))
         self.down = nn.Parameter(torch.empty(num_experts, hidden, width))
 
-    def compute(self, x_eRD: Tensor) -> Tensor:
-        h_eRH = F.gelu(torch.bmm(x_eRD, self.up), approximate="tanh")
-        return torch.bmm(h_eRH, self.down)
+    def activate(self, *h_eRH: Tensor) -> Tensor:
+        (h,) = h_eRH
+        return F.gelu(h, approximate="tanh")
+
+    def activate_forward(self, h_eRH: tuple[Tensor, ...]) -> Tensor:
+        (h,) = h_eRH
+        return activations.gelu(h)
+
+    def activate_backward(self, h_eRH: tuple[Tensor, ...], da_eRH: Tensor) -> Activated:
+        (h,) = h_eRH
+        a, dh, dot = activations.gelu_backward(h, da_eRH)
+        return Activated(a=a, dh=(dh,), dot_eR=dot)

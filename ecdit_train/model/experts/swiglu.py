@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ecdit_train.config.slots import ExpertsConfig
 
 from ..feed_forward import GatedFeedForward
-from ..moe import Experts
+from .two_layers import Activated, TwoLayers, rows_dot
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +25,11 @@ class SwiGLU(ExpertsConfig):
     """Three bias-free matrices: a gate and a value of the hidden width, multiplied, then one back."""
 
     shared_matrices: ClassVar[int] = 3
+    lean: ClassVar[bool] = True
+
+    def lean_values_per_row(self, *, width: int, hidden: int) -> float:
+        """The gate before its activation, and the value."""
+        return 2.0 * hidden
 
     def flops_per_row(self, *, width: int, hidden: int) -> float:
         return 6.0 * width * hidden
@@ -40,9 +45,11 @@ class SwiGLU(ExpertsConfig):
         return GatedFeedForward(width, hidden=hidden)
 
 
-class SwiGLUExperts(Experts):
+class SwiGLUExperts(TwoLayers):
     """Gate and value are parameters of their own, not one of twice the width: first values and optimizers that work matrix by
     matrix see each as what it is."""
+
+    first = ("gate", "up")
 
     def __init__(self, width: int, *, hidden: int, num_experts: int) -> None:
         super().__init__(num_experts)
@@ -50,6 +57,13 @@ class SwiGLUExperts(Experts):
         self.up = nn.Parameter(torch.empty(num_experts, width, hidden))
         self.down = nn.Parameter(torch.empty(num_experts, hidden, width))
 
-    def compute(self, x_eRD: Tensor) -> Tensor:
-        h_eRH = F.silu(torch.bmm(x_eRD, self.gate)) * torch.bmm(x_eRD, self.up)
-        return torch.bmm(h_eRH, self.down)
+    def activate(self, *h_eRH: Tensor) -> Tensor:
+        gate, value = h_eRH
+        return F.silu(gate) * value
+
+    def activate_backward(self, h_eRH: tuple[Tensor, ...], da_eRH: Tensor) -> Activated:
+        gate, value = h_eRH
+        open_eRH = F.silu(gate)
+        a = open_eRH * value
+        dgate = torch.ops.aten.silu_backward(da_eRH * value, gate)
+        return Activated(a=a, dh=(dgate, da_eRH * open_eRH), dot_eR=rows_dot(a, da_eRH))

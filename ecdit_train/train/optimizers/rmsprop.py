@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ecdit_train.config.rules import Checker
 from ecdit_train.config.schema import RunConfig
@@ -14,6 +15,7 @@ from ecdit_train.config.slots import OptimizerConfig
 from ecdit_train.parallel.owners import Sharding
 
 from . import make_state, matrices_and_vectors
+from .blocks import BlockOptimizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,25 +42,31 @@ class RMSProp(OptimizerConfig):
     def build(
         self, params: Mapping[str, nn.Parameter], *, lr: float, sharding: Sharding | None = None
     ) -> torch.optim.Optimizer:
-        # Not torch's own weight decay: it would be added to the gradient and divided by the gradient's size.
-        groups = matrices_and_vectors(params, weight_decay=0.0)
-        optimizer = torch.optim.RMSprop(
-            groups, lr=lr, alpha=self.decay, eps=self.eps, momentum=self.momentum, foreach=True
-        )
-        matrices = [p for p in params.values() if p.dim() > 1]
-        if self.weight_decay > 0 and matrices:
-            optimizer.register_step_pre_hook(_Decay(matrices, self.weight_decay))
-        names = ("square_avg", *(["momentum_buffer"] if self.momentum > 0 else []))
-        make_state(optimizer, params.values(), names=names)
-        return optimizer
+        return RMSPropOptimizer(self, matrices_and_vectors(params, weight_decay=self.weight_decay), lr=lr)
 
 
-class _Decay:
-    """Shrinks matrices by 1 - lr wd before a step, as AdamW does."""
+class RMSPropOptimizer(BlockOptimizer):
+    """torch.optim.RMSprop (foreach), with its names of state and its bits, block by block.
 
-    def __init__(self, matrices: list[nn.Parameter], weight_decay: float) -> None:
-        self._matrices, self._weight_decay = [p.detach() for p in matrices], weight_decay
+    Not torch's own weight decay: that is added to the gradient and divided by the gradient's size.
+    """
 
-    @torch.no_grad()
-    def __call__(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        torch._foreach_mul_(self._matrices, 1.0 - optimizer.param_groups[0]["lr"] * self._weight_decay)
+    def __init__(self, config: RMSProp, groups: Sequence[Mapping[str, Any]], *, lr: float) -> None:
+        super().__init__(groups, lr=lr)
+        self._config = config
+        self.states = ("square_avg", *(["momentum_buffer"] if config.momentum > 0 else []))
+        make_state(self, (p for group in self.param_groups for p in group["params"]), names=self.states)
+
+    def rule(self, p: Tensor, g: Tensor | None, *state: Tensor, group: Mapping[str, Any], step: float) -> list[Tensor]:
+        """s <- decay s + (1 - decay) g^2; b <- momentum b + g / (sqrt(s) + eps); p <- p (1 - lr wd) - lr b."""
+        c, lr = self._config, group["lr"]
+        if group["weight_decay"] > 0:
+            p = p * (1.0 - lr * group["weight_decay"])
+        if g is None:
+            return [p, *state]
+        square = state[0].mul(c.decay).addcmul_(g, g, value=1 - c.decay)
+        root = square.sqrt().add_(c.eps)
+        if c.momentum == 0:
+            return [p.addcdiv(g, root, value=-lr), square]
+        momentum = state[1].mul(c.momentum).addcdiv_(g, root)
+        return [p.add(momentum, alpha=-lr), square, momentum]

@@ -82,6 +82,12 @@ def test_a_run_of_format_6_is_watched_as_it_was(tmp_path):
     assert load(tmp_path) == compose(["experiment=shapes_tiny", "run=runs/old"], local=False)
 
 
+@pytest.mark.parametrize(("name", "words"), [("shapes_tiny", []), ("shapes_tiny_pair", ["parallel=pair"])])
+def test_a_run_of_format_7_exchanges_and_frees_as_it_did(name, words, tmp_path):
+    shutil.copy(OLD.parent / "format7" / f"{name}.yaml", tmp_path / "resolved.yaml")
+    assert load(tmp_path) == compose(["experiment=shapes_tiny", *words, "run=runs/old"], local=False)
+
+
 def test_what_is_written_says_its_format(tmp_path):
     config = compose(["experiment=shapes_tiny"], local=False)
     freeze(config, tmp_path)
@@ -91,9 +97,9 @@ def test_what_is_written_says_its_format(tmp_path):
 
 def test_a_newer_format_is_refused_by_its_number(tmp_path):
     with pytest.raises(
-        RunFolderError, match=r"has format 8; this ecdit reads formats 1 to 7: use the one that wrote it"
+        RunFolderError, match=r"has format 9; this ecdit reads formats 1 to 8: use the one that wrote it"
     ):
-        load(run_folder(tmp_path, "format: 8\nrun: x\n"))
+        load(run_folder(tmp_path, "format: 9\nrun: x\n"))
 
 
 def test_what_only_looks_old_is_refused_by_the_version_it_should_be_of(tmp_path):

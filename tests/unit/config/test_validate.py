@@ -123,6 +123,21 @@ RULES = [
     ({**THRESHOLD, "moe.dispatcher.cap": 0.0}, "moe.dispatcher.cap = 0.0: must be greater than 0"),
     ({"parallel.dp_shard": 0}, "parallel.dp_shard = 0: must be at least 1, or -1 for the ranks that are left; nearest "
      "valid: -1"),
+    ({"parallel.keep": ("experts",)}, "parallel.keep = ('experts',): must be [] with activation_checkpointing = none: "
+     "`selective` keeps what is named here; nearest valid: []"),
+    ({"parallel.activation_checkpointing": "selective", "parallel.keep": ("experts", "attention", "experts")},
+     "parallel.keep = ('experts', 'attention', 'experts'): must name each kind once; nearest valid: [experts,attention]"),
+    ({"parallel.checkpoint_blocks": 0.0}, "parallel.checkpoint_blocks = 0.0: must be above 0 and at most 1; no block is "
+     "activation_checkpointing=none; nearest valid: 1.0"),
+    ({"parallel.checkpoint_blocks": 0.5}, "parallel.checkpoint_blocks = 0.5: must be 1 with activation_checkpointing = none; "
+     "nearest valid: 1.0"),
+    ({"parallel.exchange": "hierarchical", "parallel.ep": 8, "cluster.gpus_per_node": 8}, "parallel.exchange = 'hierarchical': "
+     "needs ep = 8 to be several whole nodes of cluster.gpus_per_node = 8; nearest valid: flat"),
+    ({"parallel.exchange": "hierarchical", "parallel.ep": 8, "cluster.gpus_per_node": 3}, "parallel.exchange = 'hierarchical': "
+     "needs ep = 8 to be several whole nodes of cluster.gpus_per_node = 3; nearest valid: flat"),
+    ({**THRESHOLD, "parallel.exchange": "hierarchical", "parallel.ep": 8, "cluster.gpus_per_node": 4},
+     "parallel.exchange = 'hierarchical': must be flat while the number of rows varies (moe.dispatcher.cap = null); "
+     "nearest valid: flat"),
     # --- machine room
     ({"cluster.time_limit": "90"}, "cluster.time_limit = '90': must be HH:MM:SS or D-HH:MM:SS; nearest valid: 1-00:00:00"),
     ({"cluster.signal_lead": 3600}, "cluster.signal_lead = 3600: must be below cluster.time_limit = 01:00:00 (3600 s); "
@@ -169,6 +184,8 @@ WORLD_RULES = [
      "valid: 32"),
     ({}, 3, "train.global_batch = 4096: dp * microbatch = 3 * 64 = 192 must divide train.global_batch = 4096; nearest "
      "valid: 4032"),
+    ({"parallel.replicate_experts": True, "parallel.dp_replicate": 2, "parallel.ep": 8}, 8, "parallel.replicate_experts = True: "
+     "needs dp_replicate = 2 to divide edp = world / ep = 8 / 8 = 1; nearest valid: false"),
 ]  # fmt: skip
 
 

@@ -20,9 +20,14 @@ SINGLE = ParallelConfig(
     ep=1,
     sequence_parallel=False,
     activation_checkpointing="none",
+    keep=(),
+    checkpoint_blocks=1.0,
     compile=False,
     overlap_chunks=1,
-    reshard_after_forward=True,
+    reduce_gradients="step",
+    reshard_after_forward="all",
+    replicate_experts=False,
+    exchange="flat",
 )
 
 

@@ -133,6 +133,6 @@ def test_parts_follow_their_switches(cfg_of):
     assert base.encoders == 2 * 704_000_000
     assert of(cfg_of("ec_dit_xl_8e", "optim/optimizer=adamw"), 8)[2].optimizer == base.optimizer
     assert of(cfg_of("ec_dit_xl_8e", "optim.optimizer.momentum=0"), 8)[2].optimizer == base.optimizer / 2
-    kept = of(cfg_of("ec_dit_xl_8e", "parallel.reshard_after_forward=false"), 8)[2]
+    kept = of(cfg_of("ec_dit_xl_8e", "parallel.reshard_after_forward=none"), 8)[2]
     assert kept.gathered > 5 * base.gathered
     assert of(cfg_of("shapes_tiny"), 1)[2].framework == 0

@@ -85,7 +85,7 @@ def test_groups_equal_the_rank_arithmetic(replicate, shard, tp, ep):
         ep=ep,
         activation_checkpointing="none",
         overlap_chunks=1,
-        reshard_after_forward=True,
+        reshard_after_forward="all",
         microbatch=8,
         microbatches=1,
     )

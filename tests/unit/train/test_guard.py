@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from tiny_runs import assert_same, configure, live, records, steady
 
 from ecdit_train import checkpoint
@@ -13,7 +14,8 @@ from ecdit_train.config.compose import compose
 from ecdit_train.errors import NonFiniteError
 from ecdit_train.parallel.runtime import alone
 from ecdit_train.run_folder import CHECKPOINTS
-from ecdit_train.train.guard import LEAST, Guard
+from ecdit_train.train.device_guard import LEAST
+from ecdit_train.train.guard import Guard
 from ecdit_train.train.step import Numbers
 
 SKIP = ("health.non_finite=skip", "checkpoint.keep=9")
@@ -112,8 +114,19 @@ def test_going_back_has_a_budget_and_needs_a_checkpoint(tiny_shards, tmp_path):
         live(configure(tmp_path / "early", tiny_shards, *words), before=poison(1))
 
 
+class Alone:
+    def any_rank(self, flags):
+        return flags
+
+
 def judge(guard, loss):
-    return guard.judge(Numbers(loss=loss, auxiliary={}, grad_norm=1.0, own_finite=True))[0]
+    """As a step does: the device's word, then the host's."""
+    refuse, (strange, spike) = guard.device.judge(loss=torch.tensor(loss), finite=torch.tensor(True), parallel=Alone())
+    about = {"own_finite": True, "finite": not strange, "spike": bool(spike), "applied": not refuse}
+    verdict = guard.judge(Numbers(loss=loss, auxiliary={}, grad_norm=1.0, **about))
+    if refuse:
+        guard.go_on()
+    return verdict
 
 
 @pytest.mark.parametrize("policy", ["ignore", "report", "skip", "roll_back"])

@@ -229,11 +229,11 @@ def test_non_finite_ends_the_run_before_the_update(tiny_shards, tmp_path):
     def meddle(loop):
         take, caught["loop"] = loop._step, loop
 
-        def poisoned(batch, stop):
+        def poisoned(taken):
             if loop.state.step == 5:
-                batch.latents_BCHW[0] = float("inf")
+                taken.batch.latents_BCHW[0] = float("inf")
                 caught["before"] = {n: t.clone() for n, t in loop.state.tensors().items()}
-            return take(batch, stop)
+            return take(taken)
 
         loop._step = poisoned
 

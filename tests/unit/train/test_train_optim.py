@@ -88,23 +88,6 @@ def test_rmsprop_with_momentum_in_plain_lines(momentum):
         torch.testing.assert_close(params[i].data, p, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_state_made_beforehand_changes_nothing(kind):
-    """Ours has its state from the start; torch makes it at the first step. The same numbers, bit for bit."""
-    c = replace(KINDS[kind], weight_decay=0.01)
-    gen = torch.Generator().manual_seed(1)
-    start = torch.randn(6, 2, generator=gen)
-    grads = [[torch.randn(6, 2, generator=gen)] for _ in range(5)]
-    ours, lazy = nn.Parameter(start.clone()), nn.Parameter(start.clone())
-    mine, reference = (c.build(named([p]), lr=0.01) for p in (ours, lazy))
-    reference.state.clear()
-    _descend(mine, [ours], grads)
-    _descend(reference, [lazy], grads)
-    assert torch.equal(ours, lazy)
-    assert mine.state[ours].keys() == reference.state[lazy].keys()
-    assert float(mine.state[ours]["step"]) == 5
-
-
 def test_average_forgets_its_youth_faster():
     p = nn.Parameter(torch.zeros(1))
     ema, expected = Ema({"p": p}, decay=0.9), 0.0

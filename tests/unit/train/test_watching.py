@@ -8,7 +8,7 @@ import pytest
 from tiny_runs import assert_same, configure, live, records
 
 from ecdit_train.observe.routing_numbers import RoutingNumbers, numbers_of
-from ecdit_train.train.watching import Watching
+from ecdit_train.train.watching import Watched, Watching
 
 
 def test_numbers_lie_beside_the_records_they_belong_to(tiny_shards, tmp_path):
@@ -41,7 +41,7 @@ def test_a_disk_that_refuses_them_ends_nothing(tiny_shards, tmp_path, monkeypatc
 def test_watching_changes_no_bit(tiny_shards, tmp_path, monkeypatch):
     """With every number gathered at every step, and with none of them."""
     seeing = live(configure(tmp_path / "seeing", tiny_shards))
-    monkeypatch.setattr(Watching, "see", lambda watching, step, seen: None)
+    monkeypatch.setattr(Watching, "see", lambda watching, step, seen: Watched(sums=[], maxima=[]))
     blind = live(configure(tmp_path / "blind", tiny_shards))
     assert_same(seeing.tensors, blind.tensors)
     seen, unseen = ([{k: v for k, v in line.items() if k.startswith(("train/", "optim/"))} for line in records(tmp_path / run)]
@@ -57,7 +57,12 @@ def test_goodput_is_of_a_life_and_below_one(tiny_shards, tmp_path):
     for line in records(tmp_path):
         assert 0 < line["perf/goodput"] < 1  # the start counts as lost
         phases = {name: spent for name, spent in line.items() if name.startswith("perf/time/")}
-        wanted = ("data", "encode", "forward", "backward", "exchange", "optimizer")
+        wanted = ["forward", "backward", "exchange", "optimizer"]
+        if line["step"] not in (
+            3,
+            6,
+        ):  # the next batch is fetched within a step; before the end of a life there is none
+            wanted += ["data", "encode"]
         assert {f"perf/time/{phase}" for phase in wanted} <= phases.keys()
         in_step = sum(spent for name, spent in phases.items() if not name.endswith("/save"))  # saves are paused for
         assert in_step <= 1.1 * line["perf/step_s"] + 0.1
