@@ -35,6 +35,8 @@ BLOCKS: dict[str, tuple[str, ...]] = {
     "compiled": ("parallel.compile=true",),
 }
 TWO_BLOCKS = ("model.layers=2",)
+EAGER = ("parallel.compile=false",)
+"""Unless a form says otherwise: presets compile."""
 
 
 def layers(device: Device, found: Findings) -> None:
@@ -43,7 +45,7 @@ def layers(device: Device, found: Findings) -> None:
         best = 0.0
         for form, words in FORMS.items():
             with found.part(f"{preset.name}, {form}"):
-                config = with_words(preset, (*TWO_BLOCKS, *words))
+                config = with_words(preset, (*TWO_BLOCKS, *EAGER, *words))
                 with fake_world(preset.world):
                     row = layer_against_bmm(part(config, device, world=preset.world), device)
                 found.values[f"{preset.name}, {form}"] = row
@@ -103,7 +105,7 @@ def blocks(device: Device, found: Findings) -> None:
         peak = preset.config().cluster.peak_flops
         for name, words in BLOCKS.items():
             with found.part(f"{preset.name}, {name}"), fake_world(preset.world):
-                config = with_words(preset, (*TWO_BLOCKS, *words))
+                config = with_words(preset, (*TWO_BLOCKS, *EAGER, *words))
                 made = part(config, device, world=preset.world)
                 for kind, work in works(made, device).items():
                     flops = block_flops(made, sparse=kind == "sparse")

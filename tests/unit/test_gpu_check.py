@@ -63,7 +63,7 @@ def test_what_was_measured_is_there(outcomes):
     rows = outcomes["layers"]["values"]
     assert {"small, plain", "small, deterministic", "small, triton", "small, plain, compiled"} <= rows.keys()
     assert rows["small, plain"]["experts"] == 1, "one of four experts, as the rank of a layout with ep=4 has"
-    assert rows["small, plain"]["rows"] == 32, "f_c 2 * 16 tokens of a rank * 4 ranks / 4 experts"
+    assert rows["small, plain"]["rows"] == 64, "f_c 2 * 32 tokens of a rank * 4 ranks / 4 experts"
     assert set(rows) | set(outcomes["layers"]["skipped"]) == {f"small, {form}" for form in layers.FORMS}
     assert len(outcomes["blocks"]["values"]) == 6, "two kinds, in three forms"
     assert outcomes["blocks"]["values"]["small, sparse, compiled"]["mfu"] > 0
