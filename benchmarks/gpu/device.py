@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import time
 import warnings
 from collections import Counter
@@ -73,6 +74,7 @@ class Device:
         return {name: median(t) for name, t in times.items()}
 
     def forget_peak(self) -> None:
+        gc.collect()  # modules that FSDP wraps refer to themselves
         if self.cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()

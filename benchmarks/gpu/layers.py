@@ -16,7 +16,7 @@ from ecdit_train.plan.flops import per_step
 
 from .device import Device
 from .rank import Part, fake_world, part, presets, tokens, with_words
-from .record import Findings, Skipped
+from .record import Findings
 
 FORMS: dict[str, tuple[str, ...]] = {
     "plain": ("moe/dispatcher=index_add",),
@@ -29,7 +29,14 @@ FORMS: dict[str, tuple[str, ...]] = {
 }
 """The layer's forms, as words of a command line; those that this version does not know are skipped, each with its reason."""
 
+BLOCKS: dict[str, tuple[str, ...]] = {
+    "eager": (),
+    "eager, triton": ("moe/dispatcher=triton",),
+    "compiled": ("parallel.compile=true",),
+}
 TWO_BLOCKS = ("model.layers=2",)
+EAGER = ("parallel.compile=false",)
+"""Unless a form says otherwise: presets compile."""
 
 
 def layers(device: Device, found: Findings) -> None:
@@ -37,16 +44,12 @@ def layers(device: Device, found: Findings) -> None:
     for preset in presets(device):
         best = 0.0
         for form, words in FORMS.items():
-            try:
-                config = with_words(preset, (*TWO_BLOCKS, *words))
+            with found.part(f"{preset.name}, {form}"):
+                config = with_words(preset, (*TWO_BLOCKS, *EAGER, *words))
                 with fake_world(preset.world):
-                    made = part(config, device, world=preset.world)
-                    row = layer_against_bmm(made, device)
-            except Skipped as why:
-                found.skipped[f"{preset.name}, {form}"] = str(why)
-                continue
-            found.values[f"{preset.name}, {form}"] = row
-            best = max(best, row["bmm / layer"])
+                    row = layer_against_bmm(part(config, device, world=preset.world), device)
+                found.values[f"{preset.name}, {form}"] = row
+                best = max(best, row["bmm / layer"])
         if best and device.cuda:
             found.at_least(f"{preset.name}: best form / bmm", best, 0.85)
 
@@ -100,9 +103,9 @@ def blocks(device: Device, found: Findings) -> None:
     """MFU of a dense and of a sparse block, eager and compiled as training compiles them."""
     for preset in presets(device):
         peak = preset.config().cluster.peak_flops
-        for name, words in {"eager": (), "compiled": ("parallel.compile=true",)}.items():
-            config = with_words(preset, (*TWO_BLOCKS, *words))
-            with fake_world(preset.world):
+        for name, words in BLOCKS.items():
+            with found.part(f"{preset.name}, {name}"), fake_world(preset.world):
+                config = with_words(preset, (*TWO_BLOCKS, *EAGER, *words))
                 made = part(config, device, world=preset.world)
                 for kind, work in works(made, device).items():
                     flops = block_flops(made, sparse=kind == "sparse")

@@ -36,13 +36,8 @@ PRESETS = ("ec_dit_xl_8e", "ec_dit_3xl_32e", "ec_dit_m_64e")
 SMALL = (
     *("model.layers=2", "model.width=64", "model.heads=1", "model.text_width=64", "model.text_refiner_layers=1"),
     *("encoders.text.width=32", "encoders.text.max_tokens=8", "data.resolution=16", "moe.num_experts=4"),
-    *(
-        "moe.group_size=16",
-        "train.global_batch=8",
-        "train.microbatch=2",
-        "train.precision=bf16",
-    ),
-    *("parallel.ep=4", "optim.warmup_steps=1", "train.steps=10"),
+    *("moe.group_size=16", "train.global_batch=16", "train.microbatch=4", "train.precision=bf16", "train.steps=10"),
+    *("parallel.ep=4", "parallel.overlap_chunks=2", "optim.warmup_steps=1"),
 )
 """The demo, made smaller, on four ranks: what tests run."""
 

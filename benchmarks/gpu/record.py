@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,18 @@ class Findings:
     bars: list[Bar] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     """Parts that could not be checked, and why."""
+    failed: dict[str, str] = field(default_factory=dict)
+    """Parts that ended with an exception: its traceback."""
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Around one of several things that a check does: what goes wrong there does not keep the others from being done."""
+        try:
+            yield
+        except Skipped as why:
+            self.skipped[name] = str(why)
+        except Exception:
+            self.failed[name] = traceback.format_exc()
 
     def at_most(self, name: str, value: float, limit: float) -> None:
         self.bars.append(Bar(name=name, value=float(value), limit=limit, at_least=False))
@@ -49,6 +62,8 @@ def perform(check: Check, device: Device) -> dict[str, Any]:
         status, reason = "skipped", str(why)
     except Exception:
         status, reason = "failed", traceback.format_exc()
+    if found.failed:
+        status, reason = "failed", "\n".join(f"{name}: {trace}" for name, trace in found.failed.items()) + reason
     return {
         "status": status,
         "reason": reason,

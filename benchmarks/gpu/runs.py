@@ -40,9 +40,10 @@ def waits(device: Device, found: Findings) -> None:
     forms: dict[str, tuple[str, ...]] = {"eager": ()}
     forms |= device.choose(cuda={"compiled": ("parallel.compile=true",)}, cpu={})
     for name, words in forms.items():
-        places = steps_without_log(device, "optim/optimizer=rmsprop", *words)
-        found.values[name] = dict(places)
-        found.at_most(f"{name}: waits for the device per step", sum(places.values()) / (LAST - FIRST), 0)
+        with found.part(name):
+            places = steps_without_log(device, "optim/optimizer=rmsprop", *words)
+            found.values[name] = dict(places)
+            found.at_most(f"{name}: waits for the device per step", sum(places.values()) / (LAST - FIRST), 0)
 
 
 def steps_without_log(device: Device, *words: str) -> Counter[str]:

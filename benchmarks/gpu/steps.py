@@ -30,12 +30,12 @@ def steps(device: Device, found: Findings) -> None:
     """Seconds and bytes of a step as the preset is configured, and of the same without recomputation and
     compilation where it fits."""
     for preset in presets(device):
-        config = preset.config()
-        with fake_world(preset.world):
-            found.values[preset.name] = row = measure(config, device, world=preset.world)
-        if device.cuda:
-            found.at_least(f"{preset.name}: MFU / what the plan foresees without communication", row["mfu / plan"], 0.9)
-            found.at_most(f"{preset.name}: memory off the plan", abs(row["memory / plan"] - 1), MEMORY)
+        with found.part(preset.name):
+            with fake_world(preset.world):
+                found.values[preset.name] = row = measure(preset.config(), device, world=preset.world)
+            if device.cuda:
+                found.at_least(f"{preset.name}: MFU / the plan's without communication", row["mfu / plan"], 0.9)
+                found.at_most(f"{preset.name}: memory off the plan", abs(row["memory / plan"] - 1), MEMORY)
 
 
 def measure(config: RunConfig, device: Device, *, world: int) -> dict[str, float]:

@@ -63,8 +63,9 @@ def test_what_was_measured_is_there(outcomes):
     rows = outcomes["layers"]["values"]
     assert {"small, plain", "small, deterministic", "small, triton", "small, plain, compiled"} <= rows.keys()
     assert rows["small, plain"]["experts"] == 1, "one of four experts, as the rank of a layout with ep=4 has"
-    assert rows["small, plain"]["rows"] == 32, "f_c 2 * 16 tokens of a rank * 4 ranks / 4 experts"
+    assert rows["small, plain"]["rows"] == 64, "f_c 2 * 32 tokens of a rank * 4 ranks / 4 experts"
     assert set(rows) | set(outcomes["layers"]["skipped"]) == {f"small, {form}" for form in layers.FORMS}
+    assert len(outcomes["blocks"]["values"]) == 6, "two kinds, in three forms"
     assert outcomes["blocks"]["values"]["small, sparse, compiled"]["mfu"] > 0
     assert outcomes["steps"]["values"]["small"]["mfu / plan"] > 0
     assert len(outcomes["demo"]["values"]["losses"]["0 cpu"]) == 8
@@ -113,18 +114,29 @@ def test_a_fault_of_one_check_loses_neither_its_bars_nor_the_others(tmp_path):
     def has_nothing(device, found):
         raise Skipped("no such device")
 
+    def half(device, found):
+        with found.part("large"):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        with found.part("fp8"):
+            raise Skipped("not there")
+        found.at_most("small", 1, 2)
+
     kept = Record.open(tmp_path, name="gpu_check")
-    for name, check in {"a": breaks, "b": has_nothing, "c": lambda d, f: f.at_least("speed", 0.5, 0.85)}.items():
+    slow = lambda device, found: found.at_least("speed", 0.5, 0.85)  # noqa: E731
+    for name, check in {"a": breaks, "b": has_nothing, "c": slow, "d": half}.items():
         kept.keep(name, perform(check, CPU))
         assert name in Record.open(tmp_path, name="gpu_check").checks, "saved as it ends"
     (path,) = tmp_path.iterdir()
     checks = json.loads(path.read_text())["checks"]
-    assert [good(checks[name]) for name in "abc"] == [False, True, False]
+    assert [good(checks[name]) for name in "abcd"] == [False, True, False, False]
     said = "\n".join(table(checks))
     assert "pass  held before" in said
     assert "illegal memory access" in said
     assert "skip  no such device" in said
     assert "FAIL  speed" in said
+    assert "pass  small" in said, "after a part that failed"
+    assert "CUDA out of memory" in said
+    assert "skip  fp8: not there" in said
 
 
 def test_a_process_that_dies_is_a_failed_check(monkeypatch):
