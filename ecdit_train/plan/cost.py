@@ -85,7 +85,7 @@ def cost(cfg: RunConfig, parameters: Parameters, layout: Layout) -> Cost:
 
 def of_stage(cfg: RunConfig, parameters: Parameters, layout: Layout) -> Cost:
     """What `layout` costs a run of one stage."""
-    flops = flops_.per_step(cfg, checkpointing=layout.activation_checkpointing)
+    flops = flops_.of_layout(cfg, layout)
     memory = memory_.estimate(cfg, parameters, layout)
     flows = traffic.per_step(cfg, parameters, layout)
     products = traffic.update(cfg, parameters, layout).flops

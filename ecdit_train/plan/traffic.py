@@ -24,7 +24,7 @@ from itertools import groupby
 from ecdit_train.config.schema import HEAD_DIM, RunConfig
 
 from . import slots
-from .layout import Group, Layout, element_bytes, held_by_ranks, units
+from .layout import Group, Layout, blocks_again, element_bytes, held_by_ranks, units
 from .parameters import Parameters
 
 OPTIMIZER = "matrices to the ranks that update them, and back"
@@ -71,32 +71,36 @@ def per_step(cfg: RunConfig, parameters: Parameters, layout: Layout) -> tuple[Fl
 
 
 def _weights(cfg: RunConfig, parameters: Parameters, layout: Layout) -> Iterator[Flow]:
-    """FSDP: weights are gathered for forward and again for backward of every microbatch (the root's once), gradients
-    reduced in fp32 once a step."""
-    replicas = layout.group("dp_replicate")
+    """FSDP: weights are gathered for forward of every microbatch, and again for backward where they were freed (the root never
+    is); gradients are reduced in fp32 once a step, or in every microbatch, and then once over copies."""
     for unit in units(cfg, parameters, layout):
-        gathers = 2 if layout.reshard_after_forward != "none" and unit.name != "root" else 1
-        calls, group = unit.count * gathers * layout.microbatches, layout.group(unit.axis)
-        gradients = 4 * unit.gathered
+        calls, group = unit.count * (1 + unit.freed) * layout.microbatches, layout.group(unit.axis)
+        reductions, gradients = unit.count * layout.reductions, 4 * unit.gathered
         yield _flow("all_gather", f"weights, {unit.name}", unit.axis, group, calls=calls, message=unit.gathered_bytes)
-        yield _flow("reduce_scatter", f"gradients, {unit.name}", unit.axis, group, calls=unit.count, message=gradients)
-        if unit.axis == "dp_shard":
-            what, message = f"gradients of replicas, {unit.name}", gradients / unit.shards
-            yield _flow("all_reduce", what, "dp_replicate", replicas, calls=unit.count, message=message)
+        what = f"gradients, {unit.name}"
+        yield _flow("reduce_scatter", what, unit.axis, group, calls=reductions, message=gradients)
+        what, copies, message = f"gradients of replicas, {unit.name}", layout.group(unit.copies), gradients / unit.shards
+        yield _flow("all_reduce", what, unit.copies, copies, calls=unit.count, message=message)
 
 
 def _tensor_parallel(cfg: RunConfig, layout: Layout) -> Iterator[Flow]:
-    """Column/row pairs: the row output is summed in forward (again when it is recomputed), the gradient of everything
-    that entered a column layer in backward: tokens, the text of cross-attention, the gates of sparse layers."""
+    """Column/row pairs: the row output is summed in forward (again when it is recomputed and not kept), the gradient of
+    everything that entered a column layer in backward: tokens, the text of cross-attention, the gates of sparse layers."""
     m, c, tp, micro = cfg.model, element_bytes(cfg), layout.group("tp"), layout.microbatches
     tokens, sparse = layout.microbatch * cfg.tokens_per_image, slots.sparse_blocks(cfg)
-    mode = layout.activation_checkpointing
-    again, sum_again = int(mode != "none"), int(mode == "full")  # selective keeps the sparse layers' sums
-    attentions, shared = m.layers * (2 if m.cross_attention else 1), sparse if cfg.moe.shared_experts else 0
-    sums = ((attentions + m.layers - sparse + shared) * (2 + again) + sparse * (2 + sum_again)) * micro
+    dense, selective = m.layers - sparse, layout.activation_checkpointing == "selective"
+    dense_again, sparse_again = blocks_again(dense, layout), blocks_again(sparse, layout)
+    attentions, shared = 2 if m.cross_attention else 1, int(cfg.moe.shared_experts > 0)
+    sums = 2 * (m.layers * attentions + dense + sparse * (1 + shared))
+    # Selective keeps the sparse layers' sums, and those of products that it keeps.
+    if not (selective and "projections" in layout.keep):
+        sums += attentions * (dense_again + sparse_again)
+    if not (selective and "feed_forward" in layout.keep):
+        sums += dense_again + shared * sparse_again
+    sums += 0 if selective else sparse_again
     text = layout.microbatch * slots.text_tokens(cfg) * m.text_width * c
     gates = tokens * slots.experts_per_token(cfg) * 4
-    yield _flow("all_reduce", "tensor-parallel tokens", "tp", tp, calls=sums, message=tokens * m.width * c)
+    yield _flow("all_reduce", "tensor-parallel tokens", "tp", tp, calls=sums * micro, message=tokens * m.width * c)
     if m.cross_attention:
         yield _flow("all_reduce", "tensor-parallel text", "tp", tp, calls=m.layers * micro, message=text)
     yield _flow("all_reduce", "tensor-parallel gates", "tp", tp, calls=sparse * micro, message=gates)
@@ -120,11 +124,24 @@ def _agreement(cfg: RunConfig, parameters: Parameters, layout: Layout) -> Iterat
 
 
 def _experts(cfg: RunConfig, layout: Layout) -> Iterator[Flow]:
-    """There and back, forward and backward; full checkpointing repeats the forward's."""
-    repeats = 3 if layout.activation_checkpointing == "full" else 2
-    calls = 2 * repeats * layout.overlap_chunks * slots.sparse_blocks(cfg) * layout.microbatches
-    message = exchange_bytes(cfg, layout) / layout.overlap_chunks
-    yield _flow("all_to_all", "tokens to experts and back", "ep", layout.group("ep"), calls=calls, message=message)
+    """There and back, forward and backward; full checkpointing repeats the forward's. The lean form sends gates with the gradients
+    of the results, four bytes a row, and gets their gradients back with those of the rows. A hierarchical exchange brings
+    everything to the rank of its node that takes it across, and then across."""
+    sparse, chunks = slots.sparse_blocks(cfg), layout.overlap_chunks
+    again = blocks_again(sparse, layout) if layout.activation_checkpointing == "full" else 0
+    calls, message = 2 * (2 * sparse + again) * chunks * layout.microbatches, exchange_bytes(cfg, layout)
+    sent = [("tokens to experts and back", calls, message / chunks)]
+    if layout.form == "lean":
+        gates = message * 4 / (cfg.model.width * element_bytes(cfg))
+        sent.append(("gates to experts and back", 2 * sparse * chunks * layout.microbatches, gates / chunks))
+    group, node = layout.group("ep"), layout.gpus_per_node
+    for what, calls, message in sent:
+        if layout.exchange == "hierarchical":
+            inside, across = layout.group_of(node), layout.group_of(layout.ep // node, stride=node)
+            yield _flow("all_to_all", f"{what}, inside", "ep", inside, calls=calls, message=message)
+            yield _flow("all_to_all", f"{what}, across", "ep", across, calls=calls, message=message)
+        else:
+            yield _flow("all_to_all", what, "ep", group, calls=calls, message=message)
 
 
 def _optimizer(cfg: RunConfig, parameters: Parameters, layout: Layout) -> Iterator[Flow]:
@@ -149,7 +166,7 @@ class Update:
 
 def update(cfg: RunConfig, parameters: Parameters, layout: Layout) -> Update:
     """Asked once for each layout."""
-    key = (layout.world, layout.dp_replicate, layout.dp_shard, layout.tp, layout.ep)
+    key = (layout.world, layout.dp_replicate, layout.dp_shard, layout.tp, layout.ep, layout.edp_replicate)
     if key not in parameters.updates:
         held = held_by_ranks(cfg, parameters, layout)
         calls, message = slots.optimizer_exchange(cfg, held, world=layout.world)
@@ -160,8 +177,9 @@ def update(cfg: RunConfig, parameters: Parameters, layout: Layout) -> Update:
 
 def _selection(cfg: RunConfig, layout: Layout) -> Iterator[Flow]:
     """Routers that select over the tokens of all ranks, as they say; full checkpointing repeats the forward's."""
-    forwards = 2 if layout.activation_checkpointing == "full" else 1
-    calls = forwards * slots.sparse_blocks(cfg) * layout.microbatches
+    sparse = slots.sparse_blocks(cfg)
+    again = blocks_again(sparse, layout) if layout.activation_checkpointing == "full" else 0
+    calls = (sparse + again) * layout.microbatches
     messages = sorted(slots.router_messages(cfg, ranks=layout.dp), key=lambda message: message.kind)
     for kind, sent in groupby(messages, key=lambda message: message.kind):
         each = [message.bytes for message in sent]
