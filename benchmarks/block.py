@@ -1,6 +1,6 @@
 """A whole sparse block against a dense block of equal activated FLOPs.
 
-    python -m benchmarks.block [--rounds 7]
+    python -m benchmarks.block [--rounds 7] [--seconds 40]
 
 16 images of 128 tokens, width 384, 128 text tokens of width 1536, E = 16, routing groups of 1024 tokens, forward and backward.
 The dense block's feed-forward works on twice the rows, as f_c = 2 does.
@@ -19,6 +19,7 @@ from ecdit_train.model.attention import Attention
 from ecdit_train.model.block import Block
 from ecdit_train.model.embed import Conditioning
 from ecdit_train.model.feed_forward import FeedForward
+from ecdit_train.model.lean import lean
 from ecdit_train.model.moe import MoE
 
 from .layers import Algorithm1, expert_choice, fill
@@ -44,7 +45,7 @@ class Literal(MoE):
         nn.Module.__init__(self)
         self.layer = Algorithm1(WIDTH, hidden=4 * WIDTH, experts=EXPERTS, capacity=GROUP * 2 // EXPERTS)
 
-    def forward(self, x_BSD: Tensor, *, group_tokens: int) -> tuple[Tensor, Assignment]:
+    def forward(self, x_BSD: Tensor, *, group_tokens: int, **_: Tensor) -> tuple[Tensor, Assignment]:  # type: ignore[override]
         return self.layer(x_BSD.reshape(-1, group_tokens, WIDTH)).view_as(x_BSD), None  # type: ignore[return-value]
 
 
@@ -55,6 +56,7 @@ def make(feed_forward: FeedForward | MoE, dtype: torch.dtype) -> Block:
         self_attention=Attention(WIDTH, context_width=WIDTH, heads=heads, kv_heads=KV_HEADS, head_dim=HEAD_DIM),
         cross_attention=Attention(WIDTH, context_width=TEXT_WIDTH, heads=heads, kv_heads=heads, head_dim=HEAD_DIM),
         feed_forward=feed_forward,
+        modulations=3,
     ).to(dtype)
     fill(block, seed=0)
     return block
@@ -75,7 +77,9 @@ def work(block: Block, dtype: torch.dtype) -> Work:
         block.zero_grad(set_to_none=True)
         for z in (x, text, vector, shared):
             z.grad = None
-        c = Conditioning(text_BLY=text, text_mask_BL=mask, vector_BD=vector, shared_B6D=shared)
+        c = Conditioning(
+            text_BLY=text, text_mask_BL=mask, vector_BD=vector, timestep_BD=vector.detach(), shared_B6D=shared
+        )
         block(x, c, group_tokens=GROUP)[0].backward(grad)
 
     return run
@@ -85,7 +89,7 @@ def case(dtype: torch.dtype) -> dict[str, Work]:
     hidden = 4 * WIDTH
     blocks: dict[str, FeedForward | MoE] = {
         "expert choice": expert_choice(WIDTH, hidden=hidden, experts=EXPERTS, capacity_factor=2),
-        "deterministic": expert_choice(WIDTH, hidden=hidden, experts=EXPERTS, capacity_factor=2, deterministic=True),
+        "lean": expert_choice(WIDTH, hidden=hidden, experts=EXPERTS, capacity_factor=2, form=lean),
         "algorithm1": Literal(),
         "dense x2": Twice(WIDTH, hidden=hidden),
         "dense": FeedForward(WIDTH, hidden=hidden),
@@ -96,13 +100,15 @@ def case(dtype: torch.dtype) -> dict[str, Work]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
-    rounds = parser.parse_args(arguments).rounds
+    parser.add_argument("--seconds", type=float, default=40.0, help="after which no round begins but the first three")
+    asked = parser.parse_args(arguments)
+    rounds, seconds = asked.rounds, asked.seconds
     settle()
     ratios, bars = {}, []
-    for name, times in interleave({name: case(dtype) for name, dtype in DTYPES.items()}, rounds=rounds).items():
+    for name, times in interleave({name: case(dtype) for name, dtype in DTYPES.items()}, rounds=rounds, seconds=seconds).items():
         row = {
             f"{v} / dense x2": round(times.ratio(v, "dense x2"), 3)
-            for v in ("expert choice", "deterministic", "algorithm1", "dense")
+            for v in ("expert choice", "lean", "algorithm1", "dense")
         }
         row["expert choice / algorithm1"] = round(times.ratio("expert choice", "algorithm1"), 3)
         ratios[name] = row

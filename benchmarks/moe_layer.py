@@ -118,9 +118,7 @@ def main(arguments: list[str] | None = None) -> int:
     settle()
     for experts, (form, dispatcher) in product(numbers, FORMS.values()):
         ordered = dispatcher is DeterministicDispatcher
-        check(
-            experts=experts, capacity_factor=CAPACITY_FACTOR, group_tokens=GROUP, deterministic=ordered, form=form
-        )
+        check(experts=experts, capacity_factor=CAPACITY_FACTOR, group_tokens=GROUP, deterministic=ordered, form=form)
     print(f"{', '.join(FORMS)}: each equals Algorithm 1 in fp64, values and all gradients")
     if len(DTYPES) == 1:
         print("left out: bf16, for which this CPU has no instructions")
@@ -138,10 +136,10 @@ def main(arguments: list[str] | None = None) -> int:
             bars.append(Bar(name=f"{name}: {form} / bmm", value=row[f"{form} / bmm"], limit=1.05, at_least=False))
         best = min(FORMS, key=lambda form: row[f"{form} / bmm"])
         if name.startswith("E=16"):
-            bars.append(
-                Bar(name=f"{name}: {best} / dense", value=row[f"{best} / dense"], limit=1.00, at_least=False)
-            )
-        bars.append(Bar(name=f"{name}: Algorithm 1 / {best}", value=row[f"algorithm1 / {best}"], limit=1.7, at_least=True))
+            bars.append(Bar(name=f"{name}: {best} / dense", value=row[f"{best} / dense"], limit=1.00, at_least=False))
+        bars.append(
+            Bar(name=f"{name}: Algorithm 1 / {best}", value=row[f"algorithm1 / {best}"], limit=1.7, at_least=True)
+        )
     bars += [
         Bar(name=f"rows kept, {name}", value=value, limit=5.2, at_least=False)
         for name, value in kept.items()

@@ -96,7 +96,7 @@ class _LeanExperts(torch.autograd.Function):
     ) -> Tensor:
         *first, last = matrices
         flights = [lean.send(x_ND, index) for index in lean.parts(index_Es)]
-        kept, brought, back = [], [], []
+        kept, brought, back = list[Tensor](), list[Tensor](), list[Tensor]()
         for flight in flights:
             x_eRD = lean.arrived(flight)
             h = tuple(x_eRD.new_empty(*x_eRD.shape[:2], w.shape[2]) for w in first)

@@ -24,6 +24,7 @@ from .step import Numbers
 LOOK_BACK = 1000
 """Steps in which `health.max_skips` counts."""
 
+
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
     """What to do with a step; `words` say why, for people."""

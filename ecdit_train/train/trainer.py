@@ -411,7 +411,11 @@ class Trainer:
             "pool": self._pool,
             "guard": self.guard.state_dict(),
             "validation": dict(self.measured),
-            **met(self._place or self.batches.place(), self.parallel, before={} if self.resumed is None else self.resumed.objects),
+            **met(
+                self._place or self.batches.place(),
+                self.parallel,
+                before={} if self.resumed is None else self.resumed.objects,
+            ),
         }
 
     def show(self, step: int) -> None:

@@ -53,8 +53,10 @@ class GeluExperts(TwoLayers):
         return F.gelu(h, approximate="tanh")
 
     def activate_forward(self, h_eRH: tuple[Tensor, ...]) -> Tensor:
-        return activations.gelu(*h_eRH)
+        (h,) = h_eRH
+        return activations.gelu(h)
 
     def activate_backward(self, h_eRH: tuple[Tensor, ...], da_eRH: Tensor) -> Activated:
-        a, dh, dot = activations.gelu_backward(*h_eRH, da_eRH)
+        (h,) = h_eRH
+        a, dh, dot = activations.gelu_backward(h, da_eRH)
         return Activated(a=a, dh=(dh,), dot_eR=dot)

@@ -96,11 +96,15 @@ class BlockOptimizer(torch.optim.Optimizer):
                     state["step"] += 1
                 shadow = [] if self.average is None else [self.average.shadow[p]]
                 values = _flat([p, *(state[name] for name in self.states), *shadow])
-                assert values[0].numel() == 0 or values[0].data_ptr() == local(p.detach()).data_ptr(), "a copy, not a view"
+                assert values[0].numel() == 0 or values[0].data_ptr() == local(p.detach()).data_ptr(), (
+                    "a copy, not a view"
+                )
                 grad = None if p.grad is None else _flat([p, p.grad])[1]
                 step = float(state["step"]) if self.counts else 0.0
                 if values[0].numel() <= elements(values[0].device) // 8:
-                    joined.setdefault((values[0].device, values[0].dtype, grad is None, step), []).append((values, grad))
+                    joined.setdefault((values[0].device, values[0].dtype, grad is None, step), []).append(
+                        (values, grad)
+                    )
                     continue
                 for cut in _cuts(values[0]):
                     part = None if grad is None else grad[cut]

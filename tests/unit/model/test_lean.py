@@ -25,7 +25,10 @@ from ecdit_train.model.moe import Dispatcher, Experts, Form, MoE, plain
 from ecdit_train.model.routers.expert_choice import ExpertChoice, ExpertChoiceRouter
 
 EXPERTS = {"gelu": GeluExperts, "swiglu": SwiGLUExperts}
-DISPATCHERS: dict[str, Callable[[], Dispatcher]] = {"index_add": IndexAddDispatcher, "deterministic": DeterministicDispatcher}
+DISPATCHERS: dict[str, Callable[[], Dispatcher]] = {
+    "index_add": IndexAddDispatcher,
+    "deterministic": DeterministicDispatcher,
+}
 
 
 class Shuffled:
@@ -67,7 +70,8 @@ def layer(
 ) -> MoE:
     """The same weights for every form."""
     router = ExpertChoiceRouter(
-        RouterSizes(width=D, num_experts=E, patch_values=1), config=ExpertChoice(capacity_factor=factor, sees="modulated")
+        RouterSizes(width=D, num_experts=E, patch_values=1),
+        config=ExpertChoice(capacity_factor=factor, sees="modulated"),
     )
     chosen = DISPATCHERS[dispatcher]()
     chosen.chunks, chosen.travel = chunks, Shuffled() if travels else None
@@ -95,7 +99,8 @@ def run(moe: MoE, *, tokens: int = 32, groups: int = 2, dtype: torch.dtype = tor
 @pytest.mark.parametrize(("E", "factor", "groups"), [(4, 2.0, 2), (1, 1.0, 1), (8, 0.5, 3), (2, 2.0, 1)])
 def test_it_is_the_plain_layer(experts: str, dispatcher: str, E: int, factor: float, groups: int) -> None:
     made = [
-        run(layer(form, experts=experts, dispatcher=dispatcher, E=E, factor=factor), groups=groups) for form in (plain, lean)
+        run(layer(form, experts=experts, dispatcher=dispatcher, E=E, factor=factor), groups=groups)
+        for form in (plain, lean)
     ]
     assert made[0].keys() == made[1].keys()
     for name, value in made[0].items():

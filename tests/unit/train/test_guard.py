@@ -121,9 +121,7 @@ class Alone:
 
 def judge(guard, loss):
     """As a step does: the device's word, then the host's."""
-    refuse, (strange, spike) = guard.device.judge(
-        loss=torch.tensor(loss), finite=torch.tensor(True), parallel=Alone()
-    )
+    refuse, (strange, spike) = guard.device.judge(loss=torch.tensor(loss), finite=torch.tensor(True), parallel=Alone())
     about = {"own_finite": True, "finite": not strange, "spike": bool(spike), "applied": not refuse}
     verdict = guard.judge(Numbers(loss=loss, auxiliary={}, grad_norm=1.0, **about))
     if refuse:

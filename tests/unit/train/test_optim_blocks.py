@@ -52,7 +52,11 @@ def grads_for(params, *, seed, scale=1.0):
 
 
 def held(optimizer, params, ema):
-    return [*(p.detach() for p in params), *(v for p in params for v in optimizer.state[p].values()), *ema.shadow.values()]
+    return [
+        *(p.detach() for p in params),
+        *(v for p in params for v in optimizer.state[p].values()),
+        *ema.shadow.values(),
+    ]
 
 
 @pytest.mark.parametrize("elements", [64, 1000, 1 << 14])

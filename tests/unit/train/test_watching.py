@@ -58,7 +58,10 @@ def test_goodput_is_of_a_life_and_below_one(tiny_shards, tmp_path):
         assert 0 < line["perf/goodput"] < 1  # the start counts as lost
         phases = {name: spent for name, spent in line.items() if name.startswith("perf/time/")}
         wanted = ["forward", "backward", "exchange", "optimizer"]
-        if line["step"] not in (3, 6):  # the next batch is fetched within a step; before the end of a life there is none
+        if line["step"] not in (
+            3,
+            6,
+        ):  # the next batch is fetched within a step; before the end of a life there is none
             wanted += ["data", "encode"]
         assert {f"perf/time/{phase}" for phase in wanted} <= phases.keys()
         in_step = sum(spent for name, spent in phases.items() if not name.endswith("/save"))  # saves are paused for
