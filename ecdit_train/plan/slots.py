@@ -78,10 +78,20 @@ def expert_kept_units_per_row(cfg: RunConfig) -> float:
     return 1 + experts.kept_values_per_row(width=cfg.model.width, hidden=_hidden(cfg)) / cfg.model.width + 1
 
 
+def rows_are_fixed(cfg: RunConfig) -> bool:
+    """Whether experts take a number of rows that is known beforehand: what travels in parts, by nodes, or is worked on leanly."""
+    return cfg.capacity is not None or cfg.moe.dispatcher is None or cfg.moe.dispatcher.cap is not None
+
+
 def form(cfg: RunConfig) -> str:
     """How sparse layers are carried out: `moe.form`, where the number of rows is fixed; else the plain way."""
-    varies = cfg.capacity is None and cfg.moe.dispatcher is not None and cfg.moe.dispatcher.cap is None
-    return "plain" if varies else cfg.moe.form
+    return cfg.moe.form if rows_are_fixed(cfg) else "plain"
+
+
+def forms(cfg: RunConfig) -> tuple[str, ...]:
+    """Those that there are, the one that keeps least last."""
+    lean = cfg.moe.experts is not None and cfg.moe.experts.lean and rows_are_fixed(cfg)
+    return ("plain", "lean") if lean else ("plain",)
 
 
 def expert_lean_units_per_row(cfg: RunConfig) -> float:

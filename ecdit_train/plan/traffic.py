@@ -9,6 +9,10 @@ them on this node, on k nodes, and a hierarchical schedule in which the ranks of
     all-to-all                   inside M (m - 1) / n     between M (n - m) / n
     broadcast                    as a gather: n - 1 copies leave n ranks
 
+A call also waits for hops of a message from GPU to GPU: n - k in nodes and k - 1 between them (rings of gathers, reductions
+and broadcasts), 2 (m - 1) and 2 log2 k (trees of all-reduces), m - 1 and n - m (a message for each peer of an all-to-all).
+NCCL counts rings and trees so (its src/graph/tuning.cc); that an all-to-all's messages leave one after another is an upper bound.
+
 Single numbers (the gradient's norm, the loss) are left out.
 
 Expert exchange, per direction and sparse layer: f_c t d rows of `c` bytes, divided by tp, for t tokens of a rank.
@@ -16,11 +20,13 @@ Expert exchange, per direction and sparse layer: f_c t d rows of `c` bytes, divi
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
+from ecdit_train.config.cluster import ClusterConfig
 from ecdit_train.config.schema import HEAD_DIM, RunConfig
 
 from . import slots
@@ -50,23 +56,46 @@ class Flow:
     """Sent inside the node."""
     inter_node: float
     """Sent to other nodes."""
+    intra_steps: int
+    """Hops between GPUs of a node that a call waits for, one after another."""
+    inter_steps: int
+    """Hops between nodes."""
 
     def seconds(self, *, intra_bandwidth: float, inter_bandwidth: float) -> float:
-        """Both kinds of link work at the same time; the slower one decides."""
+        """Of the bytes. Both kinds of link work at the same time; the slower one decides."""
         return max(self.intra_node / intra_bandwidth, self.inter_node / inter_bandwidth)
+
+    def takes(self, cluster: ClusterConfig) -> float:
+        """Seconds of bytes and calls."""
+        return self.latency(cluster) + self.seconds(
+            intra_bandwidth=cluster.intra_bandwidth, inter_bandwidth=cluster.inter_bandwidth
+        )
+
+    def latency(self, cluster: ClusterConfig) -> float:
+        """Of the calls, whatever their size."""
+        hops = self.intra_steps * cluster.intra_latency + self.inter_steps * cluster.inter_latency
+        return self.calls * (cluster.call_latency + hops)
 
 
 def per_step(cfg: RunConfig, parameters: Parameters, layout: Layout) -> tuple[Flow, ...]:
-    """Every flow that carries bytes between ranks: weights and gradients unit by unit, tensors, agreement, experts, and
-    what routers tell each other."""
+    """Every flow that carries bytes between ranks: weights and gradients unit by unit, tensors, agreement, experts, the
+    optimizer, and what routers tell each other."""
+    return (*before_update(cfg, parameters, layout), *_sending(_optimizer(cfg, parameters, layout)))
+
+
+def before_update(cfg: RunConfig, parameters: Parameters, layout: Layout) -> tuple[Flow, ...]:
+    """The same without the optimizer's."""
     flows = (
         *_weights(cfg, parameters, layout),
-        *_tensor_parallel(cfg, layout),
+        *tensor_parallel(cfg, layout),
         *_agreement(cfg, parameters, layout),
-        *_experts(cfg, layout),
-        *_optimizer(cfg, parameters, layout),
+        *experts(cfg, layout),
         *_selection(cfg, layout),
     )
+    return _sending(flows)
+
+
+def _sending(flows: Iterable[Flow]) -> tuple[Flow, ...]:
     return tuple(flow for flow in flows if flow.ranks > 1 and flow.calls)
 
 
@@ -83,7 +112,7 @@ def _weights(cfg: RunConfig, parameters: Parameters, layout: Layout) -> Iterator
         yield _flow("all_reduce", what, unit.copies, copies, calls=unit.count, message=message)
 
 
-def _tensor_parallel(cfg: RunConfig, layout: Layout) -> Iterator[Flow]:
+def tensor_parallel(cfg: RunConfig, layout: Layout) -> Iterator[Flow]:
     """Column/row pairs: the row output is summed in forward (again when it is recomputed and not kept), the gradient of
     everything that entered a column layer in backward: tokens, the text of cross-attention, the gates of sparse layers."""
     m, c, tp, micro = cfg.model, element_bytes(cfg), layout.group("tp"), layout.microbatches
@@ -123,7 +152,7 @@ def _agreement(cfg: RunConfig, parameters: Parameters, layout: Layout) -> Iterat
             yield _flow("broadcast", what, "tp", layout.group_of(copies), calls=1, message=message)
 
 
-def _experts(cfg: RunConfig, layout: Layout) -> Iterator[Flow]:
+def experts(cfg: RunConfig, layout: Layout) -> Iterator[Flow]:
     """There and back, forward and backward; full checkpointing repeats the forward's. The lean form sends gates with the gradients
     of the results, four bytes a row, and gets their gradients back with those of the rows. A hierarchical exchange brings
     everything to the rank of its node that takes it across, and then across."""
@@ -200,6 +229,9 @@ def _flow(kind: str, purpose: str, axis: str, group: Group, *, calls: int, messa
     else:
         passes = 2 if kind == "all_reduce" else 1
         intra, inter = passes * total * (m - 1) / m, passes * total * (k - 1) / (k * m)
+    steps = (m - 1, n - m) if kind == "all_to_all" else ((n - k), k - 1)
+    if kind == "all_reduce":
+        steps = (2 * (m - 1), 2 * math.ceil(math.log2(k)))
     return Flow(
         kind=kind,
         purpose=purpose,
@@ -209,4 +241,6 @@ def _flow(kind: str, purpose: str, axis: str, group: Group, *, calls: int, messa
         message=total,
         intra_node=intra,
         inter_node=inter,
+        intra_steps=steps[0],
+        inter_steps=steps[1],
     )
