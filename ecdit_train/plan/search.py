@@ -131,12 +131,12 @@ def _exchanged(cfg: RunConfig, layout: Layout) -> Layout:
 def _bound(cfg: RunConfig, parameters: Parameters, forms: Sequence[Layout]) -> float:
     """Seconds of a place if memory were no object."""
     free = dataclasses.replace(forms[0], reshard_after_forward="none")
-    return min(at_least(cfg, parameters, at) for at in _reduced(free))
+    return min(at_least(cfg, parameters, at) for at in _reduced(cfg, free))
 
 
-def _reduced(layout: Layout) -> list[Layout]:
+def _reduced(cfg: RunConfig, layout: Layout) -> list[Layout]:
     """`layout` with either way to reduce gradients, where they differ."""
-    ways = ("step", "microbatch") if layout.microbatches > 1 else ("step",)
+    ways = ("step", "microbatch") if layout.microbatches > 1 else (cfg.parallel.reduce_gradients,)
     return [dataclasses.replace(layout, reduce_gradients=way) for way in ways]
 
 
@@ -146,7 +146,7 @@ def _within(
     """Of a place, for every choice of the rest, what computes least again and fits; what takes longer than `within` is left out."""
     for form in forms:
         freed = FREED if slots.sparse_blocks(cfg) else ("none", "all")
-        for at, parts in product(_reduced(form), freed):
+        for at, parts in product(_reduced(cfg, form), freed):
             chosen = dataclasses.replace(at, reshard_after_forward=parts)
             fitting = (policy.of(chosen) for policy in worth.of(chosen))
             first = next((one for one in fitting if _has_room(cfg, parameters, one)), None)
