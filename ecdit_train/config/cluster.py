@@ -30,6 +30,12 @@ class ClusterConfig:
     """Bytes/s one way per GPU inside a node (NVLink)."""
     inter_bandwidth: float
     """Bytes/s one way per GPU between nodes (InfiniBand)."""
+    call_latency: float
+    """Seconds that a collective takes before its first byte moves."""
+    intra_latency: float
+    """Seconds of a step from one GPU to another inside a node."""
+    inter_latency: float
+    """Seconds of a step from one GPU to another across nodes."""
 
     partition: str | None
     """Slurm partition, or several as `a,b`; null takes Slurm's default."""

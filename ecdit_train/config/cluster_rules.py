@@ -6,7 +6,7 @@ import re
 
 from ecdit_train.config.cluster import ClusterConfig
 from ecdit_train.config.nearest import closest
-from ecdit_train.config.rules import Checker
+from ecdit_train.config.rules import Checker, short
 from ecdit_train.config.schema import RunConfig
 from ecdit_train.secrets import form_of, is_secret_name
 
@@ -52,6 +52,18 @@ _SHORT = {
     "A": "account", "q": "qos", "x": "exclude", "C": "constraint", "d": "dependency", "a": "array", "o": "output",
     "e": "error", "D": "chdir",
 }  # fmt: skip
+
+RATES = {
+    "gpu_memory": (1e8, 1e13),
+    "peak_flops": (1e8, 1e17),
+    "memory_bandwidth": (1e8, 1e15),
+    "intra_bandwidth": (1e5, 1e14),
+    "inter_bandwidth": (1e5, 1e14),
+    "call_latency": (0.0, 1.0),
+    "intra_latency": (0.0, 1.0),
+    "inter_latency": (0.0, 1.0),
+}
+"""What a plan may compute with, least and most: a slip of the exponent would make a plan that nothing else stops."""
 
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<hours>\d{1,2}):(?P<minutes>[0-5]\d):(?P<seconds>[0-5]\d)")
 _ENV = re.compile(r"(?P<name>[A-Za-z_][A-Za-z0-9_]*)=(?P<value>[^\n]*)")
@@ -123,8 +135,11 @@ def check_cluster(cfg: RunConfig, check: Checker) -> None:
     check.at_least(1, [f"cluster.{n}" for n in ("nodes", "gpus_per_node", "cpus_per_gpu")])
     check.at_least(1, ["cluster.lives", "cluster.lives_without_progress"])
     check.at_least(0, ["cluster.signal_lead", "cluster.preflight_bandwidth"])
-    figures = ["gpu_memory", "peak_flops", "gemm_efficiency", "memory_bandwidth", "intra_bandwidth", "inter_bandwidth"]
-    check.positive([f"cluster.{name}" for name in figures])
+    for name, (least, most) in RATES.items():
+        value = getattr(cluster, name)
+        rule, nearest = f"must be between {short(least)} and {short(most)}: no machine is beyond", min(max(value, least), most)
+        check.require(least <= value <= most, f"cluster.{name}", rule=rule, nearest=nearest)
+    check.positive(["cluster.gemm_efficiency"])
     check.require(cluster.gemm_efficiency <= 1, "cluster.gemm_efficiency", rule="must not exceed 1", nearest=1.0)
     ok = bool(cluster.back_off) and min(cluster.back_off, default=0) >= 0
     check.require(

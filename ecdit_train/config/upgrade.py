@@ -95,6 +95,7 @@ ADDED: Mapping[str, Any] = {
     "parallel.replicate_experts": False,
     "parallel.exchange": "flat",
     "watch.agree_every": 5,
+    **{f"cluster.{key}": 0.0 for key in ("call_latency", "intra_latency", "inter_latency")},
 }
 """Keys since format 3 and what was there before them."""
 

@@ -48,6 +48,7 @@ from rich.padding import Padding
 from rich.table import Table
 
 from .cost import Cost
+from .layout import CHOSEN
 from .plan import Plan
 from .search import overrides
 from .traffic import exchange_bytes
@@ -60,7 +61,8 @@ BAR = 24
 
 LAYOUT = (
     *("dp_replicate", "dp_shard", "tp", "ep", "edp", "microbatch", "microbatches"),
-    *("activation_checkpointing", "overlap_chunks", "reshard_after_forward"),
+    *CHOSEN,
+    *("replicate_experts", "form"),
 )
 
 
@@ -102,7 +104,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
         if best is None
         else {
             "layout": _pick(best.layout, *LAYOUT),
-            "overrides": list(overrides(best.layout)),
+            "overrides": list(overrides(cfg, best.layout)),
             "memory_total": best.memory.total,
             **_pick(best.step_time, "seconds", "mfu"),
         },
@@ -285,7 +287,7 @@ def _suggestion(plan: Plan) -> list[str]:
     return [
         f"{seconds(best.step_time.seconds)} a step, {best.step_time.mfu:.0%} MFU, "
         f"{_of(best.memory.total, plan.cfg.cluster.gpu_memory)}{gain}",
-        " ".join(overrides(best.layout)),
+        " ".join(overrides(plan.cfg, best.layout)),
     ]
 
 

@@ -11,12 +11,15 @@ d (h, k heads of 64):
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from ecdit_train.config.schema import HEAD_DIM, RunConfig
 from ecdit_train.model.embed import TimestepEmbedding
+from ecdit_train.parallel.recompute import checkpointed
 
 from . import slots
+from .layout import Layout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,24 +43,35 @@ class Flops:
         return self.model + self.recompute + self.frozen_encoders
 
 
-def per_step(cfg: RunConfig, *, checkpointing: str) -> Flops:
-    """FLOPs of one optimizer step. `checkpointing`: none, selective or full. Selective keeps the results of
-    collectives and recomputes everything else of a block, so both modes repeat the blocks' forward."""
+def per_step(
+    cfg: RunConfig, *, checkpointing: str, keep: Collection[str] = (), share: float = 1.0, form: str = "plain"
+) -> Flops:
+    """FLOPs of one optimizer step. `checkpointing`: none, selective or full. Both modes repeat the forward of the blocks they are
+    for (`share` of them), selective all but the products of the kinds it keeps."""
     m, images = cfg.model, cfg.train.global_batch
     d, q, kv = m.width, m.heads * HEAD_DIM, m.kv_heads * HEAD_DIM
     S, L, Y, X = cfg.tokens_per_image, slots.text_tokens(cfg), m.text_width, slots.text_features(cfg)
     T, TL = images * S, images * L
     sparse, patch_values = slots.sparse_blocks(cfg), m.patch**2 * slots.latent_channels(cfg)
+    dense, cross = m.layers - sparse, int(m.cross_attention)
+    # Of one block each: in every block, in dense ones, in sparse ones.
+    projections = {
+        "self_attention": 2.0 * T * (2 * d * q + 2 * d * kv),
+        "cross_attention": cross * (2.0 * T * 2 * d * q + 2.0 * TL * 2 * Y * q),
+    }
+    attention = {"self_attention": 4.0 * T * S * q, "cross_attention": cross * 4.0 * T * L * q}
+    modulation = 2.0 * images * (3 if m.modulation == "shared" else 6) * d * d
+    feed_forward = 2.0 * T * 2 * d * m.ffn_ratio * d
+    experts = T * slots.experts_per_token(cfg) * slots.expert_flops_per_row(cfg)
+    shared = T * 2.0 * slots.shared_parameters(cfg)
+    router = T * slots.router_flops_per_token(cfg)
     blocks = {
-        "self_attention": m.layers * (2.0 * T * (2 * d * q + 2 * d * kv) + 4.0 * T * S * q),
-        "cross_attention": m.cross_attention
-        * m.layers
-        * (2.0 * T * 2 * d * q + 2.0 * TL * 2 * Y * q + 4.0 * T * L * q),
-        "dense_feed_forward": (m.layers - sparse) * 2.0 * T * 2 * d * m.ffn_ratio * d,
-        "experts": sparse * T * slots.experts_per_token(cfg) * slots.expert_flops_per_row(cfg),
-        "shared_experts": sparse * T * 2.0 * slots.shared_parameters(cfg),
-        "router": sparse * T * slots.router_flops_per_token(cfg),
-        "modulation": m.layers * 2.0 * images * (3 if m.modulation == "shared" else 6) * d * d,
+        **{part: m.layers * (projections[part] + attention[part]) for part in projections},
+        "dense_feed_forward": dense * feed_forward,
+        "experts": sparse * experts,
+        "shared_experts": sparse * shared,
+        "router": sparse * router,
+        "modulation": m.layers * modulation,
     }
     outside = {
         # All patches are embedded; masking drops some of them afterwards.
@@ -69,9 +83,26 @@ def per_step(cfg: RunConfig, *, checkpointing: str) -> Flops:
         "final": 2.0 * T * d * patch_values,
     }
     by_part = {part: 3.0 * (blocks.get(part, 0.0) + outside.get(part, 0.0)) for part in {**outside, **blocks}}
-    recompute = 0.0 if checkpointing == "none" else sum(blocks.values())
+    kept = set(keep) if checkpointing == "selective" else set()
+    in_every = modulation + ("projections" not in kept) * sum(projections.values())
+    in_every += ("attention" not in kept) * sum(attention.values())
+    # The lean form writes its products into memory of its own: none is kept by name.
+    in_sparse = router + (form == "lean" or "experts" not in kept) * experts + ("feed_forward" not in kept) * shared
+    in_dense = ("feed_forward" not in kept) * feed_forward
+    again = [0 if checkpointing == "none" else len(checkpointed(n, share=share)) for n in (dense, sparse)]
     return Flops(
         by_part=dict(sorted(by_part.items())),
-        recompute=recompute,
+        recompute=sum(n * (in_every + own) for n, own in zip(again, (in_dense, in_sparse), strict=True)),
         frozen_encoders=images * slots.encoder_flops_per_image(cfg),
+    )
+
+
+def of_layout(cfg: RunConfig, layout: Layout) -> Flops:
+    """FLOPs of one optimizer step under what a layout recomputes."""
+    return per_step(
+        cfg,
+        checkpointing=layout.activation_checkpointing,
+        keep=layout.keep,
+        share=layout.checkpoint_blocks,
+        form=layout.form,
     )

@@ -17,6 +17,7 @@ from ecdit_train.config.slots import Held
 from ecdit_train.config.validate import validate
 from ecdit_train.errors import ConfigError, Problem
 from ecdit_train.parallel.degrees import Degrees, resolve_degrees
+from ecdit_train.parallel.recompute import checkpointed
 
 from . import slots
 from .parameters import Parameters, is_split
@@ -40,23 +41,59 @@ class Layout(Degrees):
 
     gpus_per_node: int
     activation_checkpointing: str
+    keep: tuple[str, ...] = ()
+    checkpoint_blocks: float = 1.0
     overlap_chunks: int
+    exchange: str = "flat"
     reshard_after_forward: str
+    reduce_gradients: str = "step"
+    form: str = "plain"
+    """`moe.form`."""
     microbatch: int
     """Images per forward pass of a data-parallel rank."""
     microbatches: int
     """Forward passes per optimizer step (gradient accumulation)."""
 
+    @property
+    def replicate_experts(self) -> bool:
+        return self.edp_replicate > 1
+
+    @property
+    def frees(self) -> tuple[bool, bool]:
+        """Whether gathered weights of the dense part and of the experts are freed after forward."""
+        dense, experts = (self.reshard_after_forward in ("all", part) for part in ("dense", "experts"))
+        return dense, experts
+
+    @property
+    def reductions(self) -> int:
+        """Of every gradient over the ranks that shard it, in a step."""
+        return self.microbatches if self.reduce_gradients == "microbatch" else 1
+
+    @property
+    def accumulates_whole(self) -> bool:
+        """Whether gradients add up before they are reduced: whole ones, not shards."""
+        return self.microbatches > self.reductions
+
     def group(self, axis: str) -> Group:
-        """The group of rank 0 along `axis`: tp, dp, dp_shard, dp_replicate, ep, edp or world."""
-        stride = {"dp": self.tp, "dp_shard": self.tp, "edp": self.ep, "dp_replicate": self.tp * self.dp_shard}.get(
-            axis, 1
-        )
-        return self.group_of(getattr(self, axis), stride=stride)
+        """The group of rank 0 along `axis`: tp, dp, dp_shard, dp_replicate, ep, edp, edp_shard, edp_replicate or world."""
+        strides = {
+            **dict.fromkeys(("dp", "dp_shard"), self.tp),
+            "dp_replicate": self.tp * self.dp_shard,
+            **dict.fromkeys(("edp", "edp_shard"), self.ep),
+            "edp_replicate": self.ep * self.edp_shard,
+        }
+        return self.group_of(getattr(self, axis), stride=strides.get(axis, 1))
 
     def group_of(self, size: int, *, stride: int = 1) -> Group:
         """`size` ranks from 0, `stride` apart."""
         return Group(size=size, per_node=min(size, max(1, -(-self.gpus_per_node // stride))))
+
+
+CHOSEN = (
+    *("activation_checkpointing", "keep", "checkpoint_blocks", "overlap_chunks", "exchange"),
+    *("reshard_after_forward", "reduce_gradients"),
+)
+"""Keys of `parallel` that a layout takes as they are."""
 
 
 def resolve(cfg: RunConfig, *, world: int) -> Layout:
@@ -72,12 +109,16 @@ def resolve(cfg: RunConfig, *, world: int) -> Layout:
     return Layout(
         **vars(degrees),
         gpus_per_node=cfg.cluster.gpus_per_node,
-        activation_checkpointing=p.activation_checkpointing,
-        overlap_chunks=p.overlap_chunks,
-        reshard_after_forward=p.reshard_after_forward,
+        **{name: getattr(p, name) for name in CHOSEN},
+        form=slots.form(cfg),
         microbatch=cfg.train.microbatch,
         microbatches=cfg.train.global_batch // (degrees.dp * cfg.train.microbatch),
     )
+
+
+def blocks_again(count: int, layout: Layout) -> int:
+    """Of `count` blocks of one kind, those that are checkpointed."""
+    return 0 if layout.activation_checkpointing == "none" else len(checkpointed(count, share=layout.checkpoint_blocks))
 
 
 def element_bytes(cfg: RunConfig) -> int:
@@ -95,7 +136,11 @@ class Unit:
     gathered: int
     """Elements of one unit after its all-gather: the part of this tp or ep rank."""
     axis: str
-    """The axis it is sharded over: dp_shard or edp."""
+    """The axis it is sharded over: dp_shard or edp_shard."""
+    copies: str
+    """The axis over which its shards have copies: dp_replicate or edp_replicate."""
+    freed: bool
+    """Whether it is freed after the forward pass, and gathered again in backward."""
     shards: int
     bytes_each: int
     """Bytes per gathered element: the compute type, fp32 for routers."""
@@ -128,11 +173,14 @@ def units(cfg: RunConfig, parameters: Parameters, layout: Layout) -> tuple[Unit,
     attention_saved = split - split // tp + 2 * m.width * (kv - kv_here)
     feed_forward, shared = 2 * m.width * m.width * m.ffn_ratio, slots.shared_parameters(cfg)
     repeated = 2 * m.width * kv_here if tp > m.kv_heads else 0
+    dense_freed, experts_freed = layout.frees
+    sharded_experts = {"axis": "edp_shard", "copies": "edp_replicate", "shards": layout.edp_shard}
 
     def unit(name: str, count: int, gathered: int, *, alike: int = 0, twice: int = 0, **other: Any) -> Unit:
         rates, split = p.state_rates, gathered - alike
         state = split * rates.get((name, True), 0.0) + alike * rates.get((name, False), 0.0)
-        common: dict[str, Any] = {"axis": "dp_shard", "shards": layout.dp_shard, "bytes_each": c, "state": state}
+        common: dict[str, Any] = {"axis": "dp_shard", "copies": "dp_replicate", "shards": layout.dp_shard}
+        common |= {"bytes_each": c, "state": state, "freed": dense_freed and name != "root"}
         return Unit(name=name, count=count, gathered=gathered, replicated=alike, repeated=twice, **common | other)
 
     kinds = (
@@ -152,7 +200,7 @@ def units(cfg: RunConfig, parameters: Parameters, layout: Layout) -> tuple[Unit,
             twice=repeated,
         ),
         unit("router", p.sparse_blocks, p.router_per_block, alike=p.router_per_block, bytes_each=4),
-        unit("experts", p.sparse_blocks, p.experts_per_block // layout.ep, axis="edp", shards=layout.edp),
+        unit("experts", p.sparse_blocks, p.experts_per_block // layout.ep, freed=experts_freed, **sharded_experts),
     )
     return tuple(kind for kind in kinds if kind.count)
 
@@ -165,7 +213,7 @@ def held_by_ranks(cfg: RunConfig, parameters: Parameters, layout: Layout) -> tup
         copies = layout.dp_replicate
         holders: tuple[range, ...] = (range(layout.world),)
         if ".experts." in name:
-            copies, holders = 1, _expert_holders(shape[0], layout)
+            copies, holders = layout.edp_replicate, _expert_holders(shape[0], layout)
         elif not is_split(name):
             copies *= layout.tp
         elif ".self_attention.key." in name or ".self_attention.value." in name:
@@ -175,13 +223,14 @@ def held_by_ranks(cfg: RunConfig, parameters: Parameters, layout: Layout) -> tup
 
 
 def _expert_holders(experts: int, layout: Layout) -> tuple[range, ...]:
-    """Of each expert: one rank where FSDP can share whole experts out evenly, else all edp ranks of its ep rank."""
-    here, found = experts // layout.ep, []
+    """Of each expert: one rank of each copy where FSDP can share whole experts out evenly, else all edp ranks of its ep
+    rank."""
+    here, shards, found = experts // layout.ep, layout.edp_shard, []
     for expert in range(experts):
         ep_rank, n = divmod(expert, here)
-        if here % layout.edp == 0:
-            ep_rank += n // (here // layout.edp) * layout.ep
-            found.append(range(ep_rank, ep_rank + 1))
+        if here % shards == 0:
+            ep_rank += n // (here // shards) * layout.ep
+            found.append(range(ep_rank, layout.world, layout.ep * shards))
         else:
             found.append(range(ep_rank, layout.world, layout.ep))
     return tuple(found)

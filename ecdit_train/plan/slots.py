@@ -78,6 +78,34 @@ def expert_kept_units_per_row(cfg: RunConfig) -> float:
     return 1 + experts.kept_values_per_row(width=cfg.model.width, hidden=_hidden(cfg)) / cfg.model.width + 1
 
 
+def rows_are_fixed(cfg: RunConfig) -> bool:
+    """Whether experts take a number of rows that is known beforehand: what travels in parts, by nodes, or is worked on leanly."""
+    return cfg.capacity is not None or cfg.moe.dispatcher is None or cfg.moe.dispatcher.cap is not None
+
+
+def form(cfg: RunConfig) -> str:
+    """How sparse layers are carried out: `moe.form`, where the number of rows is fixed; else the plain way."""
+    return cfg.moe.form if rows_are_fixed(cfg) else "plain"
+
+
+def forms(cfg: RunConfig) -> tuple[str, ...]:
+    """Those that there are, the one that keeps least last."""
+    lean = cfg.moe.experts is not None and cfg.moe.experts.lean and rows_are_fixed(cfg)
+    return ("plain", "lean") if lean else ("plain",)
+
+
+def expert_lean_units_per_row(cfg: RunConfig) -> float:
+    """The same in the lean form, where no exchange brings the row."""
+    experts = cfg.moe.experts
+    return experts.lean_values_per_row(width=cfg.model.width, hidden=_hidden(cfg)) / cfg.model.width if experts else 0.0
+
+
+def expert_first_units_per_row(cfg: RunConfig) -> float:
+    """Results of a row's first products, before the activation: the FLOPs without the last product's."""
+    values = expert_flops_per_row(cfg) / (2.0 * cfg.model.width) - _hidden(cfg)
+    return values / cfg.model.width
+
+
 def router_flops_per_token(cfg: RunConfig) -> float:
     """As the router says."""
     router = cfg.moe.router
@@ -114,6 +142,11 @@ def shared_parameters(cfg: RunConfig) -> int:
     if experts is None or not cfg.moe.shared_experts:
         return 0
     return experts.shared_matrices * cfg.model.width * cfg.moe.shared_experts * _hidden(cfg)
+
+
+def shared_matrices(cfg: RunConfig) -> int:
+    """Matrices of the shared experts' feed-forward, the last one back to the model's width."""
+    return cfg.moe.experts.shared_matrices if cfg.moe.experts else 0
 
 
 def _hidden(cfg: RunConfig) -> int:

@@ -9,6 +9,10 @@ them on this node, on k nodes, and a hierarchical schedule in which the ranks of
     all-to-all                   inside M (m - 1) / n     between M (n - m) / n
     broadcast                    as a gather: n - 1 copies leave n ranks
 
+A call also waits for hops of a message from GPU to GPU: n - k in nodes and k - 1 between them (rings of gathers, reductions
+and broadcasts), 2 (m - 1) and 2 log2 k (trees of all-reduces), m - 1 and n - m (a message for each peer of an all-to-all).
+NCCL counts rings and trees so (its src/graph/tuning.cc); that an all-to-all's messages leave one after another is an upper bound.
+
 Single numbers (the gradient's norm, the loss) are left out.
 
 Expert exchange, per direction and sparse layer: f_c t d rows of `c` bytes, divided by tp, for t tokens of a rank.
@@ -16,15 +20,17 @@ Expert exchange, per direction and sparse layer: f_c t d rows of `c` bytes, divi
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
+from ecdit_train.config.cluster import ClusterConfig
 from ecdit_train.config.schema import HEAD_DIM, RunConfig
 
 from . import slots
-from .layout import Group, Layout, element_bytes, held_by_ranks, units
+from .layout import Group, Layout, blocks_again, element_bytes, held_by_ranks, units
 from .parameters import Parameters
 
 OPTIMIZER = "matrices to the ranks that update them, and back"
@@ -50,53 +56,80 @@ class Flow:
     """Sent inside the node."""
     inter_node: float
     """Sent to other nodes."""
+    intra_steps: int
+    """Hops between GPUs of a node that a call waits for, one after another."""
+    inter_steps: int
+    """Hops between nodes."""
 
     def seconds(self, *, intra_bandwidth: float, inter_bandwidth: float) -> float:
-        """Both kinds of link work at the same time; the slower one decides."""
+        """Of the bytes. Both kinds of link work at the same time; the slower one decides."""
         return max(self.intra_node / intra_bandwidth, self.inter_node / inter_bandwidth)
+
+    def takes(self, cluster: ClusterConfig) -> float:
+        """Seconds of bytes and calls."""
+        return self.latency(cluster) + self.seconds(
+            intra_bandwidth=cluster.intra_bandwidth, inter_bandwidth=cluster.inter_bandwidth
+        )
+
+    def latency(self, cluster: ClusterConfig) -> float:
+        """Of the calls, whatever their size."""
+        hops = self.intra_steps * cluster.intra_latency + self.inter_steps * cluster.inter_latency
+        return self.calls * (cluster.call_latency + hops)
 
 
 def per_step(cfg: RunConfig, parameters: Parameters, layout: Layout) -> tuple[Flow, ...]:
-    """Every flow that carries bytes between ranks: weights and gradients unit by unit, tensors, agreement, experts, and
-    what routers tell each other."""
+    """Every flow that carries bytes between ranks: weights and gradients unit by unit, tensors, agreement, experts, the
+    optimizer, and what routers tell each other."""
+    return (*before_update(cfg, parameters, layout), *_sending(_optimizer(cfg, parameters, layout)))
+
+
+def before_update(cfg: RunConfig, parameters: Parameters, layout: Layout) -> tuple[Flow, ...]:
+    """The same without the optimizer's."""
     flows = (
         *_weights(cfg, parameters, layout),
-        *_tensor_parallel(cfg, layout),
+        *tensor_parallel(cfg, layout),
         *_agreement(cfg, parameters, layout),
-        *_experts(cfg, layout),
-        *_optimizer(cfg, parameters, layout),
+        *experts(cfg, layout),
         *_selection(cfg, layout),
     )
+    return _sending(flows)
+
+
+def _sending(flows: Iterable[Flow]) -> tuple[Flow, ...]:
     return tuple(flow for flow in flows if flow.ranks > 1 and flow.calls)
 
 
 def _weights(cfg: RunConfig, parameters: Parameters, layout: Layout) -> Iterator[Flow]:
-    """FSDP: weights are gathered for forward and again for backward of every microbatch (the root's once), gradients
-    reduced in fp32 once a step."""
-    replicas = layout.group("dp_replicate")
+    """FSDP: weights are gathered for forward of every microbatch, and again for backward where they were freed (the root never
+    is); gradients are reduced in fp32 once a step, or in every microbatch, and then once over copies."""
     for unit in units(cfg, parameters, layout):
-        gathers = 2 if layout.reshard_after_forward != "none" and unit.name != "root" else 1
-        calls, group = unit.count * gathers * layout.microbatches, layout.group(unit.axis)
-        gradients = 4 * unit.gathered
+        calls, group = unit.count * (1 + unit.freed) * layout.microbatches, layout.group(unit.axis)
+        reductions, gradients = unit.count * layout.reductions, 4 * unit.gathered
         yield _flow("all_gather", f"weights, {unit.name}", unit.axis, group, calls=calls, message=unit.gathered_bytes)
-        yield _flow("reduce_scatter", f"gradients, {unit.name}", unit.axis, group, calls=unit.count, message=gradients)
-        if unit.axis == "dp_shard":
-            what, message = f"gradients of replicas, {unit.name}", gradients / unit.shards
-            yield _flow("all_reduce", what, "dp_replicate", replicas, calls=unit.count, message=message)
+        what = f"gradients, {unit.name}"
+        yield _flow("reduce_scatter", what, unit.axis, group, calls=reductions, message=gradients)
+        what, copies, message = f"gradients of replicas, {unit.name}", layout.group(unit.copies), gradients / unit.shards
+        yield _flow("all_reduce", what, unit.copies, copies, calls=unit.count, message=message)
 
 
-def _tensor_parallel(cfg: RunConfig, layout: Layout) -> Iterator[Flow]:
-    """Column/row pairs: the row output is summed in forward (again when it is recomputed), the gradient of everything
-    that entered a column layer in backward: tokens, the text of cross-attention, the gates of sparse layers."""
+def tensor_parallel(cfg: RunConfig, layout: Layout) -> Iterator[Flow]:
+    """Column/row pairs: the row output is summed in forward (again when it is recomputed and not kept), the gradient of
+    everything that entered a column layer in backward: tokens, the text of cross-attention, the gates of sparse layers."""
     m, c, tp, micro = cfg.model, element_bytes(cfg), layout.group("tp"), layout.microbatches
     tokens, sparse = layout.microbatch * cfg.tokens_per_image, slots.sparse_blocks(cfg)
-    mode = layout.activation_checkpointing
-    again, sum_again = int(mode != "none"), int(mode == "full")  # selective keeps the sparse layers' sums
-    attentions, shared = m.layers * (2 if m.cross_attention else 1), sparse if cfg.moe.shared_experts else 0
-    sums = ((attentions + m.layers - sparse + shared) * (2 + again) + sparse * (2 + sum_again)) * micro
+    dense, selective = m.layers - sparse, layout.activation_checkpointing == "selective"
+    dense_again, sparse_again = blocks_again(dense, layout), blocks_again(sparse, layout)
+    attentions, shared = 2 if m.cross_attention else 1, int(cfg.moe.shared_experts > 0)
+    sums = 2 * (m.layers * attentions + dense + sparse * (1 + shared))
+    # Selective keeps the sparse layers' sums, and those of products that it keeps.
+    if not (selective and "projections" in layout.keep):
+        sums += attentions * (dense_again + sparse_again)
+    if not (selective and "feed_forward" in layout.keep):
+        sums += dense_again + shared * sparse_again
+    sums += 0 if selective else sparse_again
     text = layout.microbatch * slots.text_tokens(cfg) * m.text_width * c
     gates = tokens * slots.experts_per_token(cfg) * 4
-    yield _flow("all_reduce", "tensor-parallel tokens", "tp", tp, calls=sums, message=tokens * m.width * c)
+    yield _flow("all_reduce", "tensor-parallel tokens", "tp", tp, calls=sums * micro, message=tokens * m.width * c)
     if m.cross_attention:
         yield _flow("all_reduce", "tensor-parallel text", "tp", tp, calls=micro, message=text)
     yield _flow("all_reduce", "tensor-parallel gates", "tp", tp, calls=sparse * micro, message=gates)
@@ -119,12 +152,25 @@ def _agreement(cfg: RunConfig, parameters: Parameters, layout: Layout) -> Iterat
             yield _flow("broadcast", what, "tp", layout.group_of(copies), calls=1, message=message)
 
 
-def _experts(cfg: RunConfig, layout: Layout) -> Iterator[Flow]:
-    """There and back, forward and backward; full checkpointing repeats the forward's."""
-    repeats = 3 if layout.activation_checkpointing == "full" else 2
-    calls = 2 * repeats * layout.overlap_chunks * slots.sparse_blocks(cfg) * layout.microbatches
-    message = exchange_bytes(cfg, layout) / layout.overlap_chunks
-    yield _flow("all_to_all", "tokens to experts and back", "ep", layout.group("ep"), calls=calls, message=message)
+def experts(cfg: RunConfig, layout: Layout) -> Iterator[Flow]:
+    """There and back, forward and backward; full checkpointing repeats the forward's. The lean form sends gates with the gradients
+    of the results, four bytes a row, and gets their gradients back with those of the rows. A hierarchical exchange brings
+    everything to the rank of its node that takes it across, and then across."""
+    sparse, chunks = slots.sparse_blocks(cfg), layout.overlap_chunks
+    again = blocks_again(sparse, layout) if layout.activation_checkpointing == "full" else 0
+    calls, message = 2 * (2 * sparse + again) * chunks * layout.microbatches, exchange_bytes(cfg, layout)
+    sent = [("tokens to experts and back", calls, message / chunks)]
+    if layout.form == "lean":
+        gates = message * 4 / (cfg.model.width * element_bytes(cfg))
+        sent.append(("gates to experts and back", 2 * sparse * chunks * layout.microbatches, gates / chunks))
+    group, node = layout.group("ep"), layout.gpus_per_node
+    for what, calls, message in sent:
+        if layout.exchange == "hierarchical":
+            inside, across = layout.group_of(node), layout.group_of(layout.ep // node, stride=node)
+            yield _flow("all_to_all", f"{what}, inside", "ep", inside, calls=calls, message=message)
+            yield _flow("all_to_all", f"{what}, across", "ep", across, calls=calls, message=message)
+        else:
+            yield _flow("all_to_all", what, "ep", group, calls=calls, message=message)
 
 
 def _optimizer(cfg: RunConfig, parameters: Parameters, layout: Layout) -> Iterator[Flow]:
@@ -149,7 +195,7 @@ class Update:
 
 def update(cfg: RunConfig, parameters: Parameters, layout: Layout) -> Update:
     """Asked once for each layout."""
-    key = (layout.world, layout.dp_replicate, layout.dp_shard, layout.tp, layout.ep)
+    key = (layout.world, layout.dp_replicate, layout.dp_shard, layout.tp, layout.ep, layout.edp_replicate)
     if key not in parameters.updates:
         held = held_by_ranks(cfg, parameters, layout)
         calls, message = slots.optimizer_exchange(cfg, held, world=layout.world)
@@ -160,8 +206,9 @@ def update(cfg: RunConfig, parameters: Parameters, layout: Layout) -> Update:
 
 def _selection(cfg: RunConfig, layout: Layout) -> Iterator[Flow]:
     """Routers that select over the tokens of all ranks, as they say; full checkpointing repeats the forward's."""
-    forwards = 2 if layout.activation_checkpointing == "full" else 1
-    calls = forwards * slots.sparse_blocks(cfg) * layout.microbatches
+    sparse = slots.sparse_blocks(cfg)
+    again = blocks_again(sparse, layout) if layout.activation_checkpointing == "full" else 0
+    calls = (sparse + again) * layout.microbatches
     messages = sorted(slots.router_messages(cfg, ranks=layout.dp), key=lambda message: message.kind)
     for kind, sent in groupby(messages, key=lambda message: message.kind):
         each = [message.bytes for message in sent]
@@ -182,6 +229,9 @@ def _flow(kind: str, purpose: str, axis: str, group: Group, *, calls: int, messa
     else:
         passes = 2 if kind == "all_reduce" else 1
         intra, inter = passes * total * (m - 1) / m, passes * total * (k - 1) / (k * m)
+    steps = (m - 1, n - m) if kind == "all_to_all" else ((n - k), k - 1)
+    if kind == "all_reduce":
+        steps = (2 * (m - 1), 2 * math.ceil(math.log2(k)))
     return Flow(
         kind=kind,
         purpose=purpose,
@@ -191,4 +241,6 @@ def _flow(kind: str, purpose: str, axis: str, group: Group, *, calls: int, messa
         message=total,
         intra_node=intra,
         inter_node=inter,
+        intra_steps=steps[0],
+        inter_steps=steps[1],
     )

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from ecdit_train.plan import layout, memory, parameters, slots
+from ecdit_train.plan import activations, layout, memory, parameters, slots
 
 GB = 1e9
 
@@ -47,11 +47,11 @@ def test_m_64e_activations(cfg_of):
     at = layout.resolve(cfg, world=64)
     row = 8192 * 3072 * 2
     ours = memory.activations(cfg, at).kept
-    lean = ours - 19 * (11 - 4) * 2 * row - 38 * 3 * row - memory.outside_blocks(cfg, images=64)
+    lean = ours - 19 * (11 - 4) * 2 * row - 38 * 3 * row - activations.outside_blocks(cfg, images=64)
     assert lean / GB == pytest.approx(43, rel=0.03)
     assert ours / GB == pytest.approx(62, rel=0.05)
     full = memory.activations(cfg, dataclasses.replace(at, activation_checkpointing="full"))
-    inputs = full.kept - memory.outside_blocks(cfg, images=64)
+    inputs = full.kept - activations.outside_blocks(cfg, images=64)
     assert inputs == 38 * row
     assert (inputs + full.recomputed) / GB == pytest.approx(3.6, rel=0.15)
 
@@ -60,7 +60,7 @@ def test_expert_rows_are_eleven_units(cfg_of):
     """Measured: plain autograd keeps 11 units of f_c T d of the expert layer."""
     cfg = cfg_of("ec_dit_xl_8e")
     assert slots.expert_kept_units_per_row(cfg) == 11
-    _, _, sparse = memory.block_units(cfg, tp=1)
+    _, _, sparse = activations.block_units(cfg, tp=1)
     output = 1
     assert (sparse - output) / 2 == 11
 

@@ -165,7 +165,7 @@ def test_step_time_under_the_facts_assumptions(cfg_of):
     here = flops.per_step(cfg, checkpointing="none")
     scaled = dataclasses.replace(here, by_part={k: v * 19.2e15 / here.model for k, v in here.by_part.items()})
     state = memory.estimate(cfg, parameters.count(cfg), at)
-    s = step_time(cfg, at, flops=scaled, memory=state, flows=flows, optimizer_flops=0.0)
+    s = step_time(cfg, at, flops=scaled, memory=state, flows=flows, optimizer_flops=0.0, copied=0.0)
     assert s.products == pytest.approx(0.466, rel=0.01)
     assert s.elementwise == pytest.approx(0.057, rel=0.02)
     without_optimizer = 19.2e15 / 64 / 9.89e14 / (s.best - s.optimizer)
