@@ -124,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Bar(
             name="EC / dense of equal work on a token",
             value=of.ratio("ec", "dense, paired"),
-            limit=1.05,
+            limit=1.10,
             at_least=False,
         ),
         Bar(name="prompt once / in each step", value=of.ratio("ec", "ec, plain"), limit=1.00, at_least=False),
