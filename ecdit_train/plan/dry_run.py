@@ -225,6 +225,7 @@ def _run(cfg: RunConfig, *, world: int, started: float, said: traffic.Update, mi
             moe.router.register_forward_hook(lambda *_: setattr(log, "whose", ""))
         with tracker, log:
             for number in range(microbatches):
+                tracker.reset_mod_stats()  # each module is entered once in its life
                 with accumulate(model, last=number == microbatches - 1, reduce=parallel.reduce_gradients):
                     prediction = model(**batch, group_tokens=cfg.group_tokens)
                     after_forward = _snapshot(tracker, "current")
