@@ -337,10 +337,12 @@ def compare(plan: Plan, ran: DryRun) -> tuple[Difference, ...]:
     rows = [Difference(name=kind, formula=planned[kind], measured=sent[kind]) for kind in kinds]
     m = memory.estimate(cfg, parameters, layout)
     running = m.parameters + m.gradients + m.gathered + m.communication + m.activations - m.never_together
-    between = sum(unit.count * unit.gathered_bytes for unit in units(cfg, parameters, layout) if not unit.freed)
+    kinds = units(cfg, parameters, layout)
+    between = sum(unit.count * unit.gathered_bytes for unit in kinds if not unit.freed)
+    shards = memory.GRADIENT * sum(unit.held for unit in kinds)  # whatever adds up before, shards are left
     pairs = (
         ("parameters", m.parameters, ran.parameters),
-        ("gradients", m.gradients, ran.gradients),
+        ("gradients", shards, ran.gradients),
         ("optimizer", m.optimizer, ran.optimizer),
         ("gathered between forward and backward", between, ran.gathered),
         ("activations kept", memory.activations(cfg, layout).kept, ran.activations_kept),
