@@ -10,7 +10,7 @@ export HF_HUB_OFFLINE := 1
 export WANDB_MODE ?= offline
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-faults test-slurm slurm-deps browser-deps pictures lint format golden docs bench bench-data gpu-check image image-cpu image-digests clean
+.PHONY: help setup demo test test-slow test-faults test-slurm slurm-deps browser-deps pictures lint format golden docs bench bench-peers bench-data gpu-check image image-cpu image-digests clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -98,11 +98,14 @@ docs: setup  ## rewrite the generated pages of docs/reference
 bench: setup  ## interleaved benchmarks against their bars; dated JSON under benchmarks/results/
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.run
 
+bench-peers: setup  ## public peers' own sparse layers beside ours: PEERS=folder of their clones (which, see benchmarks/peers.py)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.peers $(or $(PEERS),$(error PEERS=folder is missing))
+
 bench-data: setup  ## the data pipeline against peers, floors and its bars (about fifteen minutes); ENERGON=python of an environment with it
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.data $(if $(ENERGON),--energon $(ENERGON))
 
-gpu-check: setup  ## parity, bf16, compile, host syncs and TFLOP/s on a GPU; skips with a reason where there is none
-	$(BIN)/python -m benchmarks.gpu_check
+gpu-check: setup  ## everything that only a GPU can show (docs/how-to/first-hour-on-a-gpu.md); NPROC=n: the parity grid over n of them
+	$(BIN)/python -m benchmarks.gpu $(if $(NPROC),--nproc $(NPROC))
 
 VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 BUILDER ?= docker

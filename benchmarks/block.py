@@ -105,7 +105,9 @@ def main(arguments: list[str] | None = None) -> int:
     rounds, seconds = asked.rounds, asked.seconds
     settle()
     ratios, bars = {}, []
-    for name, times in interleave({name: case(dtype) for name, dtype in DTYPES.items()}, rounds=rounds, seconds=seconds).items():
+    for name, times in interleave(
+        {name: case(dtype) for name, dtype in DTYPES.items()}, rounds=rounds, seconds=seconds
+    ).items():
         row = {
             f"{v} / dense x2": round(times.ratio(v, "dense x2"), 3)
             for v in ("expert choice", "lean", "algorithm1", "dense")

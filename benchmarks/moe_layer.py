@@ -1,5 +1,5 @@
-"""The expert-choice layer, in each of its forms, against the bare batched product, Algorithm 1 taken literally and a dense layer
-of equal FLOPs.
+"""The expert-choice layer, in each of its forms, against the bare batched product, Algorithm 1 taken literally and a
+dense layer of equal FLOPs.
 
     python -m benchmarks.moe_layer [--rounds 12] [--seconds 150] [--experts 8,16,32,64]
 

@@ -23,8 +23,8 @@ from ecdit_train.diffusion.microbatch import Microbatch
 from ecdit_train.observe.metrics import MetricWindow
 from ecdit_train.parallel.context import spread
 from ecdit_train.parallel.runtime import alone
-from ecdit_train.train.state import TrainState
 from ecdit_train.train.device_guard import DeviceGuard
+from ecdit_train.train.state import TrainState
 from ecdit_train.train.step import Numbers, Seen, train_step
 from ecdit_train.train.watching import Watching
 

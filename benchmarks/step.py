@@ -2,10 +2,11 @@
 
     python -m benchmarks.step [--rounds 8] [--seconds 90]
 
-The step is a run's: draws, forward, backward, clipping, the guard, RMSProp and the moving average. One step is watched op by op; then
-every product and every attention, forward and backward, is done again on tensors of the same shapes and strides, in the same
-order, and nothing between them. The ratio says how much of a step is not arithmetic that has to be. Twice: the demo's model, and
-one of 12 layers of width 384 with 16 experts and routing groups of 1024 tokens; the latter in each form of its sparse layers.
+The step is a run's: draws, forward, backward, clipping, the guard, RMSProp and the moving average. One step is watched
+op by op; then every product and every attention, forward and backward, is done again on tensors of the same shapes and
+strides, in the same order, and nothing between them. The ratio says how much of a step is not arithmetic that has to
+be. Twice: the demo's model, and one of 12 layers of width 384 with 16 experts and routing groups of 1024 tokens; the
+latter in each form of its sparse layers.
 """
 
 from __future__ import annotations
@@ -68,7 +69,14 @@ def step_of(config: RunConfig) -> Work:
 
     def run() -> None:
         train_step(
-            micros, parallel=parallel, state=state, guard=guard, lr=1e-6, max_norm=1.0, flow=flow, group_tokens=c.group_tokens
+            micros,
+            parallel=parallel,
+            state=state,
+            guard=guard,
+            lr=1e-6,
+            max_norm=1.0,
+            flow=flow,
+            group_tokens=c.group_tokens,
         ).numbers()
 
     return run

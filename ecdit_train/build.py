@@ -31,9 +31,9 @@ from ecdit_train.observe.console import Progress
 from ecdit_train.observe.metrics import MetricWindow
 from ecdit_train.observe.redact import redact_text
 from ecdit_train.observe.sinks import SinkContext, Sinks, open_sinks
-from ecdit_train.parallel.context import ParallelContext, spread
+from ecdit_train.parallel.context import ParallelContext, mesh_of, spread
 from ecdit_train.parallel.digest import Digests
-from ecdit_train.parallel.mesh import Mesh, make_mesh
+from ecdit_train.parallel.mesh import Mesh
 from ecdit_train.parallel.runtime import Runtime
 from ecdit_train.plan.cost import cost
 from ecdit_train.plan.flops import per_step
@@ -45,8 +45,8 @@ from ecdit_train.supervise.beats import Heart
 from ecdit_train.supervise.ownership import Ownership, own
 from ecdit_train.train.guard import Guard
 from ecdit_train.train.saving import Saves
-from ecdit_train.train.state import TrainState
-from ecdit_train.train.trainer import Trainer, placed
+from ecdit_train.train.state import TrainState, placed
+from ecdit_train.train.trainer import Trainer
 from ecdit_train.train.validation import Validation
 
 MAX_PATCH = 1 << 20
@@ -98,7 +98,7 @@ def _assemble(config: RunConfig, runtime: Runtime, owned: Ownership, *, stop_aft
     progress = Progress(config.train.steps, stream=sys.stdout if runtime.rank == 0 else None)
     progress.message("  opening data and encoders")
     # What a user can get wrong comes first, the model after.
-    mesh = make_mesh(config.parallel, device_type=runtime.device.type, world=runtime.world)
+    mesh = mesh_of(config, runtime)
     encoders = runtime.together(lambda: make_encoders(config, runtime.device))
     batches = runtime.together(lambda: make_batches(config, mesh, runtime=runtime, encoders=encoders, life=owned.life))
     runtime.together(partial(same_data, runtime.all_gather_json(batches.state_dict())))

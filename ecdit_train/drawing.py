@@ -41,6 +41,8 @@ def drawing_layout(trained: Any, *, world: int) -> Any:
         ep=trained.ep if world % trained.ep == 0 else 1,
         dp_replicate=1,
         dp_shard=-1,
+        replicate_experts=False,
+        exchange=trained.exchange if world % trained.ep == 0 else "flat",
     )
 
 

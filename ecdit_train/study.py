@@ -244,10 +244,9 @@ class Study:
         from ecdit_train.parallel import runtime
         from ecdit_train.plan.flops import per_step
 
-        config = compose.configure(
-            [*job.words, "parallel.ep=1", "parallel.tp=1", "parallel.dp_replicate=1", "parallel.dp_shard=-1"],
-            config_dir=self.config_dir,
-        ).config
+        words = [*job.words, "parallel.ep=1", "parallel.tp=1", "parallel.dp_replicate=1", "parallel.dp_shard=-1"]
+        words += ["parallel.exchange=flat", "parallel.replicate_experts=false"]
+        config = compose.configure(words, config_dir=self.config_dir).config
         here = runtime.start("cuda" if torch.cuda.is_available() else "cpu")
         try:
             pipeline, step = build.build_pipeline(config, here, kind="ema", step=None)

@@ -7,6 +7,7 @@ from typing import Any
 from ecdit_train.config.schema import MoEConfig
 from ecdit_train.model.dispatchers.deterministic import Deterministic
 from ecdit_train.model.dispatchers.index_add import IndexAdd
+from ecdit_train.model.dispatchers.triton import Triton
 from ecdit_train.model.experts.gelu import Gelu
 from ecdit_train.model.routers.expert_choice import ExpertChoice
 from ecdit_train.model.routers.expert_race import ExpertRace
@@ -64,5 +65,5 @@ def moe_config(
         "expert_race": lambda: expert_race(capacity_factor=capacity_factor),
         **{name: lambda name=name: selection(name, capacity_factor=capacity_factor) for name in FAMILY},
     }[router]()
-    dispatcher = {"index_add": IndexAdd, "deterministic": Deterministic}[combine](cap=cap)
+    dispatcher = {"index_add": IndexAdd, "deterministic": Deterministic, "triton": Triton}[combine](cap=cap)
     return MoEConfig(router=made, experts=Gelu(), dispatcher=dispatcher, num_experts=num_experts, **values)

@@ -92,8 +92,9 @@ class MoEConfig:
     expert_ratio: float | None
     """Hidden width of an expert over d; null: `model.ffn_ratio`, an expert as wide as the dense feed-forward."""
     form: Literal["plain", "lean"]
-    """How a layer is carried out, with the same result: `plain` leaves it to autograd; `lean` keeps the experts' first products alone for
-    the backward pass and makes the rest again (no matrix product among it): less than half of the memory."""
+    """How a layer is carried out, with the same result: `plain` leaves it to autograd; `lean` keeps the experts'
+    first products alone for the backward pass and makes the rest again (no matrix product among it): less than
+    half of the memory."""
     shared_experts: int
     """Experts that work on every token beside the chosen ones, as one feed-forward of so many times an expert's hidden width."""
 

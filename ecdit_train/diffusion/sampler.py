@@ -2,8 +2,12 @@
 
 Legend: B images, C channels, H W latent height and width.
 
-Guidance runs both halves in one batch: the network gets them one after the other, so that they are separate routing
-groups. Noise is keyed by (seed, prompt, repetition): same prompt and seed, same picture, whatever else is drawn.
+Guidance runs both halves in one batch: the network gets them one after the other, so that captioned and null pictures never
+share a routing group: under scope `image` and `group` because a half is whole groups, under `batch` because the group is a half
+(in training, pictures whose caption was dropped are in the groups of those with one). Routers that let whole microbatches compete
+in training decide by thresholds here, token by token.
+
+Noise is keyed by (seed, prompt, repetition): same prompt and seed, same picture, whatever else is drawn.
 """
 
 from __future__ import annotations
@@ -21,8 +25,15 @@ from ecdit_train.keyed import Purpose
 
 from .flow import SAMPLE_FLOOR, as_velocity
 
-Network = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(x_t (B, C, H, W), t (B,), drop (B,) True where the caption is dropped) -> raw prediction (B, C, H, W) fp32."""
+Network = Callable[[Tensor, float, Tensor], Tensor]
+"""(x_t (B, C, H, W), t, the same as t (B,)) -> raw prediction (B, C, H, W) fp32; see `halves` for the rows."""
+
+
+def halves(config: SampleConfig, *, pictures: int, device: torch.device | str) -> Tensor:
+    """(B,) bool, a row that the network sees each: the captioned pictures, and with guidance the same ones again,
+    their caption dropped (True)."""
+    rows = 2 * pictures if config.guidance != 1.0 else pictures
+    return torch.arange(rows, device=device) >= pictures
 
 
 def prompt_positions(prompts: Sequence[str]) -> Tensor:
@@ -49,7 +60,7 @@ def sample(
     prediction: Literal["velocity", "data"],
     see: See | None = None,
 ) -> Tensor:
-    """Latents (B, C, H, W) fp32, one for each position, on its device.
+    """Latents (B, C, H, W) fp32, one for each position, on its device. Nothing here waits for the device.
 
     With guidance the network sees 2 B rows, first the B captioned ones, then the B whose caption is dropped:
     v = v_null + g (v_caption - v_null).
@@ -57,12 +68,11 @@ def sample(
     B, device = position_B.shape[0], position_B.device
     guided = config.guidance != 1.0
     rows = 2 * B if guided else B
-    drop_B = torch.arange(rows, device=device) >= B
 
     def velocity(x_BCHW: Tensor, t: float) -> Tensor:
         x = torch.cat([x_BCHW, x_BCHW]) if guided else x_BCHW
         t_B = torch.full((rows,), t, device=device)
-        v = as_velocity(network(x, t_B, drop_B), x, t_B, prediction=prediction, floor=SAMPLE_FLOOR)
+        v = as_velocity(network(x, t, t_B), x, t_B, prediction=prediction, floor=SAMPLE_FLOOR)
         if guided:
             captioned, null = v.chunk(2)
             v = null + config.guidance * (captioned - null)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ecdit_train.config.schema import RunConfig, SampleConfig
 from ecdit_train.diffusion.encoders import ImageCodec, TextEncoder
-from ecdit_train.diffusion.sampler import See, prompt_positions, sample
+from ecdit_train.diffusion.sampler import See, halves, prompt_positions, sample
 from ecdit_train.model.dit import DiT, Prediction
 from ecdit_train.model.embed import Text, unpatchify
 from ecdit_train.observe import figures
@@ -35,7 +35,7 @@ Watcher = Callable[[float, Prediction], None]
 def sample_latents(
     model: DiT,
     *,
-    text: tuple[Tensor, Tensor],
+    features: tuple[Tensor, Tensor],
     position_B: Tensor,
     shape: tuple[int, int, int],
     config: SampleConfig,
@@ -44,26 +44,31 @@ def sample_latents(
     watch: Watcher | None = None,
     see: See | None = None,
 ) -> Tensor:
-    """Latents (B, C, H, W) for text features (B, L, X) with their mask (B, L). B * patches must be whole routing groups.
+    """Latents (B, C, H, W) for `features` of texts (B, L, X) with their mask (B, L). B * patches must be whole routing groups.
 
-    A picture depends on every picture in its group: `group_tokens` = patches of one image keeps them independent, the paper's
-    512 tokens (two images) are one override of the sample section.
+    A picture depends on every picture in its group: `group_tokens` = patches of one image keeps them independent, the
+    paper's 512 tokens (two images) are one override of the sample section. What the network makes of the text alone is
+    made once for all steps (`model.embed.Prompt`).
     """
-    features, mask = text
+    features_BLX, mask_BL = features
     side = shape[1] // model.patch
     # Otherwise the captioned and the null half of guidance would share a group.
-    whole = features.shape[0] * side * side % group_tokens == 0
-    assert whole, f"{features.shape[0]} images are not whole groups of {group_tokens}"
+    whole = features_BLX.shape[0] * side * side % group_tokens == 0
+    assert whole, f"{features_BLX.shape[0]} images are not whole groups of {group_tokens}"
 
-    def network(x_BCHW: Tensor, t_B: Tensor, drop_B: Tensor) -> Tensor:
-        halves = x_BCHW.shape[0] // features.shape[0]
-        both = Text(features_BLX=features.repeat(halves, 1, 1), mask_BL=mask.repeat(halves, 1), drop_B=drop_B)
-        out = model(x_BCHW, t_B=t_B, text=both, keep_BK=None, group_tokens=group_tokens)
+    drop_B = halves(config, pictures=features_BLX.shape[0], device=features_BLX.device)
+    times = drop_B.shape[0] // features_BLX.shape[0]
+    both = Text(features_BLX=features_BLX.repeat(times, 1, 1), mask_BL=mask_BL.repeat(times, 1), drop_B=drop_B)
+    with torch.no_grad():
+        text = model.prompt(both)
+
+    def network(x_BCHW: Tensor, t: float, t_B: Tensor) -> Tensor:
+        out = model(x_BCHW, t_B=t_B, text=text, keep_BK=None, group_tokens=group_tokens)
         if watch is not None:
-            watch(float(t_B[0]), out)
+            watch(t, out)
         return unpatchify(out.patches_BKP.float(), patch=model.patch, side=side)
 
-    position_B = position_B.to(features.device)
+    position_B = position_B.to(features_BLX.device)
     return sample(network, position_B=position_B, shape=shape, config=config, prediction=prediction, see=see)
 
 
@@ -138,23 +143,24 @@ class SamplePipeline:
         for router in model.routers:
             router.at_step(step)
         try:
-            for start in range(0, share, batch):
-                part = mine[start : start + batch]
-                recorder = _Recorder(_watched(how, watched), side=c.latent_side // c.model.patch, batch=len(part))
-                latents = sample_latents(
-                    model,
-                    text=self.text.encode([prompts[i] for i in part]),
-                    position_B=position[part],
-                    shape=(c.encoders.image.channels, c.latent_side, c.latent_side),
-                    config=how,
-                    prediction=c.diffusion.prediction,
-                    group_tokens=self.group_tokens(how, batch=len(part)),
-                    watch=recorder,
-                    see=None if on_frame is None else self._framed(on_frame, recorder, first=part[0]),
-                )
-                images.append(self.codec.decode(latents))
-                counts.append(recorder.counts())
-                who.append(recorder.chosen())
+            with self.parallel.drawing():
+                for start in range(0, share, batch):
+                    part = mine[start : start + batch]
+                    recorder = _Recorder(_watched(how, watched), side=c.latent_side // c.model.patch, batch=len(part))
+                    latents = sample_latents(
+                        model,
+                        features=self.text.encode([prompts[i] for i in part]),
+                        position_B=position[part],
+                        shape=(c.encoders.image.channels, c.latent_side, c.latent_side),
+                        config=how,
+                        prediction=c.diffusion.prediction,
+                        group_tokens=self.group_tokens(how, batch=len(part)),
+                        watch=recorder,
+                        see=None if on_frame is None else self._framed(on_frame, recorder, first=part[0]),
+                    )
+                    images.append(self.codec.decode(latents))
+                    counts.append(recorder.counts())
+                    who.append(recorder.chosen())
         finally:
             model.train(was_training)
         pixels = self.parallel.gather(torch.cat(images))[:n].cpu().numpy()
@@ -211,8 +217,7 @@ class _Recorder:
 
     def __call__(self, t: float, prediction: Prediction) -> None:
         self._now = prediction
-        # t comes back from the device as fp32, hence the tolerance.
-        place = next((i for i, wanted in enumerate(self._wanted) if abs(t - wanted) < 1e-6), None)
+        place = next((i for i, wanted in enumerate(self._wanted) if t == wanted), None)
         if place is not None and prediction.assignments:
             self._counts[place], self._chosen[place] = self.now()
 

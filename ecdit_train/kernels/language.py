@@ -40,9 +40,14 @@ TYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 """What kernels are written for: they compute in fp32. fp64 is the references' type, and the twins'."""
 
 
+def launches(device: torch.device) -> bool:
+    """Whether kernels run there."""
+    return HERE and (device.type == "cuda" or (INTERPRETED and device.type == "cpu"))
+
+
 def runs(x: Tensor) -> bool:
     """Whether a kernel takes `x`; if not, the twin does."""
-    return HERE and x.dtype in TYPES and (x.is_cuda or (INTERPRETED and x.device.type == "cpu"))
+    return x.dtype in TYPES and launches(x.device)
 
 
 def require(*, field: str, value: str, nearest: str) -> None:

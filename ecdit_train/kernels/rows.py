@@ -38,8 +38,9 @@ class RowLists:
 def list_rows(index_R: Tensor, *, num_tokens: int) -> RowLists:
     """The inverse of `index_R` (the token of each row) by one stable sort: make it once for a layer, its combine and
     the gradient of its gather need the same. Nothing waits for the device."""
-    token_R, order_R = index_R.sort(stable=True)
-    ends = torch.arange(num_tokens + 1, device=index_R.device, dtype=index_R.dtype)
+    # 32 bits: CUDA's radix sort takes half the passes.
+    token_R, order_R = index_R.to(torch.int32).sort(stable=True)
+    ends = torch.arange(num_tokens + 1, device=index_R.device, dtype=torch.int32)
     return RowLists(order_R=order_R, start_N1=torch.searchsorted(token_R, ends))
 
 

@@ -5,31 +5,23 @@ Legend: B images, S tokens, D hidden width, Y text width.
 Modulation (AdaLN): sublayer s of block l uses shift, scale and gate G_s(c) + L_l(c). G (6 D^2 parameters) is
 shared by all blocks, L_l (3 D^2) by the two modulated sublayers of block l; a projection of 6 D^2 in every
 block, as in DiT, does not fit the paper's parameter counts (docs/explanation/model.md) and is there for models
-after DiT (`model.modulation=block`: L_ls alone).
+after DiT (`model.modulation=block`: L_ls alone). Norm and modulation are one kernel on CUDA in eager mode;
+inductor fuses them itself.
 """
 
 from __future__ import annotations
 
 from typing import Literal
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ecdit_train.kernels.adaln import modulated_norm, norm_modulate
+
 from .assignment import Assignment
-from .attention import Attention
+from .attention import Attention, KeysValues
 from .embed import Conditioning
 from .feed_forward import FeedForward
 from .moe import MoE
-
-
-def norm(x_BSD: Tensor) -> Tensor:
-    """LayerNorm without weights."""
-    return F.layer_norm(x_BSD, x_BSD.shape[-1:])
-
-
-def modulate(normed_BSD: Tensor, *, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
-    """x * (1 + scale) + shift of normalised tokens."""
-    return normed_BSD * (1 + scale_BD[:, None]) + shift_BD[:, None]
 
 
 class Block(nn.Module):
@@ -50,6 +42,10 @@ class Block(nn.Module):
         self.cross_attention = cross_attention
         self.feed_forward = feed_forward
 
+    def keys_values(self, text_BLY: Tensor) -> KeysValues | None:
+        """What cross-attention makes of the text (`embed.Prompt`)."""
+        return None if self.cross_attention is None else self.cross_attention.keys_values(text_BLY)
+
     def forward(self, x_BSD: Tensor, c: Conditioning, *, group_tokens: int) -> tuple[Tensor, Assignment | None]:
         """Returns the tokens and, from a sparse block, who took what."""
         B, _, D = x_BSD.shape
@@ -58,20 +54,20 @@ class Block(nn.Module):
         attention_B3D, ffn_B3D = all_B23D.unbind(1)
 
         shift, scale, gate = attention_B3D.unbind(1)
-        h = modulate(norm(x_BSD), shift_BD=shift, scale_BD=scale)
+        h = modulated_norm(x_BSD, shift_BD=shift, scale_BD=scale)
         x_BSD = x_BSD + gate[:, None] * self.self_attention(h, context=h)
 
         if self.cross_attention is not None:
             assert self.norm_text is not None
+            assert c.text_BLY is not None
             x_BSD = x_BSD + self.cross_attention(self.norm_text(x_BSD), context=c.text_BLY, mask_BL=c.text_mask_BL)
 
         shift, scale, gate = ffn_B3D.unbind(1)
-        normed = norm(x_BSD)
-        h = modulate(normed, shift_BD=shift, scale_BD=scale)
         if isinstance(self.feed_forward, MoE):
+            normed, h = norm_modulate(x_BSD, shift_BD=shift, scale_BD=scale)
             y, assignment = self.feed_forward(
                 h, normed_BSD=normed, hidden_BSD=x_BSD, timestep_BD=c.timestep_BD, group_tokens=group_tokens
             )
         else:
-            y, assignment = self.feed_forward(h), None
+            y, assignment = self.feed_forward(modulated_norm(x_BSD, shift_BD=shift, scale_BD=scale)), None
         return x_BSD + gate[:, None] * y, assignment

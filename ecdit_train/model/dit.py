@@ -7,18 +7,20 @@ width, L text tokens.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ecdit_train.config.schema import HEAD_DIM, ModelConfig, MoEConfig, sparse_layers
 from ecdit_train.config.slots import RouterSizes
+from ecdit_train.kernels.adaln import modulated_norm
 
 from .assignment import Assignment
 from .attention import Attention
-from .block import Block, modulate, norm
-from .embed import Conditioning, Text, TextEmbedding, TimestepEmbedding, patchify, sincos_2d, take_tokens
+from .block import Block
+from .embed import Conditioning, Prompt, Text, TextEmbedding, TimestepEmbedding, patchify, sincos_2d, take_tokens
 from .feed_forward import FeedForward
 from .lean import lean
 from .moe import MoE, plain
@@ -65,10 +67,11 @@ class DiT(nn.Module):
         self.final = nn.Linear(D, patch_values)
 
     def forward(
-        self, latents_BCHW: Tensor, *, t_B: Tensor, text: Text, keep_BK: Tensor | None, group_tokens: int
+        self, latents_BCHW: Tensor, *, t_B: Tensor, text: Text | Prompt, keep_BK: Tensor | None, group_tokens: int
     ) -> Prediction:
         """latents: noisy x_t; t: fp32 in [0, 1]; keep: patches to look at, ascending, or None for all of them;
-        `group_tokens`: tokens that compete for an expert. Activations take the type of the weights."""
+        `group_tokens`: tokens that compete for an expert. `text`: with a Prompt, what depends on the text alone is not done again;
+        the same bits. Activations take the type of the weights."""
         dtype = self.patch_embed.weight.dtype
         x = self.patch_embed(patchify(latents_BCHW, patch=self.patch).to(dtype))
         high, wide = (size // self.patch for size in latents_BCHW.shape[2:])
@@ -77,12 +80,14 @@ class DiT(nn.Module):
             x = take_tokens(x, keep_BK)
         c = self.condition(t_B, text)
         assignments = []
-        for block in self.blocks:
-            x, assignment = block(x, c, group_tokens=group_tokens)
+        known = text.blocks if isinstance(text, Prompt) else [None] * len(self.blocks)
+        for block, keys_values in zip(self.blocks, known, strict=True):
+            own = replace(c, text_BLY=keys_values) if isinstance(text, Prompt) else c
+            x, assignment = block(x, own, group_tokens=group_tokens)
             if assignment is not None:
                 assignments.append(assignment)
         shift, scale = self.final_modulation(c.vector_BD).chunk(2, dim=-1)
-        patches = self.final(modulate(norm(x), shift_BD=shift, scale_BD=scale))
+        patches = self.final(modulated_norm(x, shift_BD=shift, scale_BD=scale))
         return Prediction(patches_BKP=patches, assignments=tuple(assignments))
 
     @property
@@ -90,10 +95,22 @@ class DiT(nn.Module):
         """Of the sparse blocks, first to last."""
         return [block.feed_forward.router for block in self.blocks if isinstance(block.feed_forward, MoE)]
 
-    def condition(self, t_B: Tensor, text: Text) -> Conditioning:
+    def prompt(self, text: Text) -> Prompt:
+        """The work on the text that all steps of a sampler share: refiner, pooled text, every block's keys and values. FSDP takes
+        it for a forward pass (`parallel.drawing`)."""
         text_BLY, mask_BL, pooled_BY = self.text(text)
+        blocks = tuple(cast(Block, block).keys_values(text_BLY) for block in self.blocks)
+        return Prompt(mask_BL=mask_BL, pooled_BD=self.pooled_text(pooled_BY), blocks=blocks)
+
+    def condition(self, t_B: Tensor, text: Text | Prompt) -> Conditioning:
+        text_BLY: Tensor | None = None  # each block is given its own keys and values
+        if isinstance(text, Prompt):
+            mask_BL, pooled_BD = text.mask_BL, text.pooled_BD
+        else:
+            text_BLY, mask_BL, pooled_BY = self.text(text)
+            pooled_BD = self.pooled_text(pooled_BY)
         timestep = self.timestep(t_B)
-        vector = F.silu(timestep + self.pooled_text(pooled_BY))
+        vector = F.silu(timestep + pooled_BD)
         shared = self.shared_modulation
         return Conditioning(
             text_BLY=text_BLY,

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .attention import Attention
+from .attention import Attention, KeysValues
 from .feed_forward import FeedForward
 
 
@@ -82,7 +82,8 @@ class Text:
 class Conditioning:
     """What a block reads beside its tokens."""
 
-    text_BLY: Tensor
+    text_BLY: Tensor | KeysValues | None
+    """Or the keys and values that one block's cross-attention made of it; None for a block that has none."""
     text_mask_BL: Tensor
     vector_BD: Tensor
     """Timestep plus pooled text, after SiLU."""
@@ -91,6 +92,19 @@ class Conditioning:
     shared_B6D: Tensor | None
     """The modulation that all blocks share: shift, scale, gate of self-attention, then of the feed-forward; None where
     each has its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """All that the network makes of a text alone, whatever the timestep and the picture: `DiT.prompt`.
+
+    It holds 2 * layers * B * L * D numbers of keys and values: 6.3 GB in bf16 for 64 guided pictures of 3XL, 128 text tokens.
+    """
+
+    mask_BL: Tensor
+    pooled_BD: Tensor
+    blocks: tuple[KeysValues | None, ...]
+    """For each block's cross-attention; None where it has none."""
 
 
 class RefinerLayer(nn.Module):

@@ -19,7 +19,6 @@ expert here, k parts that travel one after another.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,10 +29,6 @@ from torch.autograd.function import once_differentiable
 from .assignment import Table
 from .experts.two_layers import TwoLayers
 from .moe import Dispatcher, Experts, Settled, Travel, plain
-
-
-CPU_ROWS = 256
-"""Rows that a CPU works on together."""
 
 
 def lean(experts: Experts, dispatcher: Dispatcher, x_ND: Tensor, assignment: Settled) -> Tensor:
@@ -58,8 +53,9 @@ class Lean:
     """k; divides s."""
 
     def __call__(self, experts: Experts, rows: tuple[Tensor, Tensor], *, index_Es: Tensor) -> Tensor:
-        """(tokens (N, D), gates (E, s)), and each slot's token -> (N, D). Called by the experts' own forward, with the tensors among
-        its arguments, so that FSDP finds its weights gathered and knows when they have their gradients."""
+        """(tokens (N, D), gates (E, s)), and each slot's token -> (N, D). Called by the experts' own
+        forward, with the tensors among its arguments, so that FSDP finds its weights gathered and knows when
+        they have their gradients."""
         assert isinstance(experts, TwoLayers), "a rule of the configuration"
         x_ND, gate_Es = rows
         return _LeanExperts.apply(x_ND, gate_Es, index_Es, self, experts, *experts.matrices())
@@ -99,13 +95,8 @@ class _LeanExperts(torch.autograd.Function):
         kept, brought, back = list[Tensor](), list[Tensor](), list[Tensor]()
         for flight in flights:
             x_eRD = lean.arrived(flight)
-            h = tuple(x_eRD.new_empty(*x_eRD.shape[:2], w.shape[2]) for w in first)
-            y_eRD = torch.empty_like(x_eRD)
-            for part in _blocks(x_eRD):
-                for w, h_i in zip(first, h, strict=True):
-                    torch.bmm(x_eRD[part], w[part], out=h_i[part])
-                torch.bmm(experts.activate_forward(tuple(h_i[part] for h_i in h)), last[part], out=y_eRD[part])
-            back.append(lean.send_back(y_eRD))
+            h = tuple(torch.bmm(x_eRD, w) for w in first)
+            back.append(lean.send_back(torch.bmm(experts.activate_forward(h), last)))
             kept += h
             if lean.travel is not None:
                 brought.append(x_eRD)
@@ -132,38 +123,22 @@ class _LeanExperts(torch.autograd.Function):
             dy_eRD, h = lean.arrived(rows), kept[n * number : n * (number + 1)]
             g_eR1 = lean.arrived(gates).to(dy_eRD.dtype)
             x_eRD = brought[number] if brought else lean.send(x_ND, places[number])
-            dx_eRD, dots = torch.empty_like(x_eRD), []
-            add = 0.0 if number == 0 else 1.0  # of what the matrices' gradients hold already
-            for part in _blocks(x_eRD):
-                dy, g = dy_eRD[part], g_eR1[part]
-                made = experts.activate_backward(
-                    tuple(h_i[part] for h_i in h), torch.bmm(dy, last[part].transpose(1, 2))
-                )
-                dots.append(made.dot_eR)
-                _product(made.a.transpose(1, 2), g * dy, into=dlast[part], add=add)
-                gx = g * x_eRD[part]
-                for i, (w, dh) in enumerate(zip(first, made.dh, strict=True)):
-                    _product(gx.transpose(1, 2), dh, into=dfirst[i][part], add=add)
-                    _product(dh, w[part].transpose(1, 2), into=dx_eRD[part], add=float(i > 0))
-                dx_eRD[part].mul_(g)
-            rows_back.append(lean.send_back(dx_eRD))
-            gates_back.append(lean.send_back(torch.cat(dots)[:, :, None].contiguous()))
+            add = number > 0  # to what the parts before have left in the matrices' gradients
+            made = experts.activate_backward(h, torch.bmm(dy_eRD, last.transpose(1, 2)))
+            _product(made.a.transpose(1, 2), g_eR1 * dy_eRD, into=dlast, add=add)
+            gx_eRD, dx_eRD = g_eR1 * x_eRD, torch.empty_like(x_eRD)
+            for i, (w, dh) in enumerate(zip(first, made.dh, strict=True)):
+                _product(gx_eRD.transpose(1, 2), dh, into=dfirst[i], add=add)
+                _product(dh, w.transpose(1, 2), into=dx_eRD, add=i > 0)
+            rows_back.append(lean.send_back(dx_eRD.mul_(g_eR1)))
+            gates_back.append(lean.send_back(made.dot_eR[:, :, None]))
         dx_EsD, dgate_Es1 = lean.came_back(rows_back), lean.came_back(gates_back)
         dx_ND = lean.local.sum(dx_EsD.flatten(0, 1), index_Es.flatten(), num_tokens=x_ND.shape[0])
         return dx_ND, dgate_Es1.squeeze(2).to(gate_Es.dtype), None, None, None, *dfirst, dlast
 
 
-def _blocks(x_eRD: Tensor) -> Iterator[slice]:
-    """The experts that are worked on together: on a GPU all of them, in one batched product; on a CPU a few hundred rows, so that
-    activations are made, used and made again while they lie in its cache."""
-    e, R, _ = x_eRD.shape
-    size = max(1, CPU_ROWS // max(R, 1)) if x_eRD.device.type == "cpu" else max(e, 1)
-    for first in range(0, e, size):
-        yield slice(first, first + size)
-
-
-def _product(a: Tensor, b: Tensor, *, into: Tensor, add: float) -> None:
-    """into = a b + add * into."""
+def _product(a: Tensor, b: Tensor, *, into: Tensor, add: bool) -> None:
+    """into = a b, or into += a b."""
     if add:
         into.baddbmm_(a, b)
     else:

@@ -145,7 +145,7 @@ class Dispatcher:
 
 
 Form = Callable[[Experts, Dispatcher, Tensor, Settled], Tensor]
-"""(experts, dispatcher, tokens (N, D), who takes what) -> (N, D): how the layer is carried out. Every form gives what `plain` gives."""
+"""(experts, dispatcher, tokens (N, D), who takes what) -> (N, D): how the layer is carried out, with `plain`'s result."""
 
 
 def plain(experts: Experts, dispatcher: Dispatcher, x_ND: Tensor, assignment: Settled) -> Tensor:

@@ -128,8 +128,8 @@ class AffinityRouter(Router):
 
 
 def product_fp32(x: Tensor, weight: Tensor) -> Tensor:
-    """x W in fp32 (fp64 for doubles), whatever type x has: (..., D), (D, E) -> (..., E). Only x itself is kept for backward, not its
-    copy in fp32, which would be as large as a row for each of two experts."""
+    """x W in fp32 (fp64 for doubles), whatever type x has: (..., D), (D, E) -> (..., E). Only x itself is kept for backward, not
+    its copy in fp32, which would be as large as a row for each of two experts."""
     return _ProductFp32.apply(x, weight)
 
 

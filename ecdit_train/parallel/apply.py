@@ -5,7 +5,7 @@ from __future__ import annotations
 from ecdit_train.config.schema import ParallelConfig
 from ecdit_train.model.dit import DiT
 
-from .activation import apply_activation_checkpointing
+from .activation import apply_activation_checkpointing, mark_kept
 from .compiling import apply_compile
 from .expert_parallel import apply_expert_parallel
 from .fsdp import Precision, apply_fsdp, needs_fsdp
@@ -35,9 +35,11 @@ def parallelize(model: DiT, *, mesh: Mesh, parallel: ParallelConfig, precision: 
         raise TypeError(f"{', '.join(scalars)}: a parameter without dims cannot be sharded; make it of shape (1,)")
     split = apply_tensor_parallel(model, mesh=mesh)
     split |= apply_expert_parallel(model, mesh=mesh, overlap_chunks=parallel.overlap_chunks)
+    share = parallel.checkpoint_blocks
+    mark_kept(model, keep=parallel.keep, share=share)
     if parallel.compile:
-        apply_compile(model)
-    apply_activation_checkpointing(model, mode=parallel.activation_checkpointing)
+        apply_compile(model, keep=parallel.keep, share=share)
+    apply_activation_checkpointing(model, mode=parallel.activation_checkpointing, share=share)
     if needs_fsdp(mesh, precision):
         ensure_group(mesh.device_type)
         mesh.build()

@@ -14,7 +14,7 @@ from torch import Tensor
 from ecdit_train.config.schema import RunConfig
 from ecdit_train.model.dit import DiT
 
-from . import expert_parallel, fsdp, grads, weights
+from . import drawing, expert_parallel, fsdp, grads, weights
 from .apply import parallelize
 from .data_parallel import gather_over_dp, reduce_over_dp
 from .mesh import Mesh, make_mesh
@@ -32,6 +32,7 @@ class ParallelContext:
     model: DiT
     placements: Mapping[str, ParamPlacement]
     """Where each parameter and buffer of this rank lies in the global tensor."""
+    reduce_gradients: fsdp.Reduce = "step"
 
     @property
     def sharding(self) -> Sharding:
@@ -39,8 +40,8 @@ class ParallelContext:
         return Sharding(mesh=self.mesh, placements=self.placements)
 
     def accumulate(self, *, last: bool) -> AbstractContextManager[Any]:
-        """Around one microbatch: gradients are reduced over ranks only in the last one."""
-        return fsdp.accumulate(self.model, last=last)
+        """Around one microbatch of a step: gradients are reduced over ranks in the last one, or in each."""
+        return fsdp.accumulate(self.model, last=last, reduce=self.reduce_gradients)
 
     def clip(self, *, max_norm: float) -> Tensor:
         """Scale all gradients to a global norm of at most `max_norm`; returns the norm before, equal on all ranks."""
@@ -76,15 +77,29 @@ class ParallelContext:
         seconds = expert_parallel.exchange_seconds(self.mesh)
         return {} if seconds is None else {"expert_exchange": seconds}
 
+    def drawing(self) -> AbstractContextManager[Any]:
+        """Around forward passes without a backward whose weights do not change in between. Collective."""
+        return drawing.drawing(self.model, runtime=self.runtime)
+
     def reshard(self) -> None:
         """Give back what a forward pass without a backward left gathered."""
         fsdp.reshard(self.model)
 
 
+def mesh_of(config: RunConfig, runtime: Runtime) -> Mesh:
+    """The mesh of this run. Collective."""
+    return make_mesh(
+        config.parallel,
+        device_type=runtime.device.type,
+        world=runtime.world,
+        gpus_per_node=config.cluster.gpus_per_node,
+    )
+
+
 def spread(config: RunConfig, runtime: Runtime, *, mesh: Mesh | None = None) -> ParallelContext:
     """The network built on the meta device, spread over the ranks, then filled with its first weights box by box."""
     if mesh is None:
-        mesh = make_mesh(config.parallel, device_type=runtime.device.type, world=runtime.world)
+        mesh = mesh_of(config, runtime)
     with torch.device("meta"):
         model = DiT(
             config.model, config.moe, channels=config.encoders.image.channels, text_features=config.encoders.text.width
@@ -92,4 +107,10 @@ def spread(config: RunConfig, runtime: Runtime, *, mesh: Mesh | None = None) -> 
     placements = parallelize(model, mesh=mesh, parallel=config.parallel, precision=config.train.precision)
     model.to_empty(device=runtime.device)
     weights.fill(model, placements, seed=config.train.seed)
-    return ParallelContext(runtime=runtime, mesh=mesh, model=model, placements=placements)
+    return ParallelContext(
+        runtime=runtime,
+        mesh=mesh,
+        model=model,
+        placements=placements,
+        reduce_gradients=config.parallel.reduce_gradients,
+    )

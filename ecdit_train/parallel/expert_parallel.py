@@ -30,6 +30,7 @@ from ecdit_train.model.dit import DiT
 from ecdit_train.model.moe import Dispatcher, Experts, MoE
 
 from .collectives import all_to_all_start, all_to_all_wait, copy_to_group, sum_over_group
+from .hierarchical import Nodes
 from .mesh import Mesh
 from .placement import ParamPlacement
 from .stopwatch import Stopwatch
@@ -68,9 +69,11 @@ _UNWATCHED: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
 
 def exchange_seconds(mesh: Mesh) -> float | None:
     """What this rank's exchanges of experts' rows took since the last call, forward and backward, waits for peers
-    included. None where there are none, or where they are not apart: a varying number of rows, or chunks that travel
-    under the experts' work."""
-    watch = None if mesh.ep_group is None else _WATCHES.get(mesh.ep_group.group_name)
+    included; of a hierarchical one the way across nodes. None where there are none, or where they are not apart: a varying
+    number of rows, or chunks that travel under the experts' work."""
+    by_node = mesh.ep_groups_by_node
+    group = mesh.ep_group if by_node is None else by_node[1]
+    watch = None if group is None else _WATCHES.get(group.group_name)
     return None if watch is None else watch.read()
 
 
@@ -101,11 +104,18 @@ _exchange.register_autograd(_exchange_backward, setup_context=_keep_group)
 @dataclass(frozen=True, kw_only=True)
 class ExpertExchange:
     """Rows between their home rank (all E experts, own slots) and the experts' rank (own e
-    experts, all ranks' slots)."""
+    experts, all ranks' slots).
+
+    Out (`receive_out(send_out(x))`) and back (`receive_back(send_back(y))`) only move rows, and each is the inverse of the other:
+    as maps they are orthogonal, so the gradient of out is back and the gradient of back is out. A backward of one's own may call
+    the methods on gradients, without autograd; with it, all of them differentiate themselves.
+    """
 
     group: dist.ProcessGroup
     overlap: bool
     """Two halves, `send_*` and `receive_*`, with the traffic in flight between; else all of it happens in `send_*`."""
+    nodes: Nodes | None = None
+    """Where rows travel inside of a node first and then across nodes (`parallel.exchange=hierarchical`)."""
 
     @property
     def ep(self) -> int:
@@ -129,10 +139,17 @@ class ExpertExchange:
         return self._receive(y_EsD)
 
     def _send(self, x: Tensor) -> Tensor:
-        return all_to_all_start(x, self.group) if self.overlap else _exchange(x, self.group.group_name)
+        if self.nodes is not None:
+            x = self.nodes.gather(x)
+        return all_to_all_start(x, self.timed) if self.overlap else _exchange(x, self.timed.group_name)
 
     def _receive(self, x: Tensor) -> Tensor:
-        return all_to_all_wait(x, self.group) if self.overlap else x
+        return all_to_all_wait(x, self.timed) if self.overlap else x
+
+    @property
+    def timed(self) -> dist.ProcessGroup:
+        """The ranks whose exchange takes long: timed, kept for backward, hidden behind other work where there is some."""
+        return self.group if self.nodes is None else self.nodes.across
 
 
 class ExpertParallelDispatcher(Dispatcher):
@@ -276,9 +293,11 @@ def apply_expert_parallel(model: DiT, *, mesh: Mesh, overlap_chunks: int) -> dic
     chunks = overlap_chunks if mesh.ep_size > 1 else 1  # without an exchange there is nothing to hide
     exchange = None
     if mesh.ep_group is not None:
-        exchange = ExpertExchange(group=mesh.ep_group, overlap=chunks > 1)
+        by_node = mesh.ep_groups_by_node
+        nodes = None if by_node is None else Nodes(inside=by_node[0], across=by_node[1])
+        exchange = ExpertExchange(group=mesh.ep_group, overlap=chunks > 1, nodes=nodes)
         if chunks == 1:
-            _WATCHES[mesh.ep_group.group_name] = Stopwatch(mesh.device_type)
+            _WATCHES[exchange.timed.group_name] = Stopwatch(mesh.device_type)
             _vendor()  # collective setup belongs here, not in the middle of the first forward pass
     for path, moe in sparse_layers(model).items():
         for name, tensor in (*moe.experts.named_parameters(), *moe.experts.named_buffers()):

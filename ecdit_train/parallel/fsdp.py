@@ -1,5 +1,8 @@
 """FSDP2 over both views: the dense part over the data-parallel mesh, experts over edp, routers apart in fp32.
 
+With hybrid sharding the dense part has a copy in every replica; experts are sharded across replicas, or
+have copies too (`parallel.replicate_experts`).
+
 Grouping: each block is gathered as one, its experts as another (another mesh), its router as a third (another
 precision), and the root holds embeddings, text refiner and output layer.
 """
@@ -24,6 +27,7 @@ from .mesh import Mesh
 
 Precision = Literal["fp32", "bf16"]
 Freed = Literal["all", "dense", "experts", "none"]
+Reduce = Literal["step", "microbatch"]
 
 
 def policies(precision: Precision) -> tuple[MixedPrecisionPolicy, MixedPrecisionPolicy]:
@@ -66,7 +70,7 @@ def _shard_experts(
     def cut(param: nn.Parameter) -> Shard:
         # Whole experts if they share evenly; else a dimension that does (more ranks than experts is the usual case);
         # FSDP2 demands even pieces on every dim but 0.
-        return Shard(next((dim for dim, size in enumerate(param.shape) if size % mesh.edp_size == 0), 0))
+        return Shard(next((dim for dim, size in enumerate(param.shape) if size % mesh.degrees.edp_shard == 0), 0))
 
     fully_shard(
         experts,
@@ -79,18 +83,20 @@ def _shard_experts(
     experts.set_gradient_divide_factor(expert_gradient_divisor(mesh))
     # gloo has no PREMUL_SUM, so the division must follow a plain sum; but on a mesh of one torch 2.13 would then
     # divide twice, silently (pinned in tests/dist/test_dist_quirks.py).
-    experts.set_force_sum_reduction_for_comms(mesh.edp_size > 1)
+    experts.set_force_sum_reduction_for_comms(mesh.degrees.edp_shard > 1)
 
 
 @contextmanager
-def accumulate(model: nn.Module, *, last: bool) -> Iterator[None]:
-    """Around the forward and backward of one microbatch: gradients are reduced over ranks only with the last one.
+def accumulate(model: nn.Module, *, last: bool, reduce: Reduce) -> Iterator[None]:
+    """Around the forward and backward of one microbatch.
 
-    Until then FSDP keeps unsharded gradients: memory of the whole (tp/ep-local) model for one
-    reduction instead of many.
+    `step`: gradients are reduced over ranks with the last one. Until then FSDP keeps unsharded gradients: memory of the whole
+    (tp/ep-local) model for one reduction instead of many. `microbatch`: they are reduce-scattered in every one and add up in
+    shards; only the sum over the copies of hybrid sharding, which is of shards, waits for the last.
     """
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last)
+        model.set_requires_gradient_sync(last or reduce == "microbatch")
+        model.set_requires_all_reduce(last)
     yield
 
 

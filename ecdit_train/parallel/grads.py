@@ -35,7 +35,7 @@ def global_norm(model: nn.Module, placements: Mapping[str, ParamPlacement], mesh
     """L2 norm of the whole model's gradient: fp32 scalar on the device, the same bits on every rank. One all-reduce.
 
     Every element is counted once: shards are disjoint over dp_shard (dense) and over edp x ep (experts); what n ranks
-    hold alike (tp replicas, repeated kv heads, hybrid-sharding copies) is divided by n.
+    hold alike (tp replicas, repeated kv heads, hybrid sharding's copies, of experts where they have some) is divided by n.
     """
     shards: dict[int, list[Tensor]] = defaultdict(list)
     device = None
@@ -43,7 +43,7 @@ def global_norm(model: nn.Module, placements: Mapping[str, ParamPlacement], mesh
         device = p.device
         if p.grad is not None:
             placement = placements[name]
-            copies = placement.replicas * (1 if placement.kind == "expert" else mesh.dp_replicate_size)
+            copies = placement.replicas * mesh.hybrid_copies(placement.kind)
             shards[copies].append(local(p.grad))
     total = torch.zeros((), dtype=torch.float32, device=device)
     for copies, grads in sorted(shards.items()):

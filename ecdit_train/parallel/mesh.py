@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ecdit_train.config.schema import ParallelConfig
 
-from .degrees import Degrees, resolve_degrees
+from .degrees import Degrees, Kind, resolve_degrees
 
 
 @dataclass(kw_only=True)
@@ -19,6 +19,8 @@ class Mesh:
     degrees: Degrees
     rank: int
     device_type: str
+    node: int = 0
+    """Ranks of a node, where the experts' rows are exchanged inside of nodes first; 0: no matter."""
     dense: DeviceMesh | None = None
     sparse: DeviceMesh | None = None
     dp_group: dist.ProcessGroup | None = None
@@ -76,7 +78,16 @@ class Mesh:
 
     @property
     def ep_group(self) -> dist.ProcessGroup | None:
-        return self.sparse["ep"].get_group() if self.sparse is not None and self.ep_size > 1 else None
+        if self.sparse is None or self.ep_size == 1:
+            return None
+        return (self.sparse["ep_node", "ep_local"]._flatten("ep") if self.node else self.sparse["ep"]).get_group()
+
+    @property
+    def ep_groups_by_node(self) -> tuple[dist.ProcessGroup, dist.ProcessGroup] | None:
+        """The ranks of this one's ep group that are on its node, and those in its place on all nodes."""
+        if self.sparse is None or not self.node:
+            return None
+        return self.sparse["ep_local"].get_group(), self.sparse["ep_node"].get_group()
 
     @property
     def edp_size(self) -> int:
@@ -96,7 +107,11 @@ class Mesh:
     def fsdp_experts(self) -> DeviceMesh:
         """What FSDP2 shards the experts over."""
         assert self.sparse is not None
-        return self.sparse["edp"]
+        return self.sparse["edp_replicate", "edp_shard"] if self.degrees.edp_replicate > 1 else self.sparse["edp_shard"]
+
+    def hybrid_copies(self, kind: Kind) -> int:
+        """Copies that hybrid sharding makes of a parameter of this kind."""
+        return self.degrees.edp_replicate if kind == "expert" else self.degrees.dp_replicate
 
     def build(self) -> None:
         """Make the device meshes; the default process group must exist. A world of one does so only when
@@ -107,7 +122,10 @@ class Mesh:
         self.dense = init_device_mesh(
             self.device_type, (d.dp_replicate, d.dp_shard, d.tp), mesh_dim_names=("dp_replicate", "dp_shard", "tp")
         )
-        self.sparse = init_device_mesh(self.device_type, (d.edp, d.ep), mesh_dim_names=("edp", "ep"))
+        axes = {"edp_replicate": d.edp_replicate} if d.edp_replicate > 1 else {}
+        axes["edp_shard"] = d.edp_shard
+        axes |= {"ep_node": d.ep // self.node, "ep_local": self.node} if self.node else {"ep": d.ep}
+        self.sparse = init_device_mesh(self.device_type, tuple(axes.values()), mesh_dim_names=tuple(axes))
         if d.world > 1:
             self.world_group = dist.group.WORLD
         if d.dp > 1:
@@ -131,10 +149,15 @@ class Mesh:
         return self._tp_parts[size]
 
 
-def make_mesh(parallel: ParallelConfig, *, device_type: str, world: int) -> Mesh:
-    """The mesh of this run. Collective when world > 1. Raises ConfigError when the degrees do not fit the world."""
+def make_mesh(parallel: ParallelConfig, *, device_type: str, world: int, gpus_per_node: int | None = None) -> Mesh:
+    """The mesh of this run. Collective when world > 1. That the degrees fit the world, and a hierarchical exchange whole nodes
+    (which alone needs `gpus_per_node`), are rules of the configuration."""
     degrees = resolve_degrees(parallel, world)
-    mesh = Mesh(degrees=degrees, rank=dist.get_rank() if world > 1 else 0, device_type=device_type)
+    node = 0
+    if parallel.exchange == "hierarchical" and degrees.ep > 1:
+        node = gpus_per_node or 1
+        assert degrees.ep % node == 0 < node < degrees.ep, f"ep = {degrees.ep} on nodes of {gpus_per_node}"
+    mesh = Mesh(degrees=degrees, rank=dist.get_rank() if world > 1 else 0, device_type=device_type, node=node)
     if world > 1:
         assert dist.get_world_size() == world
         mesh.build()

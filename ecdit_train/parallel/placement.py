@@ -18,15 +18,13 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from .degrees import Degrees
-
-Kind = Literal["replicated", "column", "row", "expert"]
+from .degrees import Degrees, Kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +173,7 @@ def boxes_of_ranks(tensor: Tensor, placement: ParamPlacement, degrees: Degrees) 
     found = []
     for rank in range(degrees.world):
         dense, (edp_rank, _) = degrees.dense(rank), degrees.sparse(rank)
-        coordinate = (edp_rank,) if placement.kind == "expert" else dense[:2]
+        coordinate = divmod(edp_rank, degrees.edp_shard) if placement.kind == "expert" else dense[:2]
         runs_of = _runs_here(
             tuple(tensor.shape),
             mesh_shape,

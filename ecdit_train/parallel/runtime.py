@@ -87,9 +87,10 @@ class Runtime:
 
     def any_rank(self, *flags: bool) -> tuple[bool, ...]:
         """For each flag whether any rank has it; the same on all ranks."""
+        if self.control is None:
+            return flags
         values = torch.tensor([int(flag) for flag in flags])
-        if self.control is not None:
-            dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.control)
+        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.control)
         return tuple(map(bool, values.tolist()))
 
     def broadcast_object(self, value: Json, *, source: int = 0) -> Json:
@@ -180,15 +181,31 @@ def start(
         )
     here = torch.device("cuda", local_rank) if device == "cuda" else torch.device("cpu")
     if device == "cuda":
+        _allocate_in_segments()
         torch.cuda.set_device(here)
     control = None
     if world > 1:
         if store is None:
             store = rendezvous.meet(env, rank=rank, world=world, within=meet_within)
         timeout = timedelta(seconds=wait_within)
-        dist.init_process_group(_backend(device), rank=rank, world_size=world, timeout=timeout, store=store)
+        # Told its device, NCCL connects here and not in the middle of the first step, and a barrier asks no other device.
+        bound = here if device == "cuda" else None
+        dist.init_process_group(
+            _backend(device), rank=rank, world_size=world, timeout=timeout, store=store, device_id=bound
+        )
         control = dist.new_group(backend="gloo", timeout=timeout)
     return Runtime(rank=rank, world=world, local_rank=local_rank, device=here, control=control)
+
+
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""Variables by which a user tells torch how to allocate device memory."""
+
+
+def _allocate_in_segments() -> None:
+    """Device memory in segments that grow, unless the user says otherwise: FSDP's gathered weights and microbatches of several
+    shapes leave holes in blocks of fixed size, which a step near the limit of memory then lacks."""
+    if not any(os.environ.get(name) for name in ALLOCATOR):
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
 
 
 def alone() -> Runtime:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import re
 import warnings
+from collections.abc import Collection
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -20,11 +21,12 @@ from torch import Tensor, nn
 from ecdit_train.model.attention import Attention
 from ecdit_train.model.dit import DiT
 
-from .collectives import copy_to_group
+from .collectives import copy_to_group, sum_over_group
 from .mesh import Mesh
 from .placement import ParamPlacement
 
 Split = Literal["column", "row"]
+TextFeatures = tuple[Tensor, Tensor, Tensor]
 
 PLAN: tuple[tuple[str, Split], ...] = (
     (r"blocks\.\d+\.self_attention\.(query|key|value)", "column"),
@@ -69,15 +71,31 @@ def apply_tensor_parallel(model: DiT, *, mesh: Mesh) -> dict[str, ParamPlacement
         setattr(parent, name, layer)
         if split == "row":
             # One row layer closes each region; its parent is where the inputs enter.
-            parent.register_forward_pre_hook(functools.partial(_enter, group=mesh.tp_group), with_kwargs=True)
+            # The text enters all blocks as one tensor: it is copied where it is made, once a step and not once a block.
+            once = ("context",) if parent_path.endswith(".cross_attention") else ()
+            enter = functools.partial(_enter, group=mesh.tp_group, entered=once)
+            parent.register_forward_pre_hook(enter, with_kwargs=True)
+    model.text.register_forward_hook(functools.partial(_text_enters, group=mesh.tp_group))
     return placements
 
 
+def _text_enters(module: nn.Module, args: Any, made: TextFeatures, *, group: dist.ProcessGroup | None) -> TextFeatures:
+    """Copy what the blocks' cross-attentions read to the group. The mean over tokens is no part of it: what it leads to is
+    computed alike on all ranks."""
+    text_BLY, mask_BL, mean_BY = made
+    return copy_to_group(text_BLY, group), mask_BL, mean_BY
+
+
 def _enter(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, group: dist.ProcessGroup | None
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    group: dist.ProcessGroup | None,
+    entered: Collection[str],
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Copy each floating input of a region to the group once: one all-reduce in backward per
-    input, not per projection."""
+    input, not per projection. Keywords in `entered` are copied already."""
     copies: list[tuple[Tensor, Tensor]] = []
 
     def copy(value: Any) -> Any:
@@ -89,7 +107,7 @@ def _enter(
         copies.append((value, copy_to_group(value, group)))
         return copies[-1][1]
 
-    return tuple(copy(a) for a in args), {k: copy(v) for k, v in kwargs.items()}
+    return tuple(copy(a) for a in args), {k: v if k in entered else copy(v) for k, v in kwargs.items()}
 
 
 def _column(linear: nn.Linear, *, mesh: Mesh) -> tuple[nn.Module, ParamPlacement]:
@@ -173,7 +191,10 @@ def _layers() -> Any:
             return super().forward(x, weight=weight)[0]
 
     class Row(RowParallelLinear):
-        """Y = sum_r X_r W_r^T."""
+        """Y = sum_r X_r W_r^T. Megatron sums in place, on top of the product, which then cannot be kept for backward; `keeps_sum`:
+        into memory of its own, which is kept (parallel/activation.py)."""
+
+        keeps_sum = False
 
         def __init__(self, width: int, out: int, *, linear: nn.Linear, group: dist.ProcessGroup) -> None:
             with linear.weight.device:
@@ -189,6 +210,8 @@ def _layers() -> Any:
                 )
 
         def forward(self, x: Tensor) -> Tensor:
+            if self.keeps_sum:
+                return sum_over_group(nn.functional.linear(x, self.weight), self.tp_group)
             return super().forward(x)[0]
 
     return SimpleNamespace(column=Column, row=Row)

@@ -212,7 +212,7 @@ def _run(cfg: RunConfig, *, world: int, started: float, said: traffic.Update, mi
     if cfg.capacity is None and cfg.moe.dispatcher is not None and cfg.moe.dispatcher.cap is None:
         # Fake tensors do not know how many rows there are: run the number that is expected.
         cfg = with_values(cfg, {"moe.dispatcher.cap": 1.0})
-    mesh = make_mesh(parallel, device_type="cpu", world=world)
+    mesh = make_mesh(parallel, device_type="cpu", world=world, gpus_per_node=cfg.cluster.gpus_per_node)
     model = slots.network(cfg)
     placements = parallelize(model, mesh=mesh, parallel=parallel, precision=cfg.train.precision)
     with FakeTensorMode(allow_non_fake_inputs=True):

@@ -131,7 +131,7 @@ def tensor_parallel(cfg: RunConfig, layout: Layout) -> Iterator[Flow]:
     gates = tokens * slots.experts_per_token(cfg) * 4
     yield _flow("all_reduce", "tensor-parallel tokens", "tp", tp, calls=sums * micro, message=tokens * m.width * c)
     if m.cross_attention:
-        yield _flow("all_reduce", "tensor-parallel text", "tp", tp, calls=m.layers * micro, message=text)
+        yield _flow("all_reduce", "tensor-parallel text", "tp", tp, calls=micro, message=text)
     yield _flow("all_reduce", "tensor-parallel gates", "tp", tp, calls=sparse * micro, message=gates)
     if layout.tp > m.kv_heads:
         calls, group = 2 * m.layers * micro, layout.group_of(layout.tp // m.kv_heads)

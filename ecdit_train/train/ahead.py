@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ecdit_train.diffusion.microbatch import Microbatch, Place
+from ecdit_train.supervise.beats import Heart
 
 from .contracts import Batches
 
@@ -35,12 +36,12 @@ class Ahead:
         batches: Batches,
         *,
         device: torch.device,
-        enter: Callable[..., None],
+        heart: Callable[[], Heart],
         waiting: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
-        """`enter` is told the phases `data` (with the step that the batch is for) and `encode`; `waiting` is around the wait for the
-        loader."""
-        self._batches, self._enter, self._waiting = batches, enter, waiting
+        """`heart`'s is told the phases `data` (with the step that the batch is for) and `encode`; `waiting` is around the
+        wait for the loader."""
+        self._batches, self._heart, self._waiting = batches, heart, waiting
         self._next: Taken | Exception | None = None
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._ready: torch.cuda.Event | None = None
@@ -50,10 +51,10 @@ class Ahead:
         if self._next is not None:
             return
         try:
-            self._enter("data", step=step)
+            self._heart().enter("data", step=step)
             with self._waiting():
                 raw = self._batches.fetch()
-            self._enter("encode")
+            self._heart().enter("encode")
             with nullcontext() if self._side is None else torch.cuda.stream(self._side):
                 batch = self._batches.encode(raw)
             self._next = Taken(batch=batch, place=self._batches.place())

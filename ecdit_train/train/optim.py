@@ -46,8 +46,8 @@ class Ema:
             shadow.copy_(p.detach())  # one by one: DTensor has no _foreach_copy_
 
     def weight(self, step: int) -> float:
-        """Of the weights in their average after update `step`, counted from 0. A young average forgets faster: the first weights
-        shall not linger."""
+        """Of the weights in their average after update `step`, counted from 0. A young average forgets faster: the
+        first weights shall not linger."""
         return 1.0 - min(self.decay, (1.0 + step) / (10.0 + step))
 
     def beside(self, step: int) -> Average:

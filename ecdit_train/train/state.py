@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from ecdit_train.checkpoint.layout import Placed
 from ecdit_train.config.schema import OptimConfig
 from ecdit_train.errors import ConfigError, Problem
 from ecdit_train.model.init import persistent_buffers
+from ecdit_train.parallel.context import ParallelContext
 from ecdit_train.parallel.owners import Sharding
 
 from .optim import Ema
@@ -105,3 +107,8 @@ class TrainState:
 def parameter_of(tensor_name: str) -> str:
     """`optim.square_avg/blocks.0.modulation.weight` -> `blocks.0.modulation.weight`."""
     return tensor_name.split("/", 1)[1]
+
+
+def placed(tensors: Mapping[str, Tensor], parallel: ParallelContext) -> dict[str, Placed]:
+    """Tensors named `part/parameter` with the place of the parameter they belong to."""
+    return {name: Placed(tensor=t, placement=parallel.placements[parameter_of(name)]) for name, t in tensors.items()}

@@ -172,8 +172,8 @@ def train_step(
     before: Callable[[], None] = nothing,
     enter: Enter = untold,
 ) -> Issued:
-    """Gradients, one global norm, the guard's word, and the update of weights, optimizer state, their moving average and routers'
-    buffers.
+    """Gradients, one global norm, the guard's word, and the update of weights, optimizer state, their moving
+    average and routers' buffers.
 
     Everything is asked of the device, and the host does not wait for it: where the guard refuses, every bit of the state stays
     (`state.step` and an optimizer's own counts are the host's to put right). An optimizer that cannot be refused on the device
@@ -227,4 +227,4 @@ def update_buffers(
         kept = [] if refuse is None else [(buffer, buffer.clone()) for buffer in router.buffers()]
         router.update_buffers({name: next(agreed).view_as(value) for name, value in layer.items()})
         for buffer, old in kept:
-            buffer.copy_(torch.where(refuse != 0, old, buffer))
+            buffer.copy_(torch.where(refuse.ne(0), old, buffer))

@@ -19,7 +19,7 @@ from ecdit_train.config.convert import to_dict
 from ecdit_train.config.schema import RunConfig
 from ecdit_train.diffusion.flow import Flow
 from ecdit_train.diffusion.microbatch import Microbatch, Place, split
-from ecdit_train.errors import ConfigError, NonFiniteError, Problem, RunOwnedError, StorageError
+from ecdit_train.errors import ConfigError, NonFiniteError, Problem, StorageError
 from ecdit_train.observe.console import Progress
 from ecdit_train.observe.metrics import MetricWindow
 from ecdit_train.observe.nodes import Nodes, node_key
@@ -36,9 +36,11 @@ from .contracts import Batches, Drawer
 from .guard import Guard, Verdict
 from .met import met
 from .optim import learning_rate
+from .pools import check_pool, pool_of
 from .saving import Saves
-from .state import TrainState, parameter_of
-from .step import Issued, Numbers, train_step
+from .state import TrainState, placed
+from .step import Numbers, train_step
+from .under_way import UnderWay, agree
 from .validation import Validation
 from .watching import Watched, Watching
 
@@ -46,18 +48,6 @@ OBJECTS = ("window", "pool", "guard", "validation", "quarantine", "words")
 """What a checkpoint holds besides its tensors, its place in the data and its configuration; older ones lack some."""
 
 logger = logging.getLogger("ecdit.train")
-
-
-@dataclass(frozen=True, kw_only=True)
-class UnderWay:
-    """A step whose numbers nobody has read."""
-
-    step: int
-    """Updates, this one included, if all were made."""
-    taken: Taken
-    issued: Issued
-    lr: float
-    watched: Watched
 
 
 @dataclass(kw_only=True)
@@ -106,12 +96,8 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.watching = Watching(self.config, window=self.window, routers=self.parallel.model.routers)
-        self.ahead = Ahead(
-            self.batches,
-            device=self.parallel.runtime.device,
-            enter=lambda *args, **named: self.heart.enter(*args, **named),
-            waiting=self.window.waiting,
-        )
+        device, waiting = self.parallel.runtime.device, self.window.waiting
+        self.ahead = Ahead(self.batches, device=device, heart=lambda: self.heart, waiting=waiting)
         self._names = set(self.state.tensors())
 
     def resume(self) -> Resumed | None:
@@ -139,36 +125,11 @@ class Trainer:
             raise ConfigError(
                 Problem(field="train.steps", value=self.config.train.steps, rule=rule, nearest=resumed.step)
             )
-        self._check_pool(resumed.objects.get("pool"))
+        check_pool(self.config, self.parallel.mesh, before=resumed.objects.get("pool"))
         self._take(resumed)
         self.batches.load_state_dict(resumed.objects["loader"])
         self.guard.load_state_dict(resumed.objects.get("guard", {}))
         return resumed
-
-    @property
-    def _pool(self) -> list[int]:
-        """Data-parallel ranks and the images that each has of one microbatch."""
-        return [self.parallel.mesh.dp_size, self.config.train.microbatch]
-
-    def _check_pool(self, before: list[int] | None) -> None:
-        """A router that lets all of them compete must find the same images together as before, or it is another router: the
-        whole global batch, or microbatches cut as they were.
-
-        Raises ConfigError. Checkpoints of older versions do not say (None).
-        """
-        router, whole = self.config.moe.router, self.config.train.global_batch
-        if router is None or not router.whole_batch or before is None or before == self._pool:
-            return
-        if math.prod(before) == math.prod(self._pool) == whole:
-            return
-        (ranks, images), (here, _) = before, self._pool
-        rule = (
-            f"experts of {self.config.run} compete within a microbatch of all ranks, which was {ranks} data-parallel ranks * "
-            f"{images} images; on {here} ranks other images would meet: go on with {ranks} ranks"
-        )
-        raise ConfigError(
-            Problem(field="train.microbatch", value=self.config.train.microbatch, rule=rule, nearest=images)
-        )
 
     def placed(self) -> dict[str, Placed]:
         """Every tensor of the state with its place in the global tensor."""
@@ -185,24 +146,27 @@ class Trainer:
         runtime = self.parallel.runtime
         said = runtime.all_gather_json([node_key(), self.parallel.mesh.tp_rank == 0])
         watching.begin(state.step, nodes=Nodes(said, rank=runtime.rank, device=runtime.device))
+        ask = partial(agree, every=c.watch.agree_every, ownership=self.ownership, runtime=runtime)
         gc.freeze()  # what is built stays: a collection in the middle of a step need not look at it
         while state.step < c.train.steps:
             self._step(self._next())
             last = state.step == c.train.steps
-            stopping, writing = self._agree(stop)
+            ends, writing = state.step == self.stop_after, self.saves.writing
+            agreed = ask(state.step, known=ends, asked=bool(stop.name), writing=writing)
+            stopping = agreed.stopping
             if not (stopping or last or self._again):
                 self.ahead.prepare(state.step + 1)  # while the device works on this step
-            if not writing:
+            if not agreed.writing:
                 self.saves.settle()
             # What was left out by going back is remembered by the next checkpoint, so that one comes first.
             saving = stopping or last or self._went_back or self.saves.due(state.step)
             showing = c.observe.sample_every > 0 and (state.step % c.observe.sample_every == 0 or last)
             digest = c.health.digest_every > 0 and state.step % c.health.digest_every == 0
-            known = saving or showing or digest or watching.logs_at(state.step)
-            if self._settle(0 if known else 1) and known:
+            at_rest = saving or showing or digest or watching.logs_at(state.step)
+            if self._settle(0 if at_rest else 1) and at_rest:
                 self._went_back = False
                 self._at_rest(saving=saving, showing=showing, digest=digest, last=stopping or last)
-            elif known:
+            elif at_rest:
                 continue  # this update was not made
             if stopping and not last:
                 why = stop.name or ("--stop-after" if state.step == self.stop_after else "another rank")
@@ -253,19 +217,6 @@ class Trainer:
         state.step += 1
         self._under_way.append(UnderWay(step=state.step, taken=taken, issued=issued, lr=lr, watched=watched[0]))
 
-    def _agree(self, stop: StopRequest) -> tuple[bool, bool]:
-        """Whether the run is to stop after this step, and whether any rank still writes a save. Ranks ask each other every
-        `watch.agree_every` steps; in between they know of `--stop-after` only. Raises RunOwnedError."""
-        asked, runtime = self.state.step == self.stop_after, self.parallel.runtime
-        if runtime.world > 1 and self.state.step % self.config.watch.agree_every != 0:
-            return asked, True
-        lost = self.ownership.lost_to is not None
-        stopping, writing, lost = runtime.any_rank(asked or stop.name is not None, self.saves.writing, lost)
-        if lost:
-            to = self.ownership.lost_to or "another job"
-            raise RunOwnedError(f"{self.config.run} was taken over by {to}: nothing more is written there")
-        return stopping, writing
-
     def _settle(self, keep: int) -> bool:
         """Learn what became of the steps under way, oldest first, until `keep` are left. False where an update was not made: those
         behind it were refused with it, and their batches come again."""
@@ -300,7 +251,7 @@ class Trainer:
 
     def _at_rest(self, *, saving: bool, showing: bool, digest: bool, last: bool) -> None:
         """What is done with a state whose updates are all known to be made."""
-        c, step, watching = self.config, self.state.step, self.watching
+        step, watching = self.state.step, self.watching
         if watching.measures_at(step):
             self.heart.enter("validate")
             with self.window.paused():
@@ -408,7 +359,7 @@ class Trainer:
             # Metrics of two tp ranks may differ in a last bit; a checkpoint holds one truth.
             "window": self.parallel.runtime.broadcast_object(window),
             "config": to_dict(self.config),
-            "pool": self._pool,
+            "pool": pool_of(self.config, self.parallel.mesh),
             "guard": self.guard.state_dict(),
             "validation": dict(self.measured),
             **met(
@@ -447,8 +398,3 @@ class Trainer:
             last.callback(lambda: self.sinks.committed(self.saves.committed))
             last.callback(self.progress.close)
             last.callback(self.saves.close)
-
-
-def placed(tensors: dict[str, Any], parallel: ParallelContext) -> dict[str, Placed]:
-    """Tensors named `part/parameter` with the place of the parameter they belong to."""
-    return {name: Placed(tensor=t, placement=parallel.placements[parameter_of(name)]) for name, t in tensors.items()}

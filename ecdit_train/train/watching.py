@@ -75,8 +75,8 @@ class Watching:
         window, clip = self._window, self._config.optim.clip_norm
         for sums in watched.sums:
             window.add_sums(sums)
-        for name, value in watched.maxima:
-            window.add(name, value)
+        for name, largest in watched.maxima:
+            window.add(name, largest)
         window.add("train/loss", numbers.loss)
         window.add("optim/grad_norm", numbers.grad_norm)
         window.add("optim/grad_norm_max", numbers.grad_norm)

@@ -33,6 +33,8 @@ from ecdit_train.train.optimizers.muon import Muon
 from ecdit_train.train.step import update_buffers
 
 IMAGES, CHANNELS, SIDE, KEPT, TEXT_TOKENS, TEXT_FEATURES = 16, 4, 8, 8, 5, 24
+NODE = 2
+"""Ranks of a node, where the exchange is hierarchical."""
 GROUP = 16
 """Two half-masked images."""
 MAX_NORM = 0.01
@@ -150,7 +152,12 @@ def case(
     model: ModelConfig = MODEL,
     chunks: int = 1,
     ac: Any = "none",
+    keep: Any = (),
+    share: float = 1.0,
+    reduce: Any = "step",
     reshard: Any = "all",
+    replicate: bool = False,
+    exchange: Any = "flat",
     compiled: bool = False,
     **rest: Any,
 ) -> Case:
@@ -161,7 +168,12 @@ def case(
         dp_replicate=rep,
         overlap_chunks=chunks,
         activation_checkpointing=ac,
+        keep=keep,
+        checkpoint_blocks=share,
+        reduce_gradients=reduce,
         reshard_after_forward=reshard,
+        replicate_experts=replicate,
+        exchange=exchange,
         compile=compiled,
     )
     return Case(parallel=parallel, moe=moe, model=model, **rest)
@@ -249,8 +261,9 @@ def chosen_in_group(prediction: Prediction) -> list[Tensor]:
         if isinstance(a, Rows):
             expert = a.expert_R
         else:
-            expert = torch.arange(E)[:, None].expand(E, len(index) // E).flatten()
-        counts.append(torch.zeros(G * S * E, dtype=torch.int64).index_add(0, index * E + expert, one).view(G, S, E))
+            expert = torch.arange(E, device=index.device)[:, None].expand(E, len(index) // E).flatten()
+        none = torch.zeros(G * S * E, dtype=torch.int64, device=index.device)
+        counts.append(none.index_add(0, index * E + expert, one).view(G, S, E))
     return counts
 
 
@@ -281,13 +294,13 @@ def run_reference(c: Case) -> Trace:
 
 
 def run_parallel(c: Case, mesh: Mesh) -> Trace:
-    """The same problem on this mesh."""
+    """The same problem on this mesh, and what it did, on the CPU."""
     with torch.device("meta"):
         model = make_model(c).to(getattr(torch, c.dtype))
     placements = parallelize(model, mesh=mesh, parallel=c.parallel, precision=c.precision)
-    model.to_empty(device="cpu")
+    model.to_empty(device=mesh.device_type)
     load_full(model, placements, full_state(c))
-    if c.dtype == "float64" and mesh.edp_size == 1 and mesh.world > 1:
+    if c.dtype == "float64" and mesh.degrees.edp_shard == 1 and mesh.world > 1:
         # torch 2.13 treats float64 as it treats fp16, and then divides twice on a mesh of one (test_dist_quirks.py).
         # Production reduces in float32, where it divides once; the float32 cases cover that.
         for moe in sparse_layers(model).values():
@@ -296,11 +309,11 @@ def run_parallel(c: Case, mesh: Mesh) -> Trace:
     optim, trace = optimizer(c, model, Sharding(mesh=mesh, placements=placements)), Trace()
     context = ParallelContext(runtime=None, mesh=mesh, model=model, placements=placements)
     for step in range(c.steps):
-        mine = {k: v.chunk(mesh.dp_size)[mesh.dp_rank] for k, v in batch(step).items()}
+        mine = {k: v.chunk(mesh.dp_size)[mesh.dp_rank].to(mesh.device_type) for k, v in batch(step).items()}
         losses, chosen, assignments, seen = [], [], [], []
         for m in range(c.microbatches):
             part = {k: v.chunk(c.microbatches)[m] for k, v in mine.items()}
-            with accumulate(model, last=m == c.microbatches - 1):
+            with accumulate(model, last=m == c.microbatches - 1, reduce=c.parallel.reduce_gradients):
                 loss, prediction = forward(model, part, group_tokens=c.group_tokens)
                 (loss / c.microbatches).backward()
             losses.append(loss.detach())
@@ -312,25 +325,30 @@ def run_parallel(c: Case, mesh: Mesh) -> Trace:
             dist.all_reduce(total, group=mesh.dp_group)
         trace.losses.append(total.item() / mesh.dp_size)
         grads = {n: p.grad for n, p in model.named_parameters()}
-        trace.grads.append(full_tensors(grads, placements, mesh))
+        trace.grads.append(on_cpu(full_tensors(grads, placements, mesh)))
         trace.copies_agree &= same_bits(grads, trace.grads[-1], placements)
         trace.norms.append(clip(model, placements, mesh, max_norm=MAX_NORM).item())
-        trace.chosen.append([gather_groups(torch.cat(layer), mesh) for layer in zip(*chosen, strict=True)])
+        trace.chosen.append([gather_groups(torch.cat(layer), mesh).cpu() for layer in zip(*chosen, strict=True)])
         trace.records.append(record_of(model, seen, context.reduce))
         optim.step()
         optim.zero_grad()
         update_buffers(context, assignments)
-    trace.buffers = {n: b.clone() for n, b in model.named_buffers()}
-    trace.weights = full_tensors(dict(model.named_parameters()), placements, mesh)
+    trace.buffers = on_cpu(dict(model.named_buffers()))
+    trace.weights = on_cpu(full_tensors(dict(model.named_parameters()), placements, mesh))
     trace.copies_agree &= same_bits(dict(model.named_parameters()), trace.weights, placements)
     return trace
+
+
+def on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
 def same_bits(tensors: dict[str, Tensor], full: dict[str, Tensor], placements: dict[str, ParamPlacement]) -> bool:
     """What this rank holds is what the gathered tensors say."""
     with torch.no_grad():
         return all(
-            torch.equal(piece.view, piece.box.of(full[n]))
+            torch.equal(piece.view.cpu(), piece.box.of(full[n]))
             for n, t in tensors.items()
             for piece in pieces(t, placements[n])
         )
@@ -349,7 +367,7 @@ def check_cases(runtime: Any, cases: list[Case]) -> list[tuple[str, Errors]]:
     """All cases in turn, each against one process. Rank 0 knows the errors; every rank answers for its own copies."""
     results, references = [], {}
     for c in cases:
-        mesh = make_mesh(c.parallel, device_type="cpu", world=runtime.world)
+        mesh = make_mesh(c.parallel, device_type=runtime.device.type, world=runtime.world, gpus_per_node=NODE)
         trace = run_parallel(c, mesh)
         errors = None
         if runtime.rank == 0:

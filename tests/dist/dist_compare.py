@@ -23,7 +23,7 @@ def record_of(
 ) -> dict[str, float]:
     """The record of a step of these microbatches, without what measures the machine."""
     layers = tuple(number for number, block in enumerate(model.blocks, 1) if isinstance(block.feed_forward, MoE))
-    window = MetricWindow(device="cpu", images_per_step=1, tokens_per_step=1)
+    window = MetricWindow(device=parts[0][1].patches_BKP.device, images_per_step=1, tokens_per_step=1)
     for part, prediction in parts:
         error_B = (prediction.patches_BKP - part["target"]).square().mean((1, 2)).float()
         window.add_sums(loss_sums(error_B, t_B=part["t"]))
@@ -62,6 +62,10 @@ class Errors:
     later_records: float
     same_choices: bool
     copies_agree: bool
+
+    def worst(self, bound: float, *, grad: float) -> float:
+        """The largest of loss, norm, weights and gradients, each as a share of its bound."""
+        return max(self.loss / bound, self.norm / bound, self.weight / bound, self.grad / grad)
 
     def within(self, bound: float, *, grad: float | None = None) -> bool:
         """`grad`: a bound of its own for gradients."""

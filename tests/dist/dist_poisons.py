@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from ecdit_train.model.dit import DiT
 from ecdit_train.model.lean import Lean
 from ecdit_train.parallel.expert_parallel import sparse_layers
+from ecdit_train.parallel.hierarchical import Nodes
 from ecdit_train.parallel.mesh import Mesh
 from ecdit_train.parallel.owners import MatrixOwners
 from ecdit_train.parallel.placement import local
@@ -109,6 +111,46 @@ def poison_local_similarity(model: DiT, mesh: Mesh) -> None:
         moe.router.ranks.sum = lambda x, add=add, E=E: mesh.dp_size * x if x.shape == (E, E) else add(x)
 
 
+def poison_kept_product_summed_in_place(model: DiT, mesh: Mesh) -> None:
+    """A row layer sums over tp on top of the product that was kept for backward, as Megatron does."""
+    for module in model.modules():
+        if getattr(module, "keeps_sum", False):
+            module.keeps_sum = False
+            module.forward = module.forward.__wrapped__
+
+
+def poison_no_inside_leg(model: DiT, mesh: Mesh) -> None:
+    """Rows go across nodes without having met inside of their own: shapes are right, the experts are others."""
+    for moe in sparse_layers(model).values():
+        exchange = moe.dispatcher.exchange
+        assert exchange is not None
+        assert exchange.nodes is not None
+        moe.dispatcher.exchange = replace(exchange, nodes=_Across(inside=exchange.nodes.inside, across=exchange.nodes.across))
+
+
+class _Across(Nodes):
+    def gather(self, x: Tensor) -> Tensor:
+        return x
+
+
+def poison_experts_counted_once(model: DiT, mesh: Mesh) -> None:
+    """Experts that every replica holds count in the norm as if there were one copy."""
+    mesh.hybrid_copies = lambda kind: 1 if kind == "expert" else mesh.degrees.dp_replicate  # type: ignore[method-assign]
+
+
+def poison_lost_microbatch(model: DiT, mesh: Mesh) -> None:
+    """The sum over hybrid sharding's copies takes the last microbatch's gradients alone."""
+    told = model.set_requires_all_reduce
+
+    def forgetful(flag: bool) -> None:
+        told(flag)
+        for module in model.modules():
+            for group in module._get_fsdp_state()._fsdp_param_groups if flag and isinstance(module, FSDPModule) else ():
+                group._partial_reduce_output = None
+
+    model.set_requires_all_reduce = forgetful
+
+
 POISONS: dict[str, Any] = {
     "": lambda model, mesh: None,
     "expert_scale": poison_expert_scale,
@@ -121,4 +163,8 @@ POISONS: dict[str, Any] = {
     "stale_copy": poison_stale_copy,
     "skipped_counts": poison_skipped_counts,
     "local_similarity": poison_local_similarity,
+    "kept_product_summed_in_place": poison_kept_product_summed_in_place,
+    "no_inside_leg": poison_no_inside_leg,
+    "experts_counted_once": poison_experts_counted_once,
+    "lost_microbatch": poison_lost_microbatch,
 }

@@ -23,6 +23,7 @@ LAYOUTS = {
     "tp2": Layout(world=2, words=("parallel.tp=2",)),
     "dp2_ep2": Layout(world=2, words=("parallel.ep=2",)),
     "hsdp2x2": Layout(world=4, words=("parallel.dp_replicate=2",)),
+    "copies2x2": Layout(world=4, words=("parallel.dp_replicate=2", "parallel.replicate_experts=true")),
     "dp2_tp2_ep2": Layout(world=4, words=("parallel.tp=2", "parallel.ep=2")),
 }
 MORE = {
@@ -32,6 +33,7 @@ MORE = {
 SOME = [
     ("one", "dp2_tp2_ep2"), ("dp2_tp2_ep2", "one"), ("tp2", "one"), ("dp2", "tp2"), ("dp2_ep2", "tp2"),
     ("tp2", "dp2_ep2"), ("tp2", "hsdp2x2"), ("hsdp2x2", "dp2"), ("dp2_ep2", "hsdp2x2"),
+    ("hsdp2x2", "copies2x2"), ("copies2x2", "hsdp2x2"),
 ]  # fmt: skip
 """Each layout as a source and as a target at least once."""
 
@@ -76,7 +78,7 @@ def test_files_hold_the_whole_tensors(saved):
     """What tools read is what the ranks held."""
     folder, lives = saved
     kinds = set()
-    for name in ("tp2", "hsdp2x2", "dp2_tp2_ep2"):
+    for name in ("tp2", "hsdp2x2", "copies2x2", "dp2_tp2_ep2"):
         life = lives[name]
         path = folder / name / "checkpoints" / f"step_{FIRST:08d}"
         described = restore.verify(path)
@@ -88,14 +90,14 @@ def test_files_hold_the_whole_tensors(saved):
 
 
 def test_pairs(saved, tiny_shards):
-    """9 of the 36 pairs; all losses are compared with each other, also where rounding before the save differed."""
+    """11 of the 49 pairs; all losses are compared with each other, also where rounding before the save differed."""
     assert {s for s, _ in SOME} == {t for _, t in SOME} == LAYOUTS.keys()
     print(f"largest relative difference of a loss: {check(saved, tiny_shards, SOME):.1e}")
 
 
 @pytest.mark.slow
 def test_all_pairs(tiny_shards, tmp_path):
-    """64 ordered pairs of 8 layouts."""
+    """81 ordered pairs of 9 layouts."""
     lives: dict[str, Life] = {}
     names = list(LAYOUTS | MORE)
     for world, layouts in by_world(names).items():

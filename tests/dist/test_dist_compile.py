@@ -44,9 +44,21 @@ def test_compiled_graphs() -> None:
     assert lean == 5  # what is between a lean layer's products, each way
 
 
+ALL = ("attention", "projections", "feed_forward", "experts")
+
+
+def test_compiled_graphs_around_what_is_kept() -> None:
+    """What is kept is dispatched op by op between graphs, of which there are more, but as many at 4 layers as at 6."""
+    c = case(tp=2, compiled=True, ac="selective", keep=ALL, steps=1, model=replace(MODEL, layers=6))
+    (graphs,) = assert_equal([c], backend="aot_eager")
+    assert graphs == 9
+
+
 @pytest.mark.slow
 def test_compiled_code() -> None:
     """Inductor: generated C++, whose collectives work in place (eager tracing does not show what goes wrong there)."""
     assert_equal([case(tp=2, ac="selective", compiled=True, steps=2), case(tp=2, compiled=True, ac="full", steps=1),
+                  case(tp=2, ep=2, compiled=True, ac="selective", keep=("attention", "experts"), share=0.5, steps=1),
+                  case(tp=2, ep=2, compiled=True, ac="selective", keep=ALL, steps=1),
                   case(tp=2, ep=2, compiled=True, ac="selective", chunks=2, steps=1),
                   case(ep=2, compiled=True, chunks=2, steps=1, moe=replace(MOE, form="lean"))], backend="inductor")

@@ -43,7 +43,7 @@ def test_four_ranks() -> None:
         case(moe=LEAN, tp=2, ep=4), case(moe=LEAN, ep=4, chunks=3), case(moe=GATED, tp=2, ep=4, chunks=2, ac="selective"),
         case(moe=ORDERED, rep=2, ep=2, ac="selective"), case(moe=replace(TOKEN_CHOICE, form="lean"), tp=2, ep=2, chunks=2),
         case(moe=replace(CAPPED, form="lean"), tp=2, ep=2), case(moe=LEAN, rep=2, tp=2, ep=4, microbatches=2, reshard=False),
-        case(moe=LEAN, tp=2, ep=4, dtype="float32"),
+        case(moe=LEAN, tp=2, ep=4, dtype="float32"), case(moe=LEAN, ep=2, microbatches=2, reduce="microbatch"),
     ])
 
 

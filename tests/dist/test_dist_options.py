@@ -9,10 +9,12 @@ from dist_cases import MOE, TOKEN_CHOICE, Case, case, check_cases
 from dist_harness import run_distributed
 
 from ecdit_train.model.dispatchers.deterministic import Deterministic
+from ecdit_train.model.dispatchers.triton import Triton
 from ecdit_train.model.routers.expert_choice import ExpertChoice
 
 BOUND = 1e-10
 DETERMINISTIC = replace(MOE, dispatcher=Deterministic(cap=None))
+TRITON = replace(MOE, dispatcher=Triton(cap=None))
 
 
 def assert_equal(world: int, cases: list[Case]) -> None:
@@ -30,6 +32,7 @@ def test_options() -> None:
         case(ep=2, microbatches=2), case(tp=2, ep=2, microbatches=4), case(rep=2, ep=2, microbatches=2),
         case(rep=2, tp=2, ep=4, microbatches=2, ac="selective", chunks=2, reshard="none"),
         case(**all_axes, moe=DETERMINISTIC), case(ep=2, moe=DETERMINISTIC, chunks=2),
+        case(**all_axes, moe=TRITON), case(ep=2, moe=TRITON, chunks=2, ac="selective"),
     )])
 
 

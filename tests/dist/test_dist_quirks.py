@@ -84,20 +84,23 @@ def test_clip_grad_norm_cannot_be_used() -> None:
     assert results[0]["dense"] != pytest.approx(results[1]["dense"], rel=1e-4)      # two tp ranks, two norms, no error
 
 
-def megatron_reduce(runtime: Any) -> list[float]:
+def megatron_reduce(runtime: Any) -> list[float | bool]:
     from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
     group = dist.group.WORLD
-    whole = reduce_from_tensor_model_parallel_region(torch.ones(2, 2), group=group)
+    x = torch.ones(2, 2)
+    whole = reduce_from_tensor_model_parallel_region(x, group=group)
     turned = reduce_from_tensor_model_parallel_region(torch.arange(4.0).view(2, 2).t(), group=group)
-    return [whole[0, 0].item(), turned[1, 1].item()]
+    return [whole[0, 0].item(), turned[1, 1].item(), whole.data_ptr() == x.data_ptr()]
 
 
-def test_megatron_reduces_a_copy_of_what_is_not_contiguous() -> None:
-    assert run_distributed(2, megatron_reduce) == [[2.0, 3.0]] * 2      # 3.0 on each rank should have become 6.0
+def test_megatron_reduces_a_copy_of_what_is_not_contiguous_and_else_in_place() -> None:
+    """3.0 on each rank should have become 6.0; in place, so that a product kept for backward needs a sum
+    of its own (tensor_parallel.Row.keeps_sum)."""
+    assert run_distributed(2, megatron_reduce) == [[2.0, 3.0, True]] * 2
 
 
 def selective_and_fsdp(runtime: Any) -> str:
-    activation._contexts = lambda: create_selective_checkpoint_contexts(
+    activation.contexts = lambda kept: create_selective_checkpoint_contexts(
         lambda *args, **kwargs: CheckpointPolicy.PREFER_RECOMPUTE)
     c = case(tp=2, ep=2, ac="selective", steps=1)
     try:

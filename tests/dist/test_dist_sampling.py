@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from dist_harness import run_distributed
 from dist_runs import TWO_HEADS, Layout
-from dist_sampling import draw
+from dist_sampling import draw, drawn_once
 from tiny_runs import configure, live
 
 LAYOUTS = {
@@ -58,6 +58,17 @@ def test_pictures_do_not_depend_on_the_layout(trained, tiny_shards):
     assert min(np.abs(images[a] - images[b]).max() for a in range(5) for b in range(a)) > 20
     # A prompt alone is the prompt in company, when pools are images; and the third prompt fills its group with itself.
     assert np.abs(drawn["one"][0][0][0].astype(int) - images[0]).max() <= 1
+
+
+def test_a_prompts_work_is_done_once_and_weights_are_gathered_once(trained, tiny_shards):
+    layouts = {name: layout for name, layout in LAYOUTS.items() if layout.world == 2}
+    layouts["bf16"] = Layout(world=2, words=("train.precision=bf16", "parallel.reshard_after_forward=true"))
+    for found in run_distributed(2, drawn_once, trained, tiny_shards, layouts, PROMPTS[:3], timeout=240):
+        for name, of in found.items():
+            assert of["fsdp"] > 0, name
+            assert of["equal"], name
+            assert of["gathers"][0] == of["gathers"][1] <= of["fsdp"], (name, of)
+            assert of["given_back"], name
 
 
 def ecdit(*words: str) -> subprocess.CompletedProcess:

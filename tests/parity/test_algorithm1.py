@@ -68,7 +68,7 @@ def algorithm1(x_p: Tensor, w_r: Tensor, experts: list[tuple[Tensor, Tensor]], c
     return torch.einsum("becs,bec,becd->bsd", dispatch, gating, x_e)
 
 
-@pytest.mark.parametrize("combine", ["index_add", "deterministic"])
+@pytest.mark.parametrize("combine", ["index_add", "deterministic", "triton"])
 @pytest.mark.parametrize("capacity_factor", [1.0, 2.0, 3.0])
 @pytest.mark.parametrize("scope", GROUPS)
 @pytest.mark.parametrize("experts", [4, 8, 16])
@@ -99,7 +99,7 @@ def test_layer_is_algorithm_1_in_values_and_all_gradients(experts, scope, capaci
         torch.testing.assert_close(ours.experts.down.grad[e], down.grad, rtol=1e-11, atol=1e-12)
 
 
-@pytest.mark.parametrize("combine", ["index_add", "deterministic"])
+@pytest.mark.parametrize("combine", ["index_add", "deterministic", "triton"])
 @pytest.mark.parametrize("scope", ["image", "group"])
 def test_tokens_outside_the_pool_have_no_influence_and_tokens_inside_have(scope, combine):
     pool = GROUPS[scope]
@@ -190,7 +190,7 @@ class Allocations(TorchDispatchMode):
 WIDE = {"experts": 8, "pool": 256, "capacity": 64, "width": 10, "hidden": 20}
 
 
-@pytest.mark.parametrize("combine", ["index_add", "deterministic"])
+@pytest.mark.parametrize("combine", ["index_add", "deterministic", "triton"])
 def test_no_one_hot_and_one_gradient_per_stacked_weight(combine):
     ours = layer(experts=WIDE["experts"], capacity_factor=2.0, combine=combine, width=WIDE["width"])
     x = tokens(images=2, per_image=WIDE["pool"], width=WIDE["width"]).requires_grad_()

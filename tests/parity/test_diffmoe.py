@@ -64,7 +64,7 @@ def combined(x_SD: Tensor, a_SE: Tensor, takers: list[list[int]], w: dict[str, T
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("combine", ["index_add", "deterministic"])
+@pytest.mark.parametrize("combine", ["index_add", "deterministic", "triton"])
 def test_training(combine):
     ours, x = layer(combine=combine), tokens().requires_grad_()
     weight = tokens(seed=2)

@@ -9,6 +9,7 @@ import torch
 from scipy import stats
 
 from ecdit_train import keyed
+from ecdit_train.kernels import draws
 from ecdit_train.keyed import Purpose
 
 ALL = 0xFFFFFFFF
@@ -58,7 +59,7 @@ def test_uniform_is_uniform_and_open():
 
 
 def test_extreme_words_stay_inside_the_open_interval():
-    u = keyed._unit(torch.tensor([0, ALL]))
+    u = draws.unit(torch.tensor([0, ALL]))
     assert float(u[0]) > 0.0
     assert float(u[1]) < 1.0
 

@@ -4,8 +4,8 @@ The tanh form is h * sigmoid(2 u) with u = k (h + c h^3), so one sigmoid gives e
 
     s = sigmoid(2 u)     gelu(h) = h s     gelu'(h) = s + h s (1 - s) 2 u',   2 u' = 2 k (1 + 3 c h^2)
 
-On CUDA that is a kernel (`ecdit_train.kernels.gelu`). On a CPU it is worked out in tiles that stay in its second cache, in fp32 whatever the tensors' type; torch's
-own GELU and its gradient take a hyperbolic tangent each.
+On CUDA that is a kernel (`ecdit_train.kernels.gelu`). On a CPU it is worked out in tiles that stay in its second cache,
+in fp32 whatever the tensors' type; torch's own GELU and its gradient take a hyperbolic tangent each.
 
 Legend: R rows of all experts, H expert hidden width.
 """

@@ -73,8 +73,8 @@ class AdamWOptimizer(BlockOptimizer):
 
 
 class FusedAdamW(torch.optim.Optimizer):
-    """torch's fused kernel, which knows `found_inf` itself, on this rank's shards: a DTensor's dispatch would cost more than they do,
-    and refuses parameters of two meshes."""
+    """torch's fused kernel, which knows `found_inf` itself, on this rank's shards: a DTensor's dispatch would cost more
+    than they do, and refuses parameters of two meshes."""
 
     _step_supports_amp_scaling = True
 
@@ -97,10 +97,11 @@ class FusedAdamW(torch.optim.Optimizer):
                 continue
             functional_adamw(
                 [local(p.detach()) for p in some],
-                [local(p.grad) for p in some],
-                *([local(state[name]) for state in states] for name in ("exp_avg", "exp_avg_sq")),
-                [],
-                [state["step"] for state in states],
+                [local(p.grad) for p in some if p.grad is not None],
+                exp_avgs=[local(state["exp_avg"]) for state in states],
+                exp_avg_sqs=[local(state["exp_avg_sq"]) for state in states],
+                max_exp_avg_sqs=[],
+                state_steps=[state["step"] for state in states],
                 fused=True,
                 found_inf=self.found_inf,
                 amsgrad=False,

@@ -175,5 +175,5 @@ def _cuts(flat: Tensor) -> Iterator[slice]:
 def _flat(tensors: Sequence[Tensor]) -> list[Tensor]:
     """This rank's shards as rows, elements in the order in which the first one lies in memory; views of all that lie like it."""
     shards = [local(t.detach()) for t in tensors]
-    order = sorted(range(shards[0].dim()), key=lambda dim: -shards[0].stride(dim))
+    order = sorted(range(shards[0].dim()), key=lambda dim: -int(shards[0].stride(dim)))
     return [shard.permute(order).reshape(-1) for shard in shards]

@@ -27,6 +27,7 @@ from ecdit_train.parallel.placement import Box, Piece, local, pieces
 
 from . import make_state
 from .adamw import AdamW
+from .blocks import Choice
 
 ROLES = (
     (r"blocks\.\d+\.(self|cross)_attention\.(query|key|value|out)\.weight", "muon"),
@@ -151,7 +152,9 @@ def _planned(config: Muon, held: Sequence[Held], *, world: int) -> Iterator[tupl
 
 
 class MuonOptimizer(torch.optim.Optimizer):
-    """Two rules under one roof: `matrices` by Muon, `others` by torch's AdamW, whose state is kept here."""
+    """Two rules under one roof: `matrices` by Muon, `others` by AdamW, whose state is kept here."""
+
+    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -165,6 +168,8 @@ class MuonOptimizer(torch.optim.Optimizer):
         groups = [list(group.values()) for group in (matrices, others) if group]
         super().__init__([{"params": group} for group in groups], {"lr": lr})
         self._config, self._matrices, self._placements = config, matrices, sharding.placements
+        self.found_inf: Tensor | None = None
+        """As `blocks.BlockOptimizer` has it. A refused update is computed and weighs nothing."""
         make_state(self, matrices.values(), names=("momentum_buffer",))
         self._adamw = None
         if others:
@@ -187,18 +192,25 @@ class MuonOptimizer(torch.optim.Optimizer):
         if self._adamw is not None:
             for group in self._adamw.param_groups:
                 group["lr"] = lr * self._config.adamw_lr_ratio
+            self._adamw.found_inf = self.found_inf  # type: ignore[attr-defined]
             self._adamw.step()
         if self._matrices:
             self._step_matrices(lr)
 
     def _step_matrices(self, lr: float) -> None:
         c = self._config
+        refuse = None if self.found_inf is None else self.found_inf != 0
+        choice = None if self.found_inf is None else Choice(self.found_inf)
         here: dict[tuple[str, str], list[Piece]] = {}
         for name, p in self._matrices.items():
             momentum, grad = self.state[p]["momentum_buffer"], torch.zeros_like(p) if p.grad is None else p.grad
             self.state[p]["step"] += 1
-            local(momentum).lerp_(local(grad), 1 - c.momentum)
-            local(p).mul_(1 - lr * c.weight_decay)
+            if choice is None:
+                local(momentum).lerp_(local(grad), 1 - c.momentum)
+                local(p).mul_(1 - lr * c.weight_decay)
+            else:
+                choice.write(local(momentum).lerp(local(grad), 1 - c.momentum), into=local(momentum))
+                choice.write(local(p).mul(1 - lr * c.weight_decay), into=local(p))
             for kind, tensor in (("weight", p), ("momentum", momentum), ("grad", grad)):
                 here[kind, name] = pieces(tensor, self._placements[name])
 
@@ -216,6 +228,8 @@ class MuonOptimizer(torch.optim.Optimizer):
 
         def move(name: str, box: Box, update: Tensor) -> None:
             rate = self._rate(lr, self._placements[name].global_shape)
+            if refuse is not None:
+                update = torch.where(refuse, 0.0, update)  # times -rate it is -0, and p + -0 is p to the last bit
             view("weight", name, box).add_(update, alpha=-rate)
 
         self.owners.run(take=update_of, compute=self._orthogonal, give=move)

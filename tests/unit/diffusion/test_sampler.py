@@ -55,7 +55,7 @@ def make(*, router: str = "expert_choice") -> DiT:
 def draw(model: DiT, prompts: list[str], *, images_per_group: int = 1, watch=None, **changes: object) -> Tensor:
     return sample_latents(
         model,
-        text=ENCODER.encode(prompts),
+        features=ENCODER.encode(prompts),
         position_B=prompt_positions(prompts),
         shape=SHAPE,
         config=replace(CONFIG, **changes),
@@ -75,6 +75,20 @@ def test_same_prompt_same_picture_whatever_else_is_in_the_batch():
     assert (draw(model, ["a red circle"], seed=12) - alone).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("sampler", [Euler(), Heun()], ids=str)
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+def test_work_on_the_prompt_is_done_once_and_changes_no_bit(guidance, sampler):
+    prompts, calls = ["a red circle", "two blue squares", "a red circle"], []
+    model = make()
+    for name in ("text", "pooled_text", "blocks.0.cross_attention.key", "blocks.1.cross_attention.value"):
+        model.get_submodule(name).register_forward_hook(lambda *_, name=name: calls.append(name))
+    once = draw(model, prompts, guidance=guidance, sampler=sampler)
+    assert len(calls) == 4
+    model.prompt = lambda text: text  # the plain form: the network is given the text in every step
+    assert torch.equal(once, draw(model, prompts, guidance=guidance, sampler=sampler))
+    assert len(calls) > 4 + 4 * 3
+
+
 def test_in_a_pool_of_two_images_a_picture_depends_on_its_neighbour():
     model = make()
     one, other = (draw(model, ["a red circle", p], images_per_group=2) for p in ("two blue squares", "a green cross"))
@@ -90,8 +104,10 @@ class Constant:
     def __init__(self) -> None:
         self.calls: list[tuple[int, float]] = []
 
-    def __call__(self, x_BCHW: Tensor, t_B: Tensor, drop_B: Tensor) -> Tensor:
-        self.calls.append((len(x_BCHW), float(t_B[0])))
+    def __call__(self, x_BCHW: Tensor, t: float, t_B: Tensor) -> Tensor:
+        assert t_B.tolist() == [t] * len(x_BCHW)
+        self.calls.append((len(x_BCHW), t))
+        drop_B = torch.arange(len(x_BCHW)) >= 2
         return torch.where(drop_B, 1.0, 3.0)[:, None, None, None].expand(-1, *SHAPE)
 
 
@@ -125,7 +141,7 @@ def test_the_watcher_sees_captioned_and_null_pictures_as_pools_of_their_own():
 @pytest.mark.parametrize("sampler", [Euler(), Heun()], ids=str)
 def test_a_perfect_data_prediction_draws_the_data(sampler):
     data = torch.linspace(-1, 1, 3 * 8 * 8).view(1, *SHAPE)
-    drawn = follow(lambda x, t, drop: data.expand_as(x), prediction="data", sampler=sampler)
+    drawn = follow(lambda x, t, t_B: data.expand_as(x), prediction="data", sampler=sampler)
     torch.testing.assert_close(drawn, data.expand(2, -1, -1, -1), rtol=1e-5, atol=1e-5)
 
 

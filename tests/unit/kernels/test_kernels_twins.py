@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ecdit_train.errors import ConfigError
-from ecdit_train.kernels import gelu, language, rows
+from ecdit_train.kernels import adaln, draws, gelu, language, rows
 from ecdit_train.model.dispatchers.triton import Triton
 
 
@@ -67,20 +67,32 @@ def test_without_triton_the_dispatcher_is_refused_by_name(monkeypatch):
         Triton(cap=None).build()
 
 
+def test_the_written_gradient_of_norm_and_modulation():
+    """The twin of the backward kernel, in fp64, against autograd through the twin of the forward."""
+    g = torch.Generator().manual_seed(0)
+    x, dn, dh = (torch.randn(2, 5, 7, generator=g, dtype=torch.float64) for _ in range(3))
+    shift, scale = (torch.randn(2, 7, generator=g, dtype=torch.float64).requires_grad_() for _ in range(2))
+    x.requires_grad_()
+    results = adaln.norm_modulate_twin(x, shift_BD=shift, scale_BD=scale)
+    expected = torch.autograd.grad(results, (x, shift, scale), (dn, dh))
+    for got, want in zip(adaln.norm_modulate_backward_twin(x, scale, dn, dh), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
+
+
 SIGNATURES = {
-    rows._gather_kernel: ({"x": "*T", "index": "*i64", "gate": "*fp32", "out": "*T", "D": "i32"}, {"GATED": True}),
-    rows._sum_kernel: (
-        {"rows": "*T", "order": "*i64", "start": "*i64", "gate": "*fp32", "out": "*T", "D": "i32"}, {"GATED": True},
+    rows._gather_kernel: ("x:T index:i64 gate:f32 out:T", "D", {"GATED": True}),
+    rows._sum_kernel: ("rows:T order:i64 start:i64 gate:f32 out:T", "D", {"GATED": True}),
+    rows._gather_and_dot_kernel: ("grad:T rows:T index:i64 gate:f32 out:T dot:f32", "D", {}),
+    gelu._gelu_kernel: ("h:T a:T", "size scale:f cube:f", {}),
+    gelu._gelu_backward_kernel: ("h:T da:T gate:f32 a:T dh:T dot:f32", "H scale:f cube:f", {"GATED": True}),
+    adaln._forward_kernel: ("x:T shift:T scale:T normed:T h:T", "S D eps:f", {"BOTH": True}),
+    adaln._backward_kernel: (
+        "x:T scale:T dnormed:T dh:T dx:T partial:f32", "S D apart eps:f", {"NORMED": True, "ROWS": 16},
     ),
-    rows._gather_and_dot_kernel: (
-        {"grad": "*T", "rows": "*T", "index": "*i64", "gate": "*fp32", "out": "*T", "dot": "*fp32", "D": "i32"}, {},
-    ),
-    gelu._gelu_kernel: ({"h": "*T", "a": "*T", "size": "i32", "scale": "fp32", "cube": "fp32"}, {}),
-    gelu._gelu_backward_kernel: (
-        {"h": "*T", "da": "*T", "gate": "*fp32", "a": "*T", "dh": "*T", "dot": "*fp32", "H": "i32", "scale": "fp32",
-         "cube": "fp32"}, {"GATED": True},
-    ),
+    draws._draw_kernel: ("position:i64 first:i64 out:f32", "seed:l num", {"OFFSET": True, "NORMAL": True}),
 }  # fmt: skip
+"""Kernel -> its pointers (T: the type computed in), its numbers (32-bit integers but for f and l), its constants."""
+NUMBERS = {"": "i32", "f": "fp32", "l": "i64"}
 
 
 @pytest.mark.skipif(not language.HERE or language.INTERPRETED, reason="Triton is not installed, or interprets")
@@ -93,9 +105,11 @@ def test_kernels_compile_for_an_h100(kernel, dtype, tmp_path, monkeypatch):
     from triton.compiler import ASTSource
 
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
-    pointers, constants = SIGNATURES[kernel]
-    constants = constants | {"BLOCK": 1024}
-    signature = {n: t.replace("T", dtype) for n, t in pointers.items()} | dict.fromkeys(constants, "constexpr")
-    signature = {name: signature[name] for name in kernel.arg_names}
-    made = triton.compile(ASTSource(kernel, signature, constexprs=constants), target=GPUTarget("cuda", 90, 32))
-    assert len(made.asm["cubin"]) > 1000
+    pointers, numbers, constants = SIGNATURES[kernel]
+    constants = constants | {"SIZE" if kernel is draws._draw_kernel else "BLOCK": 1024}
+    types = {"T": dtype, "i64": "i64", "f32": "fp32"}
+    signature = {n: "*" + types[t] for n, t in (word.split(":") for word in pointers.split())}
+    signature |= {n: NUMBERS[t] for n, _, t in (word.partition(":") for word in numbers.split())}
+    signature |= dict.fromkeys(constants, "constexpr")
+    source = ASTSource(kernel, {name: signature[name] for name in kernel.arg_names}, constexprs=constants)
+    assert len(triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]) > 1000

@@ -1,6 +1,8 @@
-"""Selective checkpointing decides once: a recomputation whose scores come out otherwise keeps the winners of the forward pass."""
+"""Checkpointing decides once: a recomputation whose scores come out otherwise keeps the winners of the forward pass."""
 
 from __future__ import annotations
+
+import functools
 
 import pytest
 import torch
@@ -8,7 +10,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ecdit_train.model.selecting import DECIDED, largest
-from ecdit_train.parallel import activation
+from ecdit_train.parallel.activation import contexts
+from ecdit_train.parallel.recompute import DECISIONS
 
 
 class Alone:
@@ -23,7 +26,7 @@ class Alone:
         return x[None]
 
 
-def winners_and_gradient(ranks: Alone | None) -> tuple[Tensor, Tensor]:
+def winners_and_gradient(ranks: Alone | None, kept: frozenset[str]) -> tuple[Tensor, Tensor]:
     """Those of the forward pass, and the gradient of their sum after a recomputation in the opposite order of scores."""
     x = torch.randn(3, 20, generator=torch.Generator().manual_seed(0)).requires_grad_()
     signs, seen = iter((1.0, -1.0)), []
@@ -33,18 +36,19 @@ def winners_and_gradient(ranks: Alone | None) -> tuple[Tensor, Tensor]:
         seen.append(won)
         return torch.where(won, x * x, 0.0).sum()
 
-    checkpoint(forward, x, use_reentrant=False, preserve_rng_state=False, context_fn=activation._contexts).backward()
+    context_fn = functools.partial(contexts, kept)
+    checkpoint(forward, x, use_reentrant=False, preserve_rng_state=False, context_fn=context_fn).backward()
     assert len(seen) == 2, "nothing was computed again"
     return seen[0], x.grad
 
 
 @pytest.mark.parametrize("ranks", [Alone(), None], ids=["over ranks", "here"])
 def test_the_winners_stay(ranks):
-    won, grad = winners_and_gradient(ranks)
+    won, grad = winners_and_gradient(ranks, DECISIONS)
     assert torch.equal(grad != 0, won)
 
 
-def test_without_keeping_the_decision_they_would_change(monkeypatch):
-    monkeypatch.setattr(activation, "KEPT", activation.KEPT - {DECIDED})
-    won, grad = winners_and_gradient(Alone())
+def test_without_keeping_the_decision_they_would_change():
+    assert DECIDED in DECISIONS
+    won, grad = winners_and_gradient(Alone(), DECISIONS - {DECIDED})
     assert not torch.equal(grad != 0, won)
