@@ -2,7 +2,7 @@
 held against the formulas of the plan.
 
 A fake process group answers for all other ranks and fake tensors have shapes but no memory, so 97 billion parameters
-on 512 ranks take a minute and less than a gigabyte. One forward and one backward of rank 0 run with every collective
+on 512 ranks take a minute and less than a gigabyte. A forward and a backward of rank 0, or two where a step has several, run with every collective
 issued and logged; live bytes are tracked by category. What it does not see: values, compiled graphs (blocks run in
 eager mode), NCCL and CUDA's allocator.
 
@@ -37,6 +37,7 @@ from ecdit_train.model.embed import Text
 from ecdit_train.model.experts import activations
 from ecdit_train.parallel.apply import parallelize
 from ecdit_train.parallel.expert_parallel import sparse_layers
+from ecdit_train.parallel.fsdp import accumulate
 from ecdit_train.parallel.mesh import make_mesh
 from ecdit_train.parallel.owners import Sharding
 
@@ -146,9 +147,10 @@ SMALL = 1 << 28
 
 @dataclass(frozen=True, kw_only=True)
 class DryRun:
-    """What rank 0 did in one microbatch; bytes."""
+    """What rank 0 did in one microbatch, or in two where a step has several; bytes."""
 
     world: int
+    microbatches: int
     collectives: tuple[Collective, ...]
     parameters: int
     """Sharded fp32 parameters."""
@@ -170,7 +172,7 @@ class DryRun:
 
 
 def dry_run(cfg: RunConfig, *, world: int) -> DryRun:
-    """Run one microbatch of `cfg` on rank 0 of `world` fake ranks. Blocks run in eager
+    """Run a microbatch or two of `cfg` on rank 0 of `world` fake ranks. Blocks run in eager
     mode whatever `parallel.compile` says.
 
     Raises:
@@ -187,7 +189,7 @@ def dry_run(cfg: RunConfig, *, world: int) -> DryRun:
     dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
     try:
         with _as_on_a_gpu():
-            return _run(cfg, world=world, started=started, said=said)
+            return _run(cfg, world=world, started=started, said=said, microbatches=min(layout.microbatches, 2))
     finally:
         dist.destroy_process_group()
 
@@ -202,7 +204,7 @@ def _as_on_a_gpu() -> Iterator[None]:
         activations.TILE = kept
 
 
-def _run(cfg: RunConfig, *, world: int, started: float, said: traffic.Update) -> DryRun:
+def _run(cfg: RunConfig, *, world: int, started: float, said: traffic.Update, microbatches: int) -> DryRun:
     parallel = dataclasses.replace(cfg.parallel, compile=False)
     if cfg.capacity is None and cfg.moe.dispatcher is not None and cfg.moe.dispatcher.cap is None:
         # Fake tensors do not know how many rows there are: run the number that is expected.
@@ -219,10 +221,14 @@ def _run(cfg: RunConfig, *, world: int, started: float, said: traffic.Update) ->
             moe.router.register_forward_pre_hook(lambda *_: setattr(log, "whose", OF_ROUTERS))
             moe.router.register_forward_hook(lambda *_: setattr(log, "whose", ""))
         with tracker, log:
-            prediction = model(**batch, group_tokens=cfg.group_tokens)
-            after_forward = _snapshot(tracker, "current")
-            loss = prediction.patches_BKP.float().square().mean()
-            sum(prediction.losses(lambda y: y.float().square().mean()).values(), loss).backward()
+            for number in range(microbatches):
+                tracker.reset_mod_stats()  # each module is entered once in its life
+                with accumulate(model, last=number == microbatches - 1, reduce=parallel.reduce_gradients):
+                    prediction = model(**batch, group_tokens=cfg.group_tokens)
+                    after_forward = _snapshot(tracker, "current")
+                    loss = prediction.patches_BKP.float().square().mean()
+                    sum(prediction.losses(lambda y: y.float().square().mean()).values(), loss).backward()
+                    del prediction, loss
         if log.unknown:
             raise AssertionError(f"collectives without a rule: {dict(log.unknown)}")
         peak, after_backward = _snapshot(tracker, "peak"), _snapshot(tracker, "current")
@@ -237,6 +243,7 @@ def _run(cfg: RunConfig, *, world: int, started: float, said: traffic.Update) ->
             optimizer.step()
     return DryRun(
         world=world,
+        microbatches=microbatches,
         collectives=log.collectives(),
         parameters=after_forward["Sharded Param"],
         gradients=after_backward["Sharded Grad"],
@@ -295,7 +302,7 @@ AFTER_BACKWARD = ("broadcast",)
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """One quantity, computed twice; bytes of one rank and one microbatch."""
+    """One quantity, computed twice; bytes of one rank."""
 
     name: str
     formula: float
@@ -314,10 +321,10 @@ class Difference:
 
 
 def compare(plan: Plan, ran: DryRun) -> tuple[Difference, ...]:
-    """Collectives by kind (without AFTER_BACKWARD), then memory by part. The dry run is one microbatch, so the formulas
-    are asked about one as well."""
+    """Collectives by kind (without AFTER_BACKWARD), then memory by part. The formulas are asked about as many microbatches
+    as were run."""
     cfg, parameters = plan.cfg, plan.parameters
-    layout = dataclasses.replace(plan.cost.layout, microbatches=1)
+    layout = dataclasses.replace(plan.cost.layout, microbatches=ran.microbatches)
     flows = [flow for flow in traffic.per_step(cfg, parameters, layout) if flow.kind not in AFTER_BACKWARD]
     planned: dict[str, float] = defaultdict(float)
     for flow in flows:
@@ -325,12 +332,14 @@ def compare(plan: Plan, ran: DryRun) -> tuple[Difference, ...]:
     kinds = sorted({*planned, *(c.kind for c in ran.collectives)})
     sent = {kind: float(sum(c.bytes for c in ran.collectives if c.kind == kind)) for kind in kinds}
     rows = [Difference(name=kind, formula=planned[kind], measured=sent[kind]) for kind in kinds]
-    m, root = memory.estimate(cfg, parameters, layout), units(cfg, parameters, layout)[0]
+    m = memory.estimate(cfg, parameters, layout)
     running = m.parameters + m.gradients + m.gathered + m.communication + m.activations - m.never_together
-    between = root.gathered_bytes if layout.reshard_after_forward != "none" else m.gathered
+    kinds = units(cfg, parameters, layout)
+    between = sum(unit.count * unit.gathered_bytes for unit in kinds if not unit.freed)
+    shards = memory.GRADIENT * sum(unit.held for unit in kinds)  # whatever adds up before, shards are left
     pairs = (
         ("parameters", m.parameters, ran.parameters),
-        ("gradients", m.gradients, ran.gradients),
+        ("gradients", shards, ran.gradients),
         ("optimizer", m.optimizer, ran.optimizer),
         ("gathered between forward and backward", between, ran.gathered),
         ("activations kept", memory.activations(cfg, layout).kept, ran.activations_kept),
@@ -369,7 +378,7 @@ def render(ran: DryRun, rows: tuple[Difference, ...]) -> str:
     cells = [(r.name, size(r.formula), size(r.measured), f"{r.relative:+.1%}") for r in rows]
     return show(
         [
-            f"dry run of rank 0 of {ran.world}, one microbatch: {verdict} "
+            f"dry run of rank 0 of {ran.world}, {'one microbatch' if ran.microbatches == 1 else 'two microbatches'}: {verdict} "
             f"({seconds(ran.seconds)}, {size(ran.resident)} of memory)"
         ],
         {"formula and dry run": [table(cells, header=("", "formula", "dry run", "off"))]},
