@@ -31,7 +31,7 @@ from .layers import Algorithm1, check, expert_choice, fill
 from .timing import Bar, Times, Work, fast_in_bf16, interleave, report, settle
 
 TOKENS, WIDTH, HIDDEN, CAPACITY_FACTOR, GROUP = 2048, 384, 1536, 2, 1024
-EXPERTS = (8, 16)
+EXPERTS = (16,)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32} if fast_in_bf16() else {"fp32": torch.float32}
 FORMS: dict[str, tuple[Form, Callable[[], Dispatcher]]] = {
     "plain": (plain, IndexAddDispatcher),

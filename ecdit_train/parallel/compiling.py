@@ -28,6 +28,8 @@ from .activation import checkpointed_blocks, modules_that_keep
 def apply_compile(model: DiT, *, keep: Collection[Kept] = (), share: float = 1.0) -> None:
     """Compile in place. Only functions are replaced: names, types and hooks of the modules stay. Not
     `Module.compile()`, which would take FSDP's hooks into the graph."""
+    # Blocks of one class share it: dense and sparse, checkpointed and not, training, validation and drawing.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     seen = set(checkpointed_blocks(model, share=share)) if keep else set()
     for block in model.blocks:
         assert isinstance(block, Block)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ecdit_train.parallel.placement import local
 
-ELEMENTS = {"cpu": 1 << 14, "cuda": 1 << 24}
+ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 24}
 """Elements of a block by device: what a core's cache holds; on a GPU, few launches for many bytes (64 MiB of fp32)."""
 
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
