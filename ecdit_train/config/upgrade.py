@@ -95,6 +95,8 @@ ADDED: Mapping[str, Any] = {
     "parallel.replicate_experts": False,
     "parallel.exchange": "flat",
     "watch.agree_every": 1,
+    "train.fp8_recipe": "current",
+    "train.fp8_backend": "scaled_mm",
 }
 """Keys since format 3 and what was there before them."""
 

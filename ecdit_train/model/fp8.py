@@ -16,12 +16,13 @@ mxfp8     one s for every 32 values along the dim that is summed over, as E8M0 (
 Zeros stay zeros (s = 1 where all are). A value that is not finite makes all of its tensor or block not finite, and what is made of
 it: an 8-bit type would turn it into 448 in silence, and no guard would see it. A finite value past the largest saturates.
 
-Legend: e matrices of a stack (one for a linear layer), R rows, K width that is summed over, O width of the result, H steps remembered.
+Legend: e matrices of a stack (one for a linear layer), R rows, K width that is summed over, O width of the result, H steps
+remembered.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -29,8 +30,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-Recipe = Literal["current", "delayed", "mxfp8"]
+from ecdit_train.config.schema import Recipe
+
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+Backend = Literal["scaled_mm", "emulated"]
+UNIT = 16
+"""Sizes of a scaled product are multiples of it."""
 BLOCK = 32
 """Values that share a scale under mxfp8."""
 HISTORY = 16
@@ -52,6 +57,10 @@ class Quantised:
     def wide(self, dtype: torch.dtype) -> Tensor:
         return self.values.to(dtype) * self.scale.to(dtype)
 
+    def turned(self) -> Quantised:
+        """Every matrix transposed."""
+        return Quantised(values=self.values.transpose(1, 2), scale=self.scale.transpose(1, 2))
+
 
 def power_of_two(amax: Tensor, fp8: torch.dtype) -> Tensor:
     """The least power of two s with amax <= s * (largest of the type), fp32; 1 for 0, NaN for what is not finite."""
@@ -69,6 +78,32 @@ def quantise(t: Tensor, scale: Tensor, fp8: torch.dtype) -> Quantised:
     v = t.to(wide) / scale.to(wide)
     v = torch.where(v.isfinite(), v.clamp(-most, most), torch.nan)
     return Quantised(values=v.to(fp8), scale=scale)
+
+
+def multiply(a_eRK: Quantised, b_eKO: Quantised, *, dtype: torch.dtype, backend: Backend) -> Tensor:
+    """(e, R, O) of type `dtype`. `scaled_mm` takes one scale for each matrix."""
+    if backend == "emulated" or a_eRK.values.numel() == 0:
+        wide = torch.promote_types(dtype, torch.float32)
+        return torch.bmm(a_eRK.wide(wide), b_eKO.wide(wide)).to(dtype)
+    (e, R, _), O = a_eRK.values.shape, b_eKO.values.shape[2]
+    y_eRO = a_eRK.scale.new_empty(e, R, O, dtype=dtype)
+    for n in range(e):
+        # Both are read along what is summed over: the second one column by column. Rows are filled up to whole units.
+        a, b = _filled(a_eRK.values[n]), _filled(b_eKO.values[n].t())
+        y = torch._scaled_mm(
+            a, b.t(), scale_a=a_eRK.scale[n].squeeze(), scale_b=b_eKO.scale[n].squeeze(), out_dtype=dtype
+        )
+        y_eRO[n] = y[:, :O]
+    return y_eRO
+
+
+def _filled(rows_RK: Tensor) -> Tensor:
+    """Dense in memory, with zeros after the last of K up to a whole unit."""
+    rest = -rows_RK.shape[1] % UNIT
+    if rest == 0:
+        return rows_RK.contiguous()
+    # As bytes: torch pads no 8-bit floats; 0 is 0 in both.
+    return nn.functional.pad(rows_RK.contiguous().view(torch.uint8), (0, rest)).view(rows_RK.dtype)
 
 
 def amax_of(t_eRK: Tensor) -> Tensor:
@@ -95,12 +130,18 @@ class Fp8Product(nn.Module):
     amax: Tensor
     """(e, 3, H) fp32, `delayed` alone: largest magnitudes of x, W and dy in the last steps, newest first; 0: not yet."""
 
-    def __init__(self, recipe: Recipe, *, stack: int = 1) -> None:
+    def __init__(self, recipe: Recipe, *, stack: int = 1, backend: Backend = "emulated") -> None:
         """`stack`: e, over all ranks."""
         super().__init__()
         self.recipe = recipe
+        self.backend = backend
+        self.stack, self.first = stack, 0
+        """Of the whole stack, where this rank's part begins."""
+        self.unit = 1
+        """Gradients of a rank are those of its own mean, so many times what they are in the mean of the global batch, of which
+        `delayed` remembers: on more ranks, what is remembered is not too small."""
         self.agree: Callable[[Tensor], Tensor] | None = None
-        """Over ranks that hold parts of one tensor: own amax -> that of the whole, in place of a scale for each part."""
+        """Own amax -> that of the whole tensor, where each rank holds a part of it."""
         self.seen: dict[str, Tensor] = {}
         """By role (e,): largest magnitudes since the last update. A maximum, so a pass that is repeated does not count twice."""
         if recipe == "delayed":
@@ -133,9 +174,11 @@ class Fp8Product(nn.Module):
         if self.agree is not None:
             now = self.agree(now)
         if self.recipe == "delayed":
+            unit = self.unit if role == "dy" else 1
             if watched:
-                self.seen[role] = torch.maximum(self.seen[role], now) if role in self.seen else now
-            past = self.amax[:, ROLES.index(role)].amax(-1)
+                seen = now / unit
+                self.seen[role] = torch.maximum(self.seen[role], seen) if role in self.seen else seen
+            past = self.amax[:, ROLES.index(role)].amax(-1) * unit
             # While nothing is remembered, a scale of 1 would turn gradients of 1e-6 into zeros.
             now = torch.where(past == 0, now, past)
         return power_of_two(now, fp8)[:, None, None]
@@ -144,43 +187,63 @@ class Fp8Product(nn.Module):
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_eRK: Tensor, w_eKO: Tensor, how: Fp8Product, watched: bool) -> Tensor:
-        wide = torch.promote_types(x_eRK.dtype, torch.float32)
-        x, w = (
-            how.quantise(t, role, along=dim, watched=watched) for t, role, dim in ((x_eRK, "x", 2), (w_eKO, "w", 1))
-        )
+        x = how.quantise(x_eRK, "x", along=2, watched=watched)
+        w = how.quantise(w_eKO, "w", along=1, watched=watched)
         # Of x, 8 bits are kept. W is kept as it is: FSDP frees it and gathers it again.
         kept = how.quantise(x_eRK, "x", along=1, watched=watched) if how.by_block else x
         ctx.save_for_backward(kept.values, kept.scale, w_eKO, w.scale)
         ctx.how, ctx.x_dtype = how, x_eRK.dtype
-        return torch.bmm(x.wide(wide), w.wide(wide)).to(x_eRK.dtype)
+        return multiply(x, w, dtype=x_eRK.dtype, backend=how.backend)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_eRO: Tensor) -> tuple[Tensor | None, ...]:
         how: Fp8Product = ctx.how
         x_values, x_scale, w_eKO, w_scale = ctx.saved_tensors
-        wide = torch.promote_types(dy_eRO.dtype, torch.float32)
         dy = how.quantise(dy_eRO, "dy", along=2, watched=True)
         dx = dw = None
         if ctx.needs_input_grad[0]:
             w = how.quantise(w_eKO, "w", along=2, watched=True) if how.by_block else quantise(w_eKO, w_scale, E4M3)
-            dx = torch.bmm(dy.wide(wide), w.wide(wide).transpose(1, 2)).to(ctx.x_dtype)
+            dx = multiply(dy, w.turned(), dtype=ctx.x_dtype, backend=how.backend)
         if ctx.needs_input_grad[1]:
             if how.by_block:
                 dy = how.quantise(dy_eRO, "dy", along=1, watched=True)
             x = Quantised(values=x_values, scale=x_scale)
-            dw = torch.bmm(x.wide(wide).transpose(1, 2), dy.wide(wide)).to(w_eKO.dtype)
+            dw = multiply(x.turned(), dy, dtype=w_eKO.dtype, backend=how.backend)
         return dx, dw, None, None
 
 
-def products(model: nn.Module) -> Iterator[Fp8Product]:
+def products(model: nn.Module) -> list[Fp8Product]:
     """Those that remember, in the model's order."""
-    for module in model.modules():
-        if isinstance(module, Fp8Product) and module.recipe == "delayed":
-            yield module
+    return [m for m in model.modules() if isinstance(m, Fp8Product) and m.recipe == "delayed"]
 
 
 def forget(model: nn.Module) -> None:
     """What a step saw whose update was not made."""
     for product in products(model):
         product.seen.clear()
+
+
+@torch.no_grad()
+def remember(model: nn.Module, *, maximum: Callable[[Tensor], Tensor], refuse: Tensor | None = None) -> None:
+    """Once after every optimizer step: the largest magnitudes that it saw, over all ranks (`maximum`), become the newest of those
+    remembered. Where the device refuses the update (`refuse` is not 0) every bit stays; either way they are seen no more."""
+    found = products(model)
+    if not found:
+        return
+    mine = []
+    for p in found:
+        e3 = p.amax.new_zeros(p.stack, len(ROLES))
+        for role, amax in p.seen.items():
+            e3[p.first : p.first + p.amax.shape[0], ROLES.index(role)] = amax
+        mine.append(e3.flatten())
+    agreed = maximum(torch.cat(mine)).split([m.numel() for m in mine])
+    for p, values in zip(found, agreed, strict=True):
+        newest = values.view(p.stack, len(ROLES))[p.first : p.first + p.amax.shape[0]]
+        # What no pass met (a layer without rows) pushes nothing out.
+        shifted = torch.cat([newest[..., None], p.amax[..., :-1]], dim=-1)
+        stays = newest[..., None] == 0
+        if refuse is not None:
+            stays = stays | (refuse != 0)
+        p.amax.copy_(torch.where(stays, p.amax, shifted))
+        p.seen.clear()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import re
 import warnings
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -25,6 +26,8 @@ from .mesh import Mesh
 from .placement import ParamPlacement
 
 Split = Literal["column", "row"]
+Product = Callable[[Tensor, Tensor], Tensor]
+"""(input (..., K), weight (O, K)) -> (..., O)."""
 
 PLAN: tuple[tuple[str, Split], ...] = (
     (r"blocks\.\d+\.self_attention\.(query|key|value)", "column"),
@@ -172,6 +175,14 @@ def _layers() -> Any:
             weight = None if self.shared is None else copy_to_group(self.weight, self.shared)
             return super().forward(x, weight=weight)[0]
 
+        product: Product | None = None
+
+        def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            # Megatron's own differs in what happens to gradients on the way, none of which is asked for here.
+            return (
+                self.product(input, weight) if self.product else super()._forward_impl(input, weight, *args, **kwargs)
+            )
+
     class Row(RowParallelLinear):
         """Y = sum_r X_r W_r^T."""
 
@@ -190,5 +201,12 @@ def _layers() -> Any:
 
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x)[0]
+
+        product: Product | None = None
+
+        def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return (
+                self.product(input, weight) if self.product else super()._forward_impl(input, weight, *args, **kwargs)
+            )
 
     return SimpleNamespace(column=Column, row=Row)

@@ -33,6 +33,7 @@ from ecdit_train.errors import ConfigError, EcditError, Problem
 from ecdit_train.model.embed import Text
 from ecdit_train.parallel.apply import parallelize
 from ecdit_train.parallel.expert_parallel import sparse_layers
+from ecdit_train.parallel.low_precision import Fp8
 from ecdit_train.parallel.mesh import make_mesh
 from ecdit_train.parallel.owners import Sharding
 
@@ -187,7 +188,7 @@ def _run(cfg: RunConfig, *, world: int, started: float) -> DryRun:
         cfg = with_values(cfg, {"moe.dispatcher.cap": 1.0})
     mesh = make_mesh(parallel, device_type="cpu", world=world)
     model = slots.network(cfg)
-    placements = parallelize(model, mesh=mesh, parallel=parallel, precision=cfg.train.precision)
+    placements = parallelize(model, mesh=mesh, parallel=parallel, precision=cfg.train.compute, fp8=Fp8.of(cfg.train))
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
         batch = _batch(cfg)

@@ -82,7 +82,7 @@ def resolve(cfg: RunConfig, *, world: int) -> Layout:
 
 def element_bytes(cfg: RunConfig) -> int:
     """Bytes of one element of the compute type."""
-    return {"fp32": 4, "bf16": 2}[cfg.train.precision]
+    return slots.COMPUTE_BYTES[cfg.train.compute]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ecdit_train.model.dit import DiT
+from ecdit_train.model.fp8 import Fp8Product, products
 from ecdit_train.model.lean import Lean
 from ecdit_train.parallel.expert_parallel import sparse_layers
 from ecdit_train.parallel.mesh import Mesh
@@ -109,6 +110,19 @@ def poison_local_similarity(model: DiT, mesh: Mesh) -> None:
         moe.router.ranks.sum = lambda x, add=add, E=E: mesh.dp_size * x if x.shape == (E, E) else add(x)
 
 
+def poison_fp8_own_scale(model: DiT, mesh: Mesh) -> None:
+    """Each tp rank scales its part of a tensor by itself."""
+    for module in model.modules():
+        if isinstance(module, Fp8Product):
+            module.agree = None
+
+
+def poison_fp8_stale_scale(model: DiT, mesh: Mesh) -> None:
+    """One rank remembers another largest magnitude of one layer's input."""
+    if mesh.rank == 1:
+        products(model)[0].amax[:, 0].mul_(4)
+
+
 POISONS: dict[str, Any] = {
     "": lambda model, mesh: None,
     "expert_scale": poison_expert_scale,
@@ -120,5 +134,7 @@ POISONS: dict[str, Any] = {
     "lost_piece": poison_lost_piece,
     "stale_copy": poison_stale_copy,
     "skipped_counts": poison_skipped_counts,
+    "fp8_own_scale": poison_fp8_own_scale,
+    "fp8_stale_scale": poison_fp8_stale_scale,
     "local_similarity": poison_local_similarity,
 }
