@@ -13,6 +13,8 @@ current   one s for a tensor (of each expert, in a stack), from its largest magn
 delayed   the same from the largest of the last `HISTORY` steps: known before the tensor is; of now while nothing is remembered
 mxfp8     one s for every 32 values along the dim that is summed over, as E8M0 (OCP MX 1.0), rounded up so that nothing saturates
 
+These are the products of training passes; drawing and validation multiply in bf16.
+
 Zeros stay zeros (s = 1 where all are). A value that is not finite makes all of its tensor or block not finite, and what is made of
 it: an 8-bit type would turn it into 448 in silence, and no guard would see it. A finite value past the largest saturates.
 
@@ -152,8 +154,11 @@ class Fp8Product(nn.Module):
         self.amax.zero_()
 
     def forward(self, x_eRK: Tensor, w_eKO: Tensor) -> Tensor:
-        """(e, R, K), (e, K, O) -> (e, R, O) in the type of x."""
-        return _Product.apply(x_eRK, w_eKO, self, torch.is_grad_enabled())
+        """(e, R, K), (e, K, O) -> (e, R, O) in the type of x. Where nobody asks for gradients (drawing, validation) the product is
+        that of x's own type: a picture must not depend on how large another one in its batch is."""
+        if not torch.is_grad_enabled():
+            return torch.bmm(x_eRK, w_eKO)
+        return _Product.apply(x_eRK, w_eKO, self)
 
     def linear(self, x: Tensor, w_OK: Tensor) -> Tensor:
         """(..., K), (O, K) -> (..., O), as `nn.functional.linear`."""
@@ -163,21 +168,20 @@ class Fp8Product(nn.Module):
     def by_block(self) -> bool:
         return self.recipe == "mxfp8"
 
-    def quantise(self, t_eRK: Tensor, role: str, *, along: int, watched: bool) -> Quantised:
-        """`along`: the dim that is summed over. `watched`: of a pass that trains."""
+    def quantise(self, t_eRK: Tensor, role: str, *, along: int) -> Quantised:
+        """`along`: the dim that is summed over."""
         fp8 = E5M2 if role == "dy" and not self.by_block else E4M3
-        scale = block_scale(t_eRK, fp8, along=along) if self.by_block else self._one_scale(t_eRK, role, fp8, watched)
+        scale = block_scale(t_eRK, fp8, along=along) if self.by_block else self._one_scale(t_eRK, role, fp8)
         return quantise(t_eRK, scale, fp8)
 
-    def _one_scale(self, t_eRK: Tensor, role: str, fp8: torch.dtype, watched: bool) -> Tensor:
+    def _one_scale(self, t_eRK: Tensor, role: str, fp8: torch.dtype) -> Tensor:
         now = amax_of(t_eRK)
         if self.agree is not None:
             now = self.agree(now)
         if self.recipe == "delayed":
             unit = self.unit if role == "dy" else 1
-            if watched:
-                seen = now / unit
-                self.seen[role] = torch.maximum(self.seen[role], seen) if role in self.seen else seen
+            seen = now / unit
+            self.seen[role] = torch.maximum(self.seen[role], seen) if role in self.seen else seen
             past = self.amax[:, ROLES.index(role)].amax(-1) * unit
             # While nothing is remembered, a scale of 1 would turn gradients of 1e-6 into zeros.
             now = torch.where(past == 0, now, past)
@@ -186,11 +190,11 @@ class Fp8Product(nn.Module):
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_eRK: Tensor, w_eKO: Tensor, how: Fp8Product, watched: bool) -> Tensor:
-        x = how.quantise(x_eRK, "x", along=2, watched=watched)
-        w = how.quantise(w_eKO, "w", along=1, watched=watched)
+    def forward(ctx: Any, x_eRK: Tensor, w_eKO: Tensor, how: Fp8Product) -> Tensor:
+        x = how.quantise(x_eRK, "x", along=2)
+        w = how.quantise(w_eKO, "w", along=1)
         # Of x, 8 bits are kept. W is kept as it is: FSDP frees it and gathers it again.
-        kept = how.quantise(x_eRK, "x", along=1, watched=watched) if how.by_block else x
+        kept = how.quantise(x_eRK, "x", along=1) if how.by_block else x
         ctx.save_for_backward(kept.values, kept.scale, w_eKO, w.scale)
         ctx.how, ctx.x_dtype = how, x_eRK.dtype
         return multiply(x, w, dtype=x_eRK.dtype, backend=how.backend)
@@ -200,14 +204,14 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, dy_eRO: Tensor) -> tuple[Tensor | None, ...]:
         how: Fp8Product = ctx.how
         x_values, x_scale, w_eKO, w_scale = ctx.saved_tensors
-        dy = how.quantise(dy_eRO, "dy", along=2, watched=True)
+        dy = how.quantise(dy_eRO, "dy", along=2)
         dx = dw = None
         if ctx.needs_input_grad[0]:
-            w = how.quantise(w_eKO, "w", along=2, watched=True) if how.by_block else quantise(w_eKO, w_scale, E4M3)
+            w = how.quantise(w_eKO, "w", along=2) if how.by_block else quantise(w_eKO, w_scale, E4M3)
             dx = multiply(dy, w.turned(), dtype=ctx.x_dtype, backend=how.backend)
         if ctx.needs_input_grad[1]:
             if how.by_block:
-                dy = how.quantise(dy_eRO, "dy", along=1, watched=True)
+                dy = how.quantise(dy_eRO, "dy", along=1)
             x = Quantised(values=x_values, scale=x_scale)
             dw = multiply(x.turned(), dy, dtype=w_eKO.dtype, backend=how.backend)
         return dx, dw, None, None

@@ -18,7 +18,7 @@ from ecdit_train.diffusion.microbatch import Microbatch
 from ecdit_train.model.assignment import Assignment
 from ecdit_train.model.dit import DiT
 from ecdit_train.model.embed import Text, patchify, take_tokens
-from ecdit_train.model.fp8 import forget, remember
+from ecdit_train.model.fp8 import forget, products, remember
 from ecdit_train.parallel.context import ParallelContext
 from ecdit_train.supervise.beats import Enter, untold
 
@@ -231,4 +231,5 @@ def update_buffers(
         router.update_buffers({name: next(agreed).view_as(value) for name, value in layer.items()})
         for buffer, old in kept:
             buffer.copy_(torch.where(refuse != 0, old, buffer))
-    remember(parallel.model, maximum=parallel.maximum, refuse=refuse)
+    if products(parallel.model):
+        remember(parallel.model, maximum=parallel.maximum, refuse=refuse)

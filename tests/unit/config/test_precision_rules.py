@@ -2,8 +2,8 @@
 
 import pytest
 
-from ecdit_train.config.compose import compose
 from ecdit_train.config.compat import kind
+from ecdit_train.config.compose import compose
 from ecdit_train.config.convert import with_values
 from ecdit_train.config.validate import validate
 from ecdit_train.errors import ConfigError

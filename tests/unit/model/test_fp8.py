@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ecdit_train.model.fp8 import BLOCK, E4M3, E5M2, Fp8Product, block_scale, power_of_two, quantise
+from ecdit_train.model.fp8 import BLOCK, E4M3, E5M2, Fp8Product, block_scale, power_of_two, quantise, remember
 
 RECIPES = ("current", "delayed", "mxfp8")
 
@@ -69,7 +69,7 @@ def test_a_value_that_is_not_finite_is_seen_behind_the_product(recipe):
         for where in ("x", "w"):
             x, w = random(32, 64), random(48, 64, seed=1)
             (x if where == "x" else w)[3, 5] = bad
-            assert not product(recipe).linear(x, w).isfinite().all()
+            assert not product(recipe).linear(x.requires_grad_(), w).isfinite().all()
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -123,6 +123,7 @@ def test_blocks_hold_what_one_scale_loses():
     x, w = random(2, 64), random(48, 64, seed=1)
     x[0] *= 1e-6
     want = x @ w.t()
+    w.requires_grad_()
     assert (product("current").linear(x, w)[0] == 0).all()
     error = (product("mxfp8").linear(x, w)[0] - want[0]).norm() / want[0].norm()
     assert error < 0.06
@@ -147,6 +148,7 @@ def test_each_of_a_stack_by_itself(recipe):
     x, w = random(3, 32, 64), random(3, 64, 48, seed=1)
     x[1] *= 1e3
     w[2] *= 1e-3
+    w.requires_grad_()
     together = product(recipe, stack=3)(x, w)
     alone = torch.cat([product(recipe)(x[e : e + 1], w[e : e + 1]) for e in range(3)])
     torch.testing.assert_close(together, alone, rtol=1e-6, atol=0)
@@ -162,7 +164,7 @@ def test_no_rows(recipe):
 
 
 def test_delayed_takes_the_largest_remembered():
-    p, x, w = product("delayed"), random(32, 64), random(48, 64, seed=1)
+    p, x, w = product("delayed"), random(32, 64).requires_grad_(), random(48, 64, seed=1)
     assert torch.equal(p.linear(x, w), product("current").linear(x, w))  # nothing is remembered yet
     p.amax[0, 0, 5] = 4096 * x.abs().max()
     p.amax[0, 0, 2] = 1.0
@@ -184,3 +186,43 @@ def test_delayed_watches_passes_that_train():
     assert p.seen["x"].item() == (3 * x).abs().max().item()
     assert p.seen["w"].item() == w.abs().max().item()
     assert p.seen["dy"].item() == 1.0
+
+
+def test_without_gradients_it_is_the_plain_product():
+    """What is drawn does not depend on how large another picture in the batch is."""
+    x, w = random(4, 32, 64), random(48, 64, seed=1)
+    with torch.no_grad():
+        assert torch.equal(product("current").linear(x, w), torch.nn.functional.linear(x, w))
+
+
+def test_remembered_newest_first_and_refused_whole():
+    p, x, w = product("delayed"), random(32, 64).requires_grad_(), random(48, 64, seed=1).requires_grad_()
+    for k in (1.0, 2.0):
+        p.linear(k * x, w).sum().backward()
+        remember(p, maximum=lambda v: v)
+    top = x.abs().max().item()
+    assert p.amax[0, 0, :3].tolist() == [2 * top, top, 0.0]
+    assert not p.seen
+    before = p.amax.clone()
+    p.linear(torch.full_like(x, torch.nan), w).sum().backward()
+    remember(p, maximum=lambda v: v, refuse=torch.ones(()))
+    assert torch.equal(p.amax, before)
+    p.linear(x, w).sum().backward()
+    remember(p, maximum=lambda v: v, refuse=torch.zeros(()))
+    assert p.amax[0, 0, :4].tolist() == [top, 2 * top, top, 0.0]
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 64, 48), (2, 5, 64, 48), (1, 33, 16, 16)])
+def test_both_backends_agree(shape):
+    """torch's scaled product takes whole units of 16 of what is summed over: rows are filled up."""
+    e, R, K, O = shape
+    got = []
+    for backend in ("emulated", "scaled_mm"):
+        x, w = random(e, R, K, dtype=torch.bfloat16).requires_grad_(), random(e, K, O, seed=1, dtype=torch.bfloat16)
+        w.requires_grad_()
+        y = Fp8Product("current", stack=e, backend=backend)(x, w)
+        y.backward(random(e, R, O, seed=2, dtype=torch.bfloat16))
+        got.append((y, x.grad, w.grad))
+    for one, other in zip(*got, strict=True):  # both sum in fp32 and round once
+        assert ((one - other).float().norm() / one.float().norm()).item() < 2e-3
+        assert one.dtype == other.dtype == torch.bfloat16
