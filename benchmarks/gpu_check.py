@@ -86,6 +86,23 @@ def bf16_distance(device: str) -> float:
     return distance(low.float(), high)
 
 
+def fp8(device: str) -> dict[str, float]:
+    """A product of four experts and its gradients by torch's 8-bit kernels against the emulation, the largest relative difference;
+    and the norm of a step in fp8 that waits for nothing. Empty on a GPU without 8-bit tensor cores."""
+    if device == "cuda" and torch.cuda.get_device_capability() < CAPABILITY:
+        return {}
+    found = []
+    for backend in ("scaled_mm", "emulated"):
+        g = torch.Generator().manual_seed(2)
+        x, w, dy = (torch.randn(4, *s, generator=g).to(device, torch.bfloat16) for s in ((512, 256), (256, 1024), (512, 1024)))
+        x, w = x.requires_grad_(), w.requires_grad_()
+        y = Fp8Product("current", stack=4, backend=backend)(x, w)
+        y.backward(dy)
+        found.append([t.float() for t in (y, x.grad, w.grad)])
+    worst = max(distance(a, b) for a, b in zip(*found, strict=True))
+    return {"fp8_backends": worst, "step_norm_fp8": step_without_sync(device, precision="fp8")}
+
+
 def one_graph(device: str, *, backend: str) -> float:
     """The layer compiled with fullgraph=True; returns the relative difference from eager."""
     layer = expert_choice(128, hidden=512, experts=8, capacity_factor=2).to(device)
@@ -224,10 +241,12 @@ def main(arguments: list[str] | None = None) -> int:
         "fullgraph": one_graph(device, backend="inductor" if cuda else "aot_eager"),
         "step_norm_fp32": step_without_sync(device, precision="fp32"),
         "step_norm_bf16": step_without_sync(device, precision="bf16"),
+        **fp8(device),
     }
     bars = [
         Bar(name="parity with Algorithm 1, fp64", value=results["parity_fp64"], limit=1e-9, at_least=False),
         Bar(name="bf16 against fp32", value=results["bf16"], limit=2e-2, at_least=False),
+        Bar(name="fp8 of torch against emulated", value=results.get("fp8_backends", 0.0), limit=5e-3, at_least=False),
         Bar(name="fullgraph against eager", value=results["fullgraph"], limit=1e-4, at_least=False),
     ]
     shapes = (

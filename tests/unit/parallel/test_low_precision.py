@@ -21,7 +21,8 @@ from ecdit_train.parallel.mesh import make_mesh
 RECIPES = ("current", "delayed", "mxfp8")
 CONFIG = compose(
     ["experiment=shapes_tiny", "model.layers=4", "model.width=64", "model.heads=1", "model.text_width=64",
-     "model.text_refiner_layers=1", "encoders.text.width=32", "moe.num_experts=4", "moe.shared_experts=1"], local=False)  # fmt: skip
+     "model.text_refiner_layers=1", "encoders.text.width=32", "moe.num_experts=4", "moe.shared_experts=1"],
+    local=False)  # fmt: skip
 MESH = make_mesh(CONFIG.parallel, device_type="cpu", world=1)
 
 
