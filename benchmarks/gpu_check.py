@@ -26,11 +26,13 @@ from torch import Tensor, nn
 from ecdit_train.config.compose import compose
 from ecdit_train.diffusion.flow import Flow
 from ecdit_train.diffusion.microbatch import Microbatch
+from ecdit_train.model.fp8 import Fp8Product
 from ecdit_train.observe.metrics import MetricWindow
 from ecdit_train.observe.routing_scalars import routing_sums, weight_sums
 from ecdit_train.observe.timesteps import loss_sums
 from ecdit_train.parallel import runtime
 from ecdit_train.parallel.context import spread
+from ecdit_train.parallel.low_precision import CAPABILITY
 from ecdit_train.train.state import TrainState
 from ecdit_train.train.step import forward_backward, update_buffers
 
@@ -91,10 +93,11 @@ def fp8(device: str) -> dict[str, float]:
     and the norm of a step in fp8 that waits for nothing. Empty on a GPU without 8-bit tensor cores."""
     if device == "cuda" and torch.cuda.get_device_capability() < CAPABILITY:
         return {}
+    R, K, O = (512, 256, 1024) if device == "cuda" else (32, 32, 48)
     found = []
     for backend in ("scaled_mm", "emulated"):
         g = torch.Generator().manual_seed(2)
-        x, w, dy = (torch.randn(4, *s, generator=g).to(device, torch.bfloat16) for s in ((512, 256), (256, 1024), (512, 1024)))
+        x, w, dy = (torch.randn(4, *s, generator=g).to(device, torch.bfloat16) for s in ((R, K), (K, O), (R, O)))
         x, w = x.requires_grad_(), w.requires_grad_()
         y = Fp8Product("current", stack=4, backend=backend)(x, w)
         y.backward(dy)
@@ -115,7 +118,8 @@ def one_graph(device: str, *, backend: str) -> float:
 def step_without_sync(device: str, *, precision: str) -> float:
     """A step of the demo's network (to the moving average), with all that is gathered for a record, under
     `set_sync_debug_mode("error")`; returns the norm."""
-    c = compose(["experiment=shapes_tiny", f"train.precision={precision}"])
+    backend = "scaled_mm" if device == "cuda" else "emulated"
+    c = compose(["experiment=shapes_tiny", f"train.precision={precision}", f"train.fp8_backend={backend}"])
     parallel = spread(c, runtime.start(device, env={}))
     B, channels = c.train.microbatch, c.encoders.image.channels
     micro = Microbatch(

@@ -18,8 +18,7 @@ These are the products of training passes; drawing and validation multiply in bf
 Zeros stay zeros (s = 1 where all are). A value that is not finite makes all of its tensor or block not finite, and what is made of
 it: an 8-bit type would turn it into 448 in silence, and no guard would see it. A finite value past the largest saturates.
 
-Legend: e matrices of a stack (one for a linear layer), R rows, K width that is summed over, O width of the result, H steps that
-are remembered.
+Legend: e matrices of a stack (one for a linear layer), R rows, K width that is summed over, O width of the result, H steps back.
 """
 
 from __future__ import annotations

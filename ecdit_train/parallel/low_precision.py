@@ -46,8 +46,11 @@ class Fp8:
 
 def check_device(train: TrainConfig, device: torch.device) -> None:
     """Raises ConfigError where the device cannot multiply what the run asks for."""
-    if train.recipe is None or train.fp8_backend != "scaled_mm" or device.type != "cuda":
+    if train.recipe is None or train.fp8_backend != "scaled_mm":
         return
+    if device.type != "cuda":
+        rule = "needs a GPU: on a CPU torch works its 8-bit product out value by value, a hundred times as slowly"
+        raise ConfigError(Problem(field="train.fp8_backend", value="scaled_mm", rule=rule, nearest="emulated"))
     found = torch.cuda.get_device_capability(device)
     if found < CAPABILITY:
         name, (a, b), (c, d) = torch.cuda.get_device_name(device), CAPABILITY, found

@@ -6,7 +6,7 @@ import torch
 from tiny_runs import assert_same, configure, live, records, steady
 
 HOW = {
-    "delayed": ("train.fp8_recipe=delayed",),
+    "delayed": ("train.fp8_recipe=delayed", "train.fp8_backend=emulated"),
     "mxfp8": ("train.fp8_recipe=mxfp8", "train.fp8_backend=emulated"),
 }
 
@@ -34,7 +34,7 @@ def test_8_bits_learn_as_16_do(tiny_shards, tmp_path):
     """The same weights, data and draws: losses of twelve steps."""
     losses = {}
     for name in ("bf16", "fp8"):
-        live(configure(tmp_path / name, tiny_shards, f"train.precision={name}"))
+        live(configure(tmp_path / name, tiny_shards, f"train.precision={name}", "train.fp8_backend=emulated"))
         losses[name] = torch.tensor([line["train/loss"] for line in records(tmp_path / name)])
     difference = ((losses["fp8"] - losses["bf16"]) / losses["bf16"]).abs()
     assert 0 < difference.max() < 0.02
