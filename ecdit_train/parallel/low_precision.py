@@ -49,7 +49,7 @@ def check_device(train: TrainConfig, device: torch.device) -> None:
     if train.recipe is None or train.fp8_backend != "scaled_mm":
         return
     if device.type != "cuda":
-        rule = "needs a GPU: on a CPU torch works its 8-bit product out value by value, a hundred times as slowly"
+        rule = "needs a GPU: on a CPU torch works its 8-bit product out value by value, dozens of times as slowly"
         raise ConfigError(Problem(field="train.fp8_backend", value="scaled_mm", rule=rule, nearest="emulated"))
     found = torch.cuda.get_device_capability(device)
     if found < CAPABILITY:
