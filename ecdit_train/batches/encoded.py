@@ -25,7 +25,7 @@ class Encoders:
 
 def make_encoders(config: RunConfig, device: torch.device) -> Encoders:
     """In bf16 where the run is and the device is a GPU."""
-    dtype = torch.bfloat16 if config.train.precision == "bf16" and device.type == "cuda" else torch.float32
+    dtype = torch.bfloat16 if config.train.compute == "bf16" and device.type == "cuda" else torch.float32
     return Encoders(
         text=config.encoders.text.build(device=device, dtype=dtype),
         image=config.encoders.image.build(device=device, dtype=dtype),

@@ -61,7 +61,9 @@ _CLASSES: dict[str, Kind] = {
     "train.global_batch": "identity",
     "train.microbatch": "free",  # identity when a group is a microbatch, see `kind`
     "train.steps": "schedule",
-    "train.precision": "schedule",
+    "train.precision": "schedule",  # identity where amax histories begin or end, see `kind`
+    "train.fp8_recipe": "schedule",
+    "train.fp8_backend": "free",  # the order of sums
     "train.init_from": "free",  # read only before the first checkpoint
     "optim": "schedule",
     "optim.optimizer._target_": "identity",
@@ -121,6 +123,8 @@ def kind(key: str, *, old: RunConfig, new: RunConfig) -> Kind:
     before, after = flatten(old).get(key), flatten(new).get(key)
     if key in ("optim.ema_decay", "optim.optimizer.momentum") and (before == 0) != (after == 0):
         return "identity"  # 0 means that the state has no such tensors
+    if key in ("train.precision", "train.fp8_recipe") and len({c.train.recipe == "delayed" for c in (old, new)}) > 1:
+        return "identity"  # one of them remembers largest magnitudes, the other has no such tensors
     return _lookup(key)
 
 

@@ -19,7 +19,7 @@ def check_life(cfg: RunConfig, check: Checker) -> None:
     check.positive([f"watch.{field.name}" for field in fields(cfg.watch)])
     check.at_least(1, ["watch.agree_every"])
     check.at_least(0, ["health.max_skips", "health.max_roll_backs", "health.digest_every"])
-    check.at_least(8, ["health.spike_window"])
+    check.at_least(16, ["health.spike_window"])
     _check_alerts(check)
     held, whole = cfg.validation.images, cfg.train.global_batch
     if check.sane("validation.images", "train.global_batch"):

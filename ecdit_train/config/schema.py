@@ -31,6 +31,8 @@ HEAD_DIM = 64
 
 SparseLayers = Literal["even", "all", "after_3"]
 
+Recipe = Literal["current", "delayed", "mxfp8"]
+
 Kept = Literal["attention", "projections", "feed_forward", "experts"]
 
 
@@ -157,8 +159,25 @@ class TrainConfig:
     """Images per forward pass and data-parallel rank; whole routing groups."""
     init_from: str | None
     """Run folder whose newest averaged weights this run starts from, if it has no checkpoint of its own (the unmasked stage)."""
-    precision: Literal["fp32", "bf16"]
-    """Compute precision; master weights, gradients' reduction, optimizer state and EMA are fp32."""
+    precision: Literal["fp32", "bf16", "fp8"]
+    """Compute precision; master weights, gradients' reduction, optimizer state and EMA are fp32. fp8: products of attention,
+    feed-forward and experts in 8 bits, everything else in bf16, routers in fp32."""
+    fp8_recipe: Recipe
+    """With `precision: fp8`, how 8-bit numbers are scaled: by the largest of the tensor now (`current`), of the last steps
+    (`delayed`), or 32 numbers at a time (`mxfp8`)."""
+    fp8_backend: Literal["scaled_mm", "emulated"]
+    """With `precision: fp8`, who multiplies: torch's scaled product, on a GPU its 8-bit tensor cores; or the same arithmetic in
+    plain torch, at no gain in speed."""
+
+    @property
+    def compute(self) -> Literal["fp32", "bf16"]:
+        """The type of activations and of gathered weights."""
+        return "fp32" if self.precision == "fp32" else "bf16"
+
+    @property
+    def recipe(self) -> Recipe | None:
+        """How 8-bit products are scaled; None where there are none."""
+        return self.fp8_recipe if self.precision == "fp8" else None
 
 
 @dataclass(frozen=True, kw_only=True)

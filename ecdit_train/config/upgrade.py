@@ -96,6 +96,8 @@ ADDED: Mapping[str, Any] = {
     "parallel.exchange": "flat",
     "watch.agree_every": 5,
     **{f"cluster.{key}": 0.0 for key in ("call_latency", "intra_latency", "inter_latency")},
+    "train.fp8_recipe": "current",
+    "train.fp8_backend": "scaled_mm",
 }
 """Keys since format 3 and what was there before them."""
 

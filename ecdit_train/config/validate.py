@@ -17,6 +17,7 @@ from ecdit_train.config.data_rules import check_buckets, check_data
 from ecdit_train.config.layout import check_layout
 from ecdit_train.config.life_rules import check_life
 from ecdit_train.config.nearest import divisors, nearest_divisor, nearest_multiple
+from ecdit_train.config.precision_rules import check_precision
 from ecdit_train.config.rules import Checker, is_whole, short
 from ecdit_train.config.schedule import as_yaml
 from ecdit_train.config.schema import HEAD_DIM, RunConfig
@@ -89,6 +90,7 @@ def _problems(cfg: RunConfig, *, world: int | None) -> list[Problem]:
         _sampling_group(cfg, check)
     _batch(cfg, check)
     _schedule(cfg, check)
+    check_precision(cfg, check)
     check_layout(cfg, check, world=world)
     check_cluster(cfg, check)
     check_secrets(check)

@@ -85,7 +85,7 @@ def write_pipeline(chosen: Chosen, folder: Path, *, config: RunConfig) -> None:
         scheduler,
         encoders=tree["encoders"],
         resolution=config.data.resolution,
-        precision=config.train.precision,
+        precision=config.train.compute,
     )
     (folder / "transformer").mkdir()
     transformer.save_config(folder / "transformer")

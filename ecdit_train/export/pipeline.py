@@ -55,7 +55,7 @@ class ECDiTPipeline(DiffusionPipeline):
         self.register_modules(transformer=transformer, scheduler=scheduler)
         self.register_to_config(encoders=dict(encoders), resolution=resolution, precision=precision)
         self._config = self._run_config()
-        if self._config.train.precision == "bf16":
+        if self._config.train.compute == "bf16":
             transformer.compute_in(torch.bfloat16)
         self._open: tuple[torch.device, SamplePipeline] | None = None
 

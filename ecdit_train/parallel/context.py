@@ -17,6 +17,7 @@ from ecdit_train.model.dit import DiT
 from . import drawing, expert_parallel, fsdp, grads, weights
 from .apply import parallelize
 from .data_parallel import gather_over_dp, reduce_over_dp
+from .low_precision import Fp8, check_device
 from .mesh import Mesh, make_mesh
 from .owners import Sharding
 from .placement import ParamPlacement
@@ -53,9 +54,13 @@ class ParallelContext:
 
     def any_rank(self, flags: Tensor) -> Tensor:
         """For each flag (0.0 or 1.0, on the device) whether any rank has it; the same on all of them, and nobody waits."""
+        return self.maximum(flags)
+
+    def maximum(self, vector: Tensor) -> Tensor:
+        """The larger of all ranks, each for itself."""
         if self.mesh.world_group is None:
-            return flags
-        out = flags.clone()
+            return vector
+        out = vector.clone()
         dist.all_reduce(out, op=dist.ReduceOp.MAX, group=self.mesh.world_group)
         return out
 
@@ -98,13 +103,16 @@ def mesh_of(config: RunConfig, runtime: Runtime) -> Mesh:
 
 def spread(config: RunConfig, runtime: Runtime, *, mesh: Mesh | None = None) -> ParallelContext:
     """The network built on the meta device, spread over the ranks, then filled with its first weights box by box."""
+    check_device(config.train, runtime.device)
     if mesh is None:
         mesh = mesh_of(config, runtime)
     with torch.device("meta"):
         model = DiT(
             config.model, config.moe, channels=config.encoders.image.channels, text_features=config.encoders.text.width
         )
-    placements = parallelize(model, mesh=mesh, parallel=config.parallel, precision=config.train.precision)
+    placements = parallelize(
+        model, mesh=mesh, parallel=config.parallel, precision=config.train.compute, fp8=Fp8.of(config.train)
+    )
     model.to_empty(device=runtime.device)
     weights.fill(model, placements, seed=config.train.seed)
     return ParallelContext(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import re
 import warnings
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -27,6 +27,8 @@ from .placement import ParamPlacement
 
 Split = Literal["column", "row"]
 TextFeatures = tuple[Tensor, Tensor, Tensor]
+Product = Callable[[Tensor, Tensor], Tensor]
+"""(input (..., K), weight (O, K)) -> (..., O)."""
 
 PLAN: tuple[tuple[str, Split], ...] = (
     (r"blocks\.\d+\.self_attention\.(query|key|value)", "column"),
@@ -190,6 +192,14 @@ def _layers() -> Any:
             weight = None if self.shared is None else copy_to_group(self.weight, self.shared)
             return super().forward(x, weight=weight)[0]
 
+        product: Product | None = None
+
+        def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            # Megatron's own differs in what happens to gradients on the way, none of which is asked for here.
+            return (
+                self.product(input, weight) if self.product else super()._forward_impl(input, weight, *args, **kwargs)
+            )
+
     class Row(RowParallelLinear):
         """Y = sum_r X_r W_r^T. Megatron sums in place, on top of the product, which then cannot be kept for backward; `keeps_sum`:
         into memory of its own, which is kept (parallel/activation.py)."""
@@ -211,7 +221,15 @@ def _layers() -> Any:
 
         def forward(self, x: Tensor) -> Tensor:
             if self.keeps_sum:
-                return sum_over_group(nn.functional.linear(x, self.weight), self.tp_group)
+                product = self.product or nn.functional.linear
+                return sum_over_group(product(x, self.weight), self.tp_group)
             return super().forward(x)[0]
+
+        product: Product | None = None
+
+        def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return (
+                self.product(input, weight) if self.product else super()._forward_impl(input, weight, *args, **kwargs)
+            )
 
     return SimpleNamespace(column=Column, row=Row)

@@ -38,6 +38,7 @@ from ecdit_train.model.experts import activations
 from ecdit_train.parallel.apply import parallelize
 from ecdit_train.parallel.expert_parallel import sparse_layers
 from ecdit_train.parallel.fsdp import accumulate
+from ecdit_train.parallel.low_precision import Fp8
 from ecdit_train.parallel.mesh import make_mesh
 from ecdit_train.parallel.owners import Sharding
 
@@ -211,7 +212,7 @@ def _run(cfg: RunConfig, *, world: int, started: float, said: traffic.Update, mi
         cfg = with_values(cfg, {"moe.dispatcher.cap": 1.0})
     mesh = make_mesh(parallel, device_type="cpu", world=world, gpus_per_node=cfg.cluster.gpus_per_node)
     model = slots.network(cfg)
-    placements = parallelize(model, mesh=mesh, parallel=parallel, precision=cfg.train.precision)
+    placements = parallelize(model, mesh=mesh, parallel=parallel, precision=cfg.train.compute, fp8=Fp8.of(cfg.train))
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
         batch = _batch(cfg)

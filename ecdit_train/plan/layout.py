@@ -123,7 +123,7 @@ def blocks_again(count: int, layout: Layout) -> int:
 
 def element_bytes(cfg: RunConfig) -> int:
     """Bytes of one element of the compute type."""
-    return {"fp32": 4, "bf16": 2}[cfg.train.precision]
+    return slots.COMPUTE_BYTES[cfg.train.compute]
 
 
 @dataclass(frozen=True, kw_only=True)

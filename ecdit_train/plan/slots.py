@@ -117,7 +117,7 @@ def router_activation_bytes_per_token(cfg: RunConfig) -> float:
     router = cfg.moe.router
     if router is None:
         return 0.0
-    size = COMPUTE_BYTES[cfg.train.precision]
+    size = COMPUTE_BYTES[cfg.train.compute]
     return router.kept_bytes_per_token(router_sizes(cfg), compute_bytes=size)
 
 

@@ -18,6 +18,7 @@ from ecdit_train.diffusion.microbatch import Microbatch
 from ecdit_train.model.assignment import Assignment
 from ecdit_train.model.dit import DiT
 from ecdit_train.model.embed import Text, patchify, take_tokens
+from ecdit_train.model.fp8 import forget, products, remember
 from ecdit_train.parallel.context import ParallelContext
 from ecdit_train.supervise.beats import Enter, untold
 
@@ -203,6 +204,7 @@ def train_step(
         update_buffers(parallel, done.assignments)
     else:
         state.optimizer.zero_grad(set_to_none=True)
+        forget(parallel.model)
     return issued
 
 
@@ -210,8 +212,9 @@ def train_step(
 def update_buffers(
     parallel: ParallelContext, assignments: list[tuple[Assignment, ...]], *, refuse: Tensor | None = None
 ) -> None:
-    """Give each router what it observed, averaged over the step's microbatches and all ranks: the same bits everywhere,
-    so that the copies of a buffer never drift apart. Nothing where no router observes anything, or where the device refuses."""
+    """Give each router what it observed, averaged over the step's microbatches and all ranks, and 8-bit products the largest
+    magnitudes: the same bits everywhere, so that the copies of a buffer never drift apart. Nothing where there is nothing to
+    observe, or where the device refuses."""
     routers = parallel.model.routers
     means = [
         {
@@ -229,3 +232,5 @@ def update_buffers(
         for buffer, old in kept:
             assert refuse is not None
             buffer.copy_(torch.where(refuse.ne(0), old, buffer))
+    if products(parallel.model):
+        remember(parallel.model, maximum=parallel.maximum, refuse=refuse)

@@ -183,7 +183,7 @@ class Trainer:
         try:
             taken = self.ahead.take(self.state.step + 1)
         except Exception:
-            self._settle(0)  # what is known of the steps before comes before what is wrong with the data
+            self._tell_unmade()  # what is wrong with the steps before comes before what is wrong with the data
             raise
         before = {} if self._place is None else self._place.counts
         counts, self._place = taken.place.counts, taken.place
@@ -234,6 +234,14 @@ class Trainer:
                 return False
             self._made(done, numbers, verdict)
         return True
+
+    def _tell_unmade(self) -> None:
+        """This rank is about to leave: of the steps under way, whether one was refused. Asks no other rank, which may be in the midst
+        of something else."""
+        for done in self._under_way:
+            numbers = done.issued.numbers()
+            if not numbers.applied:
+                self.progress.message(f"step {done.step}: {numbers}: the update was not applied")
 
     def _made(self, done: UnderWay, numbers: Numbers, verdict: Verdict) -> None:
         """An update that was made enters the record."""

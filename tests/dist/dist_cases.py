@@ -12,20 +12,22 @@ from dist_poisons import POISONS
 from moe_configs import expert_race, selection
 from torch import Tensor, nn
 
-from ecdit_train.config.schema import ModelConfig, MoEConfig, ParallelConfig
+from ecdit_train.config.schema import ModelConfig, MoEConfig, ParallelConfig, Recipe
 from ecdit_train.model.assignment import Rows, taken
 from ecdit_train.model.dispatchers.index_add import IndexAdd
 from ecdit_train.model.dit import DiT, Prediction
 from ecdit_train.model.embed import Text
 from ecdit_train.model.experts.gelu import Gelu
+from ecdit_train.model.fp8 import remember
 from ecdit_train.model.routers.expert_choice import ExpertChoice
 from ecdit_train.model.routers.threshold import Threshold
 from ecdit_train.model.routers.token_choice import TokenChoice
 from ecdit_train.parallel.context import ParallelContext
-from ecdit_train.parallel.apply import full_tensors, load_full, parallelize
+from ecdit_train.parallel.apply import full_tensor, full_tensors, load_full, parallelize
 from ecdit_train.parallel.expert_parallel import sparse_layers
 from ecdit_train.parallel.fsdp import accumulate
 from ecdit_train.parallel.grads import clip, expert_gradient_divisor
+from ecdit_train.parallel.low_precision import Fp8, apply_fp8
 from ecdit_train.parallel.mesh import Mesh, make_mesh
 from ecdit_train.parallel.owners import Sharding
 from ecdit_train.parallel.placement import ParamPlacement, pieces
@@ -116,6 +118,8 @@ class Case:
     """Per step and data-parallel rank."""
     group_tokens: int = GROUP
     poison: str = ""
+    fp8: Recipe | None = None
+    """Products of 8-bit operands; sums and all the rest in `dtype`."""
 
     def __str__(self) -> str:
         p = self.parallel
@@ -201,10 +205,21 @@ def make_model(c: Case) -> DiT:
     return DiT(c.model, c.moe, channels=CHANNELS, text_features=TEXT_FEATURES)
 
 
+def how(c: Case) -> Fp8 | None:
+    return None if c.fp8 is None else Fp8(recipe=c.fp8, backend="emulated")
+
+
+def in_8_bits(c: Case, model: DiT) -> DiT:
+    """As the case says, in one process."""
+    if c.fp8 is not None:
+        apply_fp8(model, how(c), mesh=make_mesh(PARALLEL, device_type="cpu", world=1))
+    return model
+
+
 def full_state(c: Case) -> dict[str, Tensor]:
     """Random weights everywhere: nothing that starts at zero may hide a wrong gradient."""
     with torch.device("meta"):
-        model = make_model(c)
+        model = in_8_bits(c, make_model(c))
     generator = torch.Generator().manual_seed(3)
     state = {}
     for name, p in model.named_parameters():
@@ -215,6 +230,8 @@ def full_state(c: Case) -> dict[str, Tensor]:
         state[name] = value.to(getattr(torch, c.dtype))
     for name, b in model.named_buffers():
         state[name] = torch.full(b.shape, 0.15, dtype=getattr(torch, c.dtype))
+        if ".fp8." in name:  # as if all largest magnitudes had been up to 4 until now
+            state[name] = torch.linspace(4, 1, b.numel()).view(b.shape)
     return state
 
 
@@ -269,7 +286,7 @@ def chosen_in_group(prediction: Prediction) -> list[Tensor]:
 
 def run_reference(c: Case) -> Trace:
     """One process, no parallel code at all; microbatches are only a loop order, so the whole batch is one forward."""
-    model = make_model(replace(c, moe=replace(c.moe, form="plain"))).to(getattr(torch, c.dtype))
+    model = in_8_bits(c, make_model(replace(c, moe=replace(c.moe, form="plain"))).to(getattr(torch, c.dtype)))
     model.load_state_dict(full_state(c))
     optim, trace = optimizer(c, model), Trace()
     for step in range(c.steps):
@@ -288,6 +305,7 @@ def run_reference(c: Case) -> Trace:
         optim.zero_grad()
         for router, a in zip(model.routers, prediction.assignments, strict=True):
             router.update_buffers({name: value.float() for name, value in a.observed.items()})
+        remember(model, maximum=lambda vector: vector)
     trace.weights = {n: p.detach().clone() for n, p in model.named_parameters()}
     trace.buffers = {n: b.clone() for n, b in model.named_buffers()}
     return trace
@@ -297,7 +315,7 @@ def run_parallel(c: Case, mesh: Mesh) -> Trace:
     """The same problem on this mesh, and what it did, on the CPU."""
     with torch.device("meta"):
         model = make_model(c).to(getattr(torch, c.dtype))
-    placements = parallelize(model, mesh=mesh, parallel=c.parallel, precision=c.precision)
+    placements = parallelize(model, mesh=mesh, parallel=c.parallel, precision=c.precision, fp8=how(c))
     model.to_empty(device=mesh.device_type)
     load_full(model, placements, full_state(c))
     if c.dtype == "float64" and mesh.degrees.edp_shard == 1 and mesh.world > 1:
@@ -333,7 +351,7 @@ def run_parallel(c: Case, mesh: Mesh) -> Trace:
         optim.step()
         optim.zero_grad()
         update_buffers(context, assignments)
-    trace.buffers = on_cpu(dict(model.named_buffers()))
+    trace.buffers = on_cpu({n: full_tensor(b, placements[n], mesh) for n, b in model.named_buffers()})
     trace.weights = on_cpu(full_tensors(dict(model.named_parameters()), placements, mesh))
     trace.copies_agree &= same_bits(dict(model.named_parameters()), trace.weights, placements)
     return trace

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from ecdit_train.model.dit import DiT
+from ecdit_train.model.fp8 import Fp8Product, products
 from ecdit_train.model.lean import Lean
 from ecdit_train.parallel.expert_parallel import sparse_layers
 from ecdit_train.parallel.hierarchical import Nodes
@@ -151,6 +152,19 @@ def poison_lost_microbatch(model: DiT, mesh: Mesh) -> None:
     model.set_requires_all_reduce = forgetful
 
 
+def poison_fp8_own_scale(model: DiT, mesh: Mesh) -> None:
+    """Each tp rank scales its part of a tensor by itself."""
+    for module in model.modules():
+        if isinstance(module, Fp8Product):
+            module.agree = None
+
+
+def poison_fp8_stale_scale(model: DiT, mesh: Mesh) -> None:
+    """One rank remembers another largest magnitude of one layer's input."""
+    if mesh.rank == 1:
+        products(model)[0].amax[:, 0].mul_(4)
+
+
 POISONS: dict[str, Any] = {
     "": lambda model, mesh: None,
     "expert_scale": poison_expert_scale,
@@ -162,6 +176,8 @@ POISONS: dict[str, Any] = {
     "lost_piece": poison_lost_piece,
     "stale_copy": poison_stale_copy,
     "skipped_counts": poison_skipped_counts,
+    "fp8_own_scale": poison_fp8_own_scale,
+    "fp8_stale_scale": poison_fp8_stale_scale,
     "local_similarity": poison_local_similarity,
     "kept_product_summed_in_place": poison_kept_product_summed_in_place,
     "no_inside_leg": poison_no_inside_leg,

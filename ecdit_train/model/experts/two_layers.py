@@ -10,6 +10,7 @@ Legend: e experts on this rank, R rows of each, D hidden width, H expert hidden 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,6 +18,9 @@ import torch
 from torch import Tensor
 
 from ..moe import Experts
+
+Product = Callable[[Tensor, Tensor], Tensor]
+"""(e, R, K), (e, K, O) -> (e, R, O)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +41,11 @@ class TwoLayers(Experts):
     last: ClassVar[str] = "down"
     """Name of W_out (e, H, D)."""
 
+    def __init__(self, num_experts: int) -> None:
+        super().__init__(num_experts)
+        self.products: tuple[Product, ...] = (torch.bmm,) * (len(self.first) + 1)
+        """What multiplies by each of `matrices`, in the plain form."""
+
     def activate(self, *h_eRH: Tensor) -> Tensor:
         """a, element by element."""
         raise NotImplementedError
@@ -54,8 +63,8 @@ class TwoLayers(Experts):
         return tuple(getattr(self, name) for name in (*self.first, self.last))
 
     def compute(self, x_eRD: Tensor) -> Tensor:
-        *first, last = self.matrices()
-        return torch.bmm(self.activate(*(torch.bmm(x_eRD, w) for w in first)), last)
+        (*first, last), (*multiply, multiply_last) = self.matrices(), self.products
+        return multiply_last(self.activate(*(by(x_eRD, w) for by, w in zip(multiply, first, strict=True))), last)
 
 
 def rows_dot(a: Tensor, b: Tensor) -> Tensor:
