@@ -33,7 +33,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ecdit_train.config.convert import with_values
 from ecdit_train.config.schema import RunConfig
 from ecdit_train.errors import ConfigError, EcditError, Problem
-from ecdit_train.model import lean
 from ecdit_train.model.embed import Text
 from ecdit_train.model.experts import activations
 from ecdit_train.parallel.apply import parallelize
@@ -197,14 +196,13 @@ def dry_run(cfg: RunConfig, *, world: int) -> DryRun:
 
 @contextmanager
 def _as_on_a_gpu() -> Iterator[None]:
-    """The lean form works on all rows of a layer at once: expert by expert and tile by tile, as on a CPU, fake tensors would take
-    hours. (Its tiles stay, larger: their fp32 copies are no GPU's.)"""
-    kept = lean.CPU_ROWS, activations.TILE
-    lean.CPU_ROWS, activations.TILE = 1 << 62, 1 << 22
+    """Activations of the lean form in large tiles: in those of a CPU's cache fake tensors would take hours, in one their fp32 copies,
+    which no GPU makes, would weigh most."""
+    kept, activations.TILE = activations.TILE, 1 << 22
     try:
         yield
     finally:
-        lean.CPU_ROWS, activations.TILE = kept
+        activations.TILE = kept
 
 
 def _run(cfg: RunConfig, *, world: int, started: float, said: traffic.Update, microbatches: int) -> DryRun:
