@@ -48,7 +48,7 @@ def best(cfg: RunConfig, parameters: Parameters, *, world: int) -> Cost | None:
     for bound, _, forms in bounds:
         if bound > fastest * (1 + TIE):
             break
-        if _is_valid(cfg, forms[0]):
+        if _has_room(cfg, parameters, _least(forms)) and _is_valid(cfg, forms[0]):
             found += _within(cfg, parameters, forms, worth, within=fastest * (1 + TIE))
             fastest = min((one.step_time.seconds for one in found), default=math.inf)
     as_fast = [one for one in found if one.step_time.seconds <= fastest * (1 + TIE)]
@@ -79,7 +79,7 @@ def min_nodes_any(cfg: RunConfig, parameters: Parameters) -> int | None:
         if state / world > cfg.cluster.gpu_memory:
             continue
         for forms in places(cfg, world=world):
-            least = dataclasses.replace(ALL_AGAIN.of(forms[-1]), reduce_gradients="microbatch")
+            least = _least(forms)
             if _has_room(cfg, parameters, least) and _is_valid(cfg, least):
                 return nodes
     return None
@@ -134,6 +134,11 @@ def _bound(cfg: RunConfig, parameters: Parameters, forms: Sequence[Layout]) -> f
     return min(at_least(cfg, parameters, at) for at in _reduced(cfg, free))
 
 
+def _least(forms: Sequence[Layout]) -> Layout:
+    """Of a place, what needs least memory."""
+    return dataclasses.replace(ALL_AGAIN.of(forms[-1]), reduce_gradients="microbatch")
+
+
 def _reduced(cfg: RunConfig, layout: Layout) -> list[Layout]:
     """`layout` with either way to reduce gradients, where they differ."""
     ways = ("step", "microbatch") if layout.microbatches > 1 else (cfg.parallel.reduce_gradients,)
@@ -148,8 +153,10 @@ def _within(
         freed = FREED if slots.sparse_blocks(cfg) else ("none", "all")
         for at, parts in product(_reduced(cfg, form), freed):
             chosen = dataclasses.replace(at, reshard_after_forward=parts)
-            fitting = (policy.of(chosen) for policy in worth.of(chosen))
-            first = next((one for one in fitting if _has_room(cfg, parameters, one)), None)
+            every = [policy.of(chosen) for policy in worth.of(chosen)]
+            if not _has_room(cfg, parameters, every[-1]):
+                continue
+            first = next((one for one in every if _has_room(cfg, parameters, one)), None)
             if first is not None and at_least(cfg, parameters, first) <= within:
                 yield cost(cfg, parameters, first)
 
