@@ -137,7 +137,10 @@ def check_cluster(cfg: RunConfig, check: Checker) -> None:
     check.at_least(0, ["cluster.signal_lead", "cluster.preflight_bandwidth"])
     for name, (least, most) in RATES.items():
         value = getattr(cluster, name)
-        rule, nearest = f"must be between {short(least)} and {short(most)}: no machine is beyond", min(max(value, least), most)
+        rule, nearest = (
+            f"must be between {short(least)} and {short(most)}: no machine is beyond",
+            min(max(value, least), most),
+        )
         check.require(least <= value <= most, f"cluster.{name}", rule=rule, nearest=nearest)
     check.positive(["cluster.gemm_efficiency"])
     check.require(cluster.gemm_efficiency <= 1, "cluster.gemm_efficiency", rule="must not exceed 1", nearest=1.0)

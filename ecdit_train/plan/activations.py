@@ -77,7 +77,9 @@ def activations(cfg: RunConfig, layout: Layout) -> Activations:
     common, dense, sparse = (u * row for u in block_units(cfg, tp=layout.tp, form=layout.form, travels=layout.ep > 1))
     # Log-sum-exps; shift, scale and gate of every image and block.
     common += 2 * _log_sum_exp(cfg, layout) + layout.microbatch * 12 * m.width * element_bytes(cfg)
-    sparse += tokens * (slots.router_activation_bytes_per_token(cfg) + slots.assignment_bytes_per_token(cfg) / layout.tp)
+    sparse += tokens * (
+        slots.router_activation_bytes_per_token(cfg) + slots.assignment_bytes_per_token(cfg) / layout.tp
+    )
     sparse_blocks = slots.sparse_blocks(cfg)
     blocks, largest, recomputed = 0.0, 0.0, 0.0
     for is_sparse, count, whole in (

@@ -154,7 +154,11 @@ def copied(cfg: RunConfig, parameters: Parameters, layout: Layout) -> float:
 
 def elementwise_bytes(cfg: RunConfig, layout: Layout) -> float:
     """What a rank moves in its memory for everything that is no matrix product, in a step."""
-    tokens, d, sparse = cfg.train.global_batch * cfg.tokens_per_image / layout.dp, cfg.model.width, slots.sparse_blocks(cfg)
+    tokens, d, sparse = (
+        cfg.train.global_batch * cfg.tokens_per_image / layout.dp,
+        cfg.model.width,
+        slots.sparse_blocks(cfg),
+    )
     again = sum(blocks_again(count, layout) for count in (sparse, cfg.model.layers - sparse))
     eager = 1.0 if cfg.parallel.compile else EAGER_FACTOR
     moved = ELEMENTWISE_BYTES * d * tokens * (cfg.model.layers + again / 3) * eager

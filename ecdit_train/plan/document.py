@@ -194,10 +194,20 @@ def _parameters(plan: Plan) -> list[Line]:
 def _layout(cost: Cost) -> list[str]:
     at = cost.layout
     dense = f"dense view: dp_replicate {at.dp_replicate} x dp_shard {at.dp_shard} x tp {at.tp}"
-    sparse = f"edp {at.edp} x ep {at.ep}" + (f", {at.edp_replicate} copies of all experts" if at.replicate_experts else "")
-    mode, share = at.activation_checkpointing, "" if at.checkpoint_blocks == 1 else f" of {at.checkpoint_blocks:.0%} of the blocks"
+    sparse = f"edp {at.edp} x ep {at.ep}" + (
+        f", {at.edp_replicate} copies of all experts" if at.replicate_experts else ""
+    )
+    mode, share = (
+        at.activation_checkpointing,
+        "" if at.checkpoint_blocks == 1 else f" of {at.checkpoint_blocks:.0%} of the blocks",
+    )
     keeps = f", which keeps {', '.join(at.keep)}" if at.keep else ""
-    freed = {"all": "all weights", "dense": "all weights but experts'", "experts": "experts' weights", "none": "no weights"}
+    freed = {
+        "all": "all weights",
+        "dense": "all weights but experts'",
+        "experts": "experts' weights",
+        "none": "no weights",
+    }
     reduced = "" if at.microbatches == 1 else f"; gradients reduced once a {at.reduce_gradients}"
     return [
         f"{dense}; sparse view: {sparse}",

@@ -52,7 +52,9 @@ def every(cfg: RunConfig, layout: Layout) -> Iterator[Policy]:
 
 def worthwhile(cfg: RunConfig, layout: Layout) -> tuple[Policy, ...]:
     """By time added to a step, ascending, and so by memory descending."""
-    added = sorted((_seconds(cfg, at), number, at) for number, at in enumerate(p.of(layout) for p in every(cfg, layout)))
+    added = sorted(
+        (_seconds(cfg, at), number, at) for number, at in enumerate(p.of(layout) for p in every(cfg, layout))
+    )
     found: list[Policy] = []
     least = float("inf")
     for _, _, at in added:

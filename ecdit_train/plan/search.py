@@ -1,11 +1,12 @@
 """Search for a layout, priced by the formulas of the plan.
 
-A place is what cannot be had by halves: (tp, ep, copies, microbatch). Each has a bound, its time if memory were no object, and places
-are looked at by it until no bound is below what was found. Within a place the choices that only cost memory (which weights stay
-gathered, when gradients are reduced, the form of sparse layers, what is computed again) are tried from the fastest on, and the first that
-fits is priced: a few thousand formulas for hundreds of thousands of layouts.
+A place is what cannot be had by halves: (tp, ep, copies, microbatch). Each has a bound, its time if memory were no object, and
+places are looked at by it until no bound is below what was found. Within a place the choices that only cost memory (which weights
+stay gathered, when gradients are reduced, the form of sparse layers, what is computed again) are tried from the fastest on, and
+the first that fits is priced: a few thousand formulas for hundreds of thousands of layouts.
 
-Of layouts that are as fast, within what the formulas could tell apart, the one that computes least again is taken, then the simplest.
+Of layouts that are as fast, within what the formulas could tell apart, the one that computes least again is
+taken, then the simplest.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from itertools import product
+from typing import Any
 
 from ecdit_train.config.nearest import divisors
 from ecdit_train.config.schema import RunConfig
@@ -37,8 +39,8 @@ FREED = ("none", "experts", "dense", "all")
 
 
 def best(cfg: RunConfig, parameters: Parameters, *, world: int) -> Cost | None:
-    """The fastest layout that fits with headroom on `world` ranks; of equally fast ones that with the least work, then the simplest.
-    None if none fits."""
+    """The fastest layout that fits with headroom on `world` ranks; of equally fast ones that with the least work, then the
+    simplest. None if none fits."""
     bounds = sorted(
         ((_bound(cfg, parameters, forms), number, forms) for number, forms in enumerate(places(cfg, world=world))),
         key=lambda item: item[:2],
@@ -188,11 +190,13 @@ def _same_router(cfg: RunConfig, dp: int, microbatch: int, world: int) -> bool:
 def with_layout(cfg: RunConfig, layout: Layout) -> RunConfig:
     """`cfg` with the values of `layout`."""
     shared = {f.name for f in dataclasses.fields(cfg.parallel)} & {f.name for f in dataclasses.fields(layout)}
-    values = {name: getattr(layout, name) for name in shared} | {"replicate_experts": layout.replicate_experts}
+    values: dict[str, Any] = {name: getattr(layout, name) for name in shared} | {
+        "replicate_experts": layout.replicate_experts
+    }
     parallel = dataclasses.replace(cfg.parallel, **values)
     train = dataclasses.replace(cfg.train, microbatch=layout.microbatch)
-    form = layout.form if slots.rows_are_fixed(cfg) else cfg.moe.form
-    return dataclasses.replace(cfg, parallel=parallel, train=train, moe=dataclasses.replace(cfg.moe, form=form))
+    values = {"form": layout.form} if slots.rows_are_fixed(cfg) else {}
+    return dataclasses.replace(cfg, parallel=parallel, train=train, moe=dataclasses.replace(cfg.moe, **values))
 
 
 def overrides(cfg: RunConfig, layout: Layout) -> tuple[str, ...]:

@@ -108,7 +108,11 @@ def _weights(cfg: RunConfig, parameters: Parameters, layout: Layout) -> Iterator
         yield _flow("all_gather", f"weights, {unit.name}", unit.axis, group, calls=calls, message=unit.gathered_bytes)
         what = f"gradients, {unit.name}"
         yield _flow("reduce_scatter", what, unit.axis, group, calls=reductions, message=gradients)
-        what, copies, message = f"gradients of replicas, {unit.name}", layout.group(unit.copies), gradients / unit.shards
+        what, copies, message = (
+            f"gradients of replicas, {unit.name}",
+            layout.group(unit.copies),
+            gradients / unit.shards,
+        )
         yield _flow("all_reduce", what, unit.copies, copies, calls=unit.count, message=message)
 
 

@@ -1,4 +1,5 @@
-"""The lean layer by kernels against the plain one without, through Triton's interpreter (test_kernels_interpreted.py runs this file)."""
+"""The lean layer by kernels against the plain one without, through Triton's interpreter
+(test_kernels_interpreted.py runs this file)."""
 
 from __future__ import annotations
 

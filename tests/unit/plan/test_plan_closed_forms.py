@@ -1,7 +1,7 @@
 """The plan's newer quantities, typed out by hand for one layout each: no formula of the plan is called for what is expected.
 
-EC-DiT-XL-8E: 28 blocks, 14 of them sparse; d = 1152, 18 heads, 6 kv heads, hidden 4608, text 128 x 1536 of 2048 channels, 128 tokens
-an image, f_c = 2, bf16. M-64E: 38 blocks, 19 sparse, d = 3072, 48 heads, 12 kv heads, hidden 12288.
+EC-DiT-XL-8E: 28 blocks, 14 of them sparse; d = 1152, 18 heads, 6 kv heads, hidden 4608, text 128 x 1536 of 2048 channels,
+128 tokens an image, f_c = 2, bf16. M-64E: 38 blocks, 19 sparse, d = 3072, 48 heads, 12 kv heads, hidden 12288.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ BASE = ("parallel=single", "parallel.compile=true", "encoders=shards", "moe.form
 
 
 def test_lean_activations(cfg_of):
-    """XL on 8 ranks with ep = 8, 32 images: per block 7 + 2 + 2/3 + 2 + 2 + 2 rows of attention and norms; dense 9; sparse rows before
-    GELU and as brought for two experts a token, and the output."""
+    """XL on 8 ranks with ep = 8, 32 images: per block 7 + 2 + 2/3 + 2 + 2 + 2 rows of attention and norms; dense 9; sparse rows
+    before GELU and as brought for two experts a token, and the output."""
     cfg = cfg_of("ec_dit_xl_8e", *BASE, "parallel.ep=8", "train.microbatch=32", "moe.form=lean")
     at, _, _ = of(cfg, 8)
     tokens = 32 * 128
@@ -161,8 +161,8 @@ def test_hierarchical_exchange(cfg_of):
 
 
 def test_latency(cfg_of):
-    """304 calls of M-64E's preset among 32 ranks of 4 nodes: 10 microseconds each, 7 hops of 1.9 and 24 of 4; a gather among 64 ranks
-    of 8 nodes goes 56 and 7 hops; an all-reduce goes up and down a tree."""
+    """304 calls of M-64E's preset among 32 ranks of 4 nodes: 10 microseconds each, 7 hops of 1.9 and 24 of 4; a gather among 64
+    ranks of 8 nodes goes 56 and 7 hops; an all-reduce goes up and down a tree."""
     cfg = cfg_of("ec_dit_m_64e")
     _, _, flows = of(cfg, 64)
     sent = flows["tokens to experts and back"]

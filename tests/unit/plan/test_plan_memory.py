@@ -41,9 +41,9 @@ def test_state_at_18_bytes_per_parameter(cfg_of, name, world, total, per_gpu):
 
 def test_m_64e_activations(cfg_of):
     """Section 6: 43 GB (86 GB at twice the tokens) without checkpointing, for a mixture layer whose backward keeps 4
-    units of f_c T d and compiled norms; our lean form keeps the rows that were brought, too, and three normalised rows a
-    block. Plain autograd keeps 11 units (section 2 of the facts). 3.6 GB under full checkpointing is the block inputs and one
-    block's."""
+    units of f_c T d and compiled norms; our lean form keeps the rows that were brought, too, and three normalised rows
+    a block. Plain autograd keeps 11 units (section 2 of the facts). 3.6 GB under full checkpointing is the block
+    inputs and one block's."""
     cfg = cfg_of("ec_dit_m_64e", "parallel=ep64", "train.microbatch=64")
     at = layout.resolve(cfg, world=64)
     row = 8192 * 3072 * 2

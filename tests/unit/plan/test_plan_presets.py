@@ -26,7 +26,9 @@ def priced(cfg, nodes=None):
     return cost(cfg, counted, layout.resolve(cfg, world=world)), search.best(cfg, counted, world=world)
 
 
-@pytest.mark.parametrize("name", [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in PRESETS])
+@pytest.mark.parametrize(
+    "name", [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in PRESETS]
+)
 def test_no_search_finds_a_layout_two_percent_faster(cfg_of, name):
     cfg = cfg_of(name)
     validate(cfg, world=cfg.cluster.nodes * cfg.cluster.gpus_per_node)

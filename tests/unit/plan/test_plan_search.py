@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 
 import pytest
@@ -12,7 +13,10 @@ from ecdit_train.errors import ConfigError
 from ecdit_train.plan import layout, parameters, search
 from ecdit_train.plan.cost import cost
 
-KEEPS = [[kind for n, kind in enumerate(("attention", "projections", "feed_forward", "experts")) if 1 << n & bits] for bits in range(16)]
+KEEPS = [
+    [kind for n, kind in enumerate(("attention", "projections", "feed_forward", "experts")) if 1 << n & bits]
+    for bits in range(16)
+]
 
 
 def drawn(draw: random.Random, cfg, world):
@@ -35,7 +39,9 @@ def drawn(draw: random.Random, cfg, world):
         replicate_experts=pick([False, True]),
     )
     train = dataclasses.replace(cfg.train, microbatch=pick([8, 16, 32, 64, 128, 256, 512]))
-    cfg = dataclasses.replace(cfg, parallel=parallel, train=train, moe=dataclasses.replace(cfg.moe, form=pick(["plain", "lean"])))
+    cfg = dataclasses.replace(
+        cfg, parallel=parallel, train=train, moe=dataclasses.replace(cfg.moe, form=pick(["plain", "lean"]))
+    )
     try:
         return cfg, layout.resolve(cfg, world=world)
     except ConfigError:
@@ -79,7 +85,7 @@ def test_less_memory_is_bought_with_as_little_as_possible(cfg_of):
             continue
         assert best.memory.total <= search.HEADROOM * memory
         seconds.append(best.step_time.seconds)
-    assert all(b >= a * (1 - search.TIE) for a, b in zip(seconds, seconds[1:], strict=False))
+    assert all(b >= a * (1 - search.TIE) for a, b in itertools.pairwise(seconds))
     assert seconds[-1] == float("inf")
     assert seconds[-2] < float("inf")
 

@@ -123,7 +123,15 @@ def test_what_leaves_a_rank(cfg_of):
 )
 def test_agreement_counts_what_the_parallel_model_holds_alike(cfg_of, name, words, tp):
     """Against the real placements: every parameter that tensor parallelism leaves alone, and repeated kv heads."""
-    cfg = cfg_of(name, "train.global_batch=4608", "train.microbatch=64", f"parallel.tp={tp}", "parallel.ep=1", "model.layers=2", *words)
+    cfg = cfg_of(
+        name,
+        "train.global_batch=4608",
+        "train.microbatch=64",
+        f"parallel.tp={tp}",
+        "parallel.ep=1",
+        "model.layers=2",
+        *words,
+    )
     at, flows = flows_of(cfg, 4 * tp)
     found = {f.ranks: f for f in flows if f.kind == "broadcast"}
     with torch.device("meta"):
