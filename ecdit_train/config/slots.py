@@ -132,8 +132,8 @@ class RouterConfig(SlotConfig):
         return 2.0 * sizes.width * sizes.num_experts
 
     def kept_bytes_per_token(self, sizes: RouterSizes, *, compute_bytes: int) -> float:
-        """Bytes that autograd keeps: the fp32 copy of the input (where it is not fp32 already), affinities and their softmax."""
-        return (4.0 * sizes.width if compute_bytes < 4 else 0.0) + 8.0 * sizes.num_experts
+        """Bytes that autograd keeps besides the tokens: affinities and their softmax."""
+        return 8.0 * sizes.num_experts
 
     def messages(self, sizes: RouterSizes, *, image_tokens: int, ranks: int) -> tuple[Message, ...]:
         """What a layer's router sends among the `ranks` data-parallel ranks in one forward pass of training."""

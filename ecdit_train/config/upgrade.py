@@ -117,6 +117,9 @@ ADDED_TO: Mapping[str, Mapping[str, Any]] = {
         "tags": [],
         "rows": "committed",
     },
+    # Since format 8. Not counted before.
+    "ecdit_train.diffusion.encoders.stored.StoredText": {"parameters": 0},
+    "ecdit_train.diffusion.encoders.stored.StoredLatents": {"parameters": 0},
 }
 """The same for keys of classes that fill slots, wherever they do."""
 

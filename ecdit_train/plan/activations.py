@@ -20,7 +20,7 @@ and with tensor parallelism their sum, 1; and the results of what `parallel.keep
     attention                [1 + 1]                and the log-sum-exp, of both attentions
     projections              [1 + 2k/h] + 1  and  [1 + 2L/S] + 1
     feed_forward             [r] + 1                shared experts likewise
-    experts                  [f_c (r + 1)]          in the plain form; the lean one writes its products into memory of its own
+    experts                  [f_c (r + 1)]
 
 Backward makes one block of them at a time again. While it works on one layer, gradients are there beyond what it has freed: one
 hidden layer's and 4 rows; in the lean form on a GPU, which works on all of a part's rows at once, [f_c (3r + 5)] of the part.
@@ -137,11 +137,12 @@ def _kept(cfg: RunConfig, layout: Layout, kind: str, *, sparse: bool) -> Results
             hidden = shared * (1 - 1 / slots.shared_matrices(cfg))
         every = (hidden / tp + 1) * row if hidden else 0.0
         return Results(bytes=every, shared=every)
-    if not sparse or layout.form == "lean":
+    if not sparse:
         return Results(bytes=0.0, shared=0.0)
     rows = slots.experts_per_token(cfg) * row / tp
     before = slots.expert_first_units_per_row(cfg) * rows
-    return Results(bytes=before + rows, shared=before + (0.0 if layout.ep > 1 else rows))
+    # The lean form needs no result of a row; what an exchange brought back is another tensor.
+    return Results(bytes=before + rows, shared=before + (rows if layout.ep == 1 and layout.form == "plain" else 0.0))
 
 
 def block_units(cfg: RunConfig, *, tp: int, form: str = "plain", travels: bool = False) -> tuple[float, float, float]:

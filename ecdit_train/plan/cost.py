@@ -141,9 +141,9 @@ def of_stage(cfg: RunConfig, parameters: Parameters, layout: Layout) -> Cost:
 
 def copied(cfg: RunConfig, parameters: Parameters, layout: Layout) -> float:
     """Bytes that FSDP reads and writes in this rank's memory to gather weights and reduce gradients in a step."""
-    c, total = element_bytes(cfg), 0.0
+    total = 0.0
     for unit in units(cfg, parameters, layout):
-        alone = unit.shards == 1
+        c, alone = unit.bytes_each, unit.shards == 1
         gather = (MASTER + c) / unit.shards + (0 if alone else 2 * c)
         each = (1 + unit.freed) * layout.microbatches * gather
         each += layout.reductions * (c + GRADIENT)

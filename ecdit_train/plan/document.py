@@ -14,8 +14,9 @@ flops.by_part                {part: model FLOPs}
 flops.recompute              FLOPs repeated by activation checkpointing
 flops.frozen_encoders        FLOPs of frozen encoders that run inside training
 optimizer_flops              FLOPs of the update's matrix products, on the busiest rank (0: it is element-wise)
-layout                       dp_replicate, dp_shard, tp, ep, edp, microbatch, microbatches, activation_checkpointing,
-                             overlap_chunks, reshard_after_forward
+layout                       dp_replicate, dp_shard, tp, ep, edp, microbatch, microbatches, activation_checkpointing, keep,
+                             checkpoint_blocks, overlap_chunks, exchange, reshard_after_forward, reduce_gradients,
+                             replicate_experts, form (moe.form)
 memory_per_rank.<part>       bytes: parameters, gradients, optimizer, ema, gathered, communication, activations,
                              encoders, framework, never_together (plan/memory.py)
 memory_per_rank.total        the peak: the sum of the parts, less never_together
@@ -23,7 +24,8 @@ fits, gpu_memory             whether total <= gpu_memory; bytes per GPU
 min_nodes                    fewest nodes on which this layout fits; null if none up to 512
 traffic_per_step.<kind>      bytes of one rank and step: message, intra_node, inter_node; kinds all_gather,
                              reduce_scatter, all_reduce, all_to_all, broadcast
-traffic_per_step.flows       the same by purpose: kind, purpose, axis, ranks, calls, message, intra_node, inter_node
+traffic_per_step.flows       the same by purpose: kind, purpose, axis, ranks, calls, message, intra_node, inter_node; hops
+                             between GPUs that a call waits for: intra_steps, inter_steps
 exchange_bytes               bytes one rank sends in one direction of one sparse layer and microbatch
 stages                       first, last (updates made), experts_per_token, flops_per_step, seconds (of a step) and
                              memory_total of each stretch without a change of shapes; everything else here is of the
@@ -114,7 +116,8 @@ def to_json(plan: Plan) -> dict[str, Any]:
 
 
 def _pick(source: object, *names: str) -> dict[str, Any]:
-    return {name: getattr(source, name) for name in names}
+    found = {name: getattr(source, name) for name in names}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
 
 
 # --- text --------------------------------------------------------------------------------------------------------
@@ -191,11 +194,27 @@ def _parameters(plan: Plan) -> list[Line]:
 def _layout(cost: Cost) -> list[str]:
     at = cost.layout
     dense = f"dense view: dp_replicate {at.dp_replicate} x dp_shard {at.dp_shard} x tp {at.tp}"
+    sparse = f"edp {at.edp} x ep {at.ep}" + (
+        f", {at.edp_replicate} copies of all experts" if at.replicate_experts else ""
+    )
+    mode, share = (
+        at.activation_checkpointing,
+        "" if at.checkpoint_blocks == 1 else f" of {at.checkpoint_blocks:.0%} of the blocks",
+    )
+    keeps = f", which keeps {', '.join(at.keep)}" if at.keep else ""
+    freed = {
+        "all": "all weights",
+        "dense": "all weights but experts'",
+        "experts": "experts' weights",
+        "none": "no weights",
+    }
+    reduced = "" if at.microbatches == 1 else f"; gradients reduced once a {at.reduce_gradients}"
     return [
-        f"{dense}; sparse view: edp {at.edp} x ep {at.ep}",
+        f"{dense}; sparse view: {sparse}",
         f"{at.microbatch} images per rank and microbatch, "
-        f"{_count(at.microbatches, 'microbatch', 'microbatches')} a step; "
-        f"checkpointing {at.activation_checkpointing}, overlap_chunks {at.overlap_chunks}",
+        f"{_count(at.microbatches, 'microbatch', 'microbatches')} a step; {at.form} sparse layers",
+        f"checkpointing {mode}{share}{keeps}; {freed[at.reshard_after_forward]} freed after forward{reduced}",
+        *([f"{at.exchange} exchange in {_count(at.overlap_chunks, 'part')}"] if at.ep > 1 else []),
     ]
 
 
@@ -220,6 +239,7 @@ def _step(cost: Cost) -> list[Line]:
     rows = [
         ("matrix products", s.products, None),
         ("element-wise", s.elementwise, None),
+        ("copies of weights and gradients", s.copies, None),
         ("optimizer", s.optimizer, None),
         *([("optimizer's exchange", s.optimizer_exchange, s.optimizer_exchange)] if s.optimizer_exchange else []),
         *([("expert exchange", s.exchange, s.exchange_exposed)] if at.ep > 1 else []),

@@ -2,9 +2,9 @@
 held against the formulas of the plan.
 
 A fake process group answers for all other ranks and fake tensors have shapes but no memory, so 97 billion parameters
-on 512 ranks take a minute and less than a gigabyte. A forward and a backward of rank 0, or two where a step has several, run with every collective
-issued and logged; live bytes are tracked by category. What it does not see: values, compiled graphs (blocks run in
-eager mode), NCCL and CUDA's allocator.
+on 512 ranks take a minute and less than a gigabyte. A forward and a backward of rank 0, or two where a step has several,
+run with every collective issued and logged; live bytes are tracked by category. What it does not see: values, compiled
+graphs (blocks run in eager mode), NCCL and CUDA's allocator.
 
 It owns the process group, so it needs a process of its own: `ecdit plan --dry-run`.
 """
@@ -197,7 +197,8 @@ def dry_run(cfg: RunConfig, *, world: int) -> DryRun:
 
 @contextmanager
 def _as_on_a_gpu() -> Iterator[None]:
-    """The lean form's activations in few tiles: in those of a CPU's cache, fake tensors would take hours."""
+    """Activations of the lean form in large tiles: in those of a CPU's cache fake tensors would take hours, in one their fp32
+    copies, which no GPU makes, would weigh most."""
     kept, activations.TILE = activations.TILE, 1 << 22
     try:
         yield
@@ -322,8 +323,8 @@ class Difference:
 
 
 def compare(plan: Plan, ran: DryRun) -> tuple[Difference, ...]:
-    """Collectives by kind (without AFTER_BACKWARD), then memory by part. The formulas are asked about as many microbatches
-    as were run."""
+    """Collectives by kind (without AFTER_BACKWARD), then memory by part. The formulas are asked about as many
+    microbatches as were run."""
     cfg, parameters = plan.cfg, plan.parameters
     layout = dataclasses.replace(plan.cost.layout, microbatches=ran.microbatches)
     flows = [flow for flow in traffic.per_step(cfg, parameters, layout) if flow.kind not in AFTER_BACKWARD]
@@ -335,9 +336,9 @@ def compare(plan: Plan, ran: DryRun) -> tuple[Difference, ...]:
     rows = [Difference(name=kind, formula=planned[kind], measured=sent[kind]) for kind in kinds]
     m = memory.estimate(cfg, parameters, layout)
     running = m.parameters + m.gradients + m.gathered + m.communication + m.activations - m.never_together
-    kinds = units(cfg, parameters, layout)
-    between = sum(unit.count * unit.gathered_bytes for unit in kinds if not unit.freed)
-    shards = memory.GRADIENT * sum(unit.held for unit in kinds)  # whatever adds up before, shards are left
+    every = units(cfg, parameters, layout)
+    between = sum(unit.count * unit.gathered_bytes for unit in every if not unit.freed)
+    shards = memory.GRADIENT * sum(unit.held for unit in every)  # whatever adds up before, shards are left
     pairs = (
         ("parameters", m.parameters, ran.parameters),
         ("gradients", shards, ran.gradients),

@@ -43,9 +43,7 @@ class Flops:
         return self.model + self.recompute + self.frozen_encoders
 
 
-def per_step(
-    cfg: RunConfig, *, checkpointing: str, keep: Collection[str] = (), share: float = 1.0, form: str = "plain"
-) -> Flops:
+def per_step(cfg: RunConfig, *, checkpointing: str, keep: Collection[str] = (), share: float = 1.0) -> Flops:
     """FLOPs of one optimizer step. `checkpointing`: none, selective or full. Both modes repeat the forward of the blocks they are
     for (`share` of them), selective all but the products of the kinds it keeps."""
     m, images = cfg.model, cfg.train.global_batch
@@ -86,8 +84,7 @@ def per_step(
     kept = set(keep) if checkpointing == "selective" else set()
     in_every = modulation + ("projections" not in kept) * sum(projections.values())
     in_every += ("attention" not in kept) * sum(attention.values())
-    # The lean form writes its products into memory of its own: none is kept by name.
-    in_sparse = router + (form == "lean" or "experts" not in kept) * experts + ("feed_forward" not in kept) * shared
+    in_sparse = router + ("experts" not in kept) * experts + ("feed_forward" not in kept) * shared
     in_dense = ("feed_forward" not in kept) * feed_forward
     again = [0 if checkpointing == "none" else len(checkpointed(n, share=share)) for n in (dense, sparse)]
     return Flops(
@@ -99,10 +96,5 @@ def per_step(
 
 def of_layout(cfg: RunConfig, layout: Layout) -> Flops:
     """FLOPs of one optimizer step under what a layout recomputes."""
-    return per_step(
-        cfg,
-        checkpointing=layout.activation_checkpointing,
-        keep=layout.keep,
-        share=layout.checkpoint_blocks,
-        form=layout.form,
-    )
+    mode, keep, share = layout.activation_checkpointing, layout.keep, layout.checkpoint_blocks
+    return per_step(cfg, checkpointing=mode, keep=keep, share=share)

@@ -174,7 +174,7 @@ def units(cfg: RunConfig, parameters: Parameters, layout: Layout) -> tuple[Unit,
     feed_forward, shared = 2 * m.width * m.width * m.ffn_ratio, slots.shared_parameters(cfg)
     repeated = 2 * m.width * kv_here if tp > m.kv_heads else 0
     dense_freed, experts_freed = layout.frees
-    sharded_experts = {"axis": "edp_shard", "copies": "edp_replicate", "shards": layout.edp_shard}
+    sharded_experts: dict[str, Any] = {"axis": "edp_shard", "copies": "edp_replicate", "shards": layout.edp_shard}
 
     def unit(name: str, count: int, gathered: int, *, alike: int = 0, twice: int = 0, **other: Any) -> Unit:
         rates, split = p.state_rates, gathered - alike
@@ -223,8 +223,8 @@ def held_by_ranks(cfg: RunConfig, parameters: Parameters, layout: Layout) -> tup
 
 
 def _expert_holders(experts: int, layout: Layout) -> tuple[range, ...]:
-    """Of each expert: one rank of each copy where FSDP can share whole experts out evenly, else all edp ranks of its ep
-    rank."""
+    """Of each expert: one rank of each copy where FSDP can share whole experts out evenly, else all edp ranks
+    of its ep rank."""
     here, shards, found = experts // layout.ep, layout.edp_shard, []
     for expert in range(experts):
         ep_rank, n = divmod(expert, here)

@@ -13,7 +13,8 @@ Every part has a formula; `c` is the size of the compute type.
                     experts; all blocks, or all experts, where reshard_after_forward does not free them
     communication   whichever is more: the fp32 buffer in which the smaller kind of block's gradient is being reduced
                     while its larger neighbour is recomputed, and the expert exchange's two buffers of f_c rows per
-                    token, three where it is hierarchical; or the larger kind's own fp32 buffer less that block's activations, which are freed by then
+                    token, three where it is hierarchical; or the larger kind's own fp32 buffer less that block's
+                    activations, which are freed by then
     activations     plan/activations.py
     encoders        frozen encoders in the compute type, whole on every rank, when they run inside training
     framework       device context, communicators and library workspaces; nothing on a CPU

@@ -147,12 +147,12 @@ def _encoders(cost: Cost) -> str | None:
 
 
 def _recompute(cost: Cost) -> str | None:
-    if cost.layout.activation_checkpointing == "none":
-        return None
     share = cost.flops.recompute / cost.flops.total
+    if share < 0.05:
+        return None
     return (
-        f"activation checkpointing repeats {share:.0%} of the FLOPs; try a smaller train.microbatch with "
-        "parallel.activation_checkpointing=none first"
+        f"activation checkpointing repeats {share:.0%} of the FLOPs; try a smaller train.microbatch, parallel.keep or "
+        "parallel.checkpoint_blocks first"
     )
 
 

@@ -40,7 +40,7 @@ def every(cfg: RunConfig, layout: Layout) -> Iterator[Policy]:
     kinds = ["attention", "projections"]
     if sparse < cfg.model.layers or cfg.moe.shared_experts:
         kinds.append("feed_forward")
-    if sparse and layout.form == "plain":
+    if sparse:
         kinds.append("experts")
     keeps = [keep for number in range(len(kinds)) for keep in combinations(kinds, number)]
     for share in reversed(SHARES):

@@ -1,11 +1,12 @@
 """Search for a layout, priced by the formulas of the plan.
 
-A place is what cannot be had by halves: (tp, ep, copies, microbatch). Each has a bound, its time if memory were no object, and places
-are looked at by it until no bound is below what was found. Within a place the choices that only cost memory (which weights stay
-gathered, when gradients are reduced, the form of sparse layers, what is computed again) are tried from the fastest on, and the first that
-fits is priced: a few thousand formulas for hundreds of thousands of layouts.
+A place is what cannot be had by halves: (tp, ep, copies, microbatch). Each has a bound, its time if memory were no object, and
+places are looked at by it until no bound is below what was found. Within a place the choices that only cost memory (which weights
+stay gathered, when gradients are reduced, the form of sparse layers, what is computed again) are tried from the fastest on, and
+the first that fits is priced: a few thousand formulas for hundreds of thousands of layouts.
 
-Of layouts that are as fast, within what the formulas could tell apart, the one that computes least again is taken, then the simplest.
+Of layouts that are as fast, within what the formulas could tell apart, the one that computes least again is
+taken, then the simplest.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from itertools import product
+from typing import Any
 
 from ecdit_train.config.nearest import divisors
 from ecdit_train.config.schema import RunConfig
@@ -37,8 +39,8 @@ FREED = ("none", "experts", "dense", "all")
 
 
 def best(cfg: RunConfig, parameters: Parameters, *, world: int) -> Cost | None:
-    """The fastest layout that fits with headroom on `world` ranks; of equally fast ones that with the least work, then the simplest.
-    None if none fits."""
+    """The fastest layout that fits with headroom on `world` ranks; of equally fast ones that with the least work, then the
+    simplest. None if none fits."""
     bounds = sorted(
         ((_bound(cfg, parameters, forms), number, forms) for number, forms in enumerate(places(cfg, world=world))),
         key=lambda item: item[:2],
@@ -48,7 +50,7 @@ def best(cfg: RunConfig, parameters: Parameters, *, world: int) -> Cost | None:
     for bound, _, forms in bounds:
         if bound > fastest * (1 + TIE):
             break
-        if _is_valid(cfg, forms[0]):
+        if _has_room(cfg, parameters, _least(forms)) and _is_valid(cfg, forms[0]):
             found += _within(cfg, parameters, forms, worth, within=fastest * (1 + TIE))
             fastest = min((one.step_time.seconds for one in found), default=math.inf)
     as_fast = [one for one in found if one.step_time.seconds <= fastest * (1 + TIE)]
@@ -79,7 +81,7 @@ def min_nodes_any(cfg: RunConfig, parameters: Parameters) -> int | None:
         if state / world > cfg.cluster.gpu_memory:
             continue
         for forms in places(cfg, world=world):
-            least = dataclasses.replace(ALL_AGAIN.of(forms[-1]), reduce_gradients="microbatch")
+            least = _least(forms)
             if _has_room(cfg, parameters, least) and _is_valid(cfg, least):
                 return nodes
     return None
@@ -134,6 +136,11 @@ def _bound(cfg: RunConfig, parameters: Parameters, forms: Sequence[Layout]) -> f
     return min(at_least(cfg, parameters, at) for at in _reduced(cfg, free))
 
 
+def _least(forms: Sequence[Layout]) -> Layout:
+    """Of a place, what needs least memory."""
+    return dataclasses.replace(ALL_AGAIN.of(forms[-1]), reduce_gradients="microbatch")
+
+
 def _reduced(cfg: RunConfig, layout: Layout) -> list[Layout]:
     """`layout` with either way to reduce gradients, where they differ."""
     ways = ("step", "microbatch") if layout.microbatches > 1 else (cfg.parallel.reduce_gradients,)
@@ -148,8 +155,10 @@ def _within(
         freed = FREED if slots.sparse_blocks(cfg) else ("none", "all")
         for at, parts in product(_reduced(cfg, form), freed):
             chosen = dataclasses.replace(at, reshard_after_forward=parts)
-            fitting = (policy.of(chosen) for policy in worth.of(chosen))
-            first = next((one for one in fitting if _has_room(cfg, parameters, one)), None)
+            every = [policy.of(chosen) for policy in worth.of(chosen)]
+            if not _has_room(cfg, parameters, every[-1]):
+                continue
+            first = next((one for one in every if _has_room(cfg, parameters, one)), None)
             if first is not None and at_least(cfg, parameters, first) <= within:
                 yield cost(cfg, parameters, first)
 
@@ -181,11 +190,13 @@ def _same_router(cfg: RunConfig, dp: int, microbatch: int, world: int) -> bool:
 def with_layout(cfg: RunConfig, layout: Layout) -> RunConfig:
     """`cfg` with the values of `layout`."""
     shared = {f.name for f in dataclasses.fields(cfg.parallel)} & {f.name for f in dataclasses.fields(layout)}
-    values = {name: getattr(layout, name) for name in shared} | {"replicate_experts": layout.replicate_experts}
+    values: dict[str, Any] = {name: getattr(layout, name) for name in shared} | {
+        "replicate_experts": layout.replicate_experts
+    }
     parallel = dataclasses.replace(cfg.parallel, **values)
     train = dataclasses.replace(cfg.train, microbatch=layout.microbatch)
-    form = layout.form if slots.rows_are_fixed(cfg) else cfg.moe.form
-    return dataclasses.replace(cfg, parallel=parallel, train=train, moe=dataclasses.replace(cfg.moe, form=form))
+    values = {"form": layout.form} if slots.rows_are_fixed(cfg) else {}
+    return dataclasses.replace(cfg, parallel=parallel, train=train, moe=dataclasses.replace(cfg.moe, **values))
 
 
 def overrides(cfg: RunConfig, layout: Layout) -> tuple[str, ...]:

@@ -23,6 +23,14 @@ class StoredText(TextEncoderConfig):
     """Channels of a stored feature."""
     max_tokens: int
     """Tokens per caption; longer ones are cut."""
+    parameters: int
+    """Frozen parameters of the encoder that made them, for the plan's totals (the paper counts 670M)."""
+
+    def num_parameters(self) -> int:
+        return self.parameters
+
+    def check(self, run: RunConfig, check: Checker, *, key: str) -> None:
+        check.at_least(0, [f"{key}.parameters"])
 
     def build(self, *, device: torch.device | str, dtype: torch.dtype) -> None:
         return None
@@ -43,12 +51,18 @@ class StoredLatents(ImageCodecConfig):
     """latent = (stored - shift) * scale; 1 / standard deviation of the stored latents is a good scale."""
     shift: float
     """Mean of the stored latents."""
+    parameters: int
+    """Frozen parameters of the codec that made them, for the plan's totals (the paper counts the encoder's 34M)."""
+
+    def num_parameters(self) -> int:
+        return self.parameters
 
     def paths(self) -> tuple[str, ...]:
         return (self.path,) if self.path else ()
 
     def check(self, run: RunConfig, check: Checker, *, key: str) -> None:
         check.positive([f"{key}.scale"])
+        check.at_least(0, [f"{key}.parameters"])
 
     def build(self, *, device: torch.device | str, dtype: torch.dtype) -> KLCodec | None:
         return KLCodec(self, path=self.path, device=device, dtype=dtype) if self.path else None

@@ -48,8 +48,10 @@ class DiffMoE(AffinityConfig):
         return 2.0 * sizes.width * (2 * sizes.num_experts + sizes.width)
 
     def kept_bytes_per_token(self, sizes: RouterSizes, *, compute_bytes: int) -> float:
-        """As any router; of the predictor the hidden layer before and after its activation, what it says and what it should."""
+        """As any router; of the predictor its input in fp32, the hidden layer before and after its activation, what it
+        says and should say."""
         affinities = super().kept_bytes_per_token(sizes, compute_bytes=compute_bytes)
+        affinities += 4.0 * sizes.width if compute_bytes < 4 else 0.0
         return affinities + 8.0 * sizes.width + 8.0 * sizes.num_experts
 
     def check(self, run: RunConfig, check: Checker, *, key: str) -> None:

@@ -30,12 +30,17 @@ def rounded(value):
     return int(short) if short == int(short) else short
 
 
+def _word(value):
+    return "+".join(value) or "nothing" if isinstance(value, list) else value
+
+
 def key_numbers(tree):
     time, memory, traffic = tree["step_time"], tree["memory_per_rank"], tree["traffic_per_step"]
     suggestion = tree["suggested_layout"]
     return rounded(
         {
             "world": tree["world"],
+            "layout": " ".join(f"{key}={_word(value)}" for key, value in tree["layout"].items()),
             "parameters": {k: tree["parameters"][k] for k in ("total", "activated", "network", "encoders")},
             "flops_per_step": tree["flops_per_step"],
             "fits": tree["fits"],

@@ -94,9 +94,7 @@ exit "$status"
 #   "bandwidth": 0.0,
 #   "folders": [
 #    "/runs/h100_ib400",
-#    "/home/me/data/images",
-#    "/home/me/encoders/t5",
-#    "/home/me/encoders/vae"
+#    "/home/me/data/images"
 #   ]
 #  }
 # }

@@ -94,9 +94,7 @@ exit "$status"
 #   "bandwidth": 0.0,
 #   "folders": [
 #    "/runs/m_64e_on_64_h100",
-#    "/lustre/shared/images",
-#    "/home/me/encoders/t5",
-#    "/home/me/encoders/vae"
+#    "/lustre/shared/images"
 #   ]
 #  }
 # }

@@ -110,9 +110,7 @@ exit "$status"
 #   "bandwidth": 0.0,
 #   "folders": [
 #    "/runs/slurm_pyxis",
-#    "/lustre/shared/images",
-#    "/home/me/encoders/t5",
-#    "/home/me/encoders/vae"
+#    "/lustre/shared/images"
 #   ]
 #  }
 # }

@@ -71,6 +71,7 @@ def test_routers_shared_and_gated_experts(moe):
         "train.microbatch=32",
         "train.global_batch=256",
         "parallel.tp=2",
+        "parallel.overlap_chunks=1",
     )
     tree = dry_run(*words, "parallel.activation_checkpointing=none", *moe, world=8)
     for name in ("all_gather", "reduce_scatter", "all_to_all", "all_reduce", "parameters", "gradients", "optimizer"):
@@ -86,11 +87,57 @@ def test_the_optimizer_is_the_runs_own(optim):
     assert found["formula"] == found["measured"] > 0
 
 
+NEW = {
+    "lean_half": ("moe.form=lean", "parallel.activation_checkpointing=selective", "parallel.keep=[attention]",
+                  "parallel.checkpoint_blocks=0.5", "parallel.overlap_chunks=2"),
+    "kept_by_node": ("cluster.gpus_per_node=4", "parallel.exchange=hierarchical", "parallel.reshard_after_forward=dense",
+                     "parallel.activation_checkpointing=selective", "parallel.keep=[projections,feed_forward,experts]"),
+    "two_microbatches": ("parallel.ep=2", "parallel.dp_replicate=2", "parallel.replicate_experts=true",
+                         "parallel.reduce_gradients=microbatch", "train.global_batch=512"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "layout", [pytest.param("two_microbatches", marks=pytest.mark.slow), "lean_half", "kept_by_node"]
+)
+def test_what_a_step_keeps_reduces_and_sends(layout):
+    words = (
+        "experiment=ec_dit_xl_8e",
+        "model.layers=4",
+        "train.microbatch=32",
+        "train.global_batch=256",
+        "parallel.overlap_chunks=1",
+    )
+    found = by_name(dry_run(*words, *NEW[layout], world=8, except_for=(PEAK,)))
+    assert -0.10 <= found[PEAK]["relative"] < 0.25
+    for name in (
+        "all_gather",
+        "reduce_scatter",
+        "all_to_all",
+        "parameters",
+        "gradients",
+        "gathered between forward and backward",
+    ):
+        assert abs(found[name]["relative"]) < 0.005, name
+    assert abs(found["activations kept"]["relative"]) < 0.03
+
+
+EP64 = ("parallel=ep64", "parallel.exchange=flat", "parallel.overlap_chunks=1", "parallel.reshard_after_forward=all")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["selective", "none"])
-def test_m_64e_on_512_ranks(mode):
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("parallel.activation_checkpointing=selective",),
+        (),
+        ("moe.form=lean", "parallel.activation_checkpointing=selective", "parallel.keep=[attention,projections]",
+         "parallel.checkpoint_blocks=0.5"),
+    ],
+)  # fmt: skip
+def test_m_64e_on_512_ranks(words):
     """97 billion parameters, every collective of 512 ranks, in under five minutes and under 16 GB."""
-    words = ("experiment=ec_dit_m_64e", f"parallel.activation_checkpointing={mode}", "train.global_batch=8192")
+    words = ("experiment=ec_dit_m_64e", *EP64, *words, "train.global_batch=8192")
     tree = dry_run(*words, "train.microbatch=16", world=512)
     run = tree["dry_run"]
     assert run["seconds"] < 300
@@ -102,7 +149,7 @@ def test_m_64e_on_512_ranks(mode):
         *(("all_gather", 8), ("reduce_scatter", 8)),
     }
     calls = {(c["kind"], c["ranks"]): c["calls"] for c in run["collectives"]}
-    assert calls["all_to_all", 64] == 4 * 19 * 2
+    assert calls["all_to_all", 64] == (6 if "moe.form=lean" in words else 4) * 19
     assert calls["all_gather", 8] == 2 * 19
     assert calls["reduce_scatter", 512] == 1 + 38 + 19
 

@@ -34,7 +34,8 @@ def test_traffic_does_not_grow_with_the_scores(cfg_of):
 
 @pytest.mark.parametrize(("mode", "times"), [("none", 1), ("selective", 1), ("full", 2)])
 def test_only_full_checkpointing_selects_again(cfg_of, mode, times):
-    words = ("moe=expert_race", "train.microbatch=16", f"parallel.activation_checkpointing={mode}", "parallel.tp=2")
+    words = ("moe=expert_race", "train.microbatch=16", f"parallel.activation_checkpointing={mode}", "parallel.tp=2",
+             "parallel.overlap_chunks=1")  # fmt: skip
     flows = selection_flows(cfg_of("ec_dit_xl_8e", *words, "parallel.ep=8"), 16)
     assert flows["all_reduce"].calls == times * 4 * 28 * (4096 // (8 * 16))
     assert flows["all_reduce"].ranks == 8

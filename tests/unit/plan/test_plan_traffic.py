@@ -53,6 +53,9 @@ def test_serial_exchange_time(cfg_of, name, world, ep, serial):
         name,
         f"parallel.ep={ep}",
         "parallel.activation_checkpointing=none",
+        "parallel.keep=[]",
+        "parallel.exchange=flat",
+        "moe.form=plain",
         "train.microbatch=8",
         "parallel.overlap_chunks=1",
     )
@@ -65,7 +68,8 @@ def test_serial_exchange_time(cfg_of, name, world, ep, serial):
 
 @pytest.mark.parametrize(("mode", "calls"), [("none", 4), ("selective", 4), ("full", 6)])
 def test_only_full_checkpointing_exchanges_again(cfg_of, mode, calls):
-    cfg = cfg_of("ec_dit_xl_8e", "train.microbatch=512", f"parallel.activation_checkpointing={mode}")
+    words = (f"parallel.activation_checkpointing={mode}", "parallel.overlap_chunks=1")
+    cfg = cfg_of("ec_dit_xl_8e", "train.microbatch=512", *words)
     _, flows = flows_of(cfg, 8)
     assert [f.calls for f in flows if f.kind == "all_to_all"] == [calls * 14]
 
@@ -119,7 +123,15 @@ def test_what_leaves_a_rank(cfg_of):
 )
 def test_agreement_counts_what_the_parallel_model_holds_alike(cfg_of, name, words, tp):
     """Against the real placements: every parameter that tensor parallelism leaves alone, and repeated kv heads."""
-    cfg = cfg_of(name, "train.global_batch=4608", f"parallel.tp={tp}", "parallel.ep=1", "model.layers=2", *words)
+    cfg = cfg_of(
+        name,
+        "train.global_batch=4608",
+        "train.microbatch=64",
+        f"parallel.tp={tp}",
+        "parallel.ep=1",
+        "model.layers=2",
+        *words,
+    )
     at, flows = flows_of(cfg, 4 * tp)
     found = {f.ranks: f for f in flows if f.kind == "broadcast"}
     with torch.device("meta"):
@@ -157,9 +169,10 @@ def test_step_time_under_the_facts_assumptions(cfg_of):
     cfg = cfg_of(
         "ec_dit_m_64e",
         "encoders=shards",
-        "parallel.activation_checkpointing=none",
-        "parallel.compile=true",
+        "parallel=ep64",
         "parallel.overlap_chunks=1",
+        "parallel.exchange=flat",
+        *(f"cluster.{name}_latency=0" for name in ("call", "intra", "inter")),
     )
     at, flows = flows_of(cfg, 64)
     here = flops.per_step(cfg, checkpointing="none")

@@ -69,7 +69,7 @@ def test_copies_get_the_result_too(cfg_of):
 
 
 def test_no_owner_is_busier_than_a_matrix_above_the_mean(cfg_of):
-    cfg = cfg_of("dense_xl", "optim=muon")
+    cfg = cfg_of("dense_xl", "optim=muon", "train.microbatch=64")
     for world in (2, 8, 64):
         counted, at = of(cfg, world)
         work = [flops(r, c) for _, r, c in matrices(counted)]
