@@ -40,7 +40,7 @@ from .pools import check_pool, pool_of
 from .saving import Saves
 from .state import TrainState, placed
 from .step import Numbers, train_step
-from .under_way import UnderWay, agree
+from .under_way import UnderWay, agree, tell_refused
 from .validation import Validation
 from .watching import Watched, Watching
 
@@ -183,7 +183,7 @@ class Trainer:
         try:
             taken = self.ahead.take(self.state.step + 1)
         except Exception:
-            self._tell_unmade()  # what is wrong with the steps before comes before what is wrong with the data
+            tell_refused(self._under_way, self.progress.message)  # it comes before what is wrong with the data
             raise
         before = {} if self._place is None else self._place.counts
         counts, self._place = taken.place.counts, taken.place
@@ -234,14 +234,6 @@ class Trainer:
                 return False
             self._made(done, numbers, verdict)
         return True
-
-    def _tell_unmade(self) -> None:
-        """This rank is about to leave: of the steps under way, whether one was refused. Asks no other rank, which may be in the midst
-        of something else."""
-        for done in self._under_way:
-            numbers = done.issued.numbers()
-            if not numbers.applied:
-                self.progress.message(f"step {done.step}: {numbers}: the update was not applied")
 
     def _made(self, done: UnderWay, numbers: Numbers, verdict: Verdict) -> None:
         """An update that was made enters the record."""
@@ -329,7 +321,7 @@ class Trainer:
         self.measured = {"step": self.state.step} | {n: x if math.isfinite(x) else None for n, x in losses.items()}
 
     def _log(self) -> None:
-        """One record for every log interval; routing as the last step had it."""
+        """One record for every log interval."""
         c, step = self.config, self.state.step
         taken = step + self.guard.batches_left_out
         self.window.add("train/images", float(taken * c.train.global_batch))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ecdit_train.errors import RunOwnedError
@@ -55,3 +56,12 @@ def agree(
         to = ownership.lost_to or "another job"
         raise RunOwnedError(f"the run was taken over by {to}: nothing more is written there")
     return Agreed(stopping=stops, writing=writes)
+
+
+def tell_refused(steps: Sequence[UnderWay], say: Callable[[str], None]) -> None:
+    """Of a rank that is about to leave with an error of its own: which steps were refused before it. Asks no other
+    rank, which may be in the midst of something else."""
+    for step in steps:
+        numbers = step.issued.numbers()
+        if not numbers.applied:
+            say(f"step {step.step}: {numbers}: the update was not applied")
