@@ -11,6 +11,7 @@ layer holds for each row between forward and backward. The bars hold on one CPU 
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 from collections.abc import Callable
 from itertools import product
@@ -20,23 +21,26 @@ from torch import Tensor, nn
 
 from ecdit_train.model.dispatchers.deterministic import DeterministicDispatcher
 from ecdit_train.model.dispatchers.index_add import IndexAddDispatcher
+from ecdit_train.model.experts.two_layers import TwoLayers
 from ecdit_train.model.feed_forward import FeedForward
 from ecdit_train.model.lean import lean
-from ecdit_train.model.moe import Dispatcher, Form, MoE, plain
+from ecdit_train.model.moe import Dispatcher, Experts, Form, MoE, plain
+from ecdit_train.parallel.compiling import compile_activations
 
 from .layers import Algorithm1, check, expert_choice, fill
 from .timing import Bar, Times, Work, fast_in_bf16, interleave, report, settle
 
 TOKENS, WIDTH, HIDDEN, CAPACITY_FACTOR, GROUP = 2048, 384, 1536, 2, 1024
-EXPERTS = (8, 16)
+EXPERTS = (16,)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32} if fast_in_bf16() else {"fp32": torch.float32}
 FORMS: dict[str, tuple[Form, Callable[[], Dispatcher]]] = {
     "plain": (plain, IndexAddDispatcher),
     "plain, ordered": (plain, DeterministicDispatcher),
     "lean": (lean, IndexAddDispatcher),
     "lean, ordered": (lean, DeterministicDispatcher),
+    "lean, compiled": (lean, IndexAddDispatcher),
 }
-"""Form of the layer, and how rows are summed."""
+"""Form of the layer, and how rows are summed; compiled as `parallel.compile` does: what is between products."""
 
 
 def work(module: nn.Module, x: Tensor, *, group_tokens: int | None = None) -> Work:
@@ -67,7 +71,7 @@ def case(experts: int, dtype: torch.dtype) -> dict[str, Work]:
     many = torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(9)).to(dtype)
     groups = x.view(-1, GROUP, WIDTH)
     forms = {
-        name: MoE(layer.router, layer.experts, dispatcher=dispatcher(), form=form)
+        name: MoE(layer.router, experts_of(layer, name), dispatcher=dispatcher(), form=form)
         for name, (form, dispatcher) in FORMS.items()
     }
     return {
@@ -76,6 +80,16 @@ def case(experts: int, dtype: torch.dtype) -> dict[str, Work]:
         "bmm": work(bare, many.view(experts, -1, WIDTH).clone()),
         "dense": work(dense, many.clone()),
     }
+
+
+def experts_of(layer: MoE, form: str) -> Experts:
+    """The layer's own, or with compiled activations on the same weights."""
+    if "compiled" not in form:
+        return layer.experts
+    experts = copy.copy(layer.experts)
+    assert isinstance(experts, TwoLayers)
+    compile_activations(experts)
+    return experts
 
 
 def kept_rows(form: str, dtype: torch.dtype, *, experts: int) -> float:

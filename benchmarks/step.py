@@ -36,14 +36,13 @@ from .timing import Bar, Work, interleave, report, settle
 
 MEDIUM = (
     *("experiment=shapes_tiny", "model.layers=12", "model.width=384", "model.heads=6", "model.kv_heads=2"),
-    *("moe.num_experts=16", "moe.group_size=1024", "data.resolution=64", "train.microbatch=8", "train.global_batch=8"),
+    *("moe.num_experts=16", "moe.group_size=1024", "data.resolution=64", "train.microbatch=8", "train.global_batch=16"),
 )
 CASES = {
     "the demo": {"plain": ("experiment=shapes_tiny",), "lean": ("experiment=shapes_tiny", "moe.form=lean")},
     "12 layers of 384": {
         "plain": MEDIUM,
         "lean": (*MEDIUM, "moe.form=lean"),
-        "lean, ordered": (*MEDIUM, "moe.form=lean", "moe/dispatcher=deterministic"),
     },
 }
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")

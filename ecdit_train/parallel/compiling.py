@@ -28,6 +28,8 @@ from .activation import checkpointed_blocks, modules_that_keep
 def apply_compile(model: DiT, *, keep: Collection[Kept] = (), share: float = 1.0) -> None:
     """Compile in place. Only functions are replaced: names, types and hooks of the modules stay. Not
     `Module.compile()`, which would take FSDP's hooks into the graph."""
+    # Blocks of one class share it: dense and sparse, checkpointed and not, training, validation and drawing.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     seen = set(checkpointed_blocks(model, share=share)) if keep else set()
     for block in model.blocks:
         assert isinstance(block, Block)
@@ -37,11 +39,16 @@ def apply_compile(model: DiT, *, keep: Collection[Kept] = (), share: float = 1.0
             if block not in seen or "experts" not in keep:
                 if moe.form is plain:
                     experts.compute = torch.compile(experts.compute)  # type: ignore[method-assign]
-                elif isinstance(experts, TwoLayers):  # its products stand alone: what is between them is fused
-                    experts.activate_forward = torch.compile(experts.activate_forward)  # type: ignore[method-assign]
-                    experts.activate_backward = torch.compile(experts.activate_backward)  # type: ignore[method-assign]
+                elif isinstance(experts, TwoLayers):
+                    compile_activations(experts)
             moe.forward = torch.compiler.disable(moe.forward)  # type: ignore[method-assign]
         if block in seen:
             for module, _ in modules_that_keep(block, keep):
                 module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
         block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
+
+
+def compile_activations(experts: TwoLayers) -> None:
+    """For the lean form, in place: its products stand alone, what is between them becomes one kernel each way."""
+    experts.activate_forward = torch.compile(experts.activate_forward)  # type: ignore[method-assign]
+    experts.activate_backward = torch.compile(experts.activate_backward)  # type: ignore[method-assign]

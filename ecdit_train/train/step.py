@@ -227,4 +227,5 @@ def update_buffers(
         kept = [] if refuse is None else [(buffer, buffer.clone()) for buffer in router.buffers()]
         router.update_buffers({name: next(agreed).view_as(value) for name, value in layer.items()})
         for buffer, old in kept:
+            assert refuse is not None
             buffer.copy_(torch.where(refuse.ne(0), old, buffer))

@@ -40,7 +40,8 @@ def gelu_backward(h: Tensor, da: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return a.view_as(h), dh.view_as(h), dot.view(h.shape[:-1])
     wide = torch.promote_types(h.dtype, torch.float32)
     a, dh, dot = torch.empty_like(h), torch.empty_like(h), h.new_empty(h.shape[:-1], dtype=wide)
-    rows = max(1, TILE // h.shape[-1] if h.device.type == "cpu" else dot.numel())
+    tiled = h.device.type == "cpu" and not torch.compiler.is_compiling()  # inductor makes one loop of it all
+    rows = max(1, TILE // h.shape[-1] if tiled else dot.numel())
     tiles = [x.flatten(0, -2).split(rows) for x in (h, da, a, dh, dot[..., None])]
     for h_rH, da_rH, a_rH, dh_rH, dot_r1 in zip(*tiles, strict=True):
         x, dx = h_rH.to(wide), da_rH.to(wide)

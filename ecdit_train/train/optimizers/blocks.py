@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ecdit_train.parallel.placement import local
 
-ELEMENTS = {"cpu": 1 << 14, "cuda": 1 << 24}
+ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 24}
 """Elements of a block by device: what a core's cache holds; on a GPU, few launches for many bytes (64 MiB of fp32)."""
 
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -175,5 +175,6 @@ def _cuts(flat: Tensor) -> Iterator[slice]:
 def _flat(tensors: Sequence[Tensor]) -> list[Tensor]:
     """This rank's shards as rows, elements in the order in which the first one lies in memory; views of all that lie like it."""
     shards = [local(t.detach()) for t in tensors]
-    order = sorted(range(shards[0].dim()), key=lambda dim: -int(shards[0].stride(dim)))
+    strides = shards[0].stride()
+    order = sorted(range(len(strides)), key=lambda dim: -strides[dim])
     return [shard.permute(order).reshape(-1) for shard in shards]

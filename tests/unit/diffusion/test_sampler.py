@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from ecdit_train.evaluate.pictures import sample_latents
 from ecdit_train.keyed import Purpose
 from ecdit_train.model.dit import DiT
 from ecdit_train.model.init import initialise
+from ecdit_train.parallel.compiling import apply_compile
 
 SHAPE = (3, 8, 8)
 PATCHES = 16
@@ -87,6 +89,21 @@ def test_work_on_the_prompt_is_done_once_and_changes_no_bit(guidance, sampler):
     model.prompt = lambda text: text  # the plain form: the network is given the text in every step
     assert torch.equal(once, draw(model, prompts, guidance=guidance, sampler=sampler))
     assert len(calls) > 4 + 4 * 3
+
+
+def test_compiled_blocks_draw_with_a_prompts_keys_and_values(monkeypatch):
+    """The same pictures; another draw compiles nothing anew."""
+    model = make()
+    plain = draw(model, ["a red circle", "nothing"])
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    apply_compile(model)
+    counted = torch._dynamo.utils.counters["stats"]
+    counted.clear()
+    torch.testing.assert_close(draw(model, ["a red circle", "nothing"]), plain)
+    graphs = counted["unique_graphs"]
+    assert graphs > 0
+    draw(model, ["two blue squares", "a green cross"])
+    assert counted["unique_graphs"] == graphs
 
 
 def test_in_a_pool_of_two_images_a_picture_depends_on_its_neighbour():

