@@ -18,7 +18,7 @@ from ecdit_train.errors import EncoderError
 
 TEXT = T5(path="", width=64, max_tokens=12, parameters=0)
 IMAGE = Identity(scale=1.0, shift=0.0)
-STORED = StoredLatents(path=None, channels=8, factor=4, scale=1.0, shift=0.0)
+STORED = StoredLatents(path=None, channels=8, factor=4, scale=1.0, shift=0.0, parameters=0)
 HERE = {"device": "cpu", "dtype": torch.float32}
 
 
