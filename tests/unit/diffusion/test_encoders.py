@@ -62,7 +62,7 @@ def test_identity_codec_gives_every_byte_back(scale, shift):
 
 def test_kinds():
     assert isinstance(HashWords(width=64, max_tokens=12).build(**HERE), HashTextEncoder)
-    assert StoredText(width=64, max_tokens=12).build(**HERE) is None
+    assert StoredText(width=64, max_tokens=12, parameters=0).build(**HERE) is None
     assert isinstance(IMAGE.build(**HERE), IdentityCodec)
     assert STORED.build(**HERE) is None
 
