@@ -45,7 +45,8 @@ class WatchConfig:
     grace: float
     """From a request to stop to the end of the process, save included; a rank still there then is ended."""
     agree_every: int
-    """Steps between the ranks' agreements to stop and on saves that are written; a signal is heeded that much later, at most."""
+    """Steps between the ranks' agreements to stop and on saves that are written; a signal is heeded that much later, at most, so
+    steps of minutes want 1."""
     lease: float
     """Age at which the owner of a run folder counts as gone when nobody can be asked whether it lives."""
 
