@@ -320,7 +320,7 @@ def test_launch_refuses_what_does_not_fit_into_the_gpus(login, capsys):
     assert code == 77
     (line,) = [line for line in lines if "ConfigError" in line]
     assert "cluster.gpu_memory = 80000000000.0: fits: NO" in line
-    assert "smallest that fits: 8 nodes" in line
+    assert "smallest that fits: 4 nodes" in line
     assert ecdit("launch", *words, "--render-only") == 0
     assert "would be refused: cluster.gpu_memory" in capsys.readouterr().err
     assert not (login / "runs").exists()

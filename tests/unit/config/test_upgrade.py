@@ -17,13 +17,23 @@ from ecdit_train.config.validate import validate
 from ecdit_train.errors import RunFolderError
 
 OLD = Path(__file__).parents[2] / "golden" / "format1"
+BEFORE_8 = tuple(f"cluster.{key}_latency=0.0" for key in ("call", "intra", "inter"))
+"""What a plan did not reckon with before format 8."""
+LAYOUT_BEFORE_8 = (
+    "train.microbatch=64",
+    "parallel.activation_checkpointing=selective",
+    "parallel.overlap_chunks=1",
+    "parallel.reduce_gradients=step",
+)
+"""Presets that had it until their layouts came from the plan's search."""
+UNCOUNTED = ("encoders.text.parameters=0", "encoders.image.parameters=0")
 NOW = {
-    "ec_dit_xl_8e": ("moe/dispatcher=deterministic",),
-    "gshard_xl_8e": ("encoders=shards", "sample/sampler=heun"),
+    "ec_dit_xl_8e": ("encoders=paper", *LAYOUT_BEFORE_8, "moe/dispatcher=deterministic"),
+    "gshard_xl_8e": ("encoders=shards", *UNCOUNTED, *LAYOUT_BEFORE_8, "sample/sampler=heun"),
     "shapes_tiny": ("observe/sinks=none",),
-    "dense_xl": (),
+    "dense_xl": ("encoders=paper", *LAYOUT_BEFORE_8),
 }
-BEFORE_4 = ("checkpoint.save=blocking", "health.spike=ignore", "health.digest_every=0")
+BEFORE_4 = ("checkpoint.save=blocking", "health.spike=ignore", "health.digest_every=0", *BEFORE_8)
 """What runs did before format 4."""
 
 
@@ -63,29 +73,35 @@ def test_a_run_of_format_3_goes_on_as_it_was(words, tmp_path):
     ("name", "words"),
     [
         ("shapes_tiny", ["experiment=shapes_tiny"]),
-        ("ec_dit_m_64e", ["experiment=ec_dit_m_64e", "cluster=h100_ib400"]),
-        ("slurm_pyxis", ["experiment=dense_xl", "cluster=slurm_pyxis"]),
+        (
+            "ec_dit_m_64e",
+            [
+                *("experiment=ec_dit_m_64e", "cluster=h100_ib400", "encoders=paper", "parallel=ep64", *LAYOUT_BEFORE_8),
+                *("parallel.overlap_chunks=2", "parallel.exchange=flat", "parallel.reshard_after_forward=all"),
+            ],
+        ),
+        ("slurm_pyxis", ["experiment=dense_xl", "cluster=slurm_pyxis", "encoders=paper", *LAYOUT_BEFORE_8]),
     ],
 )
 def test_a_run_of_format_4_asks_slurm_for_what_it_asked(name, words, tmp_path):
     shutil.copy(OLD.parent / "format4" / f"{name}.yaml", tmp_path / "resolved.yaml")
-    assert load(tmp_path) == compose([*words, "run=runs/old"], local=False)
+    assert load(tmp_path) == compose([*words, "run=runs/old", *BEFORE_8], local=False)
 
 
 def test_a_run_of_format_5_reads_the_data_that_it_read(tmp_path):
     shutil.copy(OLD.parent / "format5" / "shapes_tiny.yaml", tmp_path / "resolved.yaml")
-    assert load(tmp_path) == compose(["experiment=shapes_tiny", "run=runs/old"], local=False)
+    assert load(tmp_path) == compose(["experiment=shapes_tiny", "run=runs/old", *BEFORE_8], local=False)
 
 
 def test_a_run_of_format_6_is_watched_as_it_was(tmp_path):
     shutil.copy(OLD.parent / "format6" / "shapes_tiny.yaml", tmp_path / "resolved.yaml")
-    assert load(tmp_path) == compose(["experiment=shapes_tiny", "run=runs/old"], local=False)
+    assert load(tmp_path) == compose(["experiment=shapes_tiny", "run=runs/old", *BEFORE_8], local=False)
 
 
 @pytest.mark.parametrize(("name", "words"), [("shapes_tiny", []), ("shapes_tiny_pair", ["parallel=pair"])])
 def test_a_run_of_format_7_exchanges_and_frees_as_it_did(name, words, tmp_path):
     shutil.copy(OLD.parent / "format7" / f"{name}.yaml", tmp_path / "resolved.yaml")
-    assert load(tmp_path) == compose(["experiment=shapes_tiny", *words, "run=runs/old"], local=False)
+    assert load(tmp_path) == compose(["experiment=shapes_tiny", *words, "run=runs/old", *BEFORE_8], local=False)
 
 
 def test_what_is_written_says_its_format(tmp_path):
