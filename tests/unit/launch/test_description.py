@@ -143,7 +143,8 @@ def seen(values: dict[str, object], *, run: str = "/runs/x", cwd: str = "/home/m
 def test_every_path_of_the_run():
     kl, t5 = "/models/kl", "../models/t5"
     encoders = compose(
-        ["experiment=ec_dit_xl_8e", "encoders=paper", f"encoders.image.path={kl}", f"encoders.text.path={t5}"], local=False
+        ["experiment=ec_dit_xl_8e", "encoders=paper", f"encoders.image.path={kl}", f"encoders.text.path={t5}"],
+        local=False,
     )
     found = mounts(with_values(encoders, {"data.shards": "/lustre/set", "train.init_from": "/runs/old"}),
                    run="/runs/x", cwd="/home/me")  # fmt: skip
