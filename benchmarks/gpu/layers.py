@@ -15,7 +15,7 @@ from ecdit_train.model.embed import Conditioning
 from ecdit_train.plan.flops import per_step
 
 from .device import Device
-from .rank import Part, fake_world, part, presets, tokens, with_words
+from .rank import Part, fake_world, layouts, part, presets, tokens, with_words
 from .record import Findings
 
 FORMS: dict[str, tuple[str, ...]] = {
@@ -25,7 +25,7 @@ FORMS: dict[str, tuple[str, ...]] = {
     "lean": ("moe/dispatcher=index_add", "moe.form=lean"),
     "lean, triton": ("moe/dispatcher=triton", "moe.form=lean"),
     "plain, compiled": ("moe/dispatcher=index_add", "parallel.compile=true"),
-    "fp8": ("moe/dispatcher=triton", "train.precision=fp8"),
+    "fp8": ("moe/dispatcher=triton", "train.precision=fp8", "moe.form=plain"),
 }
 """The layer's forms, as words of a command line; those that this version does not know are skipped, each with its reason."""
 
@@ -41,7 +41,7 @@ EAGER = ("parallel.compile=false",)
 
 def layers(device: Device, found: Findings) -> None:
     """The layer's TFLOP/s against torch.bmm of the same shapes: the best form reaches 85 %."""
-    for preset in presets(device):
+    for preset in layouts(device):
         best = 0.0
         for form, words in FORMS.items():
             with found.part(f"{preset.name}, {form}"):

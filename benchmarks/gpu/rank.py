@@ -23,6 +23,7 @@ from ecdit_train.model.dit import DiT
 from ecdit_train.model.moe import MoE
 from ecdit_train.parallel.compiling import apply_compile
 from ecdit_train.parallel.expert_parallel import apply_expert_parallel
+from ecdit_train.parallel.low_precision import Fp8, apply_fp8, check_device
 from ecdit_train.parallel.mesh import Mesh, make_mesh
 from ecdit_train.parallel.runtime import Runtime
 from ecdit_train.parallel.tensor_parallel import apply_tensor_parallel
@@ -32,6 +33,11 @@ from .record import Skipped
 
 PRESETS = ("ec_dit_xl_8e", "ec_dit_3xl_32e", "ec_dit_m_64e")
 """8, 64 and 64 GPUs."""
+LAYOUTS = {
+    "ec_dit_3xl_32e, ep8": ("experiment=ec_dit_3xl_32e", "parallel=ep8"),
+    "ec_dit_m_64e, ep64": ("experiment=ec_dit_m_64e", "parallel=ep64"),
+}
+"""The fewest and the most rows that an expert of the large presets meets, for the layer alone."""
 
 SMALL = (
     *("model.layers=2", "model.width=64", "model.heads=1", "model.text_width=64", "model.text_refiner_layers=1"),
@@ -55,12 +61,18 @@ class Preset:
 def presets(device: Device) -> list[Preset]:
     if not device.cuda:
         return [Preset(name="small", words=("experiment=shapes_tiny", *SMALL), world=4)]
-    found = []
-    for name in PRESETS:
-        config = compose([f"experiment={name}"], local=False)
-        world = config.cluster.nodes * config.cluster.gpus_per_node
-        found.append(Preset(name=name, words=(f"experiment={name}",), world=world))
-    return found
+    return [_preset(name, (f"experiment={name}",)) for name in PRESETS]
+
+
+def layouts(device: Device) -> list[Preset]:
+    """The presets, and their large ones spread otherwise."""
+    others = [_preset(name, words) for name, words in LAYOUTS.items()] if device.cuda else []
+    return [*presets(device), *others]
+
+
+def _preset(name: str, words: tuple[str, ...]) -> Preset:
+    cluster = compose(list(words), local=False).cluster
+    return Preset(name=name, words=words, world=cluster.nodes * cluster.gpus_per_node)
 
 
 def with_words(preset: Preset, words: Sequence[str]) -> RunConfig:
@@ -114,14 +126,22 @@ class Part:
 
 
 def part(config: RunConfig, device: Device, *, world: int, dtype: torch.dtype = torch.bfloat16) -> Part:
-    """Inside of `fake_world`. Weights are made on the device."""
-    mesh = make_mesh(config.parallel, device_type=device.kind, world=world)
+    """Inside of `fake_world`. Weights are made on the device. Raises Skipped where the device has no such products."""
+    try:
+        check_device(config.train, torch.device(device.kind))
+    except ConfigError as why:
+        raise Skipped(str(why).splitlines()[0]) from why
+    gpus = config.cluster.gpus_per_node
+    mesh = make_mesh(config.parallel, device_type=device.kind, world=world, gpus_per_node=gpus)
     mesh.build()
     with torch.device("meta"):
         model = DiT(
             config.model, config.moe, channels=config.encoders.image.channels, text_features=config.encoders.text.width
         )
     apply_tensor_parallel(model, mesh=mesh)
+    fp8 = Fp8.of(config.train)
+    if fp8 is not None:
+        apply_fp8(model, fp8, mesh=mesh)
     apply_expert_parallel(model, mesh=mesh, overlap_chunks=config.parallel.overlap_chunks)
     kinds = {"sparse" if isinstance(block.feed_forward, MoE) else "dense": block for block in model.blocks}
     for block in kinds.values():

@@ -74,15 +74,17 @@ def test_what_was_measured_is_there(outcomes):
 def test_the_shapes_of_the_presets_are_those_of_one_rank():
     """The issue's figures: one of 64 ranks with ep64 sees one expert with 16,384 rows, with ep8 four with 4,096."""
     found = {}
-    for preset in rank.presets(Device(kind="cuda")):
+    for preset in rank.layouts(Device(kind="cuda")):
         c = preset.config()
         with rank.fake_world(preset.world):
             from ecdit_train.parallel.mesh import make_mesh
 
-            mesh = make_mesh(c.parallel, device_type="cpu", world=preset.world)
+            gpus = c.cluster.gpus_per_node
+            mesh = make_mesh(c.parallel, device_type="cpu", world=preset.world, gpus_per_node=gpus)
         found[preset.name] = rank.Part(config=c, mesh=mesh, blocks={}).rows
-    assert found["ec_dit_m_64e"] == (1, 16384)
-    assert found["ec_dit_3xl_32e"] == (4, 4096)
+    assert found["ec_dit_m_64e, ep64"] == (1, 16384)
+    assert found["ec_dit_3xl_32e, ep8"] == (4, 4096)
+    assert found["ec_dit_m_64e"] == (2, 8192)
 
 
 @pytest.mark.skipif(not language.HERE, reason="Triton is not installed")

@@ -68,7 +68,8 @@ def test_presets_fit_their_nodes(planned, name):
 
 
 def test_text_says_the_verdict_first(planned):
-    lines = plan.render(planned("ec_dit_m_64e")).splitlines()
+    wasteful = ("parallel.activation_checkpointing=full", "parallel.keep=[]")  # so that there is something to warn of
+    lines = plan.render(planned("ec_dit_m_64e", *wasteful)).splitlines()
     assert lines[0].startswith("ec_dit_m_64e on 64 ranks, 8 nodes")
     assert lines[1].startswith("fits: yes, ")
     assert "of 80 GB" in lines[1]

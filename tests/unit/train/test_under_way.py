@@ -122,8 +122,7 @@ def test_a_save_is_of_what_was_trained_on(tiny_shards, tmp_path):
 
         trainer._step = cut
 
-    with pytest.raises(PowerCut):
-        live(stopped, before=meddle)
+    assert not live(stopped, before=meddle).finished
     rest = live(stopped)
     assert [p for positions, _ in rest.seen for p in positions] == list(range(48, 96)), "on from the save of step 6"
     assert_same(rest.tensors, whole.tensors)
@@ -144,8 +143,7 @@ def test_an_error_of_the_batch_ahead_comes_when_its_step_does(where, tiny_shards
 
         setattr(trainer.batches, where, torn)
 
-    with pytest.raises(PowerCut):
-        live(configure(tmp_path, tiny_shards, "checkpoint.every_steps=4"), before=meddle)
+    assert not live(configure(tmp_path, tiny_shards, "checkpoint.every_steps=4"), before=meddle).finished
     assert [line["step"] for line in records(tmp_path)] == [1, 2, 3, 4]
     assert (tmp_path / "checkpoints" / "step_00000004").exists()
 
