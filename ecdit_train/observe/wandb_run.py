@@ -132,13 +132,13 @@ class Session:
 
     def _send(self, *, last: bool = False) -> None:
         for step, row in self.rows.ready(last=last):
-            self.count += 1
-            if GRID in row and (drawn := self._routing(step)) is not None:
+            if GRID in row and MAPS not in row and (drawn := self._routing(step)) is not None:
                 row[MAPS] = drawn
             row |= wandb_tables.histograms(self._folder, step)
             ready = {k: _loaded(v, self._wandb) for k, v in row.items()}
             self._at.log({k: v for k, v in ready.items() if v is not None}, step=step, commit=True)
             self.rows.done(step)
+            self.count += 1
 
     def _routing(self, step: int) -> _Picture | None:
         """Experts per patch of the first prompt, by layer and timestep; drawn here, where nobody waits for it."""
