@@ -62,7 +62,7 @@ def test_pictures_do_not_depend_on_the_layout(trained, tiny_shards):
 
 def test_a_prompts_work_is_done_once_and_weights_are_gathered_once(trained, tiny_shards):
     layouts = {name: layout for name, layout in LAYOUTS.items() if layout.world == 2}
-    layouts["bf16"] = Layout(world=2, words=("train.precision=bf16", "parallel.reshard_after_forward=true"))
+    layouts["bf16"] = Layout(world=2, words=("train.precision=bf16", "parallel.reshard_after_forward=all"))
     for found in run_distributed(2, drawn_once, trained, tiny_shards, layouts, PROMPTS[:3], timeout=240):
         for name, of in found.items():
             assert of["fsdp"] > 0, name
