@@ -15,8 +15,6 @@ def check_precision(cfg: RunConfig, check: Checker) -> None:
     rule = "must be emulated with fp8_recipe = mxfp8: torch has no product with blocks that a test here could run"
     scaled_mm = cfg.train.fp8_backend == "scaled_mm"
     check.require(recipe != "mxfp8" or not scaled_mm, "train.fp8_backend", rule=rule, nearest="emulated")
-    rule = "must be false with train.precision = fp8: its products are not traced"
-    check.require(not cfg.parallel.compile, "parallel.compile", rule=rule, nearest="false")
     _experts(cfg, check)
     _sizes(cfg, check, multiple=32 if recipe == "mxfp8" else 16)
 
@@ -27,8 +25,6 @@ def _experts(cfg: RunConfig, check: Checker) -> None:
         return
     rule = f"cannot be fp8: {type(experts).__name__} builds no `model.experts.two_layers.TwoLayers`, whose products it replaces"
     check.require(experts.lean, "train.precision", rule=rule, nearest="bf16")
-    rule = "must be plain with train.precision = fp8: the lean form multiplies by itself"
-    check.require(cfg.moe.form == "plain", "moe.form", rule=rule, nearest="plain")
 
 
 def _sizes(cfg: RunConfig, check: Checker, *, multiple: int) -> None:

@@ -143,6 +143,8 @@ class Fp8Product(nn.Module):
         `delayed` remembers: on more ranks, what is remembered is not too small."""
         self.agree: Callable[[Tensor], Tensor] | None = None
         """Own amax -> that of the whole tensor, where each rank holds a part of it."""
+        self.amax_of, self.block_scale, self.cast = amax_of, block_scale, quantise
+        """What passes over every value. Compiled, each is one loop."""
         self.seen: dict[str, Tensor] = {}
         """By role (e,): largest magnitudes since the last update. A maximum, so a pass that is repeated does not count twice."""
         if recipe == "delayed":
@@ -163,6 +165,30 @@ class Fp8Product(nn.Module):
         """(..., K), (O, K) -> (..., O), as `nn.functional.linear`."""
         return self(x.reshape(1, -1, x.shape[-1]), w_OK.t()[None]).view(*x.shape[:-1], -1)
 
+    # The same in parts (`experts.two_layers.Product`).
+
+    def weight(self, w_eKO: Tensor, *, back: bool = False) -> Quantised:
+        return self.quantise(w_eKO, "w", along=2 if back else 1)
+
+    def gradient(self, dy_eRO: Tensor) -> tuple[Quantised, Quantised]:
+        """For the sum over O, and for that over R."""
+        over_O = self.quantise(dy_eRO, "dy", along=2)
+        return over_O, self.quantise(dy_eRO, "dy", along=1) if self.by_block else over_O
+
+    def y(self, x_eRK: Tensor, weight: Quantised) -> Tensor:
+        return multiply(self.quantise(x_eRK, "x", along=2), weight, dtype=x_eRK.dtype, backend=self.backend)
+
+    def dx(
+        self, gradient: tuple[Quantised, Quantised], weight: Quantised, *, into: Tensor, add: bool = False
+    ) -> None:
+        dx_eRK = multiply(gradient[0], weight.turned(), dtype=into.dtype, backend=self.backend)
+        into.add_(dx_eRK) if add else into.copy_(dx_eRK)
+
+    def dw(self, x_eRK: Tensor, gradient: tuple[Quantised, Quantised], *, into: Tensor, add: bool) -> None:
+        x = self.quantise(x_eRK, "x", along=1)
+        dw_eKO = multiply(x.turned(), gradient[1], dtype=into.dtype, backend=self.backend)
+        into.add_(dw_eKO) if add else into.copy_(dw_eKO)
+
     @property
     def by_block(self) -> bool:
         return self.recipe == "mxfp8"
@@ -170,11 +196,11 @@ class Fp8Product(nn.Module):
     def quantise(self, t_eRK: Tensor, role: str, *, along: int) -> Quantised:
         """`along`: the dim that is summed over."""
         fp8 = E5M2 if role == "dy" and not self.by_block else E4M3
-        scale = block_scale(t_eRK, fp8, along=along) if self.by_block else self._one_scale(t_eRK, role, fp8)
-        return quantise(t_eRK, scale, fp8)
+        scale = self.block_scale(t_eRK, fp8, along=along) if self.by_block else self._one_scale(t_eRK, role, fp8)
+        return self.cast(t_eRK, scale, fp8)
 
     def _one_scale(self, t_eRK: Tensor, role: str, fp8: torch.dtype) -> Tensor:
-        now = amax_of(t_eRK)
+        now = self.amax_of(t_eRK)
         if self.agree is not None:
             now = self.agree(now)
         if self.recipe == "delayed":
@@ -206,7 +232,7 @@ class _Product(torch.autograd.Function):
         dy = how.quantise(dy_eRO, "dy", along=2)
         dx = dw = None
         if ctx.needs_input_grad[0]:
-            w = how.quantise(w_eKO, "w", along=2) if how.by_block else quantise(w_eKO, w_scale, E4M3)
+            w = how.quantise(w_eKO, "w", along=2) if how.by_block else how.cast(w_eKO, w_scale, E4M3)
             dx = multiply(dy, w.turned(), dtype=ctx.x_dtype, backend=how.backend)
         if ctx.needs_input_grad[1]:
             if how.by_block:

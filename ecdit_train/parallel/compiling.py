@@ -8,6 +8,9 @@ a graph, and a graph should not end while a message is in flight.
 What `parallel.keep` names runs as it is written, too. That costs little: attention, its projections and the products of a
 feed-forward are library kernels in a graph as well, and there is nothing between them that could be fused with them (GELU is one
 kernel either way). Norms, modulation and residuals stay compiled.
+
+Products of 8-bit operands (`train.precision=fp8`) run between graphs, too, since they take notes of what they meet; what passes over
+their operands (the largest magnitude, the rounding) is one loop each.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from ecdit_train.config.schema import Kept
 from ecdit_train.model.block import Block
 from ecdit_train.model.dit import DiT
 from ecdit_train.model.experts.two_layers import TwoLayers
+from ecdit_train.model.fp8 import Fp8Product
 from ecdit_train.model.moe import MoE, plain
 
 from .activation import checkpointed_blocks, modules_that_keep
@@ -46,6 +50,18 @@ def apply_compile(model: DiT, *, keep: Collection[Kept] = (), share: float = 1.0
             for module, _ in modules_that_keep(block, keep):
                 module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
         block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
+    for layer in model.modules():
+        if isinstance(layer, Fp8Product):
+            compile_casts(layer)
+        elif isinstance(getattr(layer, "fp8", None), Fp8Product):
+            layer.forward = torch.compiler.disable(layer.forward)  # type: ignore[method-assign]
+
+
+def compile_casts(product: Fp8Product) -> None:
+    """In place. Shapes are left open: there are a dozen."""
+    product.amax_of = torch.compile(product.amax_of, dynamic=True)
+    product.block_scale = torch.compile(product.block_scale, dynamic=True)
+    product.cast = torch.compile(product.cast, dynamic=True)
 
 
 def compile_activations(experts: TwoLayers) -> None:

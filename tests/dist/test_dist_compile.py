@@ -54,6 +54,14 @@ def test_compiled_graphs_around_what_is_kept() -> None:
     assert graphs == 9
 
 
+def test_compiled_graphs_around_8_bits() -> None:
+    """Products stand between graphs, and what passes over their operands is compiled for each kind of them: as many graphs at 4
+    layers as at 6."""
+    how = case(tp=2, ep=2, compiled=True, ac="selective", steps=1, fp8="delayed")
+    shallow, deep = assert_equal([how, replace(how, model=replace(MODEL, layers=6))], backend="aot_eager")
+    assert shallow == deep
+
+
 @pytest.mark.slow
 def test_compiled_code() -> None:
     """Inductor: generated C++, whose collectives work in place (eager tracing does not show what goes wrong there)."""

@@ -61,9 +61,11 @@ class SwiGLUExperts(TwoLayers):
         gate, value = h_eRH
         return F.silu(gate) * value
 
-    def activate_backward(self, h_eRH: tuple[Tensor, ...], da_eRH: Tensor) -> Activated:
+    def activate_backward(self, h_eRH: tuple[Tensor, ...], da_eRH: Tensor, gate_eR: Tensor) -> Activated:
         gate, value = h_eRH
         open_eRH = F.silu(gate)
         a = open_eRH * value
+        dot_eR = rows_dot(a, da_eRH)
+        da_eRH.mul_(gate_eR[..., None])
         dgate = torch.ops.aten.silu_backward(da_eRH * value, gate)
-        return Activated(a=a, dh=(dgate, da_eRH * open_eRH), dot_eR=rows_dot(a, da_eRH))
+        return Activated(a=a.mul_(gate_eR[..., None]), dh=(dgate, open_eRH.mul_(da_eRH)), dot_eR=dot_eR)

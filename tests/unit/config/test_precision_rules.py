@@ -35,12 +35,6 @@ def test_blocks_are_emulated():
     assert compose([*FP8, "train.fp8_recipe=mxfp8", "train.fp8_backend=emulated"]).train.recipe == "mxfp8"
 
 
-def test_not_traced_and_not_lean():
-    found = problems("parallel.compile=true", "moe.form=lean")
-    assert found["parallel.compile"].nearest == "false"
-    assert found["moe.form"].nearest == "plain"
-
-
 @pytest.mark.parametrize(("recipe", "unit"), [("current", 16), ("mxfp8", 32)])
 def test_experts_width(recipe, unit):
     width = compose([*FP8]).model.width
