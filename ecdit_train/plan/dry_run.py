@@ -33,8 +33,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ecdit_train.config.convert import with_values
 from ecdit_train.config.schema import RunConfig
 from ecdit_train.errors import ConfigError, EcditError, Problem
+from ecdit_train.kernels import gelu
 from ecdit_train.model.embed import Text
-from ecdit_train.model.experts import activations
 from ecdit_train.parallel.apply import parallelize
 from ecdit_train.parallel.expert_parallel import sparse_layers
 from ecdit_train.parallel.fsdp import accumulate
@@ -199,11 +199,11 @@ def dry_run(cfg: RunConfig, *, world: int) -> DryRun:
 def _as_on_a_gpu() -> Iterator[None]:
     """Activations of the lean form in large tiles: in those of a CPU's cache fake tensors would take hours, in one their fp32
     copies, which no GPU makes, would weigh most."""
-    kept, activations.TILE = activations.TILE, 1 << 22
+    kept, gelu.TILE = gelu.TILE, 1 << 22
     try:
         yield
     finally:
-        activations.TILE = kept
+        gelu.TILE = kept
 
 
 def _run(cfg: RunConfig, *, world: int, started: float, said: traffic.Update, microbatches: int) -> DryRun:

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ecdit_train.config.slots import ExpertsConfig
+from ecdit_train.kernels.gelu import gelu_backward_rows, gelu_rows
 
 from ..feed_forward import FeedForward
-from . import activations
 from .two_layers import Activated, TwoLayers
 
 
@@ -54,9 +54,9 @@ class GeluExperts(TwoLayers):
 
     def activate_forward(self, h_eRH: tuple[Tensor, ...]) -> Tensor:
         (h,) = h_eRH
-        return activations.gelu(h)
+        return gelu_rows(h)
 
     def activate_backward(self, h_eRH: tuple[Tensor, ...], da_eRH: Tensor) -> Activated:
         (h,) = h_eRH
-        a, dh, dot = activations.gelu_backward(h, da_eRH)
+        a, dh, dot = gelu_backward_rows(h, da_eRH)
         return Activated(a=a, dh=(dh,), dot_eR=dot)
