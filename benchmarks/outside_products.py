@@ -140,17 +140,18 @@ def pieces() -> dict[str, Piece]:
 
 
 def lean_gelu() -> dict[str, float]:
-    """What the backward of a lean layer makes of pre-activations and da: a, dh and <a, da>; one pass against torch's
-    own ops, in bf16."""
-    h, da = torch.randn(R, 4 * D, dtype=torch.bfloat16), torch.randn(R, 4 * D, dtype=torch.bfloat16)
+    """What the backward of a lean layer makes of pre-activations, da and gates: g a, g dh and <a, da>; one pass against
+    torch's own ops, in bf16."""
+    h, da, gate = (torch.randn(R, n, dtype=torch.bfloat16) for n in (4 * D, 4 * D, 1))
 
     def plain() -> None:
         a = F.gelu(h, approximate="tanh")
-        torch.ops.aten.gelu_backward(da, h, approximate="tanh")
+        torch.ops.aten.gelu_backward(da, h, approximate="tanh") * gate
         (a * da).sum(-1, dtype=torch.float32)
+        a * gate
 
     found = {}
-    for name, work in {"plain": plain, "fused": lambda: gelu.gelu_backward_rows(h, da)}.items():
+    for name, work in {"plain": plain, "fused": lambda: gelu.gelu_backward_rows(h, da, gate[:, 0])}.items():
         with Traffic() as seen:
             work()
         found[name] = sum(seen.bytes.values()) / N / D

@@ -33,34 +33,32 @@ def gelu_rows_twin(h_RH: Tensor) -> Tensor:
     return F.gelu(h_RH, approximate="tanh")
 
 
-def gelu_backward_rows(h_RH: Tensor, da_RH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of pre-activations h and the gradient `da` of a = gelu(h): a, dh = gelu'(h) * da, both (R, H), and <a, da> of
-    each row, (R,), in fp32 at least."""
+def gelu_backward_rows(h_RH: Tensor, da_RH: Tensor, gate_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of pre-activations h, the gradient `da` of a = gelu(h) before its gate, and gates of h's type: gate * a, gate * gelu'(h) * da,
+    both (R, H), and <a, da> of each row, (R,), in fp32 at least: the gate's gradient, without a division by a gate that may be 0."""
     if not runs(h_RH):
-        return gelu_backward_rows_twin(h_RH, da_RH)
-    return _gelu_backward(h_RH.contiguous(), da_RH.contiguous())
+        return gelu_backward_rows_twin(h_RH, da_RH, gate_R)
+    return _gelu_backward(h_RH.contiguous(), da_RH.contiguous(), gate_R.contiguous())
 
 
-def gelu_backward_rows_twin(h_RH: Tensor, da_RH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def gelu_backward_rows_twin(h_RH: Tensor, da_RH: Tensor, gate_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     dtype, wide = h_RH.dtype, torch.promote_types(h_RH.dtype, torch.float32)
     a_RH, dh_RH = h_RH.new_empty(h_RH.shape), h_RH.new_empty(h_RH.shape)
     dot_R = h_RH.new_empty(h_RH.shape[:-1], dtype=wide)
     tiled = h_RH.device.type == "cpu" and not torch.compiler.is_compiling()  # inductor makes one loop of it all
     rows = max(1, TILE // max(h_RH.shape[-1], 1) if tiled else dot_R.numel())
-    tiles = [x.flatten(0, -2).split(rows) for x in (h_RH, da_RH, a_RH, dh_RH, dot_R[..., None])]
-    for h, da, a, dh, dot in zip(*tiles, strict=True):
-        x, dx = h.to(wide), da.to(wide)
+    tiles = [x.flatten(0, -2).split(rows) for x in (h_RH, da_RH, gate_R[..., None], a_RH, dh_RH, dot_R[..., None])]
+    for h, da, gate, a, dh, dot in zip(*tiles, strict=True):
+        x, dx, g = h.to(wide), da.to(wide), gate.to(wide)
         bend = torch.mul(x, x).mul_(2.0 * SCALE * CUBE).add_(2.0 * SCALE)  # 2 u / x
         s = torch.mul(bend, x).sigmoid_()
         made = torch.mul(x, s, out=a if dtype == wide else None)
         slope = bend.mul_(3.0).sub_(4.0 * SCALE)  # 2 u'
         torch.addcmul(s, slope, torch.addcmul(made, made, s, value=-1.0), out=slope)
         torch.sum(torch.mul(made, dx, out=s), dim=-1, keepdim=True, out=dot)
-        if dtype == wide:
-            torch.mul(slope, dx, out=dh)
-        else:
-            a.copy_(made)
-            dh.copy_(slope.mul_(dx))
+        torch.mul(made, g, out=a) if dtype == wide else a.copy_(made.mul_(g))
+        torch.mul(dx, g, out=s)
+        torch.mul(slope, s, out=dh) if dtype == wide else dh.copy_(slope.mul_(s))
     return a_RH, dh_RH, dot_R
 
 
@@ -78,18 +76,18 @@ def _(h_RH: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("ecdit::gelu_backward_rows", mutates_args=())
-def _gelu_backward(h_RH: Tensor, da_RH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _gelu_backward(h_RH: Tensor, da_RH: Tensor, gate_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     H = h_RH.shape[-1]
     a_RH, dh_RH = torch.empty_like(h_RH), torch.empty_like(h_RH)
     dot_R = h_RH.new_zeros(h_RH.shape[:-1], dtype=torch.float32)
     if h_RH.numel():
         block = min(next_power_of_2(max(H, 16)), WIDEST)
-        _gelu_backward_kernel[(dot_R.numel(),)](h_RH, da_RH, a_RH, dh_RH, dot_R, H, SCALE, CUBE, BLOCK=block)
+        _gelu_backward_kernel[(dot_R.numel(),)](h_RH, da_RH, gate_R, a_RH, dh_RH, dot_R, H, SCALE, CUBE, BLOCK=block)
     return a_RH, dh_RH, dot_R
 
 
 @_gelu_backward.register_fake
-def _(h_RH: Tensor, da_RH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _(h_RH: Tensor, da_RH: Tensor, gate_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(h_RH), torch.empty_like(h_RH), h_RH.new_empty(h_RH.shape[:-1], dtype=torch.float32)
 
 
@@ -105,8 +103,9 @@ def _gelu_kernel(h, a, size, scale, cube, BLOCK: constexpr):  # type: ignore[no-
 
 
 @jit
-def _gelu_backward_kernel(h, da, a, dh, dot, H, scale, cube, BLOCK: constexpr):  # type: ignore[no-untyped-def]
+def _gelu_backward_kernel(h, da, gate, a, dh, dot, H, scale, cube, BLOCK: constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
+    weight = tl.load(gate + row).to(tl.float32)
     total = tl.zeros([BLOCK], dtype=tl.float32)
     for first in range(0, H, BLOCK):
         cols = first + tl.arange(0, BLOCK)
@@ -119,6 +118,6 @@ def _gelu_backward_kernel(h, da, a, dh, dot, H, scale, cube, BLOCK: constexpr): 
         s = tl.where(u >= 0, 1.0, e) / (1 + e)
         slope = s + x * (e / ((1 + e) * (1 + e))) * 2 * scale * (1 + 3 * cube * x * x)
         total += x * s * g
-        tl.store(a + at, (x * s).to(a.dtype.element_ty), mask=inside)
-        tl.store(dh + at, (slope * g).to(dh.dtype.element_ty), mask=inside)
+        tl.store(a + at, (x * s * weight).to(a.dtype.element_ty), mask=inside)
+        tl.store(dh + at, (slope * g * weight).to(dh.dtype.element_ty), mask=inside)
     tl.store(dot + row, tl.sum(total, axis=0))

@@ -56,7 +56,7 @@ class GeluExperts(TwoLayers):
         (h,) = h_eRH
         return gelu_rows(h)
 
-    def activate_backward(self, h_eRH: tuple[Tensor, ...], da_eRH: Tensor) -> Activated:
+    def activate_backward(self, h_eRH: tuple[Tensor, ...], da_eRH: Tensor, gate_eR: Tensor) -> Activated:
         (h,) = h_eRH
-        a, dh, dot = gelu_backward_rows(h, da_eRH)
+        a, dh, dot = gelu_backward_rows(h, da_eRH, gate_eR)
         return Activated(a=a, dh=(dh,), dot_eR=dot)

@@ -68,28 +68,28 @@ def test_gelu(shape, dtype):
     g = torch.Generator().manual_seed(shape[-1])
     h, da = (3 * torch.randn(shape, generator=g)).to(dtype), torch.randn(shape, generator=g).to(dtype)
     close(gelu.gelu_rows(h), gelu.gelu_rows_twin(h))
-    got, expected = (f(h, da) for f in (gelu.gelu_backward_rows, gelu.gelu_backward_rows_twin))
+    gate = torch.randn(shape[:-1], generator=g).to(dtype)
+    got, expected = (f(h, da, gate) for f in (gelu.gelu_backward_rows, gelu.gelu_backward_rows_twin))
     close(got[0], expected[0])
     close(got[1], expected[1])
     torch.testing.assert_close(got[2], expected[2], rtol=1e-5, atol=1e-4)
 
 
 def test_gelu_is_closer_to_the_truth_than_torch_in_fp32():
-    def torchs(h, da):
+    def torchs(h, da, gate):
         return F.gelu(h, approximate="tanh"), torch.ops.aten.gelu_backward(da, h, approximate="tanh")
 
     h = torch.linspace(-12, 12, 4001)[None]
-    truth = torchs(h.double(), torch.ones_like(h).double())
+    one, gate = torch.ones_like(h), torch.ones(1)
+    truth = torchs(h.double(), one.double(), gate)
     for place in (0, 1):
-        kernel, own = (
-            (f(h, torch.ones_like(h))[place] - truth[place]).abs().max() for f in (gelu.gelu_backward_rows, torchs)
-        )
+        kernel, own = ((f(h, one, gate)[place] - truth[place]).abs().max() for f in (gelu.gelu_backward_rows, torchs))
         assert kernel <= max(own, 1e-6), place
 
 
 def test_gelu_far_out():
     h = torch.tensor([[-1e4, -30.0, -0.0, 30.0, 1e4]])
-    a, dh, dot = gelu.gelu_backward_rows(h, torch.ones_like(h))
+    a, dh, dot = gelu.gelu_backward_rows(h, torch.ones_like(h), torch.ones(1))
     torch.testing.assert_close(a, h.relu())
     torch.testing.assert_close(dh, torch.tensor([[0.0, 0.0, 0.5, 1.0, 1.0]]))
     assert dot.item() == pytest.approx(1e4 + 30)

@@ -34,13 +34,15 @@ def test_gradients_of_gather_sum_and_weigh(case):
 
 
 def test_gradients_of_gelu(case):
-    _, h, _, _ = case
+    _, h, _, gate = case
     da = torch.randn_like(h)
+    gate = gate.detach().clone()
+    gate[1] = 0.0
     a = torch.nn.functional.gelu(h, approximate="tanh")
     (expected,) = torch.autograd.grad(a, h, da)
     with torch.no_grad():
-        got = gelu.gelu_backward_rows(h, da)
-    for one, two in zip(got, (a, expected, (a * da).sum(-1)), strict=True):
+        got = gelu.gelu_backward_rows(h, da, gate)
+    for one, two in zip(got, (a * gate[:, None], expected * gate[:, None], (a * da).sum(-1)), strict=True):
         torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
 
 
@@ -50,9 +52,10 @@ def test_gelu_in_tiles_is_gelu_in_one(tile, dtype, monkeypatch):
     """To the rounding of a sigmoid, also where rows lie in two dims and not in order."""
     g = torch.Generator().manual_seed(0)
     h, da = (torch.randn(4, 3, 5, generator=g).to(dtype).transpose(0, 1) for _ in range(2))
-    whole = gelu.gelu_backward_rows_twin(h.reshape(12, 5), da.reshape(12, 5))
+    gate = torch.randn(4, 3, generator=g).to(dtype).transpose(0, 1)
+    whole = gelu.gelu_backward_rows_twin(h.reshape(12, 5), da.reshape(12, 5), gate.reshape(12))
     monkeypatch.setattr(gelu, "TILE", tile)
-    for got, expected in zip(gelu.gelu_backward_rows_twin(h, da), whole, strict=True):
+    for got, expected in zip(gelu.gelu_backward_rows_twin(h, da, gate), whole, strict=True):
         rounding = 8 * torch.finfo(expected.dtype).eps
         torch.testing.assert_close(got.flatten(0, 1), expected, rtol=rounding, atol=rounding)
 
@@ -94,7 +97,7 @@ SIGNATURES = {
     rows._sum_kernel: ("rows:T order:i64 start:i64 gate:f32 out:T", "D", {"GATED": True}),
     rows._gather_and_dot_kernel: ("grad:T rows:T index:i64 gate:f32 out:T dot:f32", "D", {}),
     gelu._gelu_kernel: ("h:T a:T", "size scale:f cube:f", {}),
-    gelu._gelu_backward_kernel: ("h:T da:T a:T dh:T dot:f32", "H scale:f cube:f", {}),
+    gelu._gelu_backward_kernel: ("h:T da:T gate:T a:T dh:T dot:f32", "H scale:f cube:f", {}),
     adaln._forward_kernel: ("x:T shift:T scale:T normed:T h:T", "S D eps:f", {"BOTH": True}),
     adaln._backward_kernel: (
         "x:T scale:T dnormed:T dh:T dx:T partial:f32", "S D apart eps:f", {"NORMED": True, "ROWS": 16},
