@@ -147,7 +147,9 @@ def cases(device: Device, *, N: int, R: int, D: int, dtype: torch.dtype) -> dict
         "weighted sum": pair(rows.sum_rows, rows.sum_rows_twin, (R + N) * D * b, y, lists, gate_R=gate),
         "its backward": pair(rows.weigh_backward, rows.weigh_backward_twin, 3 * R * D * b, x, y, index, gate_R=gate),
         "gelu": pair(gelu.gelu_rows, gelu.gelu_rows_twin, 8 * R * D * b, h),
-        "its gradient": pair(gelu.gelu_backward_rows, gelu.gelu_backward_rows_twin, 16 * R * D * b, h, dh, gate.to(h.dtype)),
+        "its gradient": pair(
+            gelu.gelu_backward_rows, gelu.gelu_backward_rows_twin, 16 * R * D * b, h, dh, gate.to(h.dtype)
+        ),
         "norm and modulate": pair(
             adaln.norm_modulate, adaln.norm_modulate_twin, 3 * N * D * b, images, shift_BD=shift, scale_BD=scale
         ),

@@ -34,8 +34,9 @@ def gelu_rows_twin(h_RH: Tensor) -> Tensor:
 
 
 def gelu_backward_rows(h_RH: Tensor, da_RH: Tensor, gate_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of pre-activations h, the gradient `da` of a = gelu(h) before its gate, and gates of h's type: gate * a, gate * gelu'(h) * da,
-    both (R, H), and <a, da> of each row, (R,), in fp32 at least: the gate's gradient, without a division by a gate that may be 0."""
+    """Of pre-activations h, the gradient `da` of a = gelu(h) before its gate, and gates of h's type: gate * a,
+    gate * gelu'(h) * da, both (R, H), and <a, da> of each row, (R,), in fp32 at least: the gate's gradient, without a
+    division by a gate that may be 0."""
     if not runs(h_RH):
         return gelu_backward_rows_twin(h_RH, da_RH, gate_R)
     return _gelu_backward(h_RH.contiguous(), da_RH.contiguous(), gate_R.contiguous())

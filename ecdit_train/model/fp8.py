@@ -178,9 +178,7 @@ class Fp8Product(nn.Module):
     def y(self, x_eRK: Tensor, weight: Quantised) -> Tensor:
         return multiply(self.quantise(x_eRK, "x", along=2), weight, dtype=x_eRK.dtype, backend=self.backend)
 
-    def dx(
-        self, gradient: tuple[Quantised, Quantised], weight: Quantised, *, into: Tensor, add: bool = False
-    ) -> None:
+    def dx(self, gradient: tuple[Quantised, Quantised], weight: Quantised, *, into: Tensor, add: bool = False) -> None:
         dx_eRK = multiply(gradient[0], weight.turned(), dtype=into.dtype, backend=self.backend)
         into.add_(dx_eRK) if add else into.copy_(dx_eRK)
 

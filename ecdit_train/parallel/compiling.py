@@ -9,8 +9,8 @@ What `parallel.keep` names runs as it is written, too. That costs little: attent
 feed-forward are library kernels in a graph as well, and there is nothing between them that could be fused with them (GELU is one
 kernel either way). Norms, modulation and residuals stay compiled.
 
-Products of 8-bit operands (`train.precision=fp8`) run between graphs, too, since they take notes of what they meet; what passes over
-their operands (the largest magnitude, the rounding) is one loop each.
+Products of 8-bit operands (`train.precision=fp8`) run between graphs, too, since they take notes of what they meet;
+what passes over their operands (the largest magnitude, the rounding) is one loop each.
 """
 
 from __future__ import annotations

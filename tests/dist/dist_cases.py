@@ -286,7 +286,8 @@ def chosen_in_group(prediction: Prediction) -> list[Tensor]:
 
 def run_reference(c: Case) -> Trace:
     """One process, no parallel code at all; microbatches are only a loop order, so the whole batch is one forward."""
-    model = in_8_bits(c, make_model(replace(c, moe=replace(c.moe, form="plain"))).to(getattr(torch, c.dtype)))
+    form = "plain" if c.fp8 is None else c.moe.form  # in 8 bits the forms round other operands
+    model = in_8_bits(c, make_model(replace(c, moe=replace(c.moe, form=form))).to(getattr(torch, c.dtype)))
     model.load_state_dict(full_state(c))
     optim, trace = optimizer(c, model), Trace()
     for step in range(c.steps):

@@ -9,12 +9,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from dist_cases import DENSE, MODEL, Case, case, check_cases
+from dist_cases import DENSE, MODEL, MOE, Case, case, check_cases
 from dist_compare import Errors
 from dist_harness import run_distributed
 
+from ecdit_train.model.experts.swiglu import SwiGLU
+
 BOUND = 1e-10
 FEW_KV = replace(MODEL, kv_heads=1)
+LEAN = replace(MOE, form="lean")
+GATED = replace(LEAN, experts=SwiGLU())
 
 
 def errors_of(world: int, cases: list[Case]) -> list[tuple[str, Errors]]:
@@ -30,6 +34,15 @@ def test_two_ranks_equal_one() -> None:
         case(tp=2, moe=DENSE, fp8="current"), case(tp=2, ep=2, fp8="current"), case(tp=2, ep=2, fp8="mxfp8"),
         case(tp=2, ep=2, fp8="delayed"), case(ep=2, fp8="delayed"), case(fp8="delayed", ac="full"),
         case(tp=2, ep=2, fp8="delayed", ac="selective"), case(ep=2, fp8="delayed", chunks=2, microbatches=2),
+    ]):  # fmt: skip
+        assert errors.within(BOUND, grad=BOUND), f"{name}: {errors}"
+
+
+def test_the_lean_layer() -> None:
+    for name, errors in errors_of(2, [
+        case(moe=LEAN, tp=2, ep=2, fp8="current"), case(moe=GATED, tp=2, ep=2, fp8="delayed"),
+        case(moe=LEAN, ep=2, fp8="delayed", chunks=2, microbatches=2),
+        case(moe=LEAN, ep=2, fp8="delayed", ac="selective"), case(moe=LEAN, tp=2, ep=2, fp8="mxfp8", ac="full"),
     ]):  # fmt: skip
         assert errors.within(BOUND, grad=BOUND), f"{name}: {errors}"
 

@@ -6,6 +6,7 @@ Legend: E experts, D hidden width, H expert hidden width.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import torch.utils.flop_counter
 from torch import Tensor
 
 from benchmarks.layers import fill
+from ecdit_train.config.schema import Recipe
 from ecdit_train.config.slots import RouterSizes
 from ecdit_train.model.assignment import Table
 from ecdit_train.model.dispatchers.deterministic import DeterministicDispatcher
@@ -20,6 +22,7 @@ from ecdit_train.model.dispatchers.index_add import IndexAddDispatcher
 from ecdit_train.model.experts.gelu import GeluExperts
 from ecdit_train.model.experts.swiglu import SwiGLUExperts
 from ecdit_train.model.experts.two_layers import TwoLayers
+from ecdit_train.model.fp8 import Fp8Product
 from ecdit_train.model.lean import lean
 from ecdit_train.model.moe import Dispatcher, Experts, Form, MoE, plain
 from ecdit_train.model.routers.expert_choice import ExpertChoice, ExpertChoiceRouter
@@ -173,6 +176,49 @@ def _in_double(moe: MoE, *, tokens: int) -> dict[str, Tensor]:
     y.backward(weight)
     assert x.grad is not None
     return {"y": y.detach(), "x": x.grad, **{name: p.grad for name, p in moe.named_parameters() if p.grad is not None}}
+
+
+def in_8_bits(moe: MoE, recipe: Recipe) -> MoE:
+    assert isinstance(moe.experts, TwoLayers)
+    moe.experts.products = tuple(Fp8Product(recipe, stack=w.shape[0]) for w in moe.experts.matrices())
+    for product in moe.experts.products if recipe == "delayed" else ():
+        product.reset_buffers()
+    return moe
+
+
+@pytest.mark.parametrize("experts", EXPERTS)
+@pytest.mark.parametrize("recipe", ["current", "delayed", "mxfp8"])
+def test_in_8_bits_both_are_as_far_from_the_truth(experts: str, recipe: Recipe) -> None:
+    """Forward they round the same operands; backward plain rounds g dy, a, dh and x, lean dy, g a, g dh and x. A gate's gradient is
+    <dy, y> in plain and <a, da> in lean, one rounding more: the router's is a third farther off."""
+    shape: dict[str, Any] = {"experts": experts, "D": 64, "H": 128, "E": 8}
+    exact = run(layer(plain, **shape), tokens=64)
+    one, other = (run(in_8_bits(layer(form, **shape), recipe), tokens=64) for form in (plain, lean))
+    torch.testing.assert_close(other["y"], one["y"], rtol=1e-12, atol=1e-12)
+    for key in exact:
+        distances = [((got[key] - exact[key]).norm() / exact[key].norm()).item() for got in (one, other)]
+        assert 0.01 < distances[1] < min(1.5 * distances[0], 0.12), f"{key}: {distances}"
+
+
+def test_what_delayed_remembers_of_a_lean_layer() -> None:
+    """Of a and W what plain sees, and of x; of the gradient behind the experts what comes before gates, none above 1."""
+    seen = []
+    for form in (plain, lean):
+        moe = in_8_bits(layer(form, D=64, H=128, chunks=2 if form is lean else 1, travels=form is lean), "delayed")
+        run(moe, tokens=64)
+        assert isinstance(moe.experts, TwoLayers)
+        seen.append([product.seen for product in moe.experts.products])  # type: ignore[attr-defined]
+    for before, now in zip(*seen, strict=True):
+        for role in ("x", "w"):
+            torch.testing.assert_close(now[role], before[role])
+    assert (seen[1][1]["dy"] >= seen[0][1]["dy"]).all()
+
+
+def test_a_lean_layer_that_draws_multiplies_in_its_own_type() -> None:
+    x = torch.randn(2, 32, 12, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    with torch.no_grad():
+        (one, _), (other, _) = (moe(x, group_tokens=32) for moe in (layer(lean), in_8_bits(layer(lean), "current")))
+    assert torch.equal(one, other)
 
 
 def kept_rows(moe: MoE, *, tokens: int, dtype: torch.dtype) -> float:
