@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import os
 import signal
 import sys
@@ -25,6 +26,7 @@ from ecdit_train import (
 from ecdit_train.allocation_verb import allocation
 from ecdit_train.doctor import verb as doctor
 from ecdit_train.errors import EcditError, PeerLostError, PeerRefusedError
+from ecdit_train.leaving import as_decided
 from ecdit_train.study import study_routing
 from ecdit_train.supervise.exit_file import leave_exit_code
 from ecdit_train.verbs import (
@@ -47,23 +49,10 @@ OVERRIDES = "Hydra words: experiment=NAME, GROUP=CHOICE, section.key=value, +key
 INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 """What Hydra can print about a composition."""
 
-NEEDS_WORDS = (
-    "train",
-    "resume",
-    "sample",
-    "evaluate",
-    "allocation",
-    "launch",
-    "report",
-    "compare",
-    "play",
-    "merge",
-    "study",
-)
-"""Verbs that explain themselves when nothing else is said."""
-
 RANKS = ("train", "resume", "sample", "evaluate", "allocation")
 """Verbs that run on several ranks."""
+NEEDS_WORDS = (*RANKS, "launch", "report", "compare", "play", "merge", "study")
+"""Verbs that explain themselves when nothing else is said."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -85,9 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"argument --nodes: with --nproc (ranks of each node), and only for {', '.join(RANKS)}")
     submit_verbs.read_line(args, after, parser=parser)
     verb = _instead(args, parser)
-    if not hasattr(
-        args, "stop_after"
-    ):  # a launcher starts ranks with these blocked; training unblocks them when it listens
+    if not hasattr(args, "stop_after"):  # a launcher starts ranks with these blocked; training unblocks them itself
         signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2))
     why = ""
     try:
@@ -396,5 +383,7 @@ def _exit_codes() -> str:
     return "\n".join(lines)
 
 
+program = functools.partial(as_decided, main)
+
 if __name__ == "__main__":
-    main()
+    program()

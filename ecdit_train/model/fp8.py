@@ -78,7 +78,7 @@ def quantise(t: Tensor, scale: Tensor, fp8: torch.dtype) -> Quantised:
     wide, most = torch.promote_types(t.dtype, torch.float32), torch.finfo(fp8).max
     v = t.to(wide) / scale.to(wide)
     v = torch.where(v.isfinite(), v.clamp(-most, most), torch.nan)
-    return Quantised(values=v.to(fp8), scale=scale)
+    return Quantised(values=v.float().to(fp8), scale=scale)  # as torch rounds doubles, too
 
 
 def multiply(a_eRK: Quantised, b_eKO: Quantised, *, dtype: torch.dtype, backend: Backend) -> Tensor:
