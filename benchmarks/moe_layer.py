@@ -105,6 +105,7 @@ def kept(form: str, dtype: torch.dtype, *, experts: int) -> float:
 def summarise(times: Times) -> dict[str, float]:
     pairs = {f"{form} / {other}": (form, other) for form, other in product(FORMS, ("bmm", "dense"))}
     pairs |= {f"algorithm1 / {form}": ("algorithm1", form) for form in FORMS} | {"bmm / dense": ("bmm", "dense")}
+    pairs["plain, ordered / plain"] = ("plain, ordered", "plain")
     ratios = {name: round(times.ratio(*pair), 3) for name, pair in pairs.items()}
     return ratios | {"lean / bmm spread": round(times.spread("lean", "bmm"), 3), "rounds": times.rounds}
 
