@@ -52,6 +52,25 @@ def expert_choice(
     return MoE(router, GeluExperts(width, hidden=hidden, num_experts=experts), dispatcher=dispatcher, form=form)
 
 
+def kept_rows(layer: MoE, x_GSD: Tensor, *, capacity_factor: float) -> float:
+    """Vectors of width D that the layer holds for each of its rows (`capacity_factor` for a token) between forward and backward:
+    what lies in storages other than the tokens' own and the weights'."""
+    x_GSD = x_GSD.detach().requires_grad_()
+    known = {t.untyped_storage().data_ptr() for t in (x_GSD, *layer.parameters())}
+    sizes: dict[int, int] = {}
+    held = []  # so that no storage is given back and counted twice
+
+    def pack(t: Tensor) -> Tensor:
+        held.append(t)
+        if t.untyped_storage().data_ptr() not in known:
+            sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        layer(x_GSD, group_tokens=x_GSD.shape[1])
+    return sum(sizes.values()) / (capacity_factor * x_GSD.numel() * x_GSD.element_size())
+
+
 def copy_weights(source: MoE, target: Algorithm1) -> None:
     with torch.no_grad():
         target.weight.copy_(source.router.weight)

@@ -27,7 +27,7 @@ from ecdit_train.model.lean import lean
 from ecdit_train.model.moe import Dispatcher, Experts, Form, MoE, plain
 from ecdit_train.parallel.compiling import compile_activations
 
-from .layers import Algorithm1, check, expert_choice, fill
+from .layers import Algorithm1, check, expert_choice, fill, kept_rows
 from .timing import Bar, Times, Work, fast_in_bf16, interleave, report, settle
 
 TOKENS, WIDTH, HIDDEN, CAPACITY_FACTOR, GROUP = 2048, 384, 1536, 2, 1024
@@ -92,32 +92,20 @@ def experts_of(layer: MoE, form: str) -> Experts:
     return experts
 
 
-def kept_rows(form: str, dtype: torch.dtype, *, experts: int) -> float:
-    """Vectors of width d per row in storages other than the tokens' and the weights'."""
+def kept(form: str, dtype: torch.dtype, *, experts: int) -> float:
+    """Vectors of width d per row."""
     made, dispatcher = FORMS[form]
     layer = expert_choice(WIDTH, hidden=HIDDEN, experts=experts, capacity_factor=CAPACITY_FACTOR, form=made).to(dtype)
     layer.router.float()
     layer.dispatcher = dispatcher()
     fill(layer, seed=0)
-    x = torch.randn(TOKENS // GROUP, GROUP, WIDTH).to(dtype).requires_grad_()
-    known = {t.untyped_storage().data_ptr() for t in (x, *layer.parameters())}
-    sizes: dict[int, int] = {}
-    held = []  # so that no storage is given back and counted twice
-
-    def pack(t: Tensor) -> Tensor:
-        held.append(t)
-        if t.untyped_storage().data_ptr() not in known:
-            sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        layer(x, group_tokens=GROUP)
-    return sum(sizes.values()) / (CAPACITY_FACTOR * TOKENS * WIDTH * dtype.itemsize)
+    return kept_rows(layer, torch.randn(TOKENS // GROUP, GROUP, WIDTH).to(dtype), capacity_factor=CAPACITY_FACTOR)
 
 
 def summarise(times: Times) -> dict[str, float]:
     pairs = {f"{form} / {other}": (form, other) for form, other in product(FORMS, ("bmm", "dense"))}
     pairs |= {f"algorithm1 / {form}": ("algorithm1", form) for form in FORMS} | {"bmm / dense": ("bmm", "dense")}
+    pairs["plain, ordered / plain"] = ("plain, ordered", "plain")
     ratios = {name: round(times.ratio(*pair), 3) for name, pair in pairs.items()}
     return ratios | {"lean / bmm spread": round(times.spread("lean", "bmm"), 3), "rounds": times.rounds}
 
@@ -142,8 +130,8 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{'':<30}" + "".join(f"{name:>12}" for name in ratios))
     for row in next(iter(ratios.values())):
         print(f"{row:<30}" + "".join(f"{found[row]:>12.3f}" for found in ratios.values()))
-    kept = {f"{form} {name}": round(kept_rows(form, t, experts=16), 3) for form in FORMS for name, t in DTYPES.items()}
-    print("kept: " + ", ".join(f"{name} {value:.2f}" for name, value in kept.items()))
+    rows = {f"{form} {name}": round(kept(form, t, experts=16), 3) for form in FORMS for name, t in DTYPES.items()}
+    print("kept: " + ", ".join(f"{name} {value:.2f}" for name, value in rows.items()))
     bars = []
     for name, row in ratios.items():
         for form in FORMS:
@@ -156,7 +144,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
     bars += [
         Bar(name=f"rows kept, {name}", value=value, limit=5.2, at_least=False)
-        for name, value in kept.items()
+        for name, value in rows.items()
         if name.startswith("lean")
     ]
     settings = {
@@ -167,7 +155,7 @@ def main(arguments: list[str] | None = None) -> int:
         "group_tokens": GROUP,
         "pass": "forward + backward",
     }
-    return report("moe_layer", settings=settings, ratios=ratios | {"kept": kept}, bars=bars)
+    return report("moe_layer", settings=settings, ratios=ratios | {"kept": rows}, bars=bars)
 
 
 if __name__ == "__main__":

@@ -10,28 +10,23 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 
 from benchmarks.timing import Bar, Work, interleave, report, settle
+from benchmarks.training import Training, global_batch
 from ecdit_train.config.compose import compose
 from ecdit_train.config.schema import RunConfig
-from ecdit_train.diffusion.flow import Flow
-from ecdit_train.diffusion.microbatch import Microbatch
 from ecdit_train.observe.metrics import MetricWindow
-from ecdit_train.parallel.context import spread
 from ecdit_train.parallel.runtime import alone
-from ecdit_train.train.device_guard import DeviceGuard
-from ecdit_train.train.state import TrainState
-from ecdit_train.train.step import Numbers, Seen, train_step
+from ecdit_train.train.step import Seen
 from ecdit_train.train.watching import Watching
 
 REPEATS = 5
 LIMIT = 0.01
 """Share of a step that watching may take."""
-Look = Callable[[Sequence[Seen]], None]
 CASES = {
     "the demo": ("experiment=shapes_tiny",),
     "64 experts": (
@@ -44,38 +39,14 @@ CASES = {
 
 def forms(config: RunConfig) -> dict[str, Work]:
     """A step of this run on random images, and what is watched of it, REPEATS times each."""
-    c, parallel = config, spread(config, alone())
-    generator = torch.Generator().manual_seed(0)
-    B, M = c.train.microbatch, c.train.global_batch // c.train.microbatch
-    side, text = c.latent_side, c.encoders.text
-    micros = [
-        Microbatch(
-            position_B=torch.arange(B) + n * B,
-            latents_BCHW=torch.randn(B, c.encoders.image.channels, side, side, generator=generator),
-            features_BLX=torch.randn(B, text.max_tokens, text.width, generator=generator),
-            mask_BL=torch.ones(B, text.max_tokens, dtype=torch.bool),
-        )
-        for n in range(M)
-    ]
-    about = {"config": c.diffusion, "seed": 0, "patch": c.model.patch, "num_kept": c.tokens_per_image}
-    state = TrainState.fresh(parallel.model, c.optim)
-    window = MetricWindow(device="cpu", images_per_step=B * M, tokens_per_step=B * M * c.tokens_per_image)
-    watching = Watching(c, window=window, routers=parallel.model.routers)
-    once = {
-        "parallel": parallel,
-        "state": state,
-        "guard": DeviceGuard(c.health),
-        "lr": 1e-6,
-        "max_norm": 1.0,
-        "group_tokens": c.group_tokens,
-    }
+    c, training, micros = config, Training(config, alone(), lr=1e-6), global_batch(config)
+    B, images = c.train.microbatch, c.train.global_batch
+    window = MetricWindow(device="cpu", images_per_step=images, tokens_per_step=images * c.tokens_per_image)
+    watching = Watching(c, window=window, routers=training.parallel.model.routers)
     unlogged, logged = c.observe.log_every + 1, c.observe.log_every
-    flow, seen = Flow(**about), list[Seen]()
+    flow, seen = training.flow, list[Seen]()
     P = c.model.patch**2 * c.encoders.image.channels
-    patches_BKP = torch.randn(B, c.tokens_per_image, P, generator=generator)
-
-    def step(look: Look = lambda seen: None) -> Numbers:
-        return train_step(micros, flow=flow, watch=look, **once).numbers()
+    patches_BKP = torch.randn(B, c.tokens_per_image, P, generator=torch.Generator().manual_seed(1))
 
     def every_step() -> None:
         for _ in range(REPEATS):
@@ -88,8 +59,8 @@ def forms(config: RunConfig) -> dict[str, Work]:
             watching.add(numbers, watching.see(logged, seen))
             window.flush(reading=partial(watching.read, logged))
 
-    numbers = step(seen.extend)
-    return {"step": lambda: step() and None, "every step": every_step, "record": record}
+    numbers = training.step(micros, watch=seen.extend).numbers()
+    return {"step": lambda: training.step(micros).numbers() and None, "every step": every_step, "record": record}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -24,16 +24,12 @@ import torch.distributed as dist
 
 from ecdit_train.config.compose import compose
 from ecdit_train.config.schema import RunConfig
-from ecdit_train.diffusion.flow import Flow
-from ecdit_train.diffusion.microbatch import Microbatch, split
+from ecdit_train.diffusion.microbatch import split
 from ecdit_train.parallel import runtime
-from ecdit_train.parallel.context import ParallelContext, spread
 from ecdit_train.plan import estimate, to_json
-from ecdit_train.train.device_guard import DeviceGuard
-from ecdit_train.train.state import TrainState
-from ecdit_train.train.step import train_step
 
 from .timing import Bar, report, settle
+from .training import Training, microbatch
 
 LAYOUTS = {
     "dp 2": [],
@@ -49,29 +45,17 @@ STEPS = 3
 class Trained:
     """A model, its optimizer and this rank's share of a fixed batch; `turn` trains a few steps."""
 
-    def __init__(self, config: RunConfig, parallel: ParallelContext) -> None:
-        self.config, self.parallel = config, parallel
-        optim = replace(config.optim, lr=1e-4, ema_decay=0.0)
-        self.state = TrainState.fresh(parallel.model, optim, sharding=parallel.sharding)
-        self.guard = DeviceGuard(config.health)
-        B, text, side = config.train.global_batch, config.encoders.text, config.latent_side
-        g, mesh = torch.Generator().manual_seed(0), parallel.mesh
-        mine = slice(mesh.dp_rank * B // mesh.dp_size, (mesh.dp_rank + 1) * B // mesh.dp_size)
-        self.batch = Microbatch(
-            position_B=torch.arange(B)[mine],
-            latents_BCHW=torch.randn(B, 3, side, side, generator=g)[mine],
-            features_BLX=torch.randn(B, text.max_tokens, text.width, generator=g)[mine],
-            mask_BL=torch.ones(B, text.max_tokens, dtype=torch.bool)[mine],
-        )
-        self.flow = Flow(config=config.diffusion, seed=0, patch=config.model.patch, num_kept=config.tokens_per_image)
+    def __init__(self, config: RunConfig, here: runtime.Runtime) -> None:
+        config = replace(config, optim=replace(config.optim, ema_decay=0.0))
+        self.training = Training(config, here, lr=1e-4)
+        mesh, images = self.training.parallel.mesh, config.train.global_batch
+        batch = microbatch(config, images=images, generator=torch.Generator().manual_seed(0))
+        mine = list(split(batch, size=images // mesh.dp_size))[mesh.dp_rank]
+        self.micros = list(split(mine, size=config.train.microbatch))
 
     def turn(self, steps: int = STEPS) -> None:
-        c = self.config
         for _ in range(steps):
-            train_step(
-                list(split(self.batch, size=c.train.microbatch)), parallel=self.parallel, state=self.state,
-                guard=self.guard, lr=1e-4, max_norm=1.0, flow=self.flow, group_tokens=c.group_tokens,
-            )  # fmt: skip
+            self.training.step(self.micros)
 
 
 class ExchangedBytes:
@@ -99,11 +83,11 @@ def worker(rounds: int) -> None:
     here = runtime.start("cpu")
     base = compose(["experiment=shapes_tiny"])
     trained = {
-        name: Trained(c, spread(c, here))
+        name: Trained(c, here)
         for name, c in ((n, compose(["experiment=shapes_tiny", *words])) for n, words in LAYOUTS.items())
     }
     if here.rank == 0:
-        trained[ONE] = Trained(base, spread(base, replace(here, world=1, control=None)))
+        trained[ONE] = Trained(base, replace(here, world=1, control=None))
     seconds: dict[str, list[float]] = {name: [] for name in [*LAYOUTS, ONE]}
     order = [*LAYOUTS, ONE]
     shuffle = random.Random(0).shuffle

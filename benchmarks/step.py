@@ -24,15 +24,10 @@ from torch.utils._pytree import tree_map
 
 from ecdit_train.config.compose import compose
 from ecdit_train.config.schema import RunConfig
-from ecdit_train.diffusion.flow import Flow
-from ecdit_train.diffusion.microbatch import Microbatch
-from ecdit_train.parallel.context import spread
 from ecdit_train.parallel.runtime import alone
-from ecdit_train.train.device_guard import DeviceGuard
-from ecdit_train.train.state import TrainState
-from ecdit_train.train.step import train_step
 
 from .timing import Bar, Work, interleave, report, settle
+from .training import Training, global_batch
 
 MEDIUM = (
     *("experiment=shapes_tiny", "model.layers=12", "model.width=384", "model.heads=6", "model.kv_heads=2"),
@@ -51,34 +46,8 @@ GOAL = 1.25
 
 def step_of(config: RunConfig) -> Work:
     """One step of this run, on random latents and text."""
-    c, parallel = config, spread(config, alone())
-    generator = torch.Generator().manual_seed(0)
-    B, side, text = c.train.microbatch, c.latent_side, c.encoders.text
-    micros = [
-        Microbatch(
-            position_B=torch.arange(B) + n * B,
-            latents_BCHW=torch.randn(B, c.encoders.image.channels, side, side, generator=generator),
-            features_BLX=torch.randn(B, text.max_tokens, text.width, generator=generator),
-            mask_BL=torch.ones(B, text.max_tokens, dtype=torch.bool),
-        )
-        for n in range(c.train.global_batch // B)
-    ]
-    state, guard = TrainState.fresh(parallel.model, c.optim), DeviceGuard(c.health)
-    flow = Flow(config=c.diffusion, seed=0, patch=c.model.patch, num_kept=c.tokens_per_image)
-
-    def run() -> None:
-        train_step(
-            micros,
-            parallel=parallel,
-            state=state,
-            guard=guard,
-            lr=1e-6,
-            max_norm=1.0,
-            flow=flow,
-            group_tokens=c.group_tokens,
-        ).numbers()
-
-    return run
+    training, micros = Training(config, alone(), lr=1e-6), global_batch(config)
+    return lambda: training.step(micros).numbers() and None
 
 
 class Recorded(TorchDispatchMode):

@@ -16,7 +16,6 @@ from torch import nn
 
 from ecdit_train.config.compose import compose
 from ecdit_train.config.schema import RunConfig
-from ecdit_train.diffusion.microbatch import Microbatch
 from ecdit_train.errors import ConfigError
 from ecdit_train.model.block import Block
 from ecdit_train.model.dit import DiT
@@ -170,13 +169,3 @@ def tokens(c: RunConfig, device: Device, *, dtype: torch.dtype = torch.bfloat16)
     """(B, S, D) of one microbatch, with a gradient."""
     shape = (c.train.microbatch, c.tokens_per_image, c.model.width)
     return torch.randn(shape, device=device.kind, dtype=dtype).requires_grad_()
-
-
-def microbatch(c: RunConfig, device: Device, *, first: int = 0) -> Microbatch:
-    B, text = c.train.microbatch, c.encoders.text
-    return Microbatch(
-        position_B=torch.arange(first, first + B, device=device.kind),
-        latents_BCHW=torch.randn(B, c.encoders.image.channels, c.latent_side, c.latent_side, device=device.kind),
-        features_BLX=torch.randn(B, text.max_tokens, text.width, device=device.kind),
-        mask_BL=torch.ones(B, text.max_tokens, dtype=torch.bool, device=device.kind),
-    )

@@ -8,16 +8,13 @@ from collections.abc import Callable
 import torch
 
 from ecdit_train.config.schema import RunConfig
-from ecdit_train.diffusion.flow import Flow
-from ecdit_train.parallel.context import spread
 from ecdit_train.plan import parameters
 from ecdit_train.plan.cost import cost
 from ecdit_train.plan.layout import resolve
-from ecdit_train.train.state import TrainState
-from ecdit_train.train.step import forward_backward
 
+from ..training import Training, microbatch
 from .device import Device
-from .rank import fake_world, microbatch, presets, rank_zero
+from .rank import fake_world, presets, rank_zero
 from .record import Findings
 
 MOST_GRAPHS = 4
@@ -62,23 +59,15 @@ def measure(config: RunConfig, device: Device, *, world: int) -> dict[str, float
 
 
 def make_step(config: RunConfig, device: Device, *, world: int) -> Callable[[], None]:
-    """Gradients of all microbatches, the norm, the update and the moving average, on one batch that is there already."""
+    """What a run makes of a batch that is there already, the guard included; the host does not wait for the device."""
     with device.compiling():
-        parallel = spread(config, rank_zero(device, world=world))
-    state = TrainState.fresh(parallel.model, config.optim, sharding=parallel.sharding)
-    flow = Flow(config=config.diffusion, seed=0, patch=config.model.patch, num_kept=config.tokens_per_image)
-    count = config.train.global_batch // (parallel.mesh.dp_size * config.train.microbatch)
-    size, number = config.train.microbatch, [0]
+        training = Training(config, rank_zero(device, world=world), lr=config.optim.lr)
+    size = config.train.microbatch
+    images = config.train.global_batch // training.parallel.mesh.dp_size
 
     def step() -> None:
-        micros = [microbatch(config, device, first=(number[0] * count + n) * size) for n in range(count)]
-        number[0] += 1
-        forward_backward(parallel.model, micros, flow=flow, group_tokens=config.group_tokens, parallel=parallel)
-        parallel.clip(max_norm=config.optim.clip_norm)
-        state.optimizer.step()
-        state.optimizer.zero_grad(set_to_none=True)
-        if state.ema is not None:
-            state.ema.update(number[0])
+        first = training.state.step * images
+        training.step([microbatch(config, first=n, device=device.kind) for n in range(first, first + images, size)])
 
     return step
 

@@ -1,6 +1,6 @@
 """Where records go: the journal (`journal.py`), which is the truth, and sinks that copy it elsewhere (a slot: `observe.sinks`).
 
-A sink that raises is switched off with one warning; that it does not block is its own doing (`wandb_sink.py` shows how).
+A sink that raises is switched off with one warning; that it does not block is its own doing (`call_queue.py`).
 """
 
 from __future__ import annotations
@@ -138,6 +138,18 @@ def _nothing(_: object) -> None:
 def off(name: str, error: Exception) -> None:
     """One line about a sink that failed."""
     logger.warning("sink %s is off for this run: %s", name, f"{type(error).__name__}: {redact_text(str(error))}")
+
+
+class Once:
+    """Warnings of a sink: one line for each kind of trouble, without secrets."""
+
+    def __init__(self) -> None:
+        self._kinds: set[str] = set()
+
+    def warn(self, message: str, *, kind: str) -> None:
+        if kind not in self._kinds:
+            self._kinds.add(kind)
+            logger.warning("%s", redact_text(" ".join(message.split())))
 
 
 def open_sinks(

@@ -1,37 +1,31 @@
 """A copy of the records for TensorBoard, in `<run>/tensorboard`. The only importer of tensorboard, which is an extra.
 
-As with W&B every call happens in one daemon thread behind a bounded queue. Rows go at once: TensorBoard can take them back, as a
+As with W&B every call is made by a `CallQueue`. Rows go at once: TensorBoard can take them back, as a
 new file says from which step on what older files have does not count (`purge_step`).
 """
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
-import logging
 import math
-import queue
 import struct
-import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ecdit_train.config.slots import SinkConfig
 
+from .call_queue import CallQueue
 from .redact import redact, redact_text
-from .sinks import Record, SinkContext
-
-logger = logging.getLogger("ecdit.observe")
+from .sinks import Once, Record, SinkContext
 
 FOLDER = "tensorboard"
 CLOSE_SECONDS = 5.0
 QUEUE = 2048
-
-Call = Callable[[], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,82 +50,79 @@ class TensorBoardSink:
     """One event file for each life, and another after each roll-back."""
 
     def __init__(self, run: SinkContext, *, flush_seconds: float) -> None:
-        self._folder, self._flush = run.folder / FOLDER, flush_seconds
-        self._writer: Any = None
-        self._trouble: set[str] = set()
-        self._queue: queue.Queue[Call | None] | None = queue.Queue(maxsize=QUEUE)
-        self._thread = threading.Thread(target=self._work, args=(self._queue,), name="tensorboard-sink", daemon=True)
-        self._thread.start()
+        self._once = Once()
+        self._queue = CallQueue(
+            "tensorboard-sink",
+            open=partial(_Files, run.folder / FOLDER, flush_seconds=flush_seconds),
+            shut=_Files.close,
+            fails=self._failed,
+            size=QUEUE,
+            holes=True,
+        )
+        self._queue.start()
         config = dict(run.config)
-        self._put(lambda: self._begin(run.resume_step, config))
+        self._put(lambda files: files.begin(run.resume_step, config))
 
     def log(self, step: int, record: Record) -> None:
         values = {name: value for name, value in record.items() if isinstance(value, int | float)}
-        self._put(lambda: self._scalars(step, values, at=time.time()))
+        at = time.time()
+        self._put(lambda files: files.scalars(step, values, at=at))
 
     def images(self, path: Path, key: str, step: int, caption: str) -> None:
-        self._put(lambda: self._image(path, key, step))
+        self._put(lambda files: files.image(path, key, step))
 
     def rewind(self, step: int) -> None:
-        self._put(lambda: self._begin(step))
+        self._put(lambda files: files.begin(step))
 
     def alert(self, alert: Any) -> None:
         text = redact_text(str(alert))
-        self._put(lambda: self._writer.add_text("alerts", text, alert.step))
+        self._put(lambda files: files.text("alerts", text, alert.step))
 
     def close(self) -> None:
-        if self._queue is None:
-            return
-        work, self._queue = self._queue, None
-        deadline = time.monotonic() + CLOSE_SECONDS
-        with contextlib.suppress(queue.Full):
-            work.put(None, timeout=CLOSE_SECONDS)
-        self._thread.join(max(0.0, deadline - time.monotonic()))
-        if self._thread.is_alive():
+        if not self._queue.close(within=CLOSE_SECONDS):
             self._warn(f"TensorBoard's files were not written within {CLOSE_SECONDS:g} s; metrics.jsonl is complete")
 
-    def _put(self, call: Call) -> None:
-        if self._queue is not None:
-            try:
-                self._queue.put_nowait(call)
-            except queue.Full:
-                self._warn("TensorBoard is behind, records are left out there; metrics.jsonl has them")
+    def _put(self, call: Callable[[_Files], None]) -> None:
+        if not self._queue.put(call):
+            self._warn("TensorBoard is behind, records are left out there; metrics.jsonl has them")
 
-    def _work(self, work: queue.Queue[Call | None]) -> None:
-        while (call := work.get()) is not None:
-            self._guard(call)
-        if self._writer is not None:
-            self._guard(self._writer.close)
-
-    def _guard(self, call: Call) -> None:
-        try:
-            call()
-        except Exception as error:
-            self._warn(f"TensorBoard: {type(error).__name__}: {error}; metrics.jsonl has everything")
+    def _failed(self, error: BaseException) -> None:
+        self._warn(f"TensorBoard: {type(error).__name__}: {error}; metrics.jsonl has everything")
 
     def _warn(self, message: str) -> None:
-        kind = message.partition(":")[0]  # once for each kind of trouble; of errors, the first
-        if kind not in self._trouble:
-            self._trouble.add(kind)
-            logger.warning("%s", redact_text(" ".join(message.split())))
+        self._once.warn(message, kind=message.partition(":")[0])  # of errors, the first
 
-    def _begin(self, after: int, config: Mapping[str, Any] | None = None) -> None:
+
+class _Files:
+    """What TensorBoard reads, in the queue's thread."""
+
+    def __init__(self, folder: Path, *, flush_seconds: float) -> None:
+        self._folder, self._flush = folder, flush_seconds
+        self._writer: Any = None
+
+    def begin(self, after: int, config: Mapping[str, Any] | None = None) -> None:
         """A new file: what older ones have of steps after `after` does not count."""
         from torch.utils.tensorboard import SummaryWriter
 
-        if self._writer is not None:
-            self._writer.close()
+        self.close()
         self._writer = SummaryWriter(str(self._folder), purge_step=after + 1, flush_secs=max(1, int(self._flush)))
         if config is not None:
             text = json.dumps(redact(config), indent=2, default=str)
-            self._writer.add_text("config", "".join(f"    {line}\n" for line in text.splitlines()), after)
+            self.text("config", "".join(f"    {line}\n" for line in text.splitlines()), after)
 
-    def _scalars(self, step: int, values: Mapping[str, float], *, at: float) -> None:
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def text(self, name: str, words: str, step: int) -> None:
+        self._writer.add_text(name, words, step)
+
+    def scalars(self, step: int, values: Mapping[str, float], *, at: float) -> None:
         for name, value in values.items():
             if math.isfinite(value):  # its charts break at others, and show nothing
                 self._writer.add_scalar(name, value, step, walltime=at)
 
-    def _image(self, path: Path, key: str, step: int) -> None:
+    def image(self, path: Path, key: str, step: int) -> None:
         """The PNG as it lies there, not decoded."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 

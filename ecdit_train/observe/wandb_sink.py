@@ -1,18 +1,14 @@
 """A copy of the records at Weights & Biases.
 
-W&B can never block, slow or kill a rank: every call to it (`wandb_run.py`) happens in one daemon thread behind a
-bounded queue. A full queue drops records, an exception becomes one warning line, closing is limited in time.
+W&B can never block, slow or kill a rank: every call to it (`wandb_run.py`) is made by a `CallQueue`. A full queue drops
+records, an exception becomes one warning line, closing is limited in time.
 Nothing is lost by any of these: what W&B lacks of the run's rows the next life sends out of the journal, or
 `ecdit dash sync` (`observe.wandb_sync`).
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import queue
-import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +17,8 @@ from typing import Any, Literal
 from ecdit_train.config.slots import SinkConfig
 
 from . import reach, wandb_names, wandb_run
-from .redact import redact_text
-from .sinks import Record, SinkContext
+from .call_queue import CallQueue
+from .sinks import Once, Record, SinkContext
 from .wandb_run import CLOSE_SECONDS, LOCAL_SECONDS, Mode, Session
 
 logger = logging.getLogger("ecdit.observe")
@@ -83,17 +79,16 @@ class WandbSink:
         self, run: SinkContext, config: Wandb, *, queue_size: int = 2048, close_timeout: float | None = None
     ) -> None:
         self._run, self._config = run, config
-        self._warned: set[str] = set()
+        self._once = Once()
         self._mode = self._allowed(config.mode)
         own = CLOSE_SECONDS if self._mode == "online" else LOCAL_SECONDS
         self._close_timeout = own if close_timeout is None else close_timeout
-        self._dropped = 0
-        self._abandoned = False
-        """Nobody waits for the thread any more."""
         self._id = wandb_run.stable_id(run.folder)
-        self._queue: queue.Queue[Call | None] | None = queue.Queue(maxsize=queue_size)
-        self._thread = threading.Thread(target=self._work, args=(self._queue,), name="wandb-sink", daemon=True)
-        self._thread.start()
+        # No holes: what is left out is the end, which a later life sends.
+        self._queue = CallQueue(
+            "wandb-sink", open=self._open, shut=Session.close, fails=self._failed, size=queue_size, holes=False
+        )
+        self._queue.start()
 
     def log(self, step: int, record: Record) -> None:
         values = dict(record)
@@ -113,55 +108,27 @@ class WandbSink:
 
     def close(self, timeout: float | None = None) -> None:
         """Writes what is queued, finishes the run and stops W&B's process, all within `timeout` seconds."""
-        if self._queue is None:
+        if self._queue.closed:
             return
         timeout = self._close_timeout if timeout is None else timeout
-        deadline = time.monotonic() + timeout
-        work, self._queue = self._queue, None
-        with contextlib.suppress(queue.Full):
-            work.put(None, timeout=max(0.0, deadline - time.monotonic()))
-        self._thread.join(max(0.0, deadline - time.monotonic()))
-        if self._thread.is_alive():
-            self._abandoned = True
+        if not self._queue.close(within=timeout):
             self._warn(f"W&B did not finish within {timeout:g} s; {self._later()}")
             wandb_run.end_service()
-        elif self._dropped:
-            logger.warning("W&B was too slow, %d calls were left out; %s", self._dropped, self._later())
+        elif self._queue.lost:
+            logger.warning("W&B was too slow, %d calls were left out; %s", self._queue.lost, self._later())
 
     def _later(self) -> str:
         return f"nothing is lost: the next life sends the rest, or ecdit dash sync {self._run.folder}"
 
     def _put(self, call: Call) -> None:
-        if self._queue is None or self._dropped:
-            self._dropped += self._queue is not None
-            return
-        try:
-            self._queue.put_nowait(call)
-        except queue.Full:
-            self._dropped = 1
+        if not self._queue.put(call):
             self._warn(f"W&B is behind, and gets nothing more in this life: its rows have no hole; {self._later()}")
 
     def _warn(self, message: str) -> None:
-        kind = message[:24]  # once for each kind of trouble
-        if kind not in self._warned:
-            self._warned.add(kind)
-            logger.warning("%s", redact_text(" ".join(message.split())))
+        self._once.warn(message, kind=message[:24])
 
-    def _work(self, work: queue.Queue[Call | None]) -> None:
-        """The thread: the only place that calls wandb."""
-        try:
-            session = self._open()
-        except BaseException as error:  # wandb raises SystemExit and KeyboardInterrupt in places
-            self._warn(f"W&B is off for this run: {type(error).__name__}: {error}")
-            while work.get() is not None:
-                pass
-            return
-        if self._abandoned:
-            wandb_run.end_service()  # else its exit hook would keep the process
-            return
-        while (call := work.get()) is not None:
-            self._guard(lambda call=call: call(session))  # type: ignore[misc]
-        self._guard(session.close)
+    def _failed(self, error: BaseException) -> None:
+        self._warn(f"W&B: {type(error).__name__}: {error}; {self._later()}")
 
     def _allowed(self, mode: Mode) -> Mode:
         if mode == "offline" or reach.key() is not None:
@@ -172,14 +139,26 @@ class WandbSink:
         )
         return "offline"
 
-    def _open(self) -> Session:
+    def _open(self) -> Session | None:
+        """In the queue's thread."""
+        try:
+            session = self._session()
+        except BaseException as error:
+            self._warn(f"W&B is off for this run: {type(error).__name__}: {error}")
+            return None
+        if self._queue.abandoned:
+            wandb_run.end_service()  # else its exit hook would keep the process
+            return None
+        return session
+
+    def _session(self) -> Session:
         """Offline where W&B does not take the run: nothing is lost by it, and one line says so."""
         mode = self._mode
-        how: Any = {"identity": self._id, "wanted": lambda: not self._abandoned}
+        how: Any = {"identity": self._id, "wanted": lambda: not self._queue.abandoned}
         try:
             return Session(self._run, self._config, mode=mode, **how)
         except BaseException as error:
-            if mode == "offline" or self._abandoned:
+            if mode == "offline" or self._queue.abandoned:
                 raise
             wandb_run.end_service()
             self._warn(
@@ -187,9 +166,3 @@ class WandbSink:
                 f"{self._run.folder}/wandb; later: ecdit dash sync {self._run.folder}"
             )
         return Session(self._run, self._config, mode="offline", **how)
-
-    def _guard(self, call: Callable[[], object]) -> None:
-        try:
-            call()
-        except BaseException as error:
-            self._warn(f"W&B: {type(error).__name__}: {error}; {self._later()}")

@@ -8,6 +8,8 @@ tensor silently stays unreduced (tests/dist/test_dist_quirks.py).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives  # registers the ops
@@ -106,3 +108,27 @@ class _AllToAllRows(torch.autograd.Function):
 def all_to_all_rows(x: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
     """All-to-all over dim 0 with as many rows to and from each rank as the lists say (0 is fine)."""
     return _AllToAllRows.apply(x, sent, received, group.group_name)
+
+
+def equal_split_op(
+    name: str, exchange: Callable[[Tensor, dist.ProcessGroup], Tensor]
+) -> Callable[[Tensor, str], Tensor]:
+    """`exchange`, an equal-split all-to-all over dim 0, as a torch op: (x, name of the group) -> the same shape, its own
+    gradient. By a name of its own, so that torch.compile keeps it in the graph and recomputation can tell whether to repeat it."""
+
+    @torch.library.custom_op(name, mutates_args=())
+    def op(x: Tensor, group_name: str) -> Tensor:
+        return exchange(x, dist.distributed_c10d._resolve_process_group(group_name))  # type: ignore[arg-type]
+
+    @op.register_fake
+    def _(x: Tensor, group_name: str) -> Tensor:
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+    def keep_group(ctx, inputs: tuple[Tensor, str], output: Tensor) -> None:
+        ctx.group_name = inputs[1]
+
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return op(grad, ctx.group_name), None
+
+    op.register_autograd(backward, setup_context=keep_group)
+    return op

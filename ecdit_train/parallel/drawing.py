@@ -33,9 +33,8 @@ def gathered_bytes(model: nn.Module) -> int:
 def drawing(model: nn.Module, *, runtime: Runtime) -> Iterator[None]:
     """Weights stay gathered inside, and are given back at the end; what changed in the shards before is seen. All ranks enter.
 
-    Memory: with every block gathered a rank holds its whole tp/ep-local model, in bf16 0.5 of the fp32 numbers counted here, and
-    1/8 of what that rank's share of a training state on one GPU would be; for 3XL-32E with ep=8 about 10 GB of 80, for M-64E with
-    ep=64 about 12 GB. Where it is more than SHARE of what is free on any rank, gathering and freeing goes on as in training.
+    Memory: with every block gathered a rank holds its whole tp/ep-local model, in bf16 half of the bytes of the fp32 weights that
+    are counted here. Where those are more than SHARE of what is free on any rank, gathering and freeing goes on as in training.
     """
     modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
     if not modules:

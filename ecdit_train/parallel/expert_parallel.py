@@ -29,7 +29,7 @@ from ecdit_train.model.assignment import Assignment, Rows, Selection, Table
 from ecdit_train.model.dit import DiT
 from ecdit_train.model.moe import Dispatcher, Experts, MoE
 
-from .collectives import all_to_all_start, all_to_all_wait, copy_to_group, sum_over_group
+from .collectives import all_to_all_start, all_to_all_wait, copy_to_group, equal_split_op, sum_over_group
 from .hierarchical import Nodes
 from .mesh import Mesh
 from .placement import ParamPlacement
@@ -77,28 +77,12 @@ def exchange_seconds(mesh: Mesh) -> float | None:
     return None if watch is None else watch.read()
 
 
-@torch.library.custom_op(EXCHANGE, mutates_args=())
-def _exchange(x: Tensor, group_name: str) -> Tensor:
-    """Equal-split all-to-all over dim 0."""
-    group = dist.distributed_c10d._resolve_process_group(group_name)  # type: ignore[arg-type]
-    with _WATCHES.get(group_name, _UNWATCHED):
+def _timed(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    with _WATCHES.get(group.group_name, _UNWATCHED):
         return _vendor().apply(group, x)
 
 
-@_exchange.register_fake
-def _(x: Tensor, group_name: str) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _keep_group(ctx, inputs: tuple[Tensor, str], output: Tensor) -> None:
-    ctx.group_name = inputs[1]
-
-
-def _exchange_backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-    return _exchange(grad, ctx.group_name), None
-
-
-_exchange.register_autograd(_exchange_backward, setup_context=_keep_group)
+_exchange = equal_split_op(EXCHANGE, _timed)
 
 
 @dataclass(frozen=True, kw_only=True)

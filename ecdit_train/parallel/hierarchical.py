@@ -21,32 +21,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .collectives import equal_split_op
 from .recompute import INSIDE
 
 
-@torch.library.custom_op(INSIDE, mutates_args=())
-def _inside(x: Tensor, group_name: str) -> Tensor:
-    """Equal-split all-to-all over dim 0; an op of its own, so that backward need not keep or repeat it."""
-    group = dist.distributed_c10d._resolve_process_group(group_name)  # type: ignore[arg-type]
+def _flat(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     dist.all_to_all_single(out, x.contiguous(), group=group)
     return out
 
 
-@_inside.register_fake
-def _(x: Tensor, group_name: str) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _keep_group(ctx, inputs: tuple[Tensor, str], output: Tensor) -> None:
-    ctx.group_name = inputs[1]
-
-
-def _inside_backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-    return _inside(grad, ctx.group_name), None
-
-
-_inside.register_autograd(_inside_backward, setup_context=_keep_group)
+_inside = equal_split_op(INSIDE, _flat)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -167,24 +167,32 @@ def _layers() -> Any:
             gradient_accumulation_fusion=False,
         )
 
-    class Column(ColumnParallelLinear):
+    class Part(nn.Module):
+        """What the two have in common: built where the linear layer's weight is, without a bias; `product` in place of Megatron's
+        own, which differs in what happens to gradients on the way, none of which is asked for here."""
+
+        product: Product | None = None
+        weight: nn.Parameter
+        tp_group: dist.ProcessGroup
+
+        def __init__(self, width: int, out: int, *, linear: nn.Linear, group: dist.ProcessGroup, **how: bool) -> None:
+            like = config(group.size(), linear.weight.dtype)
+            with linear.weight.device:
+                super().__init__(
+                    width, out, config=like, init_method=nn.init.xavier_uniform_, bias=False, tp_group=group, **how
+                )
+
+        def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if self.product is not None:
+                return self.product(input, weight)
+            return super()._forward_impl(input, weight, *args, **kwargs)  # type: ignore[misc, operator]
+
+    class Column(Part, ColumnParallelLinear):
         """Y_r = X W_r^T. `shared`: ranks that hold the same W_r because kv heads are repeated."""
 
-        def __init__(
-            self, width: int, out: int, *, linear: nn.Linear, group: dist.ProcessGroup, shared: dist.ProcessGroup | None
-        ) -> None:
-            with linear.weight.device:
-                # disable_grad_reduce: the region's inputs are copied to the group once, by _enter.
-                super().__init__(
-                    width,
-                    out,
-                    config=config(group.size(), linear.weight.dtype),
-                    init_method=nn.init.xavier_uniform_,
-                    bias=False,
-                    gather_output=False,
-                    disable_grad_reduce=True,
-                    tp_group=group,
-                )
+        def __init__(self, width: int, out: int, *, shared: dist.ProcessGroup | None, **about: Any) -> None:
+            # disable_grad_reduce: the region's inputs are copied to the group once, by _enter.
+            super().__init__(width, out, gather_output=False, disable_grad_reduce=True, **about)
             self.shared = shared
 
         def forward(self, x: Tensor) -> Tensor:
@@ -192,44 +200,19 @@ def _layers() -> Any:
             weight = None if self.shared is None else copy_to_group(self.weight, self.shared)
             return super().forward(x, weight=weight)[0]
 
-        product: Product | None = None
-
-        def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            # Megatron's own differs in what happens to gradients on the way, none of which is asked for here.
-            return (
-                self.product(input, weight) if self.product else super()._forward_impl(input, weight, *args, **kwargs)
-            )
-
-    class Row(RowParallelLinear):
+    class Row(Part, RowParallelLinear):
         """Y = sum_r X_r W_r^T. Megatron sums in place, on top of the product, which then cannot be kept for backward; `keeps_sum`:
         into memory of its own, which is kept (parallel/activation.py)."""
 
         keeps_sum = False
 
-        def __init__(self, width: int, out: int, *, linear: nn.Linear, group: dist.ProcessGroup) -> None:
-            with linear.weight.device:
-                super().__init__(
-                    width,
-                    out,
-                    config=config(group.size(), linear.weight.dtype),
-                    init_method=nn.init.xavier_uniform_,
-                    bias=False,
-                    input_is_parallel=True,
-                    skip_bias_add=False,
-                    tp_group=group,
-                )
+        def __init__(self, width: int, out: int, **about: Any) -> None:
+            super().__init__(width, out, input_is_parallel=True, skip_bias_add=False, **about)
 
         def forward(self, x: Tensor) -> Tensor:
             if self.keeps_sum:
                 product = self.product or nn.functional.linear
                 return sum_over_group(product(x, self.weight), self.tp_group)
             return super().forward(x)[0]
-
-        product: Product | None = None
-
-        def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            return (
-                self.product(input, weight) if self.product else super()._forward_impl(input, weight, *args, **kwargs)
-            )
 
     return SimpleNamespace(column=Column, row=Row)

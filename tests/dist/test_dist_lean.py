@@ -6,27 +6,17 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from dist_cases import CAPPED, MOE, THRESHOLD, TOKEN_CHOICE, Case, case, check_cases
-from dist_harness import run_distributed
+from dist_cases import CAPPED, MOE, THRESHOLD, TOKEN_CHOICE, case
+from test_dist_grid import assert_equal
 
 from ecdit_train.model.dispatchers.deterministic import Deterministic
 from ecdit_train.model.experts.swiglu import SwiGLU
-
-BOUND_FP64 = 1e-10
-BOUND_FP32, BOUND_FP32_GRAD = 1e-5, 5e-5
 
 LEAN = replace(MOE, form="lean")
 ORDERED = replace(LEAN, dispatcher=Deterministic(cap=None))
 GATED = replace(LEAN, experts=SwiGLU())
 UNEVEN = replace(THRESHOLD, form="lean")
 """Takes the plain way."""
-
-
-def assert_equal(world: int, cases: list[Case]) -> None:
-    for name, errors in run_distributed(world, check_cases, cases, timeout=280)[0]:
-        print(f"{world} ranks  {name:80s} {errors}")
-        bound, grad = (BOUND_FP32, BOUND_FP32_GRAD) if "float32" in name else (BOUND_FP64, BOUND_FP64)
-        assert errors.within(bound, grad=grad), f"{name}: {errors}"
 
 
 def test_two_ranks() -> None:

@@ -3,6 +3,7 @@ resumes in the right stage by its step alone, bitwise, also elsewhere; DiffMoE d
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import numpy as np
@@ -23,15 +24,12 @@ from dist_harness import run_distributed
 from dist_runs import Layout
 from dist_sampling import draw
 from dist_training import curves, interrupted
-from test_dist_grid import BOUND_FP32, BOUND_FP32_GRAD, BOUND_FP64
+from test_dist_grid import BOUND_FP64
+from test_dist_grid import assert_equal as assert_equal_by
 from tiny_runs import records, steady
 
 
-def assert_equal(world: int, cases: list) -> None:
-    for name, errors in run_distributed(world, check_cases, cases, timeout=280)[0]:
-        print(f"{world} ranks  {name:90s} {errors}")
-        bound, grad = (BOUND_FP32, BOUND_FP32_GRAD) if "float32" in name else (BOUND_FP64, BOUND_FP64)
-        assert errors.within(bound, grad=grad), f"{name}: {errors}"
+assert_equal = functools.partial(assert_equal_by, check=check_cases)
 
 
 def nucleus(moe=NUCLEUS, **layout):

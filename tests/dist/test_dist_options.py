@@ -5,22 +5,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from dist_cases import MOE, TOKEN_CHOICE, Case, case, check_cases
-from dist_harness import run_distributed
+from dist_cases import MOE, TOKEN_CHOICE, case
+from test_dist_grid import assert_equal
 
 from ecdit_train.model.dispatchers.deterministic import Deterministic
 from ecdit_train.model.dispatchers.triton import Triton
 from ecdit_train.model.routers.expert_choice import ExpertChoice
 
-BOUND = 1e-10
 DETERMINISTIC = replace(MOE, dispatcher=Deterministic(cap=None))
 TRITON = replace(MOE, dispatcher=Triton(cap=None))
-
-
-def assert_equal(world: int, cases: list[Case]) -> None:
-    for name, errors in run_distributed(world, check_cases, cases, timeout=280)[0]:
-        print(f"{world} ranks  {name:80s} {errors}")
-        assert errors.within(BOUND), f"{name}: {errors}"
 
 
 def test_options() -> None:

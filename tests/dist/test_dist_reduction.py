@@ -8,6 +8,7 @@ import pytest
 import torch
 from dist_cases import Case, batch, case, check_cases, forward, full_state, make_model
 from dist_harness import run_distributed
+from test_dist_grid import assert_equal
 from torch.distributed.fsdp import FSDPModule
 
 from ecdit_train.parallel.apply import load_full, parallelize
@@ -15,12 +16,6 @@ from ecdit_train.parallel.fsdp import accumulate
 from ecdit_train.parallel.mesh import make_mesh
 
 BOUND = 1e-10
-
-
-def assert_equal(world: int, cases: list[Case]) -> None:
-    for name, errors in run_distributed(world, check_cases, cases, timeout=280)[0]:
-        print(f"{world} ranks  {name:80s} {errors}")
-        assert errors.within(BOUND), f"{name}: {errors}"
 
 
 def test_layouts_on_four_ranks() -> None:

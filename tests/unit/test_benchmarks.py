@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks import (
     checkpoint_scale,
@@ -18,7 +19,10 @@ from benchmarks import (
     observe_cost,
     timing,
 )
+from benchmarks.training import Training, global_batch
 from data_pipeline.indexing import index_folder
+from ecdit_train.config.compose import compose
+from ecdit_train.parallel.runtime import alone
 
 
 @pytest.fixture
@@ -32,6 +36,20 @@ def test_what_watching_costs_is_measured(results, capsys):
     assert observe_cost.main(["--rounds", "2", "--only", "the demo"]) in (0, 1)  # two rounds are no measurement
     (bar,) = timing.read_bars("observe_cost")
     assert 0 < bar.value < 0.2
+
+
+def test_the_step_that_is_measured_trains_and_is_guarded():
+    config = compose(["experiment=shapes_tiny"], local=False)
+    training, micros = Training(config, alone(), lr=1e-3), global_batch(config)
+    positions = torch.cat([m.position_B for m in micros])
+    assert torch.equal(positions, torch.arange(config.train.global_batch))
+    before = {name: p.detach().clone() for name, p in training.state.params.items()}
+    assert training.step(micros).numbers().applied
+    made = {name: p.detach().clone() for name, p in training.state.params.items()}
+    assert any(not torch.equal(made[name], before[name]) for name in made)
+    micros[-1].latents_BCHW[0, 0, 0, 0] = torch.inf
+    assert not training.step(micros).numbers().applied
+    assert all(torch.equal(p, made[name]) for name, p in training.state.params.items())
 
 
 def test_planning_a_save_and_a_load_are_measured_on_a_few_ranks():

@@ -13,7 +13,7 @@ import torch
 import torch.utils.flop_counter
 from torch import Tensor
 
-from benchmarks.layers import fill
+from benchmarks.layers import fill, kept_rows
 from ecdit_train.config.schema import Recipe
 from ecdit_train.config.slots import RouterSizes
 from ecdit_train.model.assignment import Table
@@ -221,35 +221,18 @@ def test_a_lean_layer_that_draws_multiplies_in_its_own_type() -> None:
     assert torch.equal(one, other)
 
 
-def kept_rows(moe: MoE, *, tokens: int, dtype: torch.dtype) -> float:
-    """Vectors of width d that a layer holds for each row between forward and backward: what lies in storages other than the tokens'
-    own and the weights'."""
-    D = moe.router.weight.shape[0]
-    x = torch.randn(2, tokens, D).to(dtype).requires_grad_()
-    known = {t.untyped_storage().data_ptr() for t in (x, *moe.parameters())}
-    sizes: dict[int, int] = {}
-    held = []  # so that no storage is given back and counted twice
-
-    def pack(t: Tensor) -> Tensor:
-        held.append(t)
-        if t.untyped_storage().data_ptr() not in known:
-            sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        moe(x, group_tokens=tokens)
-    rows = 2 * 2 * tokens
-    return sum(sizes.values()) / (rows * D * dtype.itemsize)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_what_is_kept(dtype: torch.dtype) -> None:
     """The paper's experts, hidden width 4 d: 4 and what stands in tables; 1 more for rows that an exchange brought."""
-    shape = {"D": 128, "H": 512, "E": 8, "dtype": dtype}
     slots = (8 + 8 + 4 + 4 * 8 / 2) / (128 * dtype.itemsize)  # two indices, a gate, and scores of half a token
-    assert kept_rows(layer(plain, **shape), tokens=256, dtype=dtype) > 11
-    assert 4 <= kept_rows(layer(lean, **shape), tokens=256, dtype=dtype) <= 4 + slots
-    assert 5 <= kept_rows(layer(lean, travels=True, chunks=2, **shape), tokens=256, dtype=dtype) <= 5 + slots
+    x = torch.randn(2, 256, 128).to(dtype)
+
+    def kept(form: Form, **more: Any) -> float:
+        return kept_rows(layer(form, D=128, H=512, E=8, dtype=dtype, **more), x, capacity_factor=2.0)
+
+    assert kept(plain) > 11
+    assert 4 <= kept(lean) <= 4 + slots
+    assert 5 <= kept(lean, travels=True, chunks=2) <= 5 + slots
 
 
 def test_experts_of_another_form_are_refused_before_they_run() -> None:
