@@ -33,8 +33,10 @@ from torch.autograd.function import once_differentiable
 
 from ecdit_train.config.schema import Recipe
 
+from . import te_products
+
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-Backend = Literal["scaled_mm", "emulated"]
+Backend = Literal["scaled_mm", "transformer_engine", "emulated"]
 UNIT = 16
 """Sizes of a scaled product are multiples of it."""
 BLOCK = 32
@@ -53,7 +55,7 @@ class Quantised:
     values: Tensor
     """E4M3 or E5M2."""
     scale: Tensor
-    """fp32 powers of two, to be broadcast against the values."""
+    """fp32 powers of two, to be broadcast against the values. Of blocks under Transformer Engine: as `te_products` has them."""
 
     def wide(self, dtype: torch.dtype) -> Tensor:
         return self.values.to(dtype) * self.scale.to(dtype)
@@ -73,8 +75,11 @@ def power_of_two(amax: Tensor, fp8: torch.dtype) -> Tensor:
     return torch.where(amax.isfinite(), scale, torch.nan).float()
 
 
-def quantise(t: Tensor, scale: Tensor, fp8: torch.dtype) -> Quantised:
-    """t / scale in 8 bits: saturating, but what is not finite becomes NaN."""
+def quantise(t: Tensor, scale: Tensor, fp8: torch.dtype, *, backend: Backend = "emulated") -> Quantised:
+    """t / scale in 8 bits: saturating, but what is not finite becomes NaN. `transformer_engine` takes one scale for each matrix."""
+    if backend == "transformer_engine" and t.numel() > 0:
+        values, scale = te_products.cast(t, scale, fp8)
+        return Quantised(values=values, scale=scale)
     wide, most = torch.promote_types(t.dtype, torch.float32), torch.finfo(fp8).max
     v = t.to(wide) / scale.to(wide)
     v = torch.where(v.isfinite(), v.clamp(-most, most), torch.nan)
@@ -83,10 +88,14 @@ def quantise(t: Tensor, scale: Tensor, fp8: torch.dtype) -> Quantised:
 
 def multiply(a_eRK: Quantised, b_eKO: Quantised, *, dtype: torch.dtype, backend: Backend) -> Tensor:
     """(e, R, O) of type `dtype`. `scaled_mm` takes one scale for each matrix."""
-    if backend == "emulated" or a_eRK.values.numel() == 0:
+    if backend == "emulated":
         wide = torch.promote_types(dtype, torch.float32)
         return torch.bmm(a_eRK.wide(wide), b_eKO.wide(wide)).to(dtype)
     (e, R, _), O = a_eRK.values.shape, b_eKO.values.shape[2]
+    if a_eRK.values.numel() == 0:
+        return a_eRK.scale.new_zeros(e, R, O, dtype=dtype)
+    if backend == "transformer_engine":
+        return te_products.product(a_eRK.values, a_eRK.scale, b_eKO.values, b_eKO.scale, dtype=dtype)
     y_eRO = a_eRK.scale.new_empty(e, R, O, dtype=dtype)
     for n in range(e):
         # Both are read along what is summed over: the second one column by column. Rows are filled up to whole units.
@@ -169,9 +178,12 @@ class Fp8Product(nn.Module):
 
     def quantise(self, t_eRK: Tensor, role: str, *, along: int) -> Quantised:
         """`along`: the dim that is summed over."""
+        if self.by_block and self.backend == "transformer_engine" and t_eRK.numel() > 0:
+            values, scale = te_products.cast_blocks(t_eRK, along=along)
+            return Quantised(values=values, scale=scale)
         fp8 = E5M2 if role == "dy" and not self.by_block else E4M3
         scale = block_scale(t_eRK, fp8, along=along) if self.by_block else self._one_scale(t_eRK, role, fp8)
-        return quantise(t_eRK, scale, fp8)
+        return quantise(t_eRK, scale, fp8, backend=self.backend)
 
     def _one_scale(self, t_eRK: Tensor, role: str, fp8: torch.dtype) -> Tensor:
         now = amax_of(t_eRK)
@@ -206,7 +218,11 @@ class _Product(torch.autograd.Function):
         dy = how.quantise(dy_eRO, "dy", along=2)
         dx = dw = None
         if ctx.needs_input_grad[0]:
-            w = how.quantise(w_eKO, "w", along=2) if how.by_block else quantise(w_eKO, w_scale, E4M3)
+            w = (
+                how.quantise(w_eKO, "w", along=2)
+                if how.by_block
+                else quantise(w_eKO, w_scale, E4M3, backend=how.backend)
+            )
             dx = multiply(dy, w.turned(), dtype=ctx.x_dtype, backend=how.backend)
         if ctx.needs_input_grad[1]:
             if how.by_block:
