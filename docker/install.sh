@@ -4,7 +4,7 @@
 #   docker/install.sh cpu|gpu [dependencies|package]      default: both
 #
 # Beside `docker` lies what .dockerignore lets in. `dependencies` reads only constraints.txt and pyproject.toml: the slow layer of
-# an image, which an edit of our code leaves as it is. `gpu` adds the extras of pyproject.toml, `dev` left out.
+# an image, which an edit of our code leaves as it is. `gpu` adds the extras of pyproject.toml, `dev` and `te` left out.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 kind=${1:?cpu or gpu} part=${2:-}
@@ -16,7 +16,7 @@ wanted() {
 import sys, tomllib
 
 project = tomllib.load(open("pyproject.toml", "rb"))["project"]
-extras = {name: lines for name, lines in project["optional-dependencies"].items() if name != "dev"}
+extras = {name: lines for name, lines in project["optional-dependencies"].items() if name not in ("dev", "te")}
 chosen = {"cpu": [], "gpu": extras.values()}[sys.argv[1]]
 print(*project["dependencies"], *(line for lines in chosen for line in lines), sep="\n")
 PYTHON

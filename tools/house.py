@@ -80,6 +80,7 @@ VENDORS: dict[str, tuple[str, ...]] = {
     ),
     "nvidia": ("data_pipeline/dali.py",),
     "triton": ("ecdit_train/kernels/language.py",),
+    "transformer_engine": ("ecdit_train/model/te_products.py",),
     "duckdb": ("data_pipeline/preparing/duck.py",),
     "ray": ("data_pipeline/preparing/on_ray.py",),
 }

@@ -43,6 +43,7 @@ def checks() -> dict[str, Check]:
         "bf16": arithmetic.bf16,
         "attention": arithmetic.attention,
         "kernels": arithmetic.kernels,
+        "fp8": arithmetic.fp8,
         "grid": grid.grid,
         "waits": runs.waits,
         "graphs": steps.graphs,

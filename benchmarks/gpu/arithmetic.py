@@ -1,4 +1,5 @@
-"""Whether the device computes what it should: the layer against Algorithm 1, bf16 against fp32, every kernel against its twin."""
+"""Whether the device computes what it should: the layer against Algorithm 1, bf16 against fp32, every kernel against its twin,
+8-bit products against plain torch."""
 
 from __future__ import annotations
 
@@ -8,18 +9,24 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
+from ecdit_train.config.schema import Recipe
 from ecdit_train.kernels import adaln, draws, gelu, language, rows
 from ecdit_train.keyed import Purpose
 from ecdit_train.model.dispatchers.deterministic import DeterministicDispatcher
 from ecdit_train.model.dispatchers.index_add import IndexAddDispatcher
 from ecdit_train.model.dispatchers.triton import TritonDispatcher
+from ecdit_train.model.fp8 import Backend, Fp8Product
 from ecdit_train.model.moe import MoE
 
 from ..layers import Algorithm1, copy_weights, expert_choice
 from .device import Device
-from .rank import fill
+from .rank import check_products, fill, presets, with_words
 from .record import Findings, Skipped
 
+PRODUCTS: tuple[tuple[Backend, Recipe], ...] = (
+    *(("scaled_mm", "current"), ("scaled_mm", "delayed")),
+    *(("transformer_engine", "current"), ("transformer_engine", "delayed"), ("transformer_engine", "mxfp8")),
+)
 DISPATCHERS = {"index_add": IndexAddDispatcher, "deterministic": DeterministicDispatcher, "triton": TritonDispatcher}
 
 
@@ -66,6 +73,34 @@ def bf16(device: Device, found: Findings) -> None:
         pairs = zip(chosen.index_EGC.flatten(0, 1).tolist(), same.index_EGC.flatten(0, 1).tolist(), strict=True)
         found.at_most(f"{name}: experts that chose otherwise", sum(set(p) != set(q) for p, q in pairs), 0)
         found.at_most(f"{name}: bf16 against fp32", distance(low.float(), high), 2e-2)
+
+
+def fp8(device: Device, found: Findings) -> None:
+    """8-bit products of a stack of experts with an odd number of rows, forward and backward, against the same arithmetic in plain
+    torch; and whether inf comes out as what it is."""
+    e, R, K, O = device.choose(cuda=(4, 1001, 1024, 4096), cpu=(2, 21, 64, 48))
+    shapes = ((e, R, K), (e, K, O), (e, R, O))
+    x, w, dy = (torch.randn(shape, device=device.kind, dtype=torch.bfloat16) for shape in shapes)
+    wrong = x.index_fill(1, torch.tensor([3], device=device.kind), torch.inf)
+    for backend, recipe in PRODUCTS:
+        name = f"{backend}, {recipe}"
+        with found.part(name):
+            words = ("train.precision=fp8", f"train.fp8_backend={backend}", f"train.fp8_recipe={recipe}")
+            if device.cuda or backend != "scaled_mm":  # which a CPU has, only slowly
+                check_products(with_words(presets(device)[0], words), device)
+            ours, plain = (Fp8Product(recipe, stack=e, backend=by).to(device.kind) for by in (backend, "emulated"))
+            made = []
+            for product in (ours, plain):
+                if recipe == "delayed":
+                    product.amax.fill_(8.0)  # the largest of steps before this one
+                a, b = x.clone().requires_grad_(), w.clone().requires_grad_()
+                y = product(a, b)
+                y.backward(dy)
+                made.append([t.float() for t in (y, a.grad, b.grad)])
+            worst = max(distance(p, q) for p, q in zip(*made, strict=True))
+            found.at_most(f"{name}: against plain torch", worst, 2e-3)
+            hidden = ours(wrong, w.clone().requires_grad_()).isfinite().flatten(1).all(1).sum()
+            found.at_most(f"{name}: experts that hid inf", float(hidden), 0)
 
 
 def kernels(device: Device, found: Findings) -> None:

@@ -26,6 +26,10 @@ FORMS: dict[str, tuple[str, ...]] = {
     "lean, triton": ("moe/dispatcher=triton", "moe.form=lean"),
     "plain, compiled": ("moe/dispatcher=index_add", "parallel.compile=true"),
     "fp8": ("moe/dispatcher=triton", "train.precision=fp8", "moe.form=plain"),
+    "fp8, transformer engine": (
+        *("moe/dispatcher=triton", "train.precision=fp8", "moe.form=plain"),
+        "train.fp8_backend=transformer_engine",
+    ),
 }
 """The layer's forms, as words of a command line; those that this version does not know are skipped, each with its reason."""
 

@@ -124,12 +124,17 @@ class Part:
         return c.moe.num_experts // self.mesh.ep_size, slots * self.mesh.ep_size // self.mesh.tp_size
 
 
-def part(config: RunConfig, device: Device, *, world: int, dtype: torch.dtype = torch.bfloat16) -> Part:
-    """Inside of `fake_world`. Weights are made on the device. Raises Skipped where the device has no such products."""
+def check_products(config: RunConfig, device: Device) -> None:
+    """Raises Skipped where the device has no such products, or nobody installed who makes them."""
     try:
         check_device(config.train, torch.device(device.kind))
     except ConfigError as why:
         raise Skipped(str(why).splitlines()[0]) from why
+
+
+def part(config: RunConfig, device: Device, *, world: int, dtype: torch.dtype = torch.bfloat16) -> Part:
+    """Inside of `fake_world`. Weights are made on the device. Raises Skipped where the device has no such products."""
+    check_products(config, device)
     gpus = config.cluster.gpus_per_node
     mesh = make_mesh(config.parallel, device_type=device.kind, world=world, gpus_per_node=gpus)
     mesh.build()

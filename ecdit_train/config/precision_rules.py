@@ -12,7 +12,10 @@ def check_precision(cfg: RunConfig, check: Checker) -> None:
     recipe = cfg.train.recipe
     if recipe is None:
         return
-    rule = "must be emulated with fp8_recipe = mxfp8: torch has no product with blocks that a test here could run"
+    rule = (
+        "must be emulated or transformer_engine with fp8_recipe = mxfp8: torch has no product with blocks that a test here "
+        "could run"
+    )
     scaled_mm = cfg.train.fp8_backend == "scaled_mm"
     check.require(recipe != "mxfp8" or not scaled_mm, "train.fp8_backend", rule=rule, nearest="emulated")
     _experts(cfg, check)

@@ -165,9 +165,9 @@ class TrainConfig:
     fp8_recipe: Recipe
     """With `precision: fp8`, how 8-bit numbers are scaled: by the largest of the tensor now (`current`), of the last steps
     (`delayed`), or 32 numbers at a time (`mxfp8`)."""
-    fp8_backend: Literal["scaled_mm", "emulated"]
-    """With `precision: fp8`, who multiplies: torch's scaled product, on a GPU its 8-bit tensor cores; or the same arithmetic in
-    plain torch, at no gain in speed."""
+    fp8_backend: Literal["scaled_mm", "transformer_engine", "emulated"]
+    """With `precision: fp8`, who multiplies: torch's scaled product or Transformer Engine's casts and grouped products, both on a
+    GPU's 8-bit tensor cores; or the same arithmetic in plain torch, at no gain in speed."""
 
     @property
     def compute(self) -> Literal["fp32", "bf16"]:

@@ -23,6 +23,7 @@ Legend: e matrices of a stack (one for a linear layer), R rows, K width that is 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -33,8 +34,10 @@ from torch.autograd.function import once_differentiable
 
 from ecdit_train.config.schema import Recipe
 
+from . import te_products
+
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-Backend = Literal["scaled_mm", "emulated"]
+Backend = Literal["scaled_mm", "transformer_engine", "emulated"]
 UNIT = 16
 """Sizes of a scaled product are multiples of it."""
 BLOCK = 32
@@ -53,7 +56,7 @@ class Quantised:
     values: Tensor
     """E4M3 or E5M2."""
     scale: Tensor
-    """fp32 powers of two, to be broadcast against the values."""
+    """fp32 powers of two, to be broadcast against the values. Of blocks under Transformer Engine: as `te_products` has them."""
 
     def wide(self, dtype: torch.dtype) -> Tensor:
         return self.values.to(dtype) * self.scale.to(dtype)
@@ -73,8 +76,11 @@ def power_of_two(amax: Tensor, fp8: torch.dtype) -> Tensor:
     return torch.where(amax.isfinite(), scale, torch.nan).float()
 
 
-def quantise(t: Tensor, scale: Tensor, fp8: torch.dtype) -> Quantised:
-    """t / scale in 8 bits: saturating, but what is not finite becomes NaN."""
+def quantise(t: Tensor, scale: Tensor, fp8: torch.dtype, *, backend: Backend = "emulated") -> Quantised:
+    """t / scale in 8 bits: saturating, but what is not finite becomes NaN. `transformer_engine` takes one scale for each matrix."""
+    if backend == "transformer_engine" and t.numel() > 0:
+        values, scale = te_products.cast(t, scale, fp8)
+        return Quantised(values=values, scale=scale)
     wide, most = torch.promote_types(t.dtype, torch.float32), torch.finfo(fp8).max
     v = t.to(wide) / scale.to(wide)
     v = torch.where(v.isfinite(), v.clamp(-most, most), torch.nan)
@@ -83,10 +89,14 @@ def quantise(t: Tensor, scale: Tensor, fp8: torch.dtype) -> Quantised:
 
 def multiply(a_eRK: Quantised, b_eKO: Quantised, *, dtype: torch.dtype, backend: Backend) -> Tensor:
     """(e, R, O) of type `dtype`. `scaled_mm` takes one scale for each matrix."""
-    if backend == "emulated" or a_eRK.values.numel() == 0:
+    if backend == "emulated":
         wide = torch.promote_types(dtype, torch.float32)
         return torch.bmm(a_eRK.wide(wide), b_eKO.wide(wide)).to(dtype)
     (e, R, _), O = a_eRK.values.shape, b_eKO.values.shape[2]
+    if a_eRK.values.numel() == 0:
+        return a_eRK.scale.new_zeros(e, R, O, dtype=dtype)
+    if backend == "transformer_engine":
+        return te_products.product(a_eRK.values, a_eRK.scale, b_eKO.values, b_eKO.scale, dtype=dtype)
     y_eRO = a_eRK.scale.new_empty(e, R, O, dtype=dtype)
     for n in range(e):
         # Both are read along what is summed over: the second one column by column. Rows are filled up to whole units.
@@ -143,7 +153,8 @@ class Fp8Product(nn.Module):
         `delayed` remembers: on more ranks, what is remembered is not too small."""
         self.agree: Callable[[Tensor], Tensor] | None = None
         """Own amax -> that of the whole tensor, where each rank holds a part of it."""
-        self.amax_of, self.block_scale, self.cast = amax_of, block_scale, quantise
+        self.amax_of, self.block_scale = amax_of, block_scale
+        self.cast: Callable[..., Quantised] = functools.partial(quantise, backend=backend)
         """What passes over every value. Compiled, each is one loop."""
         self.seen: dict[str, Tensor] = {}
         """By role (e,): largest magnitudes since the last update. A maximum, so a pass that is repeated does not count twice."""
@@ -193,6 +204,9 @@ class Fp8Product(nn.Module):
 
     def quantise(self, t_eRK: Tensor, role: str, *, along: int) -> Quantised:
         """`along`: the dim that is summed over."""
+        if self.by_block and self.backend == "transformer_engine" and t_eRK.numel() > 0:
+            values, scale = te_products.cast_blocks(t_eRK, along=along)
+            return Quantised(values=values, scale=scale)
         fp8 = E5M2 if role == "dy" and not self.by_block else E4M3
         scale = self.block_scale(t_eRK, fp8, along=along) if self.by_block else self._one_scale(t_eRK, role, fp8)
         return self.cast(t_eRK, scale, fp8)

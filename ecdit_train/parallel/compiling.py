@@ -61,7 +61,8 @@ def compile_casts(product: Fp8Product) -> None:
     """In place. Shapes are left open: there are a dozen."""
     product.amax_of = torch.compile(product.amax_of, dynamic=True)
     product.block_scale = torch.compile(product.block_scale, dynamic=True)
-    product.cast = torch.compile(product.cast, dynamic=True)
+    if product.backend != "transformer_engine":  # its own cast is one pass
+        product.cast = torch.compile(product.cast, dynamic=True)
 
 
 def compile_activations(experts: TwoLayers) -> None:

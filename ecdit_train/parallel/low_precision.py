@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ecdit_train.config.schema import Recipe, TrainConfig
 from ecdit_train.errors import ConfigError, Problem
+from ecdit_train.model import te_products
 from ecdit_train.model.dit import DiT
 from ecdit_train.model.experts.two_layers import TwoLayers
 from ecdit_train.model.fp8 import Backend, Fp8Product
@@ -30,6 +31,8 @@ from .tensor_parallel import split_of
 
 CAPABILITY = (8, 9)
 """The least compute capability of a GPU with 8-bit tensor cores (Ada; Hopper is 9.0)."""
+BLOCKS = ((10, 0), (12, 0))
+"""From which on, and up to which, Transformer Engine multiplies with blocks (Blackwell of a data center)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,19 +48,29 @@ class Fp8:
 
 
 def check_device(train: TrainConfig, device: torch.device) -> None:
-    """Raises ConfigError where the device cannot multiply what the run asks for."""
-    if train.recipe is None or train.fp8_backend != "scaled_mm":
+    """Raises ConfigError where the device, or what is installed, cannot multiply what the run asks for."""
+    if train.recipe is None or train.fp8_backend == "emulated":
         return
+
+    def refused(rule: str, nearest: str, *, field: str = "fp8_backend") -> ConfigError:
+        return ConfigError(Problem(field=f"train.{field}", value=getattr(train, field), rule=rule, nearest=nearest))
+
+    by_torch = train.fp8_backend == "scaled_mm"
     if device.type != "cuda":
-        rule = "needs a GPU: on a CPU torch works its 8-bit product out value by value, dozens of times as slowly"
-        raise ConfigError(Problem(field="train.fp8_backend", value="scaled_mm", rule=rule, nearest="emulated"))
+        why = "on a CPU torch works its 8-bit product out value by value, dozens of times as slowly"
+        raise refused(f"needs a GPU: {why}" if by_torch else "needs a GPU: there is no other build of it", "emulated")
     found = torch.cuda.get_device_capability(device)
+    has = f"{torch.cuda.get_device_name(device)} has {found[0]}.{found[1]}"
     if found < CAPABILITY:
-        name, (a, b), (c, d) = torch.cuda.get_device_name(device), CAPABILITY, found
-        rule = f"needs a GPU of compute capability {a}.{b} or more; {name} has {c}.{d}"
-        raise ConfigError(
-            Problem(field="train.fp8_backend", value="scaled_mm", rule=rule, nearest="train.precision=bf16")
-        )
+        a, b = CAPABILITY
+        raise refused(f"needs a GPU of compute capability {a}.{b} or more; {has}", "train.precision=bf16")
+    missing = None if by_torch else te_products.missing()
+    if missing is not None:
+        raise refused(f"Transformer Engine {missing}", "emulated" if train.recipe == "mxfp8" else "scaled_mm")
+    (a, b), (c, d) = BLOCKS
+    if train.recipe == "mxfp8" and not (a, b) <= found < (c, d):
+        rule = f"needs, in Transformer Engine, a GPU of compute capability {a}.{b} or more and below {c}.{d}; {has}"
+        raise refused(rule, "current", field="fp8_recipe")
 
 
 def apply_fp8(model: DiT, fp8: Fp8, *, mesh: Mesh) -> None:

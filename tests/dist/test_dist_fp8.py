@@ -7,8 +7,12 @@ holds: to a wrong scale, all values near the smallest normal number answer.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
+from unittest import mock
 
+import dist_cases
 import pytest
+import te_stand_in
 from dist_cases import DENSE, MODEL, MOE, Case, case, check_cases
 from dist_compare import Errors
 from dist_harness import run_distributed
@@ -52,6 +56,32 @@ def test_a_wrong_scale_is_found(poison) -> None:
     recipe = {"fp8_own_scale": "current", "fp8_stale_scale": "delayed"}[poison]
     ((_, errors),) = errors_of(2, [case(tp=2, ep=2, fp8=recipe, poison=poison, steps=1)])
     assert errors.grad > 1e3 * BOUND
+
+
+def check_by_engine(runtime: Any, cases: list[Case]) -> list[tuple[str, Errors]]:
+    """As `check_cases`, the ranks multiplying by the stand-in for Transformer Engine; one process still emulates."""
+    whole = dist_cases.parallelize
+
+    def parallelize(model: Any, *, fp8: Any, **rest: Any) -> Any:
+        return whole(model, fp8=replace(fp8, backend="transformer_engine"), **rest)
+
+    with (
+        te_stand_in.used(blackwell=True, doubles=True) as device,
+        mock.patch.object(dist_cases, "parallelize", parallelize),
+    ):
+        found = check_cases(runtime, cases)
+    assert {"product", "grouped product", "cast", "cast of blocks"} <= set(device.calls)
+    return found
+
+
+def test_by_transformer_engine_too() -> None:
+    """Scales that tp agrees on, experts of ep, memory; recomputed, in parts, and with blocks."""
+    for name, errors in run_distributed(2, check_by_engine, [
+        case(tp=2, ep=2, fp8="current"), case(tp=2, ep=2, fp8="delayed"), case(tp=2, ep=2, fp8="mxfp8"),
+        case(ep=2, fp8="delayed", chunks=2, microbatches=2), case(fp8="delayed", ac="full"),
+    ], timeout=280)[0]:  # fmt: skip
+        print(f"{name:70s} {errors}")
+        assert errors.within(BOUND, grad=BOUND), f"{name}: {errors}"
 
 
 def test_a_scale_for_each_rank_is_near() -> None:

@@ -30,6 +30,7 @@ BARS = {
     "about": 0,
     "parity": 3,
     "bf16": 6,
+    "fp8": 4,
     "grid": 13,
     "waits": 1,
     "graphs": 3,

@@ -29,10 +29,11 @@ def test_other_precisions_have_no_recipe(precision, compute):
     assert (train.compute, train.recipe) == (compute, None)
 
 
-def test_blocks_are_emulated():
+def test_blocks_are_nothing_for_torchs_product():
     found = problems("train.fp8_recipe=mxfp8")
     assert found["train.fp8_backend"].nearest == "emulated"
-    assert compose([*FP8, "train.fp8_recipe=mxfp8", "train.fp8_backend=emulated"]).train.recipe == "mxfp8"
+    for backend in ("emulated", "transformer_engine"):
+        validate(compose([*FP8, "train.fp8_recipe=mxfp8", f"train.fp8_backend={backend}"]))
 
 
 @pytest.mark.parametrize(("recipe", "unit"), [("current", 16), ("mxfp8", 32)])

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import te_stand_in
 import torch
 from torch import nn
 
 from ecdit_train.config.compose import compose
 from ecdit_train.errors import ConfigError
+from ecdit_train.model import te_products
 from ecdit_train.model.dit import DiT
 from ecdit_train.model.embed import Text
 from ecdit_train.model.fp8 import Fp8Product
@@ -107,6 +109,45 @@ def test_a_device_without_8_bit_units_is_refused(monkeypatch) -> None:
     check_device(replace(train, precision="bf16"), torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     check_device(train, torch.device("cuda"))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "device", "capability", "missing", "said"),
+    [
+        ("current", "cpu", (0, 0), None, r"fp8_backend = 'transformer_engine': needs a GPU.*valid: emulated"),
+        ("current", "cuda", (8, 0), None, r"8\.9 or more; some GPU has 8\.0.*valid: train.precision=bf16"),
+        ("current", "cuda", (9, 0), "is absent", r"Transformer Engine is absent.*valid: scaled_mm"),
+        ("mxfp8", "cuda", (10, 0), "is absent", r"Transformer Engine is absent.*valid: emulated"),
+        ("mxfp8", "cuda", (9, 0), None, r"fp8_recipe = 'mxfp8'.*10\.0 or more.*some GPU has 9\.0.*valid: current"),
+        ("mxfp8", "cuda", (12, 0), None, r"below 12\.0; some GPU has 12\.0.*valid: current"),
+        ("mxfp8", "cuda", (10, 3), None, None),
+        ("delayed", "cuda", (8, 9), None, None),
+    ],
+)
+def test_without_transformer_engine_or_its_gpu(recipe, device, capability, missing, said, monkeypatch) -> None:
+    train = replace(CONFIG.train, precision="fp8", fp8_recipe=recipe, fp8_backend="transformer_engine")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU")
+    monkeypatch.setattr(te_products, "missing", lambda: missing)
+    if said is None:
+        check_device(train, torch.device(device))
+        return
+    with pytest.raises(ConfigError, match=said) as raised:
+        check_device(train, torch.device(device))
+    assert len(raised.value.problems) == 1
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_network_by_transformer_engine(recipe) -> None:
+    """Every layer that multiplies in 8 bits, as the emulation does: loss and gradients to the order of sums."""
+    want, truth = loss_and_gradients(network(Fp8(recipe=recipe, backend="emulated"), dtype=torch.bfloat16))
+    with te_stand_in.used(blackwell=recipe == "mxfp8") as device:
+        model = network(Fp8(recipe=recipe, backend="transformer_engine"), dtype=torch.bfloat16)
+        got, mine = loss_and_gradients(model)
+    assert {"product", "grouped product"} <= set(device.calls)
+    assert got == pytest.approx(want, rel=1e-5)
+    for name, gradient in truth.items():
+        torch.testing.assert_close(mine[name], gradient, rtol=1e-2, atol=1e-2 * gradient.abs().max().item())
 
 
 def test_weights_keep_their_names() -> None:

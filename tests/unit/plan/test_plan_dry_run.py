@@ -87,6 +87,13 @@ def test_the_optimizer_is_the_runs_own(optim):
     assert found["formula"] == found["measured"] > 0
 
 
+@pytest.mark.parametrize("recipe", ["delayed", "mxfp8"])
+def test_what_only_a_gpu_multiplies_is_planned_without_one(recipe):
+    words = ("train.precision=fp8", "train.fp8_backend=transformer_engine", f"train.fp8_recipe={recipe}")
+    found = by_name(dry_run("experiment=shapes_tiny", *words, world=2, except_for=(PEAK,)))
+    assert found["activations kept"]["measured"] > 0
+
+
 NEW = {
     "lean_half": ("moe.form=lean", "parallel.activation_checkpointing=selective", "parallel.keep=[attention]",
                   "parallel.checkpoint_blocks=0.5", "parallel.overlap_chunks=2"),
