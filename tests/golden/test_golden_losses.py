@@ -14,6 +14,10 @@ from tiny_runs import ROUTERS, configure, live, records
 STEPS = 20
 FILE = "losses/tiny.txt"
 GROWTH = 2e-6  # relative, per step; two machines of one processor number differed by at most 5e-6 at step 14
+CLOSE_CALLS = {"expert_race": 2e-4, "nucleus": 2e-4}
+"""From step 5 on, of routers by which all tokens of a batch compete, or a cut lies anywhere in a sum: on another
+maker's processor a last bit decided otherwise about one token at step 5 or 6, and losses were 5e-5 a step apart."""
+CALM = 4
 
 
 def losses(run, shards, *extra: str) -> list[float]:
@@ -37,4 +41,5 @@ def test_losses(router, tiny_shards, tmp_path, golden, stored, update):
     expected = [float(line) for line in stored(FILE, router).split()]
     assert len(first) == len(expected) == STEPS
     for step, (loss, wanted) in enumerate(zip(first, expected, strict=True), 1):
-        assert loss == pytest.approx(wanted, rel=GROWTH * step), f"step {step} of {router}"
+        growth = GROWTH if step <= CALM else CLOSE_CALLS.get(router, GROWTH)
+        assert loss == pytest.approx(wanted, rel=growth * step), f"step {step} of {router}"
