@@ -159,7 +159,7 @@ class MXFP8TensorStorage:
     def __init__(
         self, rowwise_data: Tensor | None, rowwise_scale_inv: Tensor | None, columnwise_data: Tensor | None,
         columnwise_scale_inv: Tensor | None, fp8_dtype: DType, quantizer: Any, with_gemm_swizzled_scales: bool,
-        fake_dtype: torch.dtype | None = None,
+        *, fake_dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         self.found = {
             "rowwise_data": rowwise_data, "rowwise_scale_inv": rowwise_scale_inv, "columnwise_data": columnwise_data,

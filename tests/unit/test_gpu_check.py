@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import te_stand_in
 import torch
 
 from benchmarks import timing
@@ -16,6 +17,7 @@ from benchmarks.gpu import arithmetic, layers, rank, runs
 from benchmarks.gpu.device import Device
 from benchmarks.gpu.record import Findings, Record, Skipped, good, perform, table
 from ecdit_train.kernels import language
+from ecdit_train.model import te_products
 
 CPU = Device(kind="cpu")
 ALL = """
@@ -165,6 +167,35 @@ def test_wrong_results_fail(monkeypatch):
     found = Findings()
     runs.demo(CPU, found)
     assert not any(bar.passed for bar in found.bars)
+
+
+def test_what_is_not_installed_is_a_row(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")
+    monkeypatch.setattr(te_products, "missing", lambda: "is not installed here")
+    config = rank.with_words(rank.presets(CPU)[0], layers.FORMS["fp8, transformer engine"])
+    with pytest.raises(Skipped, match="Transformer Engine is not installed here"):
+        rank.check_products(config, Device(kind="cuda"))
+    rank.check_products(rank.with_words(rank.presets(CPU)[0], layers.FORMS["fp8"]), Device(kind="cuda"))
+
+
+def test_wrong_8_bit_products_fail(monkeypatch):
+    cast = te_products.cast
+
+    def twice(*args):
+        values, scale = cast(*args)
+        return values, 2 * scale
+
+    monkeypatch.setattr(arithmetic, "check_products", lambda config, device: None)
+    for wrong in (False, True):
+        found = Findings()
+        with te_stand_in.used(blackwell=True):
+            arithmetic.fp8(CPU, found)
+        assert not found.failed
+        assert {bar.name.partition(":")[0] for bar in found.bars if not bar.passed} == (
+            {"transformer_engine, current", "transformer_engine, delayed"} if wrong else set()
+        )
+        monkeypatch.setattr(te_products, "cast", twice)
 
 
 def test_waits_are_counted_by_the_line_that_waited(monkeypatch):
