@@ -43,6 +43,15 @@ def fill(module: nn.Module, *, seed: int) -> None:
             p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float32) * p.shape[-1] ** -0.5)
 
 
+def fill_zeros(module: nn.Module, *, std: float) -> None:
+    """Random values where first weights are zero, so that everything has an effect."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in module.parameters():
+            if not p.any():
+                p.copy_(torch.randn(p.shape, generator=generator, dtype=p.dtype) * std)
+
+
 def expert_choice(
     width: int, *, hidden: int, experts: int, capacity_factor: float, deterministic: bool = False, form: Form = plain
 ) -> MoE:

@@ -23,6 +23,7 @@ from ecdit_train.evaluate.pictures import sample_latents
 from ecdit_train.model.dit import DiT
 from ecdit_train.model.init import initialise
 
+from .layers import fill_zeros
 from .timing import Bar, Work, interleave, report, settle
 
 SIZE = ("experiment=shapes_tiny", "model.width=384", "model.heads=6", "model.kv_heads=6", "model.layers=8",
@@ -51,11 +52,7 @@ def network(config: RunConfig, *, wide: bool = False) -> DiT:
         for number in range(1, config.model.layers, 2):
             model.blocks[number] = other.blocks[number]
     initialise(model, seed=0)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in model.parameters():
-            if not p.any():
-                p.copy_(torch.randn(p.shape, generator=generator) * 0.02)
+    fill_zeros(model, std=0.02)
     return model.eval()
 
 

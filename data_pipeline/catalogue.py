@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, overload
+from typing import Protocol
 
 import numpy as np
 
 from data_pipeline.index import Index
 from data_pipeline.manifest import View
-from data_pipeline.table import Shard
+from data_pipeline.table import Made, Shard
 
 
 class Shards(Protocol):
@@ -87,23 +87,14 @@ class Catalogue:
         return self.views[source].load_index(number)
 
 
-class _Joined(Sequence[Shard]):
+class _Joined(Made):
     def __init__(self, catalogue: Catalogue) -> None:
         self._catalogue = catalogue
 
     def __len__(self) -> int:
         return int(self._catalogue.first_shards[-1])
 
-    @overload
-    def __getitem__(self, shard: int) -> Shard: ...
-    @overload
-    def __getitem__(self, shard: slice) -> Sequence[Shard]: ...
-    def __getitem__(self, shard: int | slice) -> Shard | Sequence[Shard]:
-        if isinstance(shard, slice):
-            return [self[number] for number in range(len(self))[shard]]
-        source, number = self._catalogue.place(range(len(self))[shard])
-        row = self._catalogue.views[source].shards[number]
+    def row(self, number: int) -> Shard:
+        source, own = self._catalogue.place(number)
+        row = self._catalogue.views[source].shards[own]
         return replace(row, name=f"{self._catalogue.names[source]}/{row.name}")
-
-    def __iter__(self) -> Iterator[Any]:
-        return (self[number] for number in range(len(self)))

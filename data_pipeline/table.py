@@ -97,8 +97,26 @@ class Columns:
         return name
 
 
-class Rows(Sequence[Shard]):
-    """The same as a sequence of `Shard`, each made when it is asked for."""
+class Made(Sequence[Shard]):
+    """A sequence of `Shard`, each made when it is asked for: `row` makes one by its number."""
+
+    def row(self, number: int) -> Shard:
+        raise NotImplementedError
+
+    @overload
+    def __getitem__(self, shard: int) -> Shard: ...
+    @overload
+    def __getitem__(self, shard: slice) -> Sequence[Shard]: ...
+    def __getitem__(self, shard: int | slice) -> Shard | Sequence[Shard]:
+        numbers = range(len(self))[shard]  # IndexError, and numbers from the end
+        return self.row(numbers) if isinstance(numbers, int) else [self.row(number) for number in numbers]
+
+    def __iter__(self) -> Iterator[Shard]:
+        return (self.row(number) for number in range(len(self)))
+
+
+class Rows(Made):
+    """The same as a sequence of `Shard`."""
 
     def __init__(self, columns: Columns) -> None:
         self.columns = columns
@@ -106,22 +124,12 @@ class Rows(Sequence[Shard]):
     def __len__(self) -> int:
         return len(self.columns)
 
-    @overload
-    def __getitem__(self, shard: int) -> Shard: ...
-    @overload
-    def __getitem__(self, shard: slice) -> Sequence[Shard]: ...
-    def __getitem__(self, shard: int | slice) -> Shard | Sequence[Shard]:
-        if isinstance(shard, slice):
-            return [self[number] for number in range(len(self))[shard]]
-        number = range(len(self))[shard]  # IndexError, and numbers from the end
+    def row(self, number: int) -> Shard:
         c = self.columns
         return Shard(
             name=c.name(number), n=int(c.samples[number]), bytes=int(c.bytes[number]),
             sha256=c.sha256[number].tobytes().hex(), fields=c.field_sets[int(c.fields[number])],
         )  # fmt: skip
-
-    def __iter__(self) -> Iterator[Shard]:
-        return (self[number] for number in range(len(self)))
 
     def __eq__(self, other: Any) -> bool:
         return isinstance(other, Sequence) and len(self) == len(other) and all(map(Shard.__eq__, self, other))

@@ -14,14 +14,11 @@ attempt, which counts from it.
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ecdit_train import atomic
 from ecdit_train.run_folder import CHECKPOINTS, JOBS, METRICS, by_step
 from launch.classes import STOP
 
@@ -41,23 +38,15 @@ def stop_path(run: Path, job: str) -> Path:
 
 def add(run: Path, job: str, **facts: Any) -> None:
     """A line more. A disk that refuses is not a reason to end a job: nothing is raised."""
-    line = json.dumps({"time": round(time.time(), 3), **facts}, default=str) + "\n"
-    with contextlib.suppress(OSError):
-        path_of(run, job).parent.mkdir(exist_ok=True)
-        handle = os.open(path_of(run, job), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(handle, line.encode())
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    atomic.append_line(path_of(run, job), facts)
 
 
 def read(run: Path, job: str) -> list[Line]:
     """All lines of a job and of those that it goes on from, oldest first. What cannot be read is left out."""
-    lines, seen = _lines(path_of(run, job)), {job}
+    lines, seen = atomic.read_lines(path_of(run, job)), {job}
     while (before := _before(run, job)) is not None and before not in seen:
         seen.add(before)
-        lines, job = _lines(path_of(run, before)) + lines, before
+        lines, job = atomic.read_lines(path_of(run, before)) + lines, before
     return lines
 
 
@@ -71,26 +60,18 @@ def jobs(run: Path) -> list[str]:
     """Every job that was submitted or has written, and what they go on as; the one that wrote last comes last."""
     found = []
     for path in sorted((run / JOBS).glob("*.jsonl"), key=lambda path: (path.stat().st_mtime, path.stem)):
-        found += [path.stem, *(str(line["to"]) for line in _lines(path) if line.get("what") == "resubmitted")]
+        found += [
+            path.stem,
+            *(str(line["to"]) for line in atomic.read_lines(path) if line.get("what") == "resubmitted"),
+        ]
     return list(dict.fromkeys(found))
 
 
 def _before(run: Path, job: str) -> str | None:
     for path in (run / JOBS).glob("*.jsonl"):
-        if any(line.get("what") == "resubmitted" and str(line.get("to")) == job for line in _lines(path)):
+        if any(line.get("what") == "resubmitted" and str(line.get("to")) == job for line in atomic.read_lines(path)):
             return path.stem
     return None
-
-
-def _lines(path: Path) -> list[Line]:
-    found: list[Line] = []
-    with contextlib.suppress(OSError):
-        for text in path.read_bytes().splitlines():
-            with contextlib.suppress(ValueError):
-                line = json.loads(text)
-                if isinstance(line, dict):
-                    found.append(line)
-    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +125,7 @@ def needed_lead(run: Path) -> float | None:
     """Seconds that a stop of the last life that logged may take: its slowest step, its slowest save, a margin. None: not known."""
     files = sorted(path for path in (run / METRICS).glob("*.jsonl") if path.stem.isdigit())
     for path in reversed(files):
-        records = _lines(path)
+        records = atomic.read_lines(path)
         steps = [line["perf/step_s"] for line in records if isinstance(line.get("perf/step_s"), int | float)]
         saves = [line["ckpt/save_s"] for line in records if isinstance(line.get("ckpt/save_s"), int | float)]
         if steps or saves:

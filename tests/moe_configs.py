@@ -1,14 +1,17 @@
-"""Sections of sparse layers for tests that build networks without a run."""
+"""Sections of sparse layers for tests that build networks without a run, and random weights for such layers."""
 
 from __future__ import annotations
 
 from typing import Any
+
+import torch
 
 from ecdit_train.config.schema import MoEConfig
 from ecdit_train.model.dispatchers.deterministic import Deterministic
 from ecdit_train.model.dispatchers.index_add import IndexAdd
 from ecdit_train.model.dispatchers.triton import Triton
 from ecdit_train.model.experts.gelu import Gelu
+from ecdit_train.model.moe import MoE
 from ecdit_train.model.routers.expert_choice import ExpertChoice
 from ecdit_train.model.routers.expert_race import ExpertRace
 from ecdit_train.model.routers.selection import SelectionFamily
@@ -38,6 +41,15 @@ def expert_race(*, capacity_factor: float, **rest: Any) -> ExpertRace:
     """Weights that are large enough to be seen."""
     values: Any = {"momentum": 0.9, "first_threshold": 1.0, "similarity_weight": 0.05, "target_weight": 0.1, **rest}
     return ExpertRace(capacity_factor=capacity_factor, sees="modulated", pool_images=None, **values)
+
+
+def randomised(moe: MoE, *, std: float = 0.7, seed: int = 7) -> MoE:
+    """In fp64, with random weights."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in moe.double().parameters():
+            p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) * std)
+    return moe
 
 
 def moe_config(

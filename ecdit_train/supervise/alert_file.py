@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ecdit_train import atomic
 from ecdit_train.run_folder import ALERTS
 
 
@@ -33,14 +34,7 @@ def append(run: Path, **facts: Any) -> None:
 
 def read(run: Path) -> list[dict[str, Any]]:
     """In order; lines that are no JSON object are left out."""
-    found = []
-    with contextlib.suppress(OSError):
-        for line in (run / ALERTS).read_bytes().splitlines():
-            with contextlib.suppress(ValueError):
-                record = json.loads(line)
-                if isinstance(record, dict) and "name" in record:
-                    found.append(record)
-    return found
+    return [line for line in atomic.read_lines(run / ALERTS) if "name" in line]
 
 
 def open_ones(run: Path, *, life: int | None = None) -> list[Mapping[str, Any]]:

@@ -6,13 +6,11 @@ processes: its beginning, the step it goes on from, its end. No later life touch
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from ecdit_train import atomic
 
 FOLDER = "lives"
 
@@ -35,16 +33,7 @@ def path_of(run: Path, *, number: int) -> Path:
 
 def note(run: Path, *, number: int, **facts: Any) -> None:
     """Add a line with the time and these facts. A disk that refuses is not a reason to end a run: nothing is raised."""
-    path = path_of(run, number=number)
-    line = json.dumps({"time": round(time.time(), 3), **facts}, default=str) + "\n"
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(exist_ok=True)  # not the run folder: if that is gone, so is the record
-        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(handle, line.encode())
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    atomic.append_line(path_of(run, number=number), facts)
 
 
 def read(run: Path) -> list[Life]:
@@ -52,13 +41,10 @@ def read(run: Path) -> list[Life]:
     lives = []
     for path in sorted((run / FOLDER).glob("*.jsonl")):
         facts: dict[str, Any] = {}
-        with contextlib.suppress(OSError):
-            for line in path.read_bytes().splitlines():
-                with contextlib.suppress(ValueError):
-                    told = json.loads(line)
-                    facts.setdefault("began", told.get("time"))
-                    # The first end that is told is the cause; a process that is ended for it may tell its own after.
-                    facts |= {k: v for k, v in told.items() if not ("exit_code" in facts and k in ("exit_code", "why"))}
+        for told in atomic.read_lines(path):
+            facts.setdefault("began", told.get("time"))
+            # The first end that is told is the cause; a process that is ended for it may tell its own after.
+            facts |= {k: v for k, v in told.items() if not ("exit_code" in facts and k in ("exit_code", "why"))}
         if path.stem.isdigit() and facts:
             lives.append(Life(number=int(path.stem), facts=facts))
     return lives

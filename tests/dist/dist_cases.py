@@ -10,6 +10,7 @@ import torch.distributed as dist
 from dist_compare import Errors, compare, record_of
 from dist_poisons import POISONS
 from moe_configs import expert_race, selection
+from plain_configs import PARALLEL, model_config
 from torch import Tensor, nn
 
 from ecdit_train.config.schema import ModelConfig, MoEConfig, ParallelConfig, Recipe
@@ -22,8 +23,9 @@ from ecdit_train.model.fp8 import remember
 from ecdit_train.model.routers.expert_choice import ExpertChoice
 from ecdit_train.model.routers.threshold import Threshold
 from ecdit_train.model.routers.token_choice import TokenChoice
-from ecdit_train.parallel.context import ParallelContext
 from ecdit_train.parallel.apply import full_tensor, full_tensors, load_full, parallelize
+from ecdit_train.parallel.context import ParallelContext
+from ecdit_train.parallel.data_parallel import gather_over_dp
 from ecdit_train.parallel.expert_parallel import sparse_layers
 from ecdit_train.parallel.fsdp import accumulate
 from ecdit_train.parallel.grads import clip, expert_gradient_divisor
@@ -41,9 +43,7 @@ GROUP = 16
 """Two half-masked images."""
 MAX_NORM = 0.01
 
-MODEL = ModelConfig(
-    name="test", layers=4, width=32, heads=4, kv_heads=2, ffn_ratio=2, patch=2, text_width=64, text_refiner_layers=1, cross_attention=True, modulation="shared"
-)
+MODEL = model_config(layers=4, width=32, heads=4, kv_heads=2)
 EXPERT_CHOICE = ExpertChoice(capacity_factor=2.0, sees="modulated")
 TOKEN_CHOICE_ROUTER = TokenChoice(capacity_factor=2.0, top_k=2, balance_weight=0.01, sees="modulated")
 MOE = MoEConfig(
@@ -67,23 +67,6 @@ CAPPED = replace(THRESHOLD, dispatcher=IndexAdd(cap=0.75))
 RACE = replace(MOE, router=expert_race(capacity_factor=2.0))
 """Everything on all ranks competes; two losses and a buffer."""
 FAMILY = {name: replace(MOE, router=selection(name, capacity_factor=2.0)) for name in ("ec_image", "bl", "be", "le", "tc")}
-PARALLEL = ParallelConfig(
-    dp_replicate=1,
-    dp_shard=-1,
-    tp=1,
-    ep=1,
-    sequence_parallel=False,
-    activation_checkpointing="none",
-    keep=(),
-    checkpoint_blocks=1.0,
-    compile=False,
-    overlap_chunks=1,
-    reduce_gradients="step",
-    reshard_after_forward="all",
-    replicate_experts=False,
-    exchange="flat",
-)
-
 MUON = Muon(
     momentum=0.95,
     nesterov=True,
@@ -312,13 +295,19 @@ def run_reference(c: Case) -> Trace:
     return trace
 
 
-def run_parallel(c: Case, mesh: Mesh) -> Trace:
-    """The same problem on this mesh, and what it did, on the CPU."""
+def sharded(c: Case, mesh: Mesh) -> tuple[DiT, dict[str, ParamPlacement]]:
+    """The network as this rank of the mesh has it, with the weights of `full_state`, and where they lie."""
     with torch.device("meta"):
         model = make_model(c).to(getattr(torch, c.dtype))
     placements = parallelize(model, mesh=mesh, parallel=c.parallel, precision=c.precision, fp8=how(c))
     model.to_empty(device=mesh.device_type)
     load_full(model, placements, full_state(c))
+    return model, placements
+
+
+def run_parallel(c: Case, mesh: Mesh) -> Trace:
+    """The same problem on this mesh, and what it did, on the CPU."""
+    model, placements = sharded(c, mesh)
     if c.dtype == "float64" and mesh.degrees.edp_shard == 1 and mesh.world > 1:
         # torch 2.13 treats float64 as it treats fp16, and then divides twice on a mesh of one (test_dist_quirks.py).
         # Production reduces in float32, where it divides once; the float32 cases cover that.
@@ -347,7 +336,7 @@ def run_parallel(c: Case, mesh: Mesh) -> Trace:
         trace.grads.append(on_cpu(full_tensors(grads, placements, mesh)))
         trace.copies_agree &= same_bits(grads, trace.grads[-1], placements)
         trace.norms.append(clip(model, placements, mesh, max_norm=MAX_NORM).item())
-        trace.chosen.append([gather_groups(torch.cat(layer), mesh).cpu() for layer in zip(*chosen, strict=True)])
+        trace.chosen.append([gather_over_dp(torch.cat(layer), mesh).cpu() for layer in zip(*chosen, strict=True)])
         trace.records.append(record_of(model, seen, context.reduce))
         optim.step()
         optim.zero_grad()
@@ -371,15 +360,6 @@ def same_bits(tensors: dict[str, Tensor], full: dict[str, Tensor], placements: d
             for n, t in tensors.items()
             for piece in pieces(t, placements[n])
         )
-
-
-def gather_groups(index: Tensor, mesh: Mesh) -> Tensor:
-    """(own groups, S, E) -> (all groups, S, E)."""
-    if mesh.dp_group is None:
-        return index
-    parts = [torch.empty_like(index) for _ in range(mesh.dp_size)]
-    dist.all_gather(parts, index.contiguous(), group=mesh.dp_group)
-    return torch.cat(parts)
 
 
 def check_cases(runtime: Any, cases: list[Case]) -> list[tuple[str, Errors]]:

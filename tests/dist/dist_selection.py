@@ -6,7 +6,7 @@ import random
 from typing import Any
 
 import torch
-from dist_cases import PARALLEL, batch, case, chosen_in_group, full_state, gather_groups, make_model
+from dist_cases import PARALLEL, batch, case, chosen_in_group, sharded
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ecdit_train.config.schema import MoEConfig
@@ -14,7 +14,7 @@ from ecdit_train.config.slots import RouterConfig, RouterSizes
 from ecdit_train.model.embed import Text
 from ecdit_train.model.router import RouterInput
 from ecdit_train.model.selecting import GroupRanks, largest
-from ecdit_train.parallel.apply import load_full, parallelize
+from ecdit_train.parallel.data_parallel import gather_over_dp
 from ecdit_train.parallel.mesh import make_mesh
 
 
@@ -71,14 +71,10 @@ def chosen_at_inference(runtime: Any, moe: MoEConfig) -> list[list[list[int]]]:
     """By layer and token: the number of times that each expert took it, in eval mode, gathered over the ranks."""
     c = case(moe=moe, dtype="float32")
     mesh = make_mesh(c.parallel, device_type="cpu", world=runtime.world)
-    with torch.device("meta"):
-        model = make_model(c)
-    placements = parallelize(model, mesh=mesh, parallel=c.parallel, precision="fp32")
-    model.to_empty(device="cpu")
-    load_full(model, placements, full_state(c))
+    model, _ = sharded(c, mesh)
     model.eval()
     mine = {k: v.chunk(mesh.dp_size)[mesh.dp_rank] for k, v in batch(0).items()}
     text = Text(features_BLX=mine["features"], mask_BL=mine["mask"], drop_B=mine["drop"])
     with torch.no_grad():
         out = model(mine["latents"], t_B=mine["t"], text=text, keep_BK=mine["keep"], group_tokens=c.group_tokens)
-    return [gather_groups(layer, mesh).flatten(0, 1).tolist() for layer in chosen_in_group(out)]
+    return [gather_over_dp(layer, mesh).flatten(0, 1).tolist() for layer in chosen_in_group(out)]

@@ -12,7 +12,20 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from dist_cases import CAPPED, DENSE, EXPERT_CHOICE, IMAGES, KEPT, MODEL, MOE, THRESHOLD, TOKEN_CHOICE, Case, case, check_cases
+from dist_cases import (
+    CAPPED,
+    DENSE,
+    EXPERT_CHOICE,
+    IMAGES,
+    KEPT,
+    MODEL,
+    MOE,
+    THRESHOLD,
+    TOKEN_CHOICE,
+    Case,
+    case,
+    check_cases,
+)
 from dist_harness import run_distributed
 
 from ecdit_train.model.dispatchers.deterministic import Deterministic

@@ -11,12 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from dist_cases import MODEL, MUON, case, check_cases, full_state, make_model
+from dist_cases import MODEL, MUON, case, check_cases, full_state, sharded
 from dist_harness import run_distributed
 from dist_runs import Layout, live
 from dist_training import curves, resumed_elsewhere
 
-from ecdit_train.parallel.apply import load_full, parallelize
 from ecdit_train.parallel.mesh import make_mesh
 from ecdit_train.parallel.owners import MatrixOwners, Sharding
 from ecdit_train.parallel.placement import Box, pieces
@@ -70,11 +69,7 @@ def owners_here(runtime: Any, layouts: list[dict[str, Any]]) -> list[list[dict[s
     for layout in layouts:
         c = case(**layout)
         mesh = make_mesh(c.parallel, device_type="cpu", world=runtime.world)
-        with torch.device("meta"):
-            model = make_model(c).to(torch.float64)
-        placements = parallelize(model, mesh=mesh, parallel=c.parallel, precision="fp32")
-        model.to_empty(device="cpu")
-        load_full(model, placements, full := full_state(c))
+        (model, placements), full = sharded(c, mesh), full_state(c)
         ours = {n: p for n, p in model.named_parameters() if MUON.is_muons(n, placements[n].global_shape)}
         here = {(n, piece.box): piece.view for n, p in ours.items() for piece in pieces(p, placements[n])}
         sharding, how = Sharding(mesh=mesh, placements=placements), {"work": MUON.flops, "dtype": torch.float64}

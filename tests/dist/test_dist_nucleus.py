@@ -28,7 +28,6 @@ from test_dist_grid import BOUND_FP64
 from test_dist_grid import assert_equal as assert_equal_by
 from tiny_runs import records, steady
 
-
 assert_equal = functools.partial(assert_equal_by, check=check_cases)
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from dist_cases import Case, batch, case, check_cases, forward, full_state, make_model
+from dist_cases import Case, batch, case, check_cases, forward, make_model, sharded
 from dist_harness import run_distributed
 
 from ecdit_train.model.init import initialise
 from ecdit_train.parallel import expert_parallel
-from ecdit_train.parallel.apply import fill, full_tensors, load_full, parallelize
+from ecdit_train.parallel.apply import fill, full_tensors, parallelize
 from ecdit_train.parallel.expert_parallel import sparse_layers
 from ecdit_train.parallel.mesh import make_mesh
 
@@ -44,11 +44,7 @@ def watch_types(runtime: Any) -> dict[str, Any]:
     for mode in ("none", "selective", "full"):
         c = bf16(tp=2, ep=4, ac=mode)
         mesh = make_mesh(c.parallel, device_type="cpu", world=runtime.world)
-        with torch.device("meta"):
-            model = make_model(c)
-        placements = parallelize(model, mesh=mesh, parallel=c.parallel, precision="bf16")
-        model.to_empty(device="cpu")
-        load_full(model, placements, full_state(c))
+        model, _ = sharded(c, mesh)
         count = [0]
 
         class Watched:

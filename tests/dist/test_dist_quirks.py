@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from dist_cases import batch, case, forward, full_state, make_model, run_parallel
+from dist_cases import batch, case, forward, run_parallel, sharded
 from dist_harness import run_distributed
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -16,7 +16,6 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from ecdit_train.parallel import activation
-from ecdit_train.parallel.apply import load_full, parallelize
 from ecdit_train.parallel.mesh import make_mesh
 from ecdit_train.parallel.placement import local
 
@@ -60,11 +59,7 @@ def test_fsdp_divides_twice_on_a_mesh_of_one() -> None:
 def norm_quirks(runtime: Any) -> dict[str, Any]:
     c = case(tp=2, ep=2, dtype="float32")
     mesh = make_mesh(c.parallel, device_type="cpu", world=runtime.world)
-    with torch.device("meta"):
-        model = make_model(c)
-    placements = parallelize(model, mesh=mesh, parallel=c.parallel, precision="fp32")
-    model.to_empty(device="cpu")
-    load_full(model, placements, full_state(c))
+    model, _ = sharded(c, mesh)
     mine = {k: v.chunk(mesh.dp_size)[mesh.dp_rank] for k, v in batch(0).items()}
     forward(model, mine, group_tokens=c.group_tokens)[0].backward()
     out: dict[str, Any] = {}

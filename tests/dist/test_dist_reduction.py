@@ -6,12 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from dist_cases import Case, batch, case, check_cases, forward, full_state, make_model
+from dist_cases import Case, batch, case, check_cases, forward, sharded
 from dist_harness import run_distributed
 from test_dist_grid import assert_equal
 from torch.distributed.fsdp import FSDPModule
 
-from ecdit_train.parallel.apply import load_full, parallelize
 from ecdit_train.parallel.fsdp import accumulate
 from ecdit_train.parallel.mesh import make_mesh
 
@@ -50,11 +49,7 @@ def check_held(runtime: Any, c: Case) -> dict[str, list[int]]:
     """Elements in memory of gathered weights after a forward pass, and of whole gradients after a microbatch that is
     not the last, by part."""
     mesh = make_mesh(c.parallel, device_type="cpu", world=runtime.world)
-    with torch.device("meta"):
-        model = make_model(c)
-    placements = parallelize(model, mesh=mesh, parallel=c.parallel, precision="fp32")
-    model.to_empty(device="cpu")
-    load_full(model, placements, full_state(c))
+    model, _ = sharded(c, mesh)
     part = {k: v.chunk(mesh.dp_size)[mesh.dp_rank] for k, v in batch(0).items()}
     held: dict[str, list[int]] = {"gathered": [0, 0], "whole": [0, 0], "sharded": [0, 0]}
     with accumulate(model, last=False, reduce=c.parallel.reduce_gradients):

@@ -16,15 +16,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from observe_demo_run import PROMPTS, build, picture, routing_maps
+from observe_demo_run import build, routing_maps, write_pictures
 
 from ecdit_train import comparison
 from ecdit_train import run_folder as folder
 from ecdit_train.errors import EcditError
 from ecdit_train.observe import compare_page
-from ecdit_train.observe.figures import write_samples
 from ecdit_train.observe.journal import Journal
 from ecdit_train.observe.serve import server
 
@@ -180,18 +178,7 @@ def test_the_page_follows_the_run_without_a_reload(run: Path, look: Callable[...
         until(page, "!!document.querySelector('#chart-auxiliary-losses path.curve')")  # a curve that was not there
         assert scale.get_attribute("aria-pressed") == chosen
         assert page.locator("#more-learning").get_attribute("open") is not None
-        pictures = np.stack([picture(n, noise=0.1) for n in range(8)])
-        write_samples(
-            run,
-            step=210,
-            images=pictures,
-            prompts=PROMPTS,
-            guidance=3.0,
-            sampler="heun",
-            steps=5,
-            seed=0,
-            scope="image",
-        )
+        write_pictures(run, step=210, noise=0.1)
         routing_maps(210).save(folder.routing_path(run, step=210))
         until(page, "document.querySelectorAll('.slide').length === 3")
         assert "step 100" in page.locator(".slide.on").inner_text()  # where the reader was
@@ -218,18 +205,7 @@ def test_a_page_opened_before_the_first_record_fills_itself(tmp_path: Path, look
         log = Journal(tmp_path)
         log.log(10, {"train/loss": 0.5, "moe/L2/entropy": 0.9})
         routing_maps(10).save(folder.routing_path(tmp_path, step=10))
-        pictures = np.stack([picture(n, noise=0.1) for n in range(8)])
-        write_samples(
-            tmp_path,
-            step=10,
-            images=pictures,
-            prompts=PROMPTS,
-            guidance=3.0,
-            sampler="heun",
-            steps=5,
-            seed=0,
-            scope="image",
-        )
+        write_pictures(tmp_path, step=10, noise=0.1)
         until(page, "!!document.querySelector('#chart-loss path.curve') && !!document.querySelector('.slide')")
         until(page, "(document.querySelector('.total') || {}).textContent?.includes('step 10')")
         for section in ("learning", "samples", "explorer", "routing"):

@@ -9,12 +9,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from moe_configs import moe_config
+from moe_configs import moe_config, randomised
+from plain_configs import model_config
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ecdit_train.config.schema import ModelConfig
 from ecdit_train.model.assignment import experts_per_token
 from ecdit_train.model.dit import make_moe
 from ecdit_train.model.moe import MoE
@@ -28,26 +28,10 @@ GROUPS = {"image": TOKENS, "group": 4 * TOKENS, "batch": IMAGES * TOKENS}
 def layer(
     *, experts: int, capacity_factor: float, combine: str = "index_add", width: int = WIDTH, ffn_ratio: int = 2
 ) -> MoE:
-    model = ModelConfig(
-        name="test",
-        layers=2,
-        width=width,
-        heads=1,
-        kv_heads=1,
-        ffn_ratio=ffn_ratio,
-        patch=1,
-        text_width=64,
-        text_refiner_layers=0,
-        cross_attention=True,
-        modulation="shared",
-    )
+    model = model_config(width=width, heads=1, ffn_ratio=ffn_ratio, patch=1, text_refiner_layers=0)
     moe = moe_config(num_experts=experts, capacity_factor=capacity_factor, combine=combine)
-    made = make_moe(model, moe, patch_values=4).double()
-    generator = torch.Generator().manual_seed(experts)
-    with torch.no_grad():
-        for p in made.parameters():
-            p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.5)
-    return made
+    made = make_moe(model, moe, patch_values=4)
+    return randomised(made, std=0.5, seed=experts)
 
 
 def tokens(seed: int = 0, *, images: int = IMAGES, per_image: int = TOKENS, width: int = WIDTH) -> Tensor:

@@ -11,7 +11,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from moe_configs import moe_config
+from moe_configs import moe_config, randomised
 from torch import Tensor
 
 from ecdit_train.config.slots import RouterSizes
@@ -31,11 +31,9 @@ def layer(*, combine: str = "index_add", thresholds: float = 0.4) -> MoE:
         config.build(RouterSizes(width=WIDTH, num_experts=EXPERTS, patch_values=1)),
         c.experts.build(width=WIDTH, hidden=16, num_experts=EXPERTS),
         dispatcher=c.dispatcher.build(),
-    ).double()
-    generator = torch.Generator().manual_seed(7)
+    )
+    randomised(made)
     with torch.no_grad():
-        for p in made.parameters():
-            p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.7)
         made.router.threshold.copy_(thresholds + 0.05 * torch.arange(EXPERTS))
     return made
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from moe_configs import moe_config
+from moe_configs import moe_config, randomised
 from torch import Tensor
 from torch.nn.functional import silu
 
@@ -30,12 +30,8 @@ def layer(*, scores: str = "softmax", sees: str = "timestep", schedule: tuple[tu
         experts.build(width=WIDTH, hidden=HIDDEN, num_experts=EXPERTS),
         dispatcher=moe_config().dispatcher.build(),
         shared=experts.build_shared(width=WIDTH, hidden=2 * HIDDEN),
-    ).double()
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for p in made.parameters():
-            p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.7)
-    return made
+    )
+    return randomised(made)
 
 
 def inputs() -> dict[str, Tensor]:

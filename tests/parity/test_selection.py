@@ -12,7 +12,7 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
-from moe_configs import FAMILY, moe_config
+from moe_configs import FAMILY, moe_config, randomised
 from torch import Tensor
 
 from ecdit_train.config.slots import RouterSizes
@@ -32,11 +32,9 @@ def layer(name: str, *, combine: str = "index_add", cap: float | None = None) ->
     experts = c.experts.build(width=WIDTH, hidden=12, num_experts=EXPERTS)
     dispatcher = c.dispatcher.build()
     dispatcher.cap = cap
-    made = MoE(c.router.build(SIZES), experts, dispatcher=dispatcher).double()
-    generator = torch.Generator().manual_seed(7)
+    made = MoE(c.router.build(SIZES), experts, dispatcher=dispatcher)
+    randomised(made)
     with torch.no_grad():
-        for p in made.parameters():
-            p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.7)
         for b in made.buffers():
             b.fill_(0.4)
     return made

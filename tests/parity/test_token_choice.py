@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from moe_configs import moe_config
+from moe_configs import moe_config, randomised
 from torch import Tensor
 
 from ecdit_train.config.slots import RouterSizes
@@ -22,12 +22,7 @@ def layer(*, experts: int, top_k: int, capacity_factor: float) -> MoE:
     made = MoE(
         router, config.experts.build(width=WIDTH, hidden=16, num_experts=experts), dispatcher=config.dispatcher.build()
     )
-    made = made.double()
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for p in made.parameters():
-            p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.7)
-    return made
+    return randomised(made)
 
 
 def reference(

@@ -11,7 +11,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from moe_configs import moe_config
+from moe_configs import moe_config, randomised
 from torch import Tensor
 
 from ecdit_train.config.slots import RouterSizes
@@ -26,13 +26,9 @@ FACTOR = 1.5
 def layer(*, combine: str, cap: float | None, bound: float) -> MoE:
     c = moe_config("threshold", num_experts=EXPERTS, capacity_factor=FACTOR, combine=combine, cap=cap)
     router = c.router.build(RouterSizes(width=WIDTH, num_experts=EXPERTS, patch_values=1))
-    made = MoE(
-        router, c.experts.build(width=WIDTH, hidden=16, num_experts=EXPERTS), dispatcher=c.dispatcher.build()
-    ).double()
-    generator = torch.Generator().manual_seed(7)
+    made = MoE(router, c.experts.build(width=WIDTH, hidden=16, num_experts=EXPERTS), dispatcher=c.dispatcher.build())
+    randomised(made)
     with torch.no_grad():
-        for p in made.parameters():
-            p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.7)
         router.threshold.fill_(bound)
     return made
 

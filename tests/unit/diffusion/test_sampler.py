@@ -8,10 +8,12 @@ from functools import partial
 import pytest
 import torch
 from moe_configs import moe_config
+from plain_configs import model_config
 from torch import Tensor
 
+from benchmarks.layers import fill_zeros
 from ecdit_train import keyed
-from ecdit_train.config.schema import ModelConfig, SampleConfig
+from ecdit_train.config.schema import SampleConfig
 from ecdit_train.diffusion.encoders.hash_words import HashTextEncoder
 from ecdit_train.diffusion.sampler import prompt_positions, sample
 from ecdit_train.diffusion.samplers.euler import Euler
@@ -30,27 +32,10 @@ ENCODER = HashTextEncoder(width=32, max_tokens=6)
 
 def make(*, router: str = "expert_choice") -> DiT:
     """A network whose zero-initialised parts are random, so that everything has an effect."""
-    model = ModelConfig(
-        name="test",
-        layers=2,
-        width=128,
-        heads=2,
-        kv_heads=1,
-        ffn_ratio=2,
-        patch=2,
-        text_width=64,
-        text_refiner_layers=1,
-        cross_attention=True,
-        modulation="shared",
-    )
     moe = moe_config(router, scope="image", group_size=PATCHES)
-    dit = DiT(model, moe, channels=SHAPE[0], text_features=ENCODER.width)
+    dit = DiT(model_config(), moe, channels=SHAPE[0], text_features=ENCODER.width)
     initialise(dit, seed=0)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in dit.parameters():
-            if not p.any():
-                p.copy_(torch.randn(p.shape, generator=generator) * 0.1)
+    fill_zeros(dit, std=0.1)
     return dit
 
 

@@ -5,14 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from moe_configs import moe_config
+from plain_configs import model_config
 
-from ecdit_train.config.schema import ModelConfig
 from ecdit_train.model.dit import make_moe
 
-MODEL = ModelConfig(
-    name="test", layers=2, width=24, heads=1, kv_heads=1, ffn_ratio=2, patch=1, text_width=64, text_refiner_layers=0,
-    cross_attention=True, modulation="shared",
-)  # fmt: skip
+MODEL = model_config(width=24, heads=1, patch=1, text_refiner_layers=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from job_stage import Stage
 from slurm_stand_in import StandIn, shards_in
 
 from ecdit_train.config.compose import compose
@@ -12,6 +13,14 @@ from ecdit_train.config.convert import with_values
 @pytest.fixture
 def slurm(tmp_path, monkeypatch) -> StandIn:
     return StandIn(folder=tmp_path / "bin").install(monkeypatch)
+
+
+@pytest.fixture
+def stage(tmp_path, monkeypatch) -> Stage:
+    """Slurm and ranks played by stand-ins."""
+    made = Stage(folder=tmp_path)
+    monkeypatch.setenv("PATH", made.environ["PATH"])
+    return made
 
 
 @pytest.fixture(scope="session")

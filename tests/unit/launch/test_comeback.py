@@ -16,11 +16,9 @@ BAD = Ending(code=preflight.UNKNOWN, bad=(("n2", "no GPU"),))
 
 
 @pytest.fixture
-def stage(tmp_path, monkeypatch):
-    made = Stage(folder=tmp_path)
-    monkeypatch.setenv("PATH", made.environ["PATH"])
-    made.environ["SLURMD_NODENAME"] = "n1"
-    return made
+def stage(stage):
+    stage.environ["SLURMD_NODENAME"] = "n1"
+    return stage
 
 
 def attempt(stage: Stage, monkeypatch, ending: Ending) -> list[str]:

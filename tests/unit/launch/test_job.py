@@ -23,13 +23,6 @@ from launch.description import describe
 OK = {"all": "end=0"}
 
 
-@pytest.fixture
-def stage(tmp_path, monkeypatch):
-    made = Stage(folder=tmp_path)
-    monkeypatch.setenv("PATH", made.environ["PATH"])
-    return made
-
-
 def test_a_run_that_finishes(stage, capfd):
     assert stage.supervise(OK, words=["--config-dir", "/my lab"]) == 0
     (line,) = stage.lines()

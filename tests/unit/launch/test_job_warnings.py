@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from job_stage import Stage, warn
+from job_stage import warn
 
 from launch import preflight
 from launch.decide import Ending
 
 OK = {"all": "end=0"}
-
-
-@pytest.fixture
-def stage(tmp_path, monkeypatch):
-    made = Stage(folder=tmp_path)
-    monkeypatch.setenv("PATH", made.environ["PATH"])
-    return made
 
 
 @pytest.fixture

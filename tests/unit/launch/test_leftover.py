@@ -11,13 +11,6 @@ OK = {"all": "commit=9 end=0"}
 HELD = "12.3|ecdit-life\n12.batch|batch\n12.4|bash\n"
 
 
-@pytest.fixture
-def stage(tmp_path, monkeypatch):
-    found = Stage(folder=tmp_path)
-    monkeypatch.setenv("PATH", found.environ["PATH"])
-    return found
-
-
 def leave(stage: Stage, text: str, *, until: float = float("inf")) -> None:
     """After the first life Slurm knows these steps."""
 

@@ -6,7 +6,6 @@ import itertools
 import subprocess
 
 import pytest
-from job_stage import Stage
 
 from launch import preflight, reports
 from launch.decide import Ending
@@ -15,12 +14,10 @@ OK = {"all": "commit=9 end=0"}
 
 
 @pytest.fixture
-def stage(tmp_path, monkeypatch):
+def stage(stage, monkeypatch):
     """Whose nodes are taken for fit."""
     monkeypatch.setattr(preflight, "check", lambda *_, **__: Ending(code=0))
-    found = Stage(folder=tmp_path)
-    monkeypatch.setenv("PATH", found.environ["PATH"])
-    return found
+    return stage
 
 
 def test_a_node_rank_of_the_shell_is_not_every_nodes(stage, capfd):

@@ -4,31 +4,15 @@ from __future__ import annotations
 
 import torch
 from moe_configs import moe_config
+from plain_configs import model_config
 from torch import Tensor
 
-from ecdit_train.config.schema import ModelConfig
+from benchmarks.layers import fill_zeros
 from ecdit_train.model.dit import DiT
 from ecdit_train.model.embed import Text
 from ecdit_train.model.init import initialise
 
 CHANNELS, SIDE, PATCH, PATCHES, TEXT_FEATURES, TEXT_TOKENS = 3, 8, 2, 16, 24, 7
-
-
-def model_config(**changes: object) -> ModelConfig:
-    values = {
-        "name": "test",
-        "layers": 2,
-        "width": 128,
-        "heads": 2,
-        "kv_heads": 1,
-        "ffn_ratio": 2,
-        "patch": PATCH,
-        "text_width": 64,
-        "text_refiner_layers": 1,
-        "cross_attention": True,
-        "modulation": "shared",
-    }
-    return ModelConfig(**(values | changes))
 
 
 def fresh(*, router: str = "expert_choice", **changes: object) -> DiT:
@@ -41,11 +25,7 @@ def fresh(*, router: str = "expert_choice", **changes: object) -> DiT:
 def lively(*, router: str = "expert_choice", **changes: object) -> DiT:
     """Everything has an effect."""
     dit = fresh(router=router, **changes)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in dit.parameters():
-            if not p.any():
-                p.copy_(0.1 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
+    fill_zeros(dit, std=0.1)
     return dit
 
 

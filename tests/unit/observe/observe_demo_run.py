@@ -104,6 +104,21 @@ def routing_scalars(
     return {name: value for name, value in record.items() if name.startswith("moe/")}
 
 
+def write_pictures(run: Path, *, step: int, noise: float) -> None:
+    """Samples of the fixed prompts."""
+    write_samples(
+        run,
+        step=step,
+        images=np.stack([picture(n, noise=noise) for n in range(8)]),
+        prompts=PROMPTS,
+        guidance=3.0,
+        sampler="heun",
+        steps=25,
+        seed=0,
+        scope="image",
+    )
+
+
 def routing_maps(step: int) -> RoutingMaps:
     images = np.stack([picture(n, noise=0.05) for n in range(4)])
     timesteps = [0.1, 0.3, 0.5, 0.7, 0.9]
@@ -151,18 +166,7 @@ def build(run: Path, *, steps: int = 1500, every: int = 10, grids: int = 6) -> P
     log.close()
     for n in range(1, grids + 1):
         step = steps * n // grids
-        pictures = np.stack([picture(i, noise=max(0.04, 1 - n / grids)) for i in range(8)])
-        write_samples(
-            run,
-            step=step,
-            images=pictures,
-            prompts=PROMPTS,
-            guidance=3.0,
-            sampler="heun",
-            steps=25,
-            seed=0,
-            scope="image",
-        )
+        write_pictures(run, step=step, noise=max(0.04, 1 - n / grids))
         if n % 2 == 0:
             routing_maps(step).save(folder.routing_path(run, step=step))
     (run / folder.EVALUATION).mkdir(exist_ok=True)

@@ -9,30 +9,13 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from plain_configs import PARALLEL
 
-from ecdit_train.config.schema import ParallelConfig
 from ecdit_train.parallel.degrees import Degrees, resolve_degrees
-
-SINGLE = ParallelConfig(
-    dp_replicate=1,
-    dp_shard=-1,
-    tp=1,
-    ep=1,
-    sequence_parallel=False,
-    activation_checkpointing="none",
-    keep=(),
-    checkpoint_blocks=1.0,
-    compile=False,
-    overlap_chunks=1,
-    reduce_gradients="step",
-    reshard_after_forward="all",
-    replicate_experts=False,
-    exchange="flat",
-)
 
 
 def test_what_is_left() -> None:
-    d = resolve_degrees(replace(SINGLE, dp_replicate=2, tp=2, ep=4), 16)
+    d = resolve_degrees(replace(PARALLEL, dp_replicate=2, tp=2, ep=4), 16)
     assert d == Degrees(world=16, dp_replicate=2, dp_shard=4, tp=2, ep=4)
     assert (d.dp, d.edp) == (8, 4)
 
@@ -40,7 +23,7 @@ def test_what_is_left() -> None:
 @given(st.integers(0, 3), st.integers(0, 3), st.integers(0, 3), st.integers(0, 9))
 def test_every_rank_has_its_own_place(rep: int, shard: int, tp: int, ep: int) -> None:
     world = 2 ** (rep + shard + tp)
-    parallel = replace(SINGLE, dp_replicate=2**rep, dp_shard=2**shard, tp=2**tp, ep=2 ** min(ep, rep + shard + tp))
+    parallel = replace(PARALLEL, dp_replicate=2**rep, dp_shard=2**shard, tp=2**tp, ep=2 ** min(ep, rep + shard + tp))
     d = resolve_degrees(parallel, world)
     assert d.dp * d.tp == d.edp * d.ep == world
     for coordinates, sizes in ((d.dense, (d.dp_replicate, d.dp_shard, d.tp)), (d.sparse, (d.edp, d.ep))):
@@ -57,7 +40,7 @@ def test_every_rank_has_its_own_place(rep: int, shard: int, tp: int, ep: int) ->
 )
 def test_what_was_not_validated_is_our_own_mistake(change: dict[str, object]) -> None:
     with pytest.raises(AssertionError):
-        resolve_degrees(replace(SINGLE, **change), 8)
+        resolve_degrees(replace(PARALLEL, **change), 8)
 
 
 def test_no_torch() -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from moe_configs import moe_config
+from plain_configs import model_config
 from torch import Tensor
 
 from ecdit_train.config.compose import compose
@@ -20,19 +21,7 @@ from ecdit_train.parallel import tensor_parallel
 from ecdit_train.parallel.expert_parallel import ExpertParallelDispatcher
 from ecdit_train.parallel.placement import Box, ParamPlacement, pieces
 
-MODEL = ModelConfig(
-    name="test",
-    layers=2,
-    width=32,
-    heads=4,
-    kv_heads=2,
-    ffn_ratio=2,
-    patch=2,
-    text_width=64,
-    text_refiner_layers=1,
-    cross_attention=True,
-    modulation="shared",
-)
+MODEL = model_config(width=32, heads=4, kv_heads=2)
 MOE = moe_config(num_experts=6, capacity_factor=1.5, group_size=16)
 
 
