@@ -18,7 +18,7 @@ layout                       dp_replicate, dp_shard, tp, ep, edp, microbatch, mi
                              checkpoint_blocks, overlap_chunks, exchange, reshard_after_forward, reduce_gradients,
                              replicate_experts, form (moe.form)
 memory_per_rank.<part>       bytes: parameters, gradients, optimizer, ema, gathered, communication, activations,
-                             encoders, framework, never_together (plan/memory.py)
+                             prepared_batches, encoders, framework, never_together (plan/memory.py)
 memory_per_rank.total        the peak: the sum of the parts, less never_together
 fits, gpu_memory             whether total <= gpu_memory; bytes per GPU
 min_nodes                    fewest nodes on which this layout fits; null if none up to 512
@@ -223,7 +223,7 @@ def _memory(plan: Plan) -> list[Line]:
     parts = {**dataclasses.asdict(memory), "total": memory.total}
     apart = parts.pop("never_together")
     rows = [
-        (name, size(value), f"{value / room:.1%}", "#" * round(BAR * value / max(room, memory.total)))
+        (name.replace("_", " "), size(value), f"{value / room:.1%}", "#" * round(BAR * value / max(room, memory.total)))
         for name, value in parts.items()
         if value
     ]

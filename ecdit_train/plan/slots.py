@@ -198,6 +198,26 @@ def text_features(cfg: RunConfig) -> int:
     return cfg.encoders.text.width
 
 
+def latent_bytes(cfg: RunConfig) -> int:
+    """Of one image's latent on the device, fp32; where images have several sizes, of the largest."""
+    factor = cfg.encoders.image.factor
+    sides = [(bucket.height // factor, bucket.width // factor) for bucket in cfg.data.buckets.values()]
+    return 4 * latent_channels(cfg) * max(high * wide for high, wide in (*sides, (cfg.latent_side, cfg.latent_side)))
+
+
+def text_bytes(cfg: RunConfig) -> int:
+    """Of one image's text features on the device, and their mask."""
+    on_gpu = cfg.cluster.gpu != "cpu"
+    each = cfg.encoders.text.feature_bytes(encoder_bytes=COMPUTE_BYTES[cfg.train.compute] if on_gpu else 4)
+    return text_tokens(cfg) * (text_features(cfg) * each + 1)
+
+
+def picture_bytes(cfg: RunConfig) -> int:
+    """Of one image before it is encoded: a byte for each colour."""
+    sides = [(bucket.height, bucket.width) for bucket in cfg.data.buckets.values()]
+    return 3 * max(high * wide for high, wide in (*sides, (cfg.data.resolution, cfg.data.resolution)))
+
+
 def encoder_parameters(cfg: RunConfig) -> int:
     """Frozen parameters, wherever they run: the paper's totals include them."""
     return cfg.encoders.text.num_parameters() + cfg.encoders.image.num_parameters()
