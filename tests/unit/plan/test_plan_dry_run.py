@@ -189,6 +189,9 @@ def test_m_64e_on_512_ranks(words):
     assert calls["reduce_scatter", 512] == 1 + 38 + 19
 
 
+EIGHT_BITS = ("experiment=ec_dit_xl_8e", "train.precision=fp8", "parallel.compile=false", "moe.form=plain")
+
+
 @pytest.mark.slow
 def test_every_kind_of_layout_stays_within_the_tolerance():
     for words, world in (
@@ -197,7 +200,7 @@ def test_every_kind_of_layout_stays_within_the_tolerance():
         (("experiment=gshard_xl_16e",), 16),
         (("experiment=ec_dit_3xl_16e", "parallel=tp2_ep8"), 32),
         (("experiment=ec_dit_m_64e", "parallel=fsdp"), 64),
-        (("experiment=ec_dit_xl_8e", "train.precision=fp8", "parallel.compile=false", "moe.form=plain"), 8),
+        ((*EIGHT_BITS, "model.layers=12", "train.global_batch=1024"), 8),
     ):
         dry_run(*words, world=world)
 
