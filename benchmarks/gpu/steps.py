@@ -36,7 +36,7 @@ def steps(device: Device, found: Findings) -> None:
 
 
 def measure(config: RunConfig, device: Device, *, world: int) -> dict[str, float]:
-    """Inside of a fake world. Frozen encoders are left out, of the plan's figures as well."""
+    """Inside of a fake world. Frozen encoders and batches that are prepared are left out, of the plan's figures as well."""
     planned = cost(config, parameters.count(config), resolve(config, world=world))
     memory, time = planned.memory, planned.step_time
     device.forget_peak()
@@ -46,8 +46,9 @@ def measure(config: RunConfig, device: Device, *, world: int) -> dict[str, float
     peak = device.peak_bytes()
     share = config.cluster.peak_flops * world
     mfu = planned.flops.model / share / seconds
-    work = time.products * (1 - planned.flops.frozen_encoders / planned.flops.total) + time.elementwise + time.optimizer
-    expected = memory.total - memory.framework - memory.encoders
+    products = time.products * (1 - planned.flops.frozen_encoders / planned.flops.total)
+    work = products + time.elementwise + time.casts + time.optimizer
+    expected = memory.total - memory.framework - memory.encoders - memory.prepared_batches
     return {
         "seconds": seconds,
         "mfu": mfu,

@@ -21,7 +21,9 @@ class ClusterConfig:
     gpu_memory: float
     """Bytes per GPU."""
     peak_flops: float
-    """Dense bf16 FLOP/s per GPU."""
+    """Dense bf16 FLOP/s per GPU; MFU is stated against it in any precision."""
+    peak_fp8_flops: float
+    """Dense FLOP/s per GPU of 8-bit operands; 0: it has no units for them."""
     gemm_efficiency: float
     """Share of the peak that a large matrix product reaches."""
     memory_bandwidth: float

@@ -56,6 +56,7 @@ _SHORT = {
 RATES = {
     "gpu_memory": (1e8, 1e13),
     "peak_flops": (1e8, 1e17),
+    "peak_fp8_flops": (0.0, 1e17),
     "memory_bandwidth": (1e8, 1e15),
     "intra_bandwidth": (1e5, 1e14),
     "inter_bandwidth": (1e5, 1e14),

@@ -238,6 +238,10 @@ class TextEncoderConfig(SlotConfig):
         """Frozen parameters, for the plan."""
         return 0
 
+    def feature_bytes(self, *, encoder_bytes: int) -> int:
+        """Of a number of the features as training holds them, for the plan; `encoder_bytes`: of the type that encoders run in."""
+        return 4
+
     def flops_per_image(self) -> float:
         """Forward FLOPs in training."""
         return 0.0

@@ -95,7 +95,7 @@ ADDED: Mapping[str, Any] = {
     "parallel.replicate_experts": False,
     "parallel.exchange": "flat",
     "watch.agree_every": 5,
-    **{f"cluster.{key}": 0.0 for key in ("call_latency", "intra_latency", "inter_latency")},
+    **{f"cluster.{key}": 0.0 for key in ("call_latency", "intra_latency", "inter_latency", "peak_fp8_flops")},
     "train.fp8_recipe": "current",
     "train.fp8_backend": "scaled_mm",
 }

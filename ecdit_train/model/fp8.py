@@ -232,7 +232,7 @@ class _Product(torch.autograd.Function):
         w = how.quantise(w_eKO, "w", along=1)
         # Of x, 8 bits are kept. W is kept as it is: FSDP frees it and gathers it again.
         kept = how.quantise(x_eRK, "x", along=1) if how.by_block else x
-        ctx.save_for_backward(kept.values, kept.scale, w_eKO, w.scale)
+        ctx.save_for_backward(kept.values, kept.scale, w_eKO, None if how.by_block else w.scale)
         ctx.how, ctx.x_dtype = how, x_eRK.dtype
         return multiply(x, w, dtype=x_eRK.dtype, backend=how.backend)
 

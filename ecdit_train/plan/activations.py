@@ -33,7 +33,7 @@ from dataclasses import dataclass
 
 from ecdit_train.config.schema import RunConfig
 
-from . import slots
+from . import low_precision, slots
 from .layout import Layout, blocks_again, element_bytes
 from .traffic import exchange_bytes
 
@@ -80,6 +80,8 @@ def activations(cfg: RunConfig, layout: Layout) -> Activations:
     sparse += tokens * (
         slots.router_activation_bytes_per_token(cfg) + slots.assignment_bytes_per_token(cfg) / layout.tp
     )
+    more = low_precision.more_kept(cfg, layout)
+    common, dense, sparse = common + more.common, dense + more.dense, sparse + more.sparse
     sparse_blocks = slots.sparse_blocks(cfg)
     blocks, largest, recomputed = 0.0, 0.0, 0.0
     for is_sparse, count, whole in (
@@ -95,10 +97,10 @@ def activations(cfg: RunConfig, layout: Layout) -> Activations:
             # The block's input is kept already, and the output layer's three rows are gone when the last block is recomputed.
             recomputed = max(recomputed if not is_sparse else 0.0, whole - kept.shared - 4 * row)
     return Activations(
-        kept=blocks + outside_blocks(cfg, images=layout.microbatch),
+        kept=blocks + outside_blocks(cfg, images=layout.microbatch) + more.outside,
         recomputed=recomputed,
         block=largest,
-        workspace=_workspace(cfg, layout),
+        workspace=_workspace(cfg, layout) + low_precision.workspace(cfg, layout),
     )
 
 

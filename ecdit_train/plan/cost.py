@@ -3,6 +3,8 @@
 The seconds are an estimate between two bounds, from the rates that the cluster file states:
 
     matrix products   executed FLOPs / (world * peak * gemm_efficiency)
+                      those of 8-bit operands at `peak_fp8_flops`, where the cluster has it; MFU stays stated against `peak_flops`
+    casts             of operands to 8 bits and what surrounds the products (plan/low_precision.py), at memory bandwidth
     element-wise      180 d bytes per token and layer at memory bandwidth for norms, GELU, residuals, gates, gather and
                       scatter when compiled; 2.5 times that in eager mode; a third more where the forward is repeated; the lean
                       form moves 8 values of width d more a row (6 where an exchange brings rows): the row is gathered again and
@@ -31,8 +33,8 @@ from dataclasses import dataclass
 from ecdit_train.config.schema import RunConfig
 
 from . import flops as flops_
+from . import low_precision, slots, traffic
 from . import memory as memory_
-from . import slots, traffic
 from .flops import Flops
 from .layout import Layout, blocks_again, element_bytes, units
 from .memory import GRADIENT, MASTER, Memory
@@ -58,6 +60,8 @@ class StepTime:
     worst: float
     products: float
     elementwise: float
+    casts: float
+    """Of operands to 8 bits; 0 but with fp8."""
     copies: float
     optimizer: float
     optimizer_exchange: float
@@ -170,14 +174,29 @@ def elementwise_bytes(cfg: RunConfig, layout: Layout) -> float:
     return moved
 
 
+def products_seconds(cfg: RunConfig, layout: Layout, *, flops: float, in_8_bits: float) -> float:
+    """Seconds that all ranks together take for `flops`, of which `in_8_bits` have 8-bit operands."""
+    rate = layout.world * cfg.cluster.peak_flops * cfg.cluster.gemm_efficiency
+    return (flops - in_8_bits * (1 - 1 / low_precision.rate(cfg))) / rate
+
+
+def moved_seconds(cfg: RunConfig, layout: Layout) -> float:
+    """Seconds of what is no matrix product, casts included."""
+    return (elementwise_bytes(cfg, layout) + low_precision.cast_bytes(cfg, layout)) / cfg.cluster.memory_bandwidth
+
+
 def exchange_cost(cfg: RunConfig, layout: Layout) -> float:
     """Seconds that the experts' exchange adds to a step under `layout`, as `step_time` has it."""
     flows, cluster = traffic.experts(cfg, layout), cfg.cluster
     exchange = sum(flow.takes(cluster) for flow in flows if flow.ranks > 1)
-    rate = layout.world * cluster.peak_flops * cluster.gemm_efficiency
-    experts = flops_.per_step(cfg, checkpointing="none").by_part["experts"] / rate
+    experts = _experts_seconds(cfg, layout, flops_.per_step(cfg, checkpointing="none"))
     exposed = _exposed(exchange, experts=experts, chunks=layout.overlap_chunks)
-    return exposed + elementwise_bytes(cfg, layout) / cluster.memory_bandwidth
+    return exposed + moved_seconds(cfg, layout)
+
+
+def _experts_seconds(cfg: RunConfig, layout: Layout, flops: Flops) -> float:
+    of_experts = flops.by_part["experts"]
+    return products_seconds(cfg, layout, flops=of_experts, in_8_bits=of_experts if cfg.train.recipe else 0.0)
 
 
 def _exposed(exchange: float, *, experts: float, chunks: int) -> float:
@@ -198,7 +217,9 @@ def step_time(
     """Step time of `layout`; every argument describes one step."""
     cluster, world = cfg.cluster, layout.world
     rate = world * cluster.peak_flops * cluster.gemm_efficiency
-    products = flops.total / rate
+    low = flops.in_8_bits + flops.recompute_in_8_bits
+    products = products_seconds(cfg, layout, flops=flops.total, in_8_bits=low)
+    casts = low_precision.cast_bytes(cfg, layout) / cluster.memory_bandwidth
     elementwise = elementwise_bytes(cfg, layout) / cluster.memory_bandwidth
     copies = copied / cluster.memory_bandwidth
     # Gradients are read; weights, optimizer state and average are read and written.
@@ -210,8 +231,8 @@ def step_time(
         seconds[flow.axis if flow.axis in seconds else "weights"] += flow.takes(cluster)
         latency += flow.latency(cluster)
     exchange, chunks = seconds["ep"], layout.overlap_chunks
-    exchange_exposed = _exposed(exchange, experts=flops.by_part["experts"] / rate, chunks=chunks)
-    work = products + elementwise + copies
+    exchange_exposed = _exposed(exchange, experts=_experts_seconds(cfg, layout, flops), chunks=chunks)
+    work = products + elementwise + casts + copies
     # What hides one thing cannot hide another: both use the same links.
     weights_exposed = max(0.0, seconds["weights"] - max(0.0, work - (exchange - exchange_exposed)))
     update = optimizer + seconds["world"]
@@ -229,6 +250,7 @@ def step_time(
         worst=worst,
         products=products,
         elementwise=elementwise,
+        casts=casts,
         copies=copies,
         optimizer=optimizer,
         optimizer_exchange=seconds["world"],

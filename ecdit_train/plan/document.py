@@ -12,13 +12,15 @@ table1                       null, or row, printed_total, total_deviation, print
 flops_per_step               model FLOPs of an optimizer step over all ranks (forward + 2 x backward)
 flops.by_part                {part: model FLOPs}
 flops.recompute              FLOPs repeated by activation checkpointing
+flops.in_8_bits              of the model's FLOPs, those of 8-bit products (train.precision=fp8)
+flops.recompute_in_8_bits    of the repeated ones, the same
 flops.frozen_encoders        FLOPs of frozen encoders that run inside training
 optimizer_flops              FLOPs of the update's matrix products, on the busiest rank (0: it is element-wise)
 layout                       dp_replicate, dp_shard, tp, ep, edp, microbatch, microbatches, activation_checkpointing, keep,
                              checkpoint_blocks, overlap_chunks, exchange, reshard_after_forward, reduce_gradients,
                              replicate_experts, form (moe.form)
 memory_per_rank.<part>       bytes: parameters, gradients, optimizer, ema, gathered, communication, activations,
-                             encoders, framework, never_together (plan/memory.py)
+                             fp8_history, prepared_batches, encoders, framework, never_together (plan/memory.py)
 memory_per_rank.total        the peak: the sum of the parts, less never_together
 fits, gpu_memory             whether total <= gpu_memory; bytes per GPU
 min_nodes                    fewest nodes on which this layout fits; null if none up to 512
@@ -223,7 +225,7 @@ def _memory(plan: Plan) -> list[Line]:
     parts = {**dataclasses.asdict(memory), "total": memory.total}
     apart = parts.pop("never_together")
     rows = [
-        (name, size(value), f"{value / room:.1%}", "#" * round(BAR * value / max(room, memory.total)))
+        (name.replace("_", " "), size(value), f"{value / room:.1%}", "#" * round(BAR * value / max(room, memory.total)))
         for name, value in parts.items()
         if value
     ]
@@ -239,6 +241,7 @@ def _step(cost: Cost) -> list[Line]:
     rows = [
         ("matrix products", s.products, None),
         ("element-wise", s.elementwise, None),
+        *([("casts to 8 bits", s.casts, None)] if s.casts else []),
         ("copies of weights and gradients", s.copies, None),
         ("optimizer", s.optimizer, None),
         *([("optimizer's exchange", s.optimizer_exchange, s.optimizer_exchange)] if s.optimizer_exchange else []),

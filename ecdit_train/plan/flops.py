@@ -33,6 +33,11 @@ class Flops:
     frozen_encoders: float
     """Forward of frozen encoders that run inside training; 0 when their outputs are stored in the shards."""
 
+    in_8_bits: float = 0.0
+    """Of the model's, products of 8-bit operands (`train.precision=fp8`)."""
+    recompute_in_8_bits: float = 0.0
+    """Of what is repeated, the same."""
+
     @property
     def model(self) -> float:
         return sum(self.by_part.values())
@@ -86,11 +91,18 @@ def per_step(cfg: RunConfig, *, checkpointing: str, keep: Collection[str] = (), 
     in_every += ("attention" not in kept) * sum(attention.values())
     in_sparse = router + ("experts" not in kept) * experts + ("feed_forward" not in kept) * shared
     in_dense = ("feed_forward" not in kept) * feed_forward
+    low = (sum(projections.values()), feed_forward, experts + shared) if cfg.train.recipe else (0.0, 0.0, 0.0)
+    low_again = (
+        ("projections" not in kept) * low[0] + ("feed_forward" not in kept) * low[1],
+        ("projections" not in kept) * low[0] + (in_sparse - router) * bool(cfg.train.recipe),
+    )
     again = [0 if checkpointing == "none" else len(checkpointed(n, share=share)) for n in (dense, sparse)]
     return Flops(
         by_part=dict(sorted(by_part.items())),
         recompute=sum(n * (in_every + own) for n, own in zip(again, (in_dense, in_sparse), strict=True)),
         frozen_encoders=images * slots.encoder_flops_per_image(cfg),
+        in_8_bits=3.0 * (m.layers * low[0] + dense * low[1] + sparse * low[2]),
+        recompute_in_8_bits=sum(n * own for n, own in zip(again, low_again, strict=True)),
     )
 
 

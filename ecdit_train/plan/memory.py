@@ -16,6 +16,8 @@ Every part has a formula; `c` is the size of the compute type.
                     token, three where it is hierarchical; or the larger kind's own fp32 buffer less that block's
                     activations, which are freed by then
     activations     plan/activations.py
+    fp8_history     what `train.fp8_recipe=delayed` remembers (plan/low_precision.py); 0 otherwise
+    prepared_batches  the step's batch, the next one and the last (plan/prepared.py)
     encoders        frozen encoders in the compute type, whole on every rank, when they run inside training
     framework       device context, communicators and library workspaces; nothing on a CPU
     never_together  what to take off the sum: with one microbatch, gradients appear as kept activations are freed, so
@@ -31,10 +33,11 @@ from dataclasses import dataclass
 
 from ecdit_train.config.schema import RunConfig
 
-from . import slots
+from . import low_precision, slots
 from .activations import activations
 from .layout import Layout, Unit, element_bytes, units
 from .parameters import Parameters
+from .prepared import prepared_batches
 from .traffic import exchange_bytes
 
 FRAMEWORK_BYTES = 2.5e9
@@ -55,6 +58,8 @@ class Memory:
     gathered: float
     communication: float
     activations: float
+    fp8_history: float
+    prepared_batches: float
     encoders: float
     framework: float
     never_together: float
@@ -67,8 +72,8 @@ class Memory:
 
     @property
     def total(self) -> float:
-        parts = self.state + self.gathered + self.communication + self.activations + self.encoders + self.framework
-        return parts - self.never_together
+        passes = self.gathered + self.communication + self.activations - self.never_together
+        return self.state + passes + self.fp8_history + self.prepared_batches + self.encoders + self.framework
 
 
 def estimate(cfg: RunConfig, parameters: Parameters, layout: Layout) -> Memory:
@@ -97,6 +102,8 @@ def _of_stage(cfg: RunConfig, parameters: Parameters, layout: Layout) -> Memory:
         communication=max(neighbour + buffers * exchange_bytes(cfg, layout), own - kept.block - kept.workspace),
         activations=kept.total,
         never_together=min(gradients, kept.kept) if layout.microbatches == 1 else 0.0,
+        fp8_history=low_precision.remembered(cfg, layout),
+        prepared_batches=prepared_batches(cfg, layout),
         encoders=c * slots.running_encoder_parameters(cfg),
         framework=FRAMEWORK_BYTES if cfg.cluster.gpu != "cpu" else 0.0,
     )

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from ecdit_train.config.schema import RunConfig
 
+from . import low_precision, search, slots
 from . import parameters as parameters_
-from . import search, slots
-from .cost import Cost, cost, of_stage
+from .cost import Cost, cost, of_stage, products_seconds
 from .layout import resolve
 from .memory import MASTER
 from .parameters import Parameters, Table1, table1
@@ -120,6 +120,7 @@ def warnings(cfg: RunConfig, cost: Cost) -> tuple[str, ...]:
     """One sentence each, with the figure and the remedy; most expensive first."""
     found = (
         _memory(cfg, cost),
+        _eight_bits(cfg, cost),
         *(of(cost) for of in (_encoders, _recompute, _exchange, _weights, _tensor)),
         _rows(cfg, cost),
     )
@@ -134,6 +135,25 @@ def _memory(cfg: RunConfig, cost: Cost) -> str | None:
             "train.microbatch or more parallel.activation_checkpointing"
         )
     return f"{share:.0%} of the memory is planned; the estimate is 10 % accurate" if share > 0.92 else None
+
+
+def _eight_bits(cfg: RunConfig, cost: Cost) -> str | None:
+    if cfg.train.recipe is None:
+        return None
+    if cfg.train.fp8_backend == "emulated":
+        return "emulated 8-bit products are priced as bf16's; they take longer, since they are made in fp32"
+    faster = low_precision.rate(cfg)
+    if faster == 1.0:
+        return f"cluster.peak_fp8_flops = 0: 8-bit products are priced as bf16's; a {cfg.cluster.gpu} may refuse to run them"
+    done, casts = cost.flops, cost.step_time.casts
+    low = done.in_8_bits + done.recompute_in_8_bits
+    saved = products_seconds(cfg, cost.layout, flops=low, in_8_bits=low) * (faster - 1)
+    if casts < saved:
+        return None
+    return (
+        f"casts to 8 bits take {1e3 * casts:.0f} ms of a step, more than the {1e3 * saved:.0f} ms that their products save: "
+        f"train.precision=bf16 is faster{'' if cfg.parallel.compile else ', and parallel.compile=true makes casts cheap'}"
+    )
 
 
 def _encoders(cost: Cost) -> str | None:

@@ -12,7 +12,7 @@ from ecdit_train.config.schema import RunConfig
 
 from . import flops, slots, traffic
 from .activations import activations
-from .cost import elementwise_bytes
+from .cost import moved_seconds, products_seconds
 from .layout import Layout
 
 SHARES = (0.25, 0.5, 0.75, 1.0)
@@ -68,7 +68,8 @@ def worthwhile(cfg: RunConfig, layout: Layout) -> tuple[Policy, ...]:
 def _seconds(cfg: RunConfig, layout: Layout) -> float:
     """Of the work that is repeated and of what is sent again, beside what every policy takes."""
     cluster = cfg.cluster
-    again = flops.of_layout(cfg, layout).recompute / (layout.world * cluster.peak_flops * cluster.gemm_efficiency)
+    done = flops.of_layout(cfg, layout)
+    again = products_seconds(cfg, layout, flops=done.recompute, in_8_bits=done.recompute_in_8_bits)
     flows = (*traffic.experts(cfg, layout), *traffic.tensor_parallel(cfg, layout))
     sent = sum(flow.takes(cluster) for flow in flows if flow.ranks > 1)
-    return again + elementwise_bytes(cfg, layout) / cluster.memory_bandwidth + sent
+    return again + moved_seconds(cfg, layout) + sent

@@ -10,8 +10,11 @@ from collections.abc import Sequence
 
 import torch
 
+from ecdit_train.config.convert import with_values
 from ecdit_train.config.schema import RunConfig
 from ecdit_train.config.slots import Held, Message, RouterSizes
+from ecdit_train.config.validate import validate
+from ecdit_train.errors import ConfigError
 from ecdit_train.model.dit import DiT
 
 EXPERT_CHOICE = "ecdit_train.model.routers.expert_choice.ExpertChoice"
@@ -89,9 +92,17 @@ def form(cfg: RunConfig) -> str:
 
 
 def forms(cfg: RunConfig) -> tuple[str, ...]:
-    """Those that there are, the one that keeps least last."""
+    """Those that there are and that the rules let run, the one that keeps least last."""
     lean = cfg.moe.experts is not None and cfg.moe.experts.lean and rows_are_fixed(cfg)
-    return ("plain", "lean") if lean else ("plain",)
+    return ("plain", "lean") if lean and _allowed(cfg, form="lean") else ("plain",)
+
+
+def _allowed(cfg: RunConfig, *, form: str) -> bool:
+    try:
+        validate(with_values(cfg, {"moe.form": form}))
+    except ConfigError as error:
+        return all(problem.field != "moe.form" for problem in error.problems)
+    return True
 
 
 def expert_lean_units_per_row(cfg: RunConfig) -> float:
@@ -104,6 +115,11 @@ def expert_first_units_per_row(cfg: RunConfig) -> float:
     """Results of a row's first products, before the activation: the FLOPs without the last product's."""
     values = expert_flops_per_row(cfg) / (2.0 * cfg.model.width) - _hidden(cfg)
     return values / cfg.model.width
+
+
+def expert_first_matrices(cfg: RunConfig) -> int:
+    """Matrices of an expert before its last one, by the FLOPs of a row; all of the hidden width."""
+    return round(expert_flops_per_row(cfg) / (2.0 * cfg.model.width * _hidden(cfg))) - 1 if _hidden(cfg) else 0
 
 
 def router_flops_per_token(cfg: RunConfig) -> float:
@@ -196,6 +212,26 @@ def text_tokens(cfg: RunConfig) -> int:
 def text_features(cfg: RunConfig) -> int:
     """Width of the encoder's output."""
     return cfg.encoders.text.width
+
+
+def latent_bytes(cfg: RunConfig) -> int:
+    """Of one image's latent on the device, fp32; where images have several sizes, of the largest."""
+    factor = cfg.encoders.image.factor
+    sides = [(bucket.height // factor, bucket.width // factor) for bucket in cfg.data.buckets.values()]
+    return 4 * latent_channels(cfg) * max(high * wide for high, wide in (*sides, (cfg.latent_side, cfg.latent_side)))
+
+
+def text_bytes(cfg: RunConfig) -> int:
+    """Of one image's text features on the device, and their mask."""
+    on_gpu = cfg.cluster.gpu != "cpu"
+    each = cfg.encoders.text.feature_bytes(encoder_bytes=COMPUTE_BYTES[cfg.train.compute] if on_gpu else 4)
+    return text_tokens(cfg) * (text_features(cfg) * each + 1)
+
+
+def picture_bytes(cfg: RunConfig) -> int:
+    """Of one image before it is encoded: a byte for each colour."""
+    sides = [(bucket.height, bucket.width) for bucket in cfg.data.buckets.values()]
+    return 3 * max(high * wide for high, wide in (*sides, (cfg.data.resolution, cfg.data.resolution)))
 
 
 def encoder_parameters(cfg: RunConfig) -> int:

@@ -13,7 +13,7 @@ A call also waits for hops of a message from GPU to GPU: n - k in nodes and k - 
 and broadcasts), 2 (m - 1) and 2 log2 k (trees of all-reduces), m - 1 and n - m (a message for each peer of an all-to-all).
 NCCL counts rings and trees so (its src/graph/tuning.cc); that an all-to-all's messages leave one after another is an upper bound.
 
-Single numbers (the gradient's norm, the loss) are left out.
+Single numbers (the gradient's norm, the loss) are left out, but for the scales of 8-bit operands: there are thousands.
 
 Expert exchange, per direction and sparse layer: f_c t d rows of `c` bytes, divided by tp, for t tokens of a rank.
 """
@@ -29,7 +29,7 @@ from itertools import groupby
 from ecdit_train.config.cluster import ClusterConfig
 from ecdit_train.config.schema import HEAD_DIM, RunConfig
 
-from . import slots
+from . import low_precision, slots
 from .layout import Group, Layout, blocks_again, element_bytes, held_by_ranks, units
 from .parameters import Parameters
 
@@ -137,6 +137,8 @@ def tensor_parallel(cfg: RunConfig, layout: Layout) -> Iterator[Flow]:
     if m.cross_attention:
         yield _flow("all_reduce", "tensor-parallel text", "tp", tp, calls=micro, message=text)
     yield _flow("all_reduce", "tensor-parallel gates", "tp", tp, calls=sparse * micro, message=gates)
+    if agreements := low_precision.agreements(cfg, layout):
+        yield _flow("all_reduce", "scales of 8-bit operands", "tp", tp, calls=agreements, message=4.0)
     if layout.tp > m.kv_heads:
         calls, group = 2 * m.layers * micro, layout.group_of(layout.tp // m.kv_heads)
         what, message = "gradients of repeated kv heads", HEAD_DIM * m.width * c

@@ -27,8 +27,8 @@ class Taken:
 class Ahead:
     """One batch ahead of the training. On CUDA its copies and the frozen encoders run on a stream of their own, beside the step.
 
-    What was fetched ahead is nobody's yet: state, counts and errors belong to the step that takes the batch. It costs the memory of
-    one more batch (and of a third one where a step has to be done again).
+    What was fetched ahead is nobody's yet: state, counts and errors belong to the step that takes the batch. With the
+    batch of the step whose numbers nobody has read yet, three are in memory (plan/prepared.py).
     """
 
     def __init__(

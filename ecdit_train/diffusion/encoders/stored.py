@@ -29,6 +29,10 @@ class StoredText(TextEncoderConfig):
     def num_parameters(self) -> int:
         return self.parameters
 
+    def feature_bytes(self, *, encoder_bytes: int) -> int:
+        """As `ecdit data encode` writes them: float16."""
+        return 2
+
     def check(self, run: RunConfig, check: Checker, *, key: str) -> None:
         check.at_least(0, [f"{key}.parameters"])
 

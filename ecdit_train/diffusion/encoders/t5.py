@@ -39,6 +39,9 @@ class T5(TextEncoderConfig):
     def num_parameters(self) -> int:
         return self.parameters
 
+    def feature_bytes(self, *, encoder_bytes: int) -> int:
+        return encoder_bytes
+
     def flops_per_image(self) -> float:
         """2 FLOPs per parameter and token."""
         return 2.0 * self.parameters * self.max_tokens

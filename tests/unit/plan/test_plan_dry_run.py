@@ -129,6 +129,41 @@ def test_what_a_step_keeps_reduces_and_sends(layout):
     assert abs(found["activations kept"]["relative"]) < 0.03
 
 
+FP8 = {
+    "matrices": ("parallel.tp=2", "parallel.ep=2", "parallel.dp_replicate=2", "parallel.keep=[attention,experts]"),
+    "experts": ("parallel.ep=8", "parallel.overlap_chunks=2", "parallel.keep=[projections,feed_forward]"),
+    "remembered": ("parallel.ep=8", "train.fp8_recipe=delayed", "parallel.activation_checkpointing=none"),
+    "blocks": ("parallel.ep=8", "train.fp8_recipe=mxfp8", "train.fp8_backend=emulated",
+               "parallel.activation_checkpointing=none"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "layout", [name if name == "matrices" else pytest.param(name, marks=pytest.mark.slow) for name in FP8]
+)
+def test_eight_bits(layout):
+    """What is kept, also where blocks are repeated but for some products, and how often tp ranks agree on a scale."""
+    words = (
+        *("experiment=ec_dit_xl_8e", "model.layers=4", "train.microbatch=32", "train.global_batch=256"),
+        *("parallel=single", "parallel.compile=false", "parallel.overlap_chunks=1", "moe.form=plain"),
+        *("parallel.activation_checkpointing=selective", "train.precision=fp8"),
+    )
+    tree = dry_run(*words, *FP8[layout], world=8, except_for=(PEAK,))
+    found = by_name(tree)
+    assert -0.10 <= found[PEAK]["relative"] < 0.25
+    assert abs(found["activations kept"]["relative"]) < 0.03
+    for name in ("all_gather", "reduce_scatter", "all_to_all", "parameters", "gradients"):
+        assert abs(found[name]["relative"]) < 0.005, name
+    flows = [f for f in tree["traffic_per_step"]["flows"] if (f["kind"], f["axis"]) == ("all_reduce", "tp")]
+    ran = tree["dry_run"]["collectives"]
+    calls = sum(c["calls"] for c in ran if (c["kind"], c["ranks"]) == ("all_reduce", 2) and layout == "matrices")
+    replicas = sum(f["calls"] for f in tree["traffic_per_step"]["flows"] if f["axis"].endswith("_replicate"))
+    assert calls == (sum(f["calls"] for f in flows) + replicas if flows else 0)
+    # Ten linear layers of a dense block and eight of a sparse one; x, W and the gradient, and x and W again; two microbatches.
+    said = [f["calls"] for f in flows if f["purpose"] == "scales of 8-bit operands"]
+    assert said == ([2 * 2 * 18 * 5] if layout == "matrices" else [])
+
+
 EP64 = ("parallel=ep64", "parallel.exchange=flat", "parallel.overlap_chunks=1", "parallel.reshard_after_forward=all")
 
 
@@ -161,6 +196,9 @@ def test_m_64e_on_512_ranks(words):
     assert calls["reduce_scatter", 512] == 1 + 38 + 19
 
 
+EIGHT_BITS = ("experiment=ec_dit_xl_8e", "train.precision=fp8", "parallel.compile=false", "moe.form=plain")
+
+
 @pytest.mark.slow
 def test_every_kind_of_layout_stays_within_the_tolerance():
     for words, world in (
@@ -169,6 +207,7 @@ def test_every_kind_of_layout_stays_within_the_tolerance():
         (("experiment=gshard_xl_16e",), 16),
         (("experiment=ec_dit_3xl_16e", "parallel=tp2_ep8"), 32),
         (("experiment=ec_dit_m_64e", "parallel=fsdp"), 64),
+        ((*EIGHT_BITS, "model.layers=12", "train.global_batch=1024"), 8),
     ):
         dry_run(*words, world=world)
 
