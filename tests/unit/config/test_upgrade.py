@@ -17,7 +17,7 @@ from ecdit_train.config.validate import validate
 from ecdit_train.errors import RunFolderError
 
 OLD = Path(__file__).parents[2] / "golden" / "format1"
-BEFORE_8 = tuple(f"cluster.{key}_latency=0.0" for key in ("call", "intra", "inter"))
+BEFORE_8 = (*(f"cluster.{key}_latency=0.0" for key in ("call", "intra", "inter")), "cluster.peak_fp8_flops=0.0")
 """What a plan did not reckon with before format 8."""
 LAYOUT_BEFORE_8 = (
     "train.microbatch=64",
