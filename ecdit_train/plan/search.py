@@ -92,7 +92,6 @@ def places(cfg: RunConfig, *, world: int) -> Iterator[tuple[Layout, ...]]:
     least time. Tensor parallelism stays inside a node; copies are whole nodes."""
     gpus, batch, images = cfg.cluster.gpus_per_node, cfg.train.global_batch, cfg.images_per_group
     experts = math.gcd(slots.num_experts(cfg), world) if slots.sparse_blocks(cfg) else 1
-    every_form = slots.forms(cfg)
     for tp in (n for n in divisors(math.gcd(cfg.model.heads, world)) if n <= gpus):
         dp = world // tp
         if batch % dp or (batch // dp) % images:
@@ -116,7 +115,7 @@ def places(cfg: RunConfig, *, world: int) -> Iterator[tuple[Layout, ...]]:
                     microbatch=micro,
                     microbatches=batch // (dp * micro),
                 )
-                yield tuple(_exchanged(cfg, dataclasses.replace(plain, form=form)) for form in every_form)
+                yield tuple(_exchanged(cfg, dataclasses.replace(plain, form=form)) for form in slots.forms(cfg))
 
 
 def _exchanged(cfg: RunConfig, layout: Layout) -> Layout:

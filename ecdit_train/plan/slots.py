@@ -10,11 +10,8 @@ from collections.abc import Sequence
 
 import torch
 
-from ecdit_train.config.convert import with_values
 from ecdit_train.config.schema import RunConfig
 from ecdit_train.config.slots import Held, Message, RouterSizes
-from ecdit_train.config.validate import validate
-from ecdit_train.errors import ConfigError
 from ecdit_train.model.dit import DiT
 
 EXPERT_CHOICE = "ecdit_train.model.routers.expert_choice.ExpertChoice"
@@ -92,17 +89,9 @@ def form(cfg: RunConfig) -> str:
 
 
 def forms(cfg: RunConfig) -> tuple[str, ...]:
-    """Those that there are and that the rules let run, the one that keeps least last."""
+    """Those that there are, the one that keeps least last."""
     lean = cfg.moe.experts is not None and cfg.moe.experts.lean and rows_are_fixed(cfg)
-    return ("plain", "lean") if lean and _allowed(cfg, form="lean") else ("plain",)
-
-
-def _allowed(cfg: RunConfig, *, form: str) -> bool:
-    try:
-        validate(with_values(cfg, {"moe.form": form}))
-    except ConfigError as error:
-        return all(problem.field != "moe.form" for problem in error.problems)
-    return True
+    return ("plain", "lean") if lean else ("plain",)
 
 
 def expert_lean_units_per_row(cfg: RunConfig) -> float:
