@@ -174,7 +174,7 @@ class Fp8Product(nn.Module):
 
     def linear(self, x: Tensor, w_OK: Tensor) -> Tensor:
         """(..., K), (O, K) -> (..., O), as `nn.functional.linear`."""
-        return self(x.reshape(1, -1, x.shape[-1]), w_OK.t()[None]).view(*x.shape[:-1], -1)
+        return self(x.reshape(1, -1, x.shape[-1]), w_OK.t()[None]).view(*x.shape[:-1], len(w_OK))
 
     # The same in parts (`experts.two_layers.Product`).
 

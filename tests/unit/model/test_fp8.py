@@ -161,6 +161,7 @@ def test_no_rows(recipe):
     y.sum().backward()
     assert y.shape == (2, 0, 48)
     assert (w.grad == 0).all()
+    assert product(recipe).linear(random(3, 0, 64).requires_grad_(), random(48, 64)).shape == (3, 0, 48)
 
 
 def test_delayed_takes_the_largest_remembered():
