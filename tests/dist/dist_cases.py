@@ -66,7 +66,9 @@ CAPPED = replace(THRESHOLD, dispatcher=IndexAdd(cap=0.75))
 """The same under a static cap that drops some."""
 RACE = replace(MOE, router=expert_race(capacity_factor=2.0))
 """Everything on all ranks competes; two losses and a buffer."""
-FAMILY = {name: replace(MOE, router=selection(name, capacity_factor=2.0)) for name in ("ec_image", "bl", "be", "le", "tc")}
+FAMILY = {
+    name: replace(MOE, router=selection(name, capacity_factor=2.0)) for name in ("ec_image", "bl", "be", "le", "tc")
+}
 MUON = Muon(
     momentum=0.95,
     nesterov=True,

@@ -57,7 +57,12 @@ def naive(here: Any, folder: Path, shards: Path, layouts: dict[str, Layout]) -> 
         ):
             try:
                 store.save(
-                    folder / name / f"naive-{len(answers)}", step=1, tensors=values, objects={}, comm=ranks, replicas=how
+                    folder / name / f"naive-{len(answers)}",
+                    step=1,
+                    tensors=values,
+                    objects={},
+                    comm=ranks,
+                    replicas=how,
                 )  # type: ignore[arg-type]
                 answers.append("saved")
             except CheckpointError as e:

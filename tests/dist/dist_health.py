@@ -50,7 +50,9 @@ def one_rank_sees_nan(
     return {"acts": here.all_gather_json(acts), "tensors": life.tensors, "finished": life.finished}
 
 
-def validated(here: Any, folder: Path, shards: Path, layouts: dict[str, Layout], words: tuple[str, ...]) -> dict[str, dict[str, float]]:
+def validated(
+    here: Any, folder: Path, shards: Path, layouts: dict[str, Layout], words: tuple[str, ...]
+) -> dict[str, dict[str, float]]:
     """What each layout measures with the same weights, in fp32: the first ones, and then with every second router turned round."""
     out = {}
     for name, layout in layouts.items():
@@ -69,7 +71,9 @@ def validated(here: Any, folder: Path, shards: Path, layouts: dict[str, Layout],
     return out
 
 
-def flipped(here: Any, folder: Path, shards: Path, layouts: dict[str, Layout], words: tuple[str, ...]) -> dict[str, list[Any]]:
+def flipped(
+    here: Any, folder: Path, shards: Path, layouts: dict[str, Layout], words: tuple[str, ...]
+) -> dict[str, list[Any]]:
     """For each layout: copies compared while sound, and per rank that holds a copy what is said after one bit of it was flipped."""
     out: dict[str, list[Any]] = {}
     for name, layout in layouts.items():
@@ -79,7 +83,9 @@ def flipped(here: Any, folder: Path, shards: Path, layouts: dict[str, Layout], w
         held_RT = trainer.digests._held  # type: ignore[union-attr]
         assert held_RT is not None
         names = sorted(values)
-        copied = [n for t, n in enumerate(names) if held_RT[:, t].all() and len(set(held_RT[:, t].tolist())) < here.world]
+        copied = [
+            n for t, n in enumerate(names) if held_RT[:, t].all() and len(set(held_RT[:, t].tolist())) < here.world
+        ]
         target = copied[len(copied) // 2] if copied else names[0]
         for culprit in range(here.world):
             part = local(values[target][0])

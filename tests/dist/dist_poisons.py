@@ -126,7 +126,9 @@ def poison_no_inside_leg(model: DiT, mesh: Mesh) -> None:
         exchange = moe.dispatcher.exchange
         assert exchange is not None
         assert exchange.nodes is not None
-        moe.dispatcher.exchange = replace(exchange, nodes=_Across(inside=exchange.nodes.inside, across=exchange.nodes.across))
+        moe.dispatcher.exchange = replace(
+            exchange, nodes=_Across(inside=exchange.nodes.inside, across=exchange.nodes.across)
+        )
 
 
 class _Across(Nodes):

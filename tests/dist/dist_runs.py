@@ -23,9 +23,9 @@ from ecdit_train.config.schema import RunConfig
 from ecdit_train.config.validate import validate
 from ecdit_train.parallel.placement import local
 from ecdit_train.parallel.weights import full_tensors
+from ecdit_train.supervise.stop import StopRequest
 from ecdit_train.train.state import parameter_of
 from ecdit_train.train.step import Numbers
-from ecdit_train.supervise.stop import StopRequest
 from ecdit_train.train.trainer import Trainer
 
 TWO_HEADS = ("model.width=128", "model.heads=2", "model.kv_heads=1")

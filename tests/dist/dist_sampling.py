@@ -30,7 +30,9 @@ def drawn_once(here: Any, run: Path, shards: Path, layouts: dict[str, Layout], p
         config = configure(here, run, shards, *layout.words)
         pipeline, _ = build_pipeline(config, here, kind="raw", step=None)
         model = pipeline.parallel.model
-        groups = [g for m in model.modules() if isinstance(m, FSDPModule) for g in m._get_fsdp_state()._fsdp_param_groups]
+        groups = [
+            g for m in model.modules() if isinstance(m, FSDPModule) for g in m._get_fsdp_state()._fsdp_param_groups
+        ]
         policy = [group.post_forward_mesh_info for group in groups]
         how, codec, latents = replace(config.sample, scope="image", guidance=2.0), pipeline.codec, []
 
@@ -48,7 +50,12 @@ def drawn_once(here: Any, run: Path, shards: Path, layouts: dict[str, Layout], p
         given_back = all(g.is_sharded for g in groups) and policy == [g.post_forward_mesh_info for g in groups]
         model.prompt = lambda text: text  # type: ignore[method-assign]
         pipeline.draw(prompts, how=replace(how, steps=4), step=0)
-        out[name] = {"equal": torch.equal(latents[1], latents[2]), "gathers": counts, "given_back": given_back, "fsdp": len(groups)}
+        out[name] = {
+            "equal": torch.equal(latents[1], latents[2]),
+            "gathers": counts,
+            "given_back": given_back,
+            "fsdp": len(groups),
+        }
     _fsdp_param_group.foreach_all_gather = gather
     return out
 

@@ -53,7 +53,9 @@ class _Sent(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def measured_messages(runtime: Any, config: RouterConfig, sizes: RouterSizes, image_tokens: int) -> list[tuple[str, int]]:
+def measured_messages(
+    runtime: Any, config: RouterConfig, sizes: RouterSizes, image_tokens: int
+) -> list[tuple[str, int]]:
     mesh = make_mesh(PARALLEL, device_type="cpu", world=runtime.world)
     router = config.build(sizes)
     generator = torch.Generator().manual_seed(runtime.rank)
@@ -61,7 +63,9 @@ def measured_messages(runtime: Any, config: RouterConfig, sizes: RouterSizes, im
         for tensor in (*router.parameters(), *router.buffers()):
             tensor.copy_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1)))
     router.on_ranks(dp_group=mesh.dp_group)
-    tokens = RouterInput.of(torch.randn(2, 2 * image_tokens, sizes.width, generator=generator), image_tokens=image_tokens)
+    tokens = RouterInput.of(
+        torch.randn(2, 2 * image_tokens, sizes.width, generator=generator), image_tokens=image_tokens
+    )
     with _Sent(runtime.world) as sent:
         router(tokens)
     return sent.seen

@@ -25,7 +25,9 @@ def bits(trainer: Trainer) -> str:
     return found.hexdigest()
 
 
-def spoiled(here: Any, folder: Path, shards: Path, words: tuple[str, ...], where: str, rank: int, step: int) -> list[dict[str, Any]]:
+def spoiled(
+    here: Any, folder: Path, shards: Path, words: tuple[str, ...], where: str, rank: int, step: int
+) -> list[dict[str, Any]]:
     """One number of one rank is wrong in one step, and the host is a step ahead when it learns of that: what each rank then has."""
     known: dict[str, Any] = {}
 

@@ -37,9 +37,13 @@ def test_compiled_graphs() -> None:
     """Tracing and autograd partitioning, without code generation: a dense block, a sparse one before and after
     its layer, its experts."""
     deep = replace(MODEL, layers=6)
-    plain, lean = assert_equal([case(tp=2, ep=2, compiled=True, ac="selective", steps=1, model=deep),
-                                case(tp=2, ep=2, compiled=True, steps=1, model=deep, moe=replace(MOE, form="lean"))],
-                               backend="aot_eager")
+    plain, lean = assert_equal(
+        [
+            case(tp=2, ep=2, compiled=True, ac="selective", steps=1, model=deep),
+            case(tp=2, ep=2, compiled=True, steps=1, model=deep, moe=replace(MOE, form="lean")),
+        ],
+        backend="aot_eager",
+    )
     assert plain == 4
     assert lean == 5  # what is between a lean layer's products, each way
 
@@ -65,11 +69,17 @@ def test_compiled_graphs_around_8_bits() -> None:
 @pytest.mark.slow
 def test_compiled_code() -> None:
     """Inductor: generated C++, whose collectives work in place (eager tracing does not show what goes wrong there)."""
-    assert_equal([case(tp=2, ac="selective", compiled=True, steps=2), case(tp=2, compiled=True, ac="full", steps=1),
-                  case(tp=2, ep=2, compiled=True, ac="selective", keep=("attention", "experts"), share=0.5, steps=1),
-                  case(tp=2, ep=2, compiled=True, ac="selective", keep=ALL, steps=1),
-                  case(tp=2, ep=2, compiled=True, ac="selective", chunks=2, steps=1),
-                  case(ep=2, compiled=True, chunks=2, steps=1, moe=replace(MOE, form="lean")),
-                  case(tp=2, ep=2, compiled=True, fp8="delayed", ac="selective", steps=2),
-                  case(tp=2, compiled=True, fp8="current", steps=1, moe=replace(MOE, form="lean")),
-                  case(tp=2, ep=2, compiled=True, fp8="mxfp8", steps=1)], backend="inductor")
+    assert_equal(
+        [
+            case(tp=2, ac="selective", compiled=True, steps=2),
+            case(tp=2, compiled=True, ac="full", steps=1),
+            case(tp=2, ep=2, compiled=True, ac="selective", keep=("attention", "experts"), share=0.5, steps=1),
+            case(tp=2, ep=2, compiled=True, ac="selective", keep=ALL, steps=1),
+            case(tp=2, ep=2, compiled=True, ac="selective", chunks=2, steps=1),
+            case(ep=2, compiled=True, chunks=2, steps=1, moe=replace(MOE, form="lean")),
+            case(tp=2, ep=2, compiled=True, fp8="delayed", ac="selective", steps=2),
+            case(tp=2, compiled=True, fp8="current", steps=1, moe=replace(MOE, form="lean")),
+            case(tp=2, ep=2, compiled=True, fp8="mxfp8", steps=1),
+        ],
+        backend="inductor",
+    )

@@ -29,7 +29,13 @@ def lab(tmp_path_factory) -> Path:
 
 
 def test_trained_alike_on_one_rank_and_on_two(lab, tmp_path, tiny_shards):
-    words = ("moe/router=sure", "train.steps=6", "train.global_batch=8", "train.microbatch=2", f"--config-dir={lab}/mylab")
+    words = (
+        "moe/router=sure",
+        "train.steps=6",
+        "train.global_batch=8",
+        "train.microbatch=2",
+        f"--config-dir={lab}/mylab",
+    )
     one = run_distributed(1, curves, tmp_path, tiny_shards, {"one": Layout(world=1)}, words, timeout=120)[0]["one"]
     pair = {"ep2": Layout(world=2, words=("parallel.ep=2",))}
     two = run_distributed(2, curves, tmp_path, tiny_shards, pair, words, timeout=120)[0]["ep2"]
@@ -41,7 +47,11 @@ def test_trained_alike_on_one_rank_and_on_two(lab, tmp_path, tiny_shards):
 def test_its_commands_work(lab, verb):
     (command,) = re.findall(rf"^    ecdit ({verb} .*)$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
     answer = subprocess.run(
-        [sys.executable, "-P", "-m", "ecdit_train.cli", *command.split()], cwd=lab, text=True, capture_output=True, check=False
+        [sys.executable, "-P", "-m", "ecdit_train.cli", *command.split()],
+        cwd=lab,
+        text=True,
+        capture_output=True,
+        check=False,
     )
     assert answer.returncode == 0, answer.stderr
     assert "sure" in answer.stdout.lower() if verb == "slots" else "shapes_tiny" in answer.stdout

@@ -19,6 +19,7 @@ from ecdit_train.parallel.mesh import make_mesh
 def fake_step(world: int, rank: int, c: Any) -> tuple[int, float]:
     """Parameters on this rank, and what an even share would be."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
+
     dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
     try:
         mesh = make_mesh(c.parallel, device_type="cpu", world=world)
@@ -29,9 +30,15 @@ def fake_step(world: int, rank: int, c: Any) -> tuple[int, float]:
         assert shapes == {n: p.global_shape for n, p in placements.items()}
         with FakeTensorMode(allow_non_fake_inputs=True):
             model.to_empty(device="cpu")
-            part = {"latents": torch.randn(2, 4, 8, 8), "t": torch.rand(2), "features": torch.randn(2, 5, 24),
-                    "mask": torch.ones(2, 5, dtype=torch.bool), "drop": torch.zeros(2, dtype=torch.bool),
-                    "keep": torch.arange(8).expand(2, 8), "target": torch.randn(2, 8, 16)}
+            part = {
+                "latents": torch.randn(2, 4, 8, 8),
+                "t": torch.rand(2),
+                "features": torch.randn(2, 5, 24),
+                "mask": torch.ones(2, 5, dtype=torch.bool),
+                "drop": torch.zeros(2, dtype=torch.bool),
+                "keep": torch.arange(8).expand(2, 8),
+                "target": torch.randn(2, 8, 16),
+            }
             forward(model, part, group_tokens=16)[0].backward()
         assert all(p.grad is not None for p in model.parameters())
         copies = {n: p.replicas * (1 if p.kind == "expert" else mesh.dp_replicate_size) for n, p in placements.items()}

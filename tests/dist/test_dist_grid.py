@@ -54,28 +54,52 @@ def assert_equal(world: int, cases: list[Case], *, check: Callable[..., Any] = c
 
 def test_two_ranks() -> None:
     """Every axis alone, and experts folded over tp."""
-    assert_equal(2, [
-        case(), case(rep=2), case(tp=2), case(ep=2), case(tp=2, ep=2),
-        case(tp=2, moe=DENSE, optim="adamw"),
-        case(ep=2, moe=TOKEN_CHOICE, optim="adamw"),
-        case(ep=2, group_tokens=whole_microbatch(2)),
-        case(tp=2, model=FEW_KV),
-        case(dtype="float32"), case(tp=2, dtype="float32"), case(ep=2, dtype="float32"), case(tp=2, ep=2, dtype="float32"),
-        case(tp=2, moe=DENSE, dtype="float32"), case(ep=2, moe=TOKEN_CHOICE, dtype="float32"),
-        case(ep=2, group_tokens=whole_microbatch(2), dtype="float32"),
-    ])
+    assert_equal(
+        2,
+        [
+            case(),
+            case(rep=2),
+            case(tp=2),
+            case(ep=2),
+            case(tp=2, ep=2),
+            case(tp=2, moe=DENSE, optim="adamw"),
+            case(ep=2, moe=TOKEN_CHOICE, optim="adamw"),
+            case(ep=2, group_tokens=whole_microbatch(2)),
+            case(tp=2, model=FEW_KV),
+            case(dtype="float32"),
+            case(tp=2, dtype="float32"),
+            case(ep=2, dtype="float32"),
+            case(tp=2, ep=2, dtype="float32"),
+            case(tp=2, moe=DENSE, dtype="float32"),
+            case(ep=2, moe=TOKEN_CHOICE, dtype="float32"),
+            case(ep=2, group_tokens=whole_microbatch(2), dtype="float32"),
+        ],
+    )
 
 
 def test_four_ranks() -> None:
     """Every pair of axes."""
-    assert_equal(4, [
-        case(tp=2, ep=2), case(ep=2), case(ep=4), case(tp=2), case(tp=2, ep=4, moe=TOKEN_CHOICE),
-        case(tp=4, ep=2), case(tp=4, ep=4, model=FEW_KV), case(rep=2, ep=2), case(rep=2, tp=2, ep=2),
-        case(tp=2, ep=2, group_tokens=whole_microbatch(4, tp=2)),
-        case(tp=2, ep=2, optim="adamw", dtype="float32"), case(ep=4, dtype="float32"), case(tp=2, dtype="float32"),
-        case(ep=2, dtype="float32"), case(rep=2, tp=2, ep=2, dtype="float32"),
-        case(tp=2, ep=4, moe=TOKEN_CHOICE, dtype="float32"),
-    ])
+    assert_equal(
+        4,
+        [
+            case(tp=2, ep=2),
+            case(ep=2),
+            case(ep=4),
+            case(tp=2),
+            case(tp=2, ep=4, moe=TOKEN_CHOICE),
+            case(tp=4, ep=2),
+            case(tp=4, ep=4, model=FEW_KV),
+            case(rep=2, ep=2),
+            case(rep=2, tp=2, ep=2),
+            case(tp=2, ep=2, group_tokens=whole_microbatch(4, tp=2)),
+            case(tp=2, ep=2, optim="adamw", dtype="float32"),
+            case(ep=4, dtype="float32"),
+            case(tp=2, dtype="float32"),
+            case(ep=2, dtype="float32"),
+            case(rep=2, tp=2, ep=2, dtype="float32"),
+            case(tp=2, ep=4, moe=TOKEN_CHOICE, dtype="float32"),
+        ],
+    )
 
 
 def test_eight_ranks_all_axes() -> None:
@@ -86,13 +110,19 @@ def test_eight_ranks_all_axes() -> None:
 def test_a_varying_number_of_rows() -> None:
     """Rows per expert vary: the uneven exchange, and a static cap that drops some, on every axis alone and together."""
     for world, layouts in (
-        (2, [{}, {"tp": 2}, {"ep": 2}, {"tp": 2, "ep": 2}, {"ep": 2, "microbatches": 2}, {"rep": 2, "ac": "selective"}]),
+        (
+            2,
+            [{}, {"tp": 2}, {"ep": 2}, {"tp": 2, "ep": 2}, {"ep": 2, "microbatches": 2}, {"rep": 2, "ac": "selective"}],
+        ),
         (4, [{"tp": 2, "ep": 2}, {"ep": 4}, {"tp": 2, "ep": 4, "ac": "selective"}, {"ep": 2, "ac": "full"}]),
         (8, [{"rep": 2, "tp": 2, "ep": 4}, {"ep": 8}]),
     ):
         cases = [case(moe=moe, **layout) for layout in layouts for moe in (THRESHOLD, CAPPED)]
         if world == 2:
-            cases += [case(moe=CAPPED, ep=2, chunks=2), case(moe=replace(THRESHOLD, dispatcher=Deterministic(cap=None)), tp=2, ep=2)]
+            cases += [
+                case(moe=CAPPED, ep=2, chunks=2),
+                case(moe=replace(THRESHOLD, dispatcher=Deterministic(cap=None)), tp=2, ep=2),
+            ]
             cases += [case(moe=moe, tp=2, ep=2, dtype="float32") for moe in (THRESHOLD, CAPPED)]
         assert_equal(world, cases)
 

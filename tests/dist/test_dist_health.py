@@ -44,18 +44,24 @@ def test_the_held_out_loss_belongs_to_no_layout(tiny_shards, tmp_path):
     one = run_distributed(1, validated, tmp_path, tiny_shards, {"one": Layout(world=1)}, words, timeout=120)[0]["one"]
     for world in (2, 4):
         some = layouts_of(world)
-        for name, measured in run_distributed(world, validated, tmp_path, tiny_shards, some, words, timeout=180)[0].items():
+        for name, measured in run_distributed(world, validated, tmp_path, tiny_shards, some, words, timeout=180)[
+            0
+        ].items():
             assert measured == pytest.approx(one, rel=2e-6, abs=1e-9), name
             drift = {key: value for key, value in measured.items() if "drift" in key}
             assert drift == {key: one[key] for key in drift}, (name, "shares of counts are equal")
     assert len([key for key in one if key.startswith("loss_t")]) > 3
     assert one["L2/selection_drift"] > 0.1
-    assert one["selection_drift"] == sum(v for k, v in one.items() if k.startswith("L")) / len([k for k in one if k.startswith("L")])
+    assert one["selection_drift"] == sum(v for k, v in one.items() if k.startswith("L")) / len(
+        [k for k in one if k.startswith("L")]
+    )
 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_one_flipped_bit_in_a_copy_is_found_and_its_rank_named(world, tiny_shards, tmp_path):
-    for name, found in run_distributed(world, flipped, tmp_path, tiny_shards, layouts_of(world), RUN, timeout=180)[0].items():
+    for name, found in run_distributed(world, flipped, tmp_path, tiny_shards, layouts_of(world), RUN, timeout=180)[
+        0
+    ].items():
         first, *flips, last = found
         assert first == last
         copies = name.startswith("replicas") or "tp" in name

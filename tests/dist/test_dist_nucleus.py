@@ -150,7 +150,9 @@ def test_diffmoe_draws_the_same_on_one_and_on_four_ranks(lives, tiny_shards):
     answers = run_distributed(4, draw, run, tiny_shards, four, ASKED, timeout=240)
     for answer in answers:
         for name, pictures in answer.items():
-            for (scope, prompts), (images, counts), (true, true_counts) in zip(ASKED, pictures, drawn["one"], strict=True):
+            for (scope, prompts), (images, counts), (true, true_counts) in zip(
+                ASKED, pictures, drawn["one"], strict=True
+            ):
                 error = int(np.abs(images.astype(int) - true.astype(int)).max())
                 assert error <= 1, (name, scope, len(prompts), error)
                 assert np.array_equal(counts, true_counts), (name, scope)

@@ -19,7 +19,8 @@ from tiny_runs import records
 LAB = Path(__file__).parents[1] / "open_slots" / "lab"
 STEPS = 20
 LAB_RUN = ("moe/router=corrected", "moe/experts=gated", "encoders/text=letters", "encoders.text.width=32",
-           "encoders.text.max_tokens=8", "sample/sampler=midpoint", "data/stages=mirrored", "cluster=desk", f"--config-dir={LAB}")  # fmt: skip
+           "encoders.text.max_tokens=8", "sample/sampler=midpoint", "data/stages=mirrored", "cluster=desk",
+           f"--config-dir={LAB}")  # fmt: skip
 RUN = (*LAB_RUN, f"train.steps={STEPS}", "train.global_batch=8", "train.microbatch=2", "optim.warmup_steps=4",
        "checkpoint.every_steps=10", "observe.log_every=5")  # fmt: skip
 ONE = {"one": Layout(world=1)}
@@ -82,17 +83,31 @@ def test_buffer_and_everything_else_survive_another_layout(runs, tiny_shards):
 
 def test_misspelt_keys_are_answered(tmp_path):
     lab = ("--config-dir", str(LAB), "experiment=toy")
-    answer = ecdit("config", "show", *lab, "moe.router.spred_weight=1", "moe/experts=gatde", "moe.router.momentum=2", cwd=tmp_path)
+    answer = ecdit(
+        "config", "show", *lab, "moe.router.spred_weight=1", "moe/experts=gatde", "moe.router.momentum=2", cwd=tmp_path
+    )
     assert answer.returncode == 77
     said = answer.stderr
     assert "moe.router.spred_weight = 1: unknown key; nearest valid: moe.router.spread_weight" in said
-    assert "moe/experts = 'gatde': unknown choice of moe/experts; there are gated, gelu, swiglu; nearest valid: gated" in said
+    assert (
+        "moe/experts = 'gatde': unknown choice of moe/experts; there are gated, gelu, swiglu; nearest valid: gated"
+        in said
+    )
     assert "moe.router.momentum = 2.0: must be at least 0 and below 1" in said
 
 
 def test_listed_with_its_keys(tmp_path):
     said = ecdit("slots", "--config-dir", str(LAB), cwd=tmp_path).stdout
-    for words in ("corrected", "toy_router.Corrected", "spread_weight = 0.1: a number. Weight of the loss", "gated", "letters", "midpoint", "mirrored", "toy_stages.Mirrored"):
+    for words in (
+        "corrected",
+        "toy_router.Corrected",
+        "spread_weight = 0.1: a number. Weight of the loss",
+        "gated",
+        "letters",
+        "midpoint",
+        "mirrored",
+        "toy_stages.Mirrored",
+    ):
         assert words in said
     assert "corrected" not in ecdit("slots", cwd=tmp_path).stdout
 
@@ -114,7 +129,14 @@ def test_drawn_reported_and_resumed_by_command(runs, tiny_shards, tmp_path):
     """The run folder remembers where its modules are."""
     folder, _ = runs
     run = folder / "one"
-    drawn = ecdit("sample", f"run={run}", "prompts=[a red circle, a blue square]", "sample.steps=3", f"out={tmp_path}/grid.png", cwd=tmp_path)
+    drawn = ecdit(
+        "sample",
+        f"run={run}",
+        "prompts=[a red circle, a blue square]",
+        "sample.steps=3",
+        f"out={tmp_path}/grid.png",
+        cwd=tmp_path,
+    )
     assert drawn.returncode == 0, drawn.stderr
     assert (tmp_path / "grid.png").stat().st_size > 1000
     assert ecdit("report", str(run), cwd=tmp_path).returncode == 0
@@ -125,10 +147,19 @@ def test_drawn_reported_and_resumed_by_command(runs, tiny_shards, tmp_path):
 
 
 def test_the_cluster_of_three_lines_renders_a_job(tmp_path, tiny_shards):
-    words = ("--config-dir", str(LAB), "experiment=toy", "train.microbatch=32", f"data.shards={tiny_shards}", "--render-only")
+    words = (
+        "--config-dir",
+        str(LAB),
+        "experiment=toy",
+        "train.microbatch=32",
+        f"data.shards={tiny_shards}",
+        "--render-only",
+    )
     answer = ecdit("launch", *words, cwd=tmp_path)
     assert answer.returncode == 0, answer.stderr
     assert '"ranks_per_node": 4' in answer.stdout
     assert '"--config-dir"' in answer.stdout
-    assert re.search(r'"\S+/runs/toy/code/[0-9a-f]{12}/config_dir"', answer.stdout), "the copy of the folder is what runs"
+    assert re.search(r'"\S+/runs/toy/code/[0-9a-f]{12}/config_dir"', answer.stdout), (
+        "the copy of the folder is what runs"
+    )
     assert not list(tmp_path.iterdir())

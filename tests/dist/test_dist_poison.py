@@ -12,10 +12,14 @@ FEW_KV = replace(MODEL, kv_heads=1)
 
 
 def test_poisons_are_found() -> None:
-    cases = [case(ep=2, steps=1, poison="expert_scale"), case(tp=2, steps=1, model=FEW_KV, poison="kv_sum"),
-             case(tp=2, ep=2, poison="stale_index"),
-             case(tp=2, ep=2, steps=1, poison="gate_gradient"), case(tp=2, poison="drifted_copy"),
-             case(ep=2, steps=1, moe=replace(MOE, form="lean"), poison="lean_gates")]
+    cases = [
+        case(ep=2, steps=1, poison="expert_scale"),
+        case(tp=2, steps=1, model=FEW_KV, poison="kv_sum"),
+        case(tp=2, ep=2, poison="stale_index"),
+        case(tp=2, ep=2, steps=1, poison="gate_gradient"),
+        case(tp=2, poison="drifted_copy"),
+        case(ep=2, steps=1, moe=replace(MOE, form="lean"), poison="lean_gates"),
+    ]
     results = run_distributed(4, check_cases, cases)[0]
     for c, (name, errors) in zip(cases, results, strict=True):
         print(f"{name:60s} {errors}")

@@ -25,8 +25,11 @@ def bf16(**rest: Any) -> Case:
 
 def test_bf16_is_near_fp32() -> None:
     for world in (1, 4):
-        layouts = [bf16()] if world == 1 else [
-            bf16(), bf16(tp=2, ep=2), bf16(ep=4, ac="selective", chunks=2), bf16(tp=4, ep=2)]
+        layouts = (
+            [bf16()]
+            if world == 1
+            else [bf16(), bf16(tp=2, ep=2), bf16(ep=4, ac="selective", chunks=2), bf16(tp=4, ep=2)]
+        )
         for name, errors in run_distributed(world, check_cases, layouts)[0]:
             print(f"{world} ranks  {name:80s} {errors}")
             assert errors.loss < LOSS_BOUND, name
@@ -55,8 +58,9 @@ def watch_types(runtime: Any) -> dict[str, Any]:
                 return vendor.apply(group, x)
 
         for moe in sparse_layers(model).values():
-            moe.router.register_forward_hook(lambda m, args, out: seen["router"].update(
-                {str(m.weight.dtype), str(out.probability_GSE.dtype)}))
+            moe.router.register_forward_hook(
+                lambda m, args, out: seen["router"].update({str(m.weight.dtype), str(out.probability_GSE.dtype)})
+            )
         model.blocks[0].register_forward_hook(lambda m, args, out: seen["block"].add(str(out[0].dtype)))
         original, expert_parallel._vendor = expert_parallel._vendor, lambda watched=Watched: watched
         try:

@@ -51,9 +51,9 @@ def fsdp_quirks(runtime: Any) -> dict[str, Any]:
 def test_fsdp_divides_twice_on_a_mesh_of_one() -> None:
     for out in run_distributed(2, fsdp_quirks):
         assert out["right"] == 0.5
-        assert out["force_sum"] == 0.25         # why fsdp.py forces the sum only where edp > 1
-        assert out["float64"] == 0.25           # why the tests' float64 cases set a factor of their own where edp = 1
-        assert "PREMUL_SUM" in out["premul"]    # why it forces the sum at all
+        assert out["force_sum"] == 0.25  # why fsdp.py forces the sum only where edp > 1
+        assert out["float64"] == 0.25  # why the tests' float64 cases set a factor of their own where edp = 1
+        assert "PREMUL_SUM" in out["premul"]  # why it forces the sum at all
 
 
 def norm_quirks(runtime: Any) -> dict[str, Any]:
@@ -76,11 +76,12 @@ def norm_quirks(runtime: Any) -> dict[str, Any]:
 def test_clip_grad_norm_cannot_be_used() -> None:
     results = run_distributed(4, norm_quirks)
     assert all("mesh" in out["both"] for out in results)
-    assert results[0]["dense"] != pytest.approx(results[1]["dense"], rel=1e-4)      # two tp ranks, two norms, no error
+    assert results[0]["dense"] != pytest.approx(results[1]["dense"], rel=1e-4)  # two tp ranks, two norms, no error
 
 
 def megatron_reduce(runtime: Any) -> list[float | bool]:
     from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
+
     group = dist.group.WORLD
     x = torch.ones(2, 2)
     whole = reduce_from_tensor_model_parallel_region(x, group=group)
@@ -96,7 +97,8 @@ def test_megatron_reduces_a_copy_of_what_is_not_contiguous_and_else_in_place() -
 
 def selective_and_fsdp(runtime: Any) -> str:
     activation.contexts = lambda kept: create_selective_checkpoint_contexts(
-        lambda *args, **kwargs: CheckpointPolicy.PREFER_RECOMPUTE)
+        lambda *args, **kwargs: CheckpointPolicy.PREFER_RECOMPUTE
+    )
     c = case(tp=2, ep=2, ac="selective", steps=1)
     try:
         run_parallel(c, make_mesh(c.parallel, device_type="cpu", world=runtime.world))

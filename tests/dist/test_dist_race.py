@@ -11,7 +11,8 @@ from tiny_runs import records
 
 STEPS = 8
 RUN = ("moe=expert_race", "moe.num_experts=4", "moe.router.capacity_factor=1.0", "moe.router.pool_images=8",
-       f"train.steps={STEPS}", "train.global_batch=8", "optim.warmup_steps=4", "checkpoint.every_steps=4", "observe.log_every=4")  # fmt: skip
+       f"train.steps={STEPS}", "train.global_batch=8", "optim.warmup_steps=4", "checkpoint.every_steps=4",
+       "observe.log_every=4")  # fmt: skip
 ONE = {"one": Layout(world=1, words=("train.microbatch=8",))}
 FOUR = {
     "dp4": Layout(world=4, words=("train.microbatch=2",)),

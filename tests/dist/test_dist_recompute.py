@@ -6,6 +6,7 @@ The text's refiner and what lies outside of blocks is never checkpointed: it is 
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -72,7 +73,7 @@ def test_what_is_kept_is_not_repeated_and_what_is_not_is(keep, plain):
 
 
 def test_full_repeats_all_products_and_no_decision(plain):
-    count, flops, grads = run(case(ac="full", dtype="float32"))
+    count, _, grads = run(case(ac="full", dtype="float32"))
     assert products(count) - products(plain[0]) == sum(PRODUCTS_OF.values()) + ALWAYS
     assert all(count[name] == plain[0][name] for name in DECISIONS)
     assert count["aten::topk"] == SPARSE
@@ -82,7 +83,7 @@ def test_full_repeats_all_products_and_no_decision(plain):
 def test_flops_fall_with_what_is_kept_to_those_of_no_checkpointing(plain):
     order = [(), ("experts",), ("experts", "feed_forward"), KINDS]  # torch counts no FLOPs of the CPU's fused attention
     flops = [run(case(ac="selective", keep=keep, dtype="float32"))[1] for keep in order]
-    assert all(a > b for a, b in zip(flops, flops[1:], strict=False))
+    assert all(a > b for a, b in pairwise(flops))
     assert plain[1] < flops[-1] < 1.02 * plain[1]
 
 
@@ -101,7 +102,7 @@ def test_the_share_is_even_over_the_depth():
         for share in (0.05, 0.3, 0.5, 0.8, 1.0):
             chosen = sorted(checkpointed(blocks, share=share))
             assert len(chosen) == max(1, round(share * blocks))
-            gaps = {b - a for a, b in zip(chosen, chosen[1:], strict=False)}
+            gaps = {b - a for a, b in pairwise(chosen)}
             assert not gaps or max(gaps) - min(gaps) <= 1
 
 

@@ -78,7 +78,9 @@ def test_one_process_imports_no_vendor_and_needs_no_group() -> None:
 
 def test_torchrun(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
-    script.write_text("from ecdit_train.parallel import runtime\nr = runtime.start('cpu')\n"
-                      "assert r.all_gather_json(r.rank) == [0, 1]\nr.shutdown()\nprint('joined')\n")
+    script.write_text(
+        "from ecdit_train.parallel import runtime\nr = runtime.start('cpu')\n"
+        "assert r.all_gather_json(r.rank) == [0, 1]\nr.shutdown()\nprint('joined')\n"
+    )
     out = run_script(str(script), launcher=("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"))
     assert out.count("joined") == 2

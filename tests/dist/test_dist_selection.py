@@ -20,20 +20,34 @@ CAPPED_RACE = replace(RACE, dispatcher=IndexAdd(cap=1.25))
 
 def test_two_ranks() -> None:
     """Every axis alone, and experts folded over tp."""
-    cases = [case(moe=moe, **at) for moe in (RACE, FAMILY["be"]) for at in ({}, {"tp": 2}, {"ep": 2}, {"tp": 2, "ep": 2})]
+    cases = [
+        case(moe=moe, **at) for moe in (RACE, FAMILY["be"]) for at in ({}, {"tp": 2}, {"ep": 2}, {"tp": 2, "ep": 2})
+    ]
     cases += [case(moe=FAMILY["bl"], ep=2), case(moe=FAMILY["le"], tp=2, ep=2), case(moe=FAMILY["tc"], ep=2),
-              case(moe=FAMILY["ec_image"], tp=2, ep=2), case(moe=RACE, rep=2, ac="selective"), case(moe=CAPPED_RACE, ep=2, ac="selective")]  # fmt: skip
-    cases += [case(moe=moe, dtype="float32", **at) for moe in (RACE, FAMILY["be"], FAMILY["bl"]) for at in ({"tp": 2, "ep": 2}, {"ep": 2})]
+              case(moe=FAMILY["ec_image"], tp=2, ep=2), case(moe=RACE, rep=2, ac="selective"),
+              case(moe=CAPPED_RACE, ep=2, ac="selective")]  # fmt: skip
+    cases += [
+        case(moe=moe, dtype="float32", **at)
+        for moe in (RACE, FAMILY["be"], FAMILY["bl"])
+        for at in ({"tp": 2, "ep": 2}, {"ep": 2})
+    ]
     assert_equal(2, cases)
 
 
 def test_four_ranks() -> None:
     """Pairs of axes; checkpointing decides once."""
-    assert_equal(4, [
-        case(moe=RACE, tp=2, ep=2), case(moe=RACE, ep=4, ac="selective"), case(moe=RACE, rep=2, ep=2, ac="full"),
-        case(moe=FAMILY["bl"], tp=2, ep=4), case(moe=FAMILY["be"], rep=2, ep=4), case(moe=FAMILY["tc"], tp=2, ep=4),
-        case(moe=RACE, rep=2, tp=2, ep=2, dtype="float32"),
-    ])
+    assert_equal(
+        4,
+        [
+            case(moe=RACE, tp=2, ep=2),
+            case(moe=RACE, ep=4, ac="selective"),
+            case(moe=RACE, rep=2, ep=2, ac="full"),
+            case(moe=FAMILY["bl"], tp=2, ep=4),
+            case(moe=FAMILY["be"], rep=2, ep=4),
+            case(moe=FAMILY["tc"], tp=2, ep=4),
+            case(moe=RACE, rep=2, tp=2, ep=2, dtype="float32"),
+        ],
+    )
 
 
 def test_eight_ranks() -> None:
@@ -81,12 +95,12 @@ def test_threshold_inference_is_the_same_on_one_and_four_ranks() -> None:
 
 def test_a_rank_that_leaves_out_its_counts_is_found() -> None:
     (name, errors), (other, without) = run_distributed(
-        2, check_cases, [case(moe=RACE, steps=1, poison="skipped_counts"), case(moe=RACE, steps=1, poison="local_similarity")]
+        2,
+        check_cases,
+        [case(moe=RACE, steps=1, poison="skipped_counts"), case(moe=RACE, steps=1, poison="local_similarity")],
     )[0]
     print(name, errors, other, without)
     assert not errors.same_choices
     assert not errors.within(1e-6)
     assert without.same_choices, "this fault leaves who is chosen untouched"
     assert not without.within(1e-6)
-
-

@@ -126,7 +126,11 @@ TWO_RANKS = {
 def data_files(run: Path) -> dict[str, bytes]:
     """The tensors' bytes of every checkpoint; headers and manifests name the save and the configuration, which differ."""
     return {
-        f"{committed.step} {name}": checkpoint.load_full(committed.path, name=name).reshape(-1).view(torch.uint8).numpy().tobytes()
+        f"{committed.step} {name}": checkpoint.load_full(committed.path, name=name)
+        .reshape(-1)
+        .view(torch.uint8)
+        .numpy()
+        .tobytes()
         for committed in checkpoint.find(run / "checkpoints")
         for name in manifest.read(committed.path).tensors
     }

@@ -35,7 +35,9 @@ def test_one_wrong_number_on_one_rank_of_four_changes_no_bit_anywhere(case, tiny
         seen = where != "gradient"
         assert (f"(first seen in the loss of rank {rank}" in found["said"]) == seen, found
     if where == "auxiliary":
-        assert any("balance loss inf" in found["said"] for found in ranks), "told by the ranks that share its batch or its part"
+        assert any("balance loss inf" in found["said"] for found in ranks), (
+            "told by the ranks that share its batch or its part"
+        )
 
 
 def test_nobody_reads_the_device_between_records(tiny_shards, tmp_path):
