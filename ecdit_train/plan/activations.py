@@ -64,6 +64,9 @@ class Results:
     shared: float
     """Of them, those that the block's recomputation would have kept, too."""
 
+    def times(self, factor: float) -> Results:
+        return Results(bytes=factor * self.bytes, shared=factor * self.shared)
+
     @classmethod
     def sum(cls, some: Iterable[Results]) -> Results:
         some = list(some)
@@ -108,7 +111,12 @@ def results(cfg: RunConfig, layout: Layout, *, sparse: bool) -> Results:
     """What a checkpointed block of a kind keeps besides its input."""
     if layout.activation_checkpointing != "selective":
         return Results(bytes=0.0, shared=0.0)
-    found = [_kept(cfg, layout, kind, sparse=sparse) for kind in layout.keep]
+    # Emulated 8-bit products are kept as they were added up, in fp32.
+    wider = 4 / element_bytes(cfg) if low_precision.emulated(cfg) else 1.0
+    found = [
+        _kept(cfg, layout, kind, sparse=sparse).times(1.0 if kind == "attention" else wider)
+        for kind in low_precision.kinds_kept(cfg, layout.keep)
+    ]
     if sparse and layout.ep > 1:
         # In the plain form the rows that came back are what the gates' gradient needs; in the lean one those that were
         # brought are kept, and are the exchange's own result where a rank has one expert.

@@ -18,7 +18,7 @@ from ecdit_train.config.schema import HEAD_DIM, RunConfig
 from ecdit_train.model.embed import TimestepEmbedding
 from ecdit_train.parallel.recompute import checkpointed
 
-from . import slots
+from . import low_precision, slots
 from .layout import Layout
 
 
@@ -108,5 +108,6 @@ def per_step(cfg: RunConfig, *, checkpointing: str, keep: Collection[str] = (), 
 
 def of_layout(cfg: RunConfig, layout: Layout) -> Flops:
     """FLOPs of one optimizer step under what a layout recomputes."""
-    mode, keep, share = layout.activation_checkpointing, layout.keep, layout.checkpoint_blocks
+    mode, share = layout.activation_checkpointing, layout.checkpoint_blocks
+    keep = low_precision.kinds_kept(cfg, layout.keep)
     return per_step(cfg, checkpointing=mode, keep=keep, share=share)

@@ -17,7 +17,7 @@ remembered      `delayed` has 16 magnitudes of three operands of every matrix, i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from ecdit_train.config.schema import HEAD_DIM, RunConfig
@@ -213,6 +213,18 @@ def _of_shared(cfg: RunConfig) -> float:
     """Hidden width of the shared experts over d: what their last product reads."""
     matrices = slots.shared_matrices(cfg)
     return slots.shared_parameters(cfg) / cfg.model.width**2 / matrices if matrices else 0.0
+
+
+def emulated(cfg: RunConfig) -> bool:
+    return cfg.train.recipe is not None and cfg.train.fp8_backend == "emulated"
+
+
+def kinds_kept(cfg: RunConfig, keep: Collection[str]) -> tuple[str, ...]:
+    """`parallel.keep` as parallel/recompute.py understands it: emulated projections are batched products, which are kept with
+    attention and never by themselves."""
+    if not emulated(cfg):
+        return tuple(keep)
+    return (*(kind for kind in keep if kind != "projections"), *(["projections"] if "attention" in keep else []))
 
 
 def workspace(cfg: RunConfig, layout: Layout) -> float:

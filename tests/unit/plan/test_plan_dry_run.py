@@ -133,6 +133,8 @@ FP8 = {
     "matrices": ("parallel.tp=2", "parallel.ep=2", "parallel.dp_replicate=2", "parallel.keep=[attention,experts]"),
     "experts": ("parallel.ep=8", "parallel.overlap_chunks=2", "parallel.keep=[projections,feed_forward]"),
     "remembered": ("parallel.ep=8", "train.fp8_recipe=delayed", "parallel.activation_checkpointing=none"),
+    "emulated": ("parallel.ep=8", "train.fp8_backend=emulated", "parallel.keep=[attention,experts]"),
+    "never_alone": ("parallel.ep=8", "train.fp8_backend=emulated", "parallel.keep=[projections,feed_forward]"),
     "blocks": ("parallel.ep=8", "train.fp8_recipe=mxfp8", "train.fp8_backend=emulated",
                "parallel.activation_checkpointing=none"),
 }  # fmt: skip
