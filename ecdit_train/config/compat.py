@@ -125,6 +125,10 @@ def kind(key: str, *, old: RunConfig, new: RunConfig) -> Kind:
         return "identity"  # 0 means that the state has no such tensors
     if key in ("train.precision", "train.fp8_recipe") and len({c.train.recipe == "delayed" for c in (old, new)}) > 1:
         return "identity"  # one of them remembers largest magnitudes, the other has no such tensors
+    if key == "moe.form" and new.train.recipe == "delayed":
+        return (
+            "identity"  # what is remembered behind experts is after their gates in one form, before them in the other
+        )
     return _lookup(key)
 
 

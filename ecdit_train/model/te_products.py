@@ -30,6 +30,7 @@ UNIT, BLOCK = 16, 32
 """Both sizes of a matrix are multiples of it: per tensor, and with blocks."""
 SCALE_ROWS, SCALE_COLUMNS = 128, 4
 """Scales of blocks lie in whole tiles of so many rows of the matrix, and blocks."""
+PRODUCT = "ecdit::te_product"
 INF, NAN = 254, 255
 """Two scales as E8M0: what a block with inf gets, which no finite number of bf16 or fp32 reaches, and what it should get."""
 
@@ -94,6 +95,12 @@ def cast_blocks(t_eRK: Tensor, *, along: int) -> tuple[Tensor, Tensor]:
 
 def product(a_eRK: Tensor, a_scale: Tensor, b_eKO: Tensor, b_scale: Tensor, *, dtype: torch.dtype) -> Tensor:
     """(e, R, O) of type `dtype`, sums in fp32; of what `cast`, or `cast_blocks` along K, made. One call for the whole stack."""
+    return _product(a_eRK, a_scale, b_eKO, b_scale, dtype)
+
+
+@torch.library.custom_op(PRODUCT, mutates_args=())
+def _product(a_eRK: Tensor, a_scale: Tensor, b_eKO: Tensor, b_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """An op of torch's, so that selective checkpointing sees it and `parallel.keep` can keep it: Transformer Engine's is none."""
     products = _engine().cpp_extensions
     (e, R, _), O = a_eRK.shape, b_eKO.shape[2]
     if _is_turned(a_eRK) and _is_turned(b_eKO):  # the one pair of letters that it does not know

@@ -44,7 +44,7 @@ kept, nor kept themselves."""
 PRODUCTS = frozenset(
     f"aten::{name}"
     for name in ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "_scaled_mm", "_scaled_grouped_mm", "_scaled_mm_v2")
-)
+) | {"ecdit::te_product"}
 
 ATTENTION = frozenset(
     {

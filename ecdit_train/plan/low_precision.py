@@ -7,7 +7,7 @@ casts           bytes per value of an operand or a result, counted op by op as m
                 the two is one (`FUSED`). The plain form casts experts' matrices for every part of an exchange, the lean form once
                 and its rows in backward again; forward's casts are repeated with a block
 agreements      under tensor parallelism one all-reduce of a number for each operand of a linear layer, but with mxfp8
-kept            of every operand x, but a lean layer's, 1 byte a value, 5 with mxfp8 (with its scales, in fp32). Each product
+kept            of every operand x, but a lean layer's, 1 byte a value, and its scales: with emulated blocks 4 more. Each product
                 keeps its own: queries, keys and values one each where bf16 shares the tokens, cross-attention one of the text in
                 every block. What else needs a tensor keeps it too, in bf16: attention its result, the router its tokens, GELU its
                 operand
@@ -25,8 +25,16 @@ from ecdit_train.config.schema import HEAD_DIM, RunConfig
 from . import slots
 from .layout import Layout, blocks_again, element_bytes
 
-ROUNDING = {False: {"current": 13, "delayed": 13, "mxfp8": 17}, True: {"current": 1, "delayed": 1, "mxfp8": 5}}
-"""Bytes a value of an operand besides itself, while it is rounded; eager and compiled."""
+KEPT = {
+    "scaled_mm": 1.0,
+    "emulated": 1.0,
+    "mxfp8": 5.0,
+    "transformer_engine": 1.0,
+    "transformer_engine mxfp8": 1 + 1 / 32,
+}
+"""Bytes a value of an operand in 8 bits, scales included."""
+ROUNDING = 12
+"""Bytes a value besides, while it is rounded in eager mode; Transformer Engine's casts need less."""
 REMEMBERED = 3 * 16 * 4
 """Bytes for every matrix, with `delayed`."""
 
@@ -187,7 +195,7 @@ def more_kept(cfg: RunConfig, layout: Layout) -> More:
     found = products(cfg, layout)
     if not found:
         return More()
-    each, c, tp = 5 if cfg.train.recipe == "mxfp8" else 1, element_bytes(cfg), layout.tp
+    each, c, tp = KEPT[_how(cfg)], element_bytes(cfg), layout.tp
     row = layout.microbatch * cfg.tokens_per_image * cfg.model.width * c
     quantised = {
         kind: each * sum(p.x for p in _of(found, kind)) for kind in ("attention", "dense", "shared", "experts")
@@ -233,7 +241,7 @@ def workspace(cfg: RunConfig, layout: Layout) -> float:
     sizes = [
         size for p in products(cfg, layout) for size in (p.w, max(p.x, p.y) / (parts if p.kind == "experts" else 1))
     ]
-    return ROUNDING[cfg.parallel.compile][cfg.train.recipe] * max(sizes) if cfg.train.recipe else 0.0
+    return (KEPT[_how(cfg)] + (0 if cfg.parallel.compile else ROUNDING)) * max(sizes) if sizes else 0.0
 
 
 def remembered(cfg: RunConfig, layout: Layout) -> float:

@@ -53,3 +53,6 @@ def test_what_remembers_is_another_run():
     assert kind("train.fp8_recipe", old=old, new=delayed) == "identity"
     assert kind("train.precision", old=plain, new=delayed) == "identity"
     assert kind("train.fp8_backend", old=old, new=with_values(old, {"train.fp8_backend": "emulated"})) == "free"
+    lean = with_values(delayed, {"moe.form": "lean"})
+    assert kind("moe.form", old=delayed, new=lean) == "identity"
+    assert kind("moe.form", old=old, new=with_values(old, {"moe.form": "lean"})) == "free"

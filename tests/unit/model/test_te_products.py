@@ -13,9 +13,12 @@ from pathlib import Path
 import pytest
 import te_stand_in
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from ecdit_train.model import te_products
 from ecdit_train.model.fp8 import E4M3, Fp8Product, quantise
+from ecdit_train.parallel.activation import contexts
+from ecdit_train.parallel.recompute import PRODUCTS
 
 SHAPES = [(3, 32, 64, 96), (2, 5, 64, 48), (4, 1, 32, 64), (1, 33, 16, 16), (5, 160, 128, 256), (2, 0, 64, 48)]
 """e, R, K, O: rows in whole units, fewer, one, one matrix, blocks in more than one tile of scales, no rows."""
@@ -210,3 +213,17 @@ def test_nothing_but_the_one_function_imports_it():
         and any(isinstance(n, ast.Import) and n.names[0].name.startswith("transformer_engine") for n in node.body)
     ]  # fmt: skip
     assert function.name == "_engine"
+
+
+def test_selective_checkpointing_keeps_its_products():
+    """Its calls are no ops of torch's; ours around them is one."""
+    calls = []
+    for kept in (frozenset(), PRODUCTS):
+        with te_stand_in.used(blackwell=False) as device:
+            product = Fp8Product("current", backend="transformer_engine")
+            x, w = (torch.randn(1, *shape, requires_grad=True) for shape in ((64, 32), (32, 48)))
+            y = checkpoint(lambda a, b, product=product: product(a, b).tanh(), x, w, use_reentrant=False,
+                           context_fn=lambda kept=kept: contexts(kept))  # fmt: skip
+            y.sum().backward()
+            calls.append(device.calls.count("product"))
+    assert calls == [4, 3]
