@@ -45,8 +45,9 @@ ELEMENTWISE_BYTES = 180
 """Bytes moved per token, layer and unit of width, forward and backward, compiled bf16 (estimate of performance.md)."""
 EAGER_FACTOR = 2.5
 
-LEAN_VALUES, LEAN_VALUES_TRAVELLED = 8, 6
-"""Values of width d that the lean form moves more for a row than the plain one (counted op by op, model/lean.py)."""
+LEAN_VALUES = 2
+"""Values of width d that the lean form moves more for a row than the plain one, where rows are gathered again. Where an exchange
+brought them it keeps them, and what it makes again is what it saves by gates without a pass of their own (counted op by op)."""
 HIERARCHICAL_VALUES = 4
 """Those that a hierarchical exchange moves more each of the four times that a row travels: two rearrangements, read and written."""
 
@@ -167,8 +168,8 @@ def elementwise_bytes(cfg: RunConfig, layout: Layout) -> float:
     eager = 1.0 if cfg.parallel.compile else EAGER_FACTOR
     moved = ELEMENTWISE_BYTES * d * tokens * (cfg.model.layers + again / 3) * eager
     rows = d * element_bytes(cfg) * slots.experts_per_token(cfg) * tokens * sparse / layout.tp
-    if layout.form == "lean":
-        moved += (LEAN_VALUES_TRAVELLED if layout.ep > 1 else LEAN_VALUES) * rows
+    if layout.form == "lean" and layout.ep == 1:
+        moved += LEAN_VALUES * rows
     if layout.exchange == "hierarchical":
         moved += 4 * HIERARCHICAL_VALUES * rows
     return moved

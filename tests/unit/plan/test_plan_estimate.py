@@ -100,7 +100,7 @@ def test_suggestion_is_valid_faster_and_fits(planned, cfg_of, name):
         return
     assert p.suggested.fits
     assert p.suggested.step_time.seconds < p.cost.step_time.seconds
-    words = search.overrides(p.suggested.layout)
+    words = search.overrides(cfg_of(name), p.suggested.layout)
     cfg = cfg_of(name, *words)
     validate(cfg, world=p.cost.layout.world)
     again = plan.estimate(cfg)
