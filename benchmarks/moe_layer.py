@@ -36,11 +36,13 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32} if fast_in_bf16() else 
 FORMS: dict[str, tuple[Form, Callable[[], Dispatcher]]] = {
     "plain": (plain, IndexAddDispatcher),
     "plain, ordered": (plain, DeterministicDispatcher),
+    "plain, compiled": (plain, IndexAddDispatcher),
     "lean": (lean, IndexAddDispatcher),
     "lean, ordered": (lean, DeterministicDispatcher),
     "lean, compiled": (lean, IndexAddDispatcher),
 }
-"""Form of the layer, and how rows are summed; compiled as `parallel.compile` does: what is between products."""
+"""Form of the layer, and how rows are summed; compiled is what `parallel.compile` compiles of it: the experts, or in the lean form
+what is between their products."""
 
 
 def work(module: nn.Module, x: Tensor, *, group_tokens: int | None = None) -> Work:
@@ -83,12 +85,15 @@ def case(experts: int, dtype: torch.dtype) -> dict[str, Work]:
 
 
 def experts_of(layer: MoE, form: str) -> Experts:
-    """The layer's own, or with compiled activations on the same weights."""
+    """The layer's own, or compiled on the same weights."""
     if "compiled" not in form:
         return layer.experts
     experts = copy.copy(layer.experts)
     assert isinstance(experts, TwoLayers)
-    compile_activations(experts)
+    if FORMS[form][0] is plain:
+        experts.compute = torch.compile(experts.compute)  # type: ignore[method-assign]
+    else:
+        compile_activations(experts)
     return experts
 
 

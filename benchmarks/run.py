@@ -10,7 +10,7 @@ import sys
 
 from . import block, moe_layer, parallel_overhead, sampling, step
 
-SECONDS = {moe_layer: 50, block: 20, step: 60, sampling: 40}
+SECONDS = {moe_layer: 50, block: 15, step: 45, sampling: 30}
 
 
 def main() -> int:
