@@ -271,7 +271,7 @@ RUNBOOK = dict.fromkeys(_SHARDS.split(), "bad-shards") | {
     "StorageError": "storage",
     "RendezvousError": "rendezvous",
     "CorruptionError": "replica-differs",
-    "PeerLostError": "hang",
+    "OutOfMemoryError": "out-of-memory",
 }
 HOWTO = {
     "EncoderError": "use-real-encoders",

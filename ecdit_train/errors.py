@@ -133,6 +133,12 @@ class UnfitError(EcditError):
     exit_code = 90
 
 
+class OutOfMemoryError(EcditError):
+    """A GPU's memory, or the host's, was full: the message says where, and what takes less."""
+
+    exit_code = 91
+
+
 class PeerLostError(EcditError):
     """Another rank left in the middle of an exchange; its own message says why."""
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from ecdit_train.errors import PeerLostError, PeerRefusedError, RendezvousError
+from ecdit_train.errors import OutOfMemoryError, PeerLostError, PeerRefusedError, RendezvousError
 from ecdit_train.supervise.beats import BOUNDS, Heart
 from ecdit_train.supervise.watched import watched
 
@@ -33,7 +35,9 @@ def joined(watch: Any, *, wait: float = 0.0) -> Iterator[tuple[Any, Heart]]:
         try:
             started = runtime.start(device, meet_within=watch.start, wait_within=patience)
             yield started, heart
-        except (RuntimeError, RendezvousError) as e:
+        except (RuntimeError, MemoryError, RendezvousError) as e:
+            if runtime.is_out_of_memory(e):
+                raise _full(e) from e
             lost = runtime.is_peer_lost(e)
             if not lost and (not isinstance(e, RendezvousError) or rank == 0):
                 raise
@@ -54,8 +58,21 @@ def ending(error: BaseException, heart: Heart) -> tuple[int, str]:
     known = heart.cause(within=1.0) if isinstance(error, RuntimeError) else None
     if known is not None:
         return known["exit_code"], known["why"]
-    told = _lost(error) if runtime.is_peer_lost(error) else error
+    full, lost = runtime.is_out_of_memory(error), runtime.is_peer_lost(error)
+    told = _full(error) if full else _lost(error) if lost else error
     return getattr(told, "exit_code", 1), f"{type(told).__name__}: {told}"
+
+
+def _full(error: BaseException) -> OutOfMemoryError:
+    """Where in our own code memory was asked for, and what takes less."""
+    ours = str(Path(__file__).parent)
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.startswith(ours)]
+    at = f" at {Path(frames[-1].filename).relative_to(Path(ours).parent)}:{frames[-1].lineno}" if frames else ""
+    why = str(error).splitlines()[0].partition(" If reserved but unallocated")[0] if str(error) else "no memory"
+    return OutOfMemoryError(
+        f"no memory left{at}: {why}; a smaller train.microbatch, moe.form=lean or a stronger "
+        f"parallel.activation_checkpointing takes less, and `ecdit plan` says how much (docs/runbook/out-of-memory.md)"
+    )
 
 
 def _lost(error: BaseException) -> PeerLostError:

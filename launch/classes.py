@@ -34,6 +34,7 @@ TABLE: dict[int, ExitClass] = {
     errors.StorageError.exit_code: ExitClass(then=STOP, reason="the disk is full, read-only or gone"),
     errors.CorruptionError.exit_code: ExitClass(then=STOP, reason="a rank's copy of a parameter differs"),
     errors.PeerLostError.exit_code: ExitClass(then=AGAIN, reason="a rank was lost"),
+    errors.OutOfMemoryError.exit_code: ExitClass(then=AGAIN, reason="a GPU's or a host's memory was full"),
     errors.HangError.exit_code: ExitClass(then=AGAIN, reason="a rank hung"),
     errors.RendezvousError.exit_code: ExitClass(then=AGAIN, reason="the ranks did not find each other"),
 }

@@ -232,6 +232,13 @@ def is_peer_lost(error: BaseException) -> bool:
     )
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether there was no memory left, on the device or the host, in whichever library's words."""
+    text = str(error).lower()
+    words = ("out of memory", "can't allocate memory", "_status_alloc_failed")
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(word in text for word in words))
+
+
 def ensure_group(device_type: str) -> None:
     """A world of one joins a group of one, without network or files. Needed only where FSDP is used
     for its bf16 policy."""

@@ -183,6 +183,21 @@ def test_an_error_on_one_rank_is_told_first_and_ends_all(tiny_shards, tmp_path):
     assert (facts["exit_code"], facts["why"]) == (1, "rank 1: KeyError: 'broken experts'")
 
 
+def test_a_full_memory_on_one_rank_is_told_once(tiny_shards, tmp_path):
+    with running(tmp_path / "run", tiny_shards, *lab(tmp_path / "lab", "x_eRD.new_empty(1 << 58)")) as run:
+        code, err, _ = run.ended(within=120)
+        assert code == 91, err
+        assert re.search(
+            r"OutOfMemoryError \[rank 1\]: no memory left at ecdit_train/\S+:\d+: .* 1152921504606846976",
+            err,
+        ), err
+        assert err.count("OutOfMemoryError") == 1, err
+        assert "PeerLostError" not in err
+    facts = lives.read(tmp_path / "run")[-1].facts
+    assert facts["exit_code"] == 91
+    assert facts["why"].startswith("rank 1: OutOfMemoryError: no memory left at ecdit_train/")
+
+
 @pytest.mark.slow
 def test_under_torchrun(tiny_shards, tmp_path):
     """The first rank of the machine starts the watchdog; it ends with them."""

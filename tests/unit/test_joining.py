@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 import torch.distributed as dist
 
-from ecdit_train.errors import NonFiniteError, PeerLostError
+from ecdit_train.errors import NonFiniteError, OutOfMemoryError, PeerLostError
 from ecdit_train.joining import ending
 from ecdit_train.supervise.beats import Heart
 
@@ -43,3 +44,29 @@ def test_a_rank_of_this_machine_that_failed_tells_it_better(tmp_path):
     code, why = ending(RuntimeError(f"{GLOO}Connection closed by peer"), Heart(tmp_path, rank=0))
     assert code == NonFiniteError.exit_code
     assert "the loss is nan" in why
+
+
+CUDA = (
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB of which 1.00 GiB is free."
+)
+
+
+@pytest.mark.parametrize(("error", "words"), [
+    (torch.OutOfMemoryError(f"{CUDA} If reserved but unallocated memory is large try setting X"), "Tried to allocate 2.00 GiB"),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "cublasCreate"),
+    (dist.DistBackendError("NCCL error: unhandled cuda error\nLast error: Cuda failure 2 'out of memory'"), "NCCL error"),
+    (MemoryError(), "no memory"),
+], ids=["torch", "cublas", "nccl", "host"])  # fmt: skip
+def test_a_full_memory_says_where_and_what_takes_less(error, words, tmp_path):
+    code, why = ending(error, Heart(tmp_path, rank=0))
+    assert code == OutOfMemoryError.exit_code
+    assert why.startswith("OutOfMemoryError: no memory left: ")
+    assert words in why
+    assert "train.microbatch" in why
+    assert "If reserved" not in why
+
+
+def test_a_host_without_memory_is_known_by_its_words(tmp_path):
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 58)
+    assert ending(caught.value, Heart(tmp_path, rank=0))[0] == OutOfMemoryError.exit_code

@@ -37,7 +37,7 @@ def test_a_run_that_finishes(stage, capfd):
     assert not list((stage.run / "jobs").glob("12*/"))  # what a life leaves there is gone
 
 
-@pytest.mark.parametrize("code", [137, 84, 86, 88, 1])
+@pytest.mark.parametrize("code", [137, 84, 86, 88, 91, 1])
 def test_what_may_have_been_bad_luck_is_tried_again_in_the_same_allocation(code, stage):
     assert stage.supervise({"all": f"commit=5 cause={code} end={code}"}, OK) == 0
     assert stage.then == ["again", "done"]
