@@ -18,8 +18,11 @@ wanted = {re.match(r"[\w.-]+", line)[0] for line in metadata.requires("ecdit") i
 names = {re.sub(r"[-_.]+", "-", name).lower() for name in wanted}
 found = {module: {d.lower().replace("_", "-") for d in of} & names for module, of in metadata.packages_distributions().items()}
 assert set().union(*found.values()) == names, names - set().union(*found.values())
-for module in sorted(m for m, of in found.items() if of and not m.startswith("_") and m.isidentifier()):
-    importlib.import_module(module)
+# The module of that name, or all that a distribution brings (duckdb also brings one for a package that it does not need).
+for name in names:
+    modules = [m for m, of in found.items() if name in of and not m.startswith("_") and m.isidentifier()]
+    for module in [m for m in modules if m.lower() == name.replace("-", "_")] or modules:
+        importlib.import_module(module)
 PYTHON
 
 ecdit --version

@@ -24,6 +24,7 @@ Legend: e matrices of a stack (one for a linear layer), R rows, K width that is 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -68,12 +69,13 @@ class Quantised:
 
 def power_of_two(amax: Tensor, fp8: torch.dtype) -> Tensor:
     """The least power of two s with amax <= s * (largest of the type), fp32; 1 for 0, NaN for what is not finite."""
-    # In fp64 the quotient of an fp32 number is never rounded across a power of two.
-    part, exponent = torch.frexp(amax.double() / torch.finfo(fp8).max)
-    exponent = torch.where(part == 0.5, exponent - 1, exponent).clamp(LEAST, MOST)
-    scale = torch.ldexp(torch.ones_like(part), exponent)
+    # Whole numbers and fp32 alone: nothing is rounded, and inductor has no vectors of a double's exponents.
+    most, at = math.frexp(torch.finfo(fp8).max)
+    part, exponent = torch.frexp(amax)
+    exponent = (exponent - at + (part > most)).clamp(LEAST, MOST)
+    scale = ((exponent + 127) << 23).view(torch.float32)
     scale = torch.where(amax == 0, 1.0, scale)
-    return torch.where(amax.isfinite(), scale, torch.nan).float()
+    return torch.where(amax.isfinite(), scale, torch.nan)
 
 
 def quantise(t: Tensor, scale: Tensor, fp8: torch.dtype, *, backend: Backend = "emulated") -> Quantised:
