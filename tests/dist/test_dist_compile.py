@@ -78,7 +78,7 @@ def test_compiled_code() -> None:
             case(tp=2, ep=2, compiled=True, ac="selective", chunks=2, steps=1),
             case(ep=2, compiled=True, chunks=2, steps=1, moe=replace(MOE, form="lean")),
             case(tp=2, ep=2, compiled=True, fp8="delayed", ac="selective", steps=2),
-            case(tp=2, compiled=True, fp8="current", steps=1, moe=replace(MOE, form="lean")),
+            case(tp=2, ep=2, compiled=True, fp8="current", steps=1, moe=replace(MOE, form="lean")),
             case(tp=2, ep=2, compiled=True, fp8="mxfp8", steps=1),
         ],
         backend="inductor",
