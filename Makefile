@@ -54,7 +54,7 @@ demo: setup  ## draw shapes into shards, train a small EC-DiT on 2 ranks, resume
 # Files of tests at a time; many tests start ranks of their own.
 JOBS ?= 2
 
-test: setup  ## the default test suite: everything but what takes minutes (under 20 minutes on 2 cores)
+test: setup  ## the default test suite: everything but what takes minutes (40 minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test-slow: setup  ## the slow suites: 8-rank grids, 512 fake ranks
