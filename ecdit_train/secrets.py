@@ -34,13 +34,18 @@ _FORMS = {
     "what somebody logs in with": r"(?i:authorization\s*[:=]\s*(?:basic|token)|bearer)\s+(?=\S*\d)[A-Za-z0-9._~+/=-]{20,}",
     "a JSON web token": r"eyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}",
 }
+_PEM = r"-----BEGIN [A-Z ]*PRIVATE KEY-----"
+_URL = r"[^/\s:@'\"\[]*:(?!\d+/)[^\s@'\"{}$]+"  # digits and a slash: a port
 _FORM = re.compile(
     "|".join(f"(?P<form{n}>(?<![A-Za-z0-9_])(?:{form}))" for n, form in enumerate(_FORMS.values()))
-    + r"|(?P<pem>-----BEGIN [A-Z ]*PRIVATE KEY-----)"
-    + r"|(?<=://)(?P<url>[^/\s:@'\"\[]*:(?!\d+/)[^\s@'\"{}$]+)(?=@)"  # digits and a slash: a port
+    + rf"|(?P<pem>{_PEM})|(?<=://)(?P<url>{_URL})(?=@)"
 )
+_ANY = tuple(re.compile(form) for form in (*_FORMS.values(), _PEM, f"://{_URL}@"))
+"""Where `_FORM` finds something, so does one of these, and all of them pass over a text in a quarter of its time: what they begin
+with is looked for at once."""
 _HEX = re.compile(r"(?<![\w/:@.+-])[0-9a-f]{40}(?![\w/:@.+-])")
 """W&B's older keys. A commit of that form stands in a path or an address, or says what it is."""
+_FORTY = re.compile(r"[0-9A-Fa-f]{40}")
 _NAMED_HEX = re.compile(
     r"(?i)(?:key|token|secret|passw(?:or)?d|wandb)\w*['\"]?\s*[:=]\s*['\"]?(?P<hex>[0-9a-f]{40})(?![0-9a-f])"
 )
@@ -69,11 +74,11 @@ def in_file(text: str) -> tuple[int, str] | None:
 def _found(text: str, *, hexes: re.Pattern[str]) -> Iterator[tuple[str, int, int]]:
     """(what, start, end) of each form."""
     kinds = list(_FORMS)
-    for match in _FORM.finditer(text):
+    for match in _FORM.finditer(text) if any(form.search(text) for form in _ANY) else ():
         group = match.lastgroup or ""
         named = {"pem": "a private key", "url": "an address with a password in it"}
         yield named.get(group) or kinds[int(group.removeprefix("form"))], match.start(), match.end()
-    for match in hexes.finditer(text):
+    for match in hexes.finditer(text) if _FORTY.search(text) else ():
         yield "a W&B key", match.start(), match.end()
 
 

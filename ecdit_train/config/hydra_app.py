@@ -43,7 +43,9 @@ DEEPEST_GROUP = 3
 
 
 _composed: dict[tuple[Any, ...], DictConfig] = {}
-"""Words and the state of the one file that may change -> what they compose to, for the package's own folder."""
+"""The package's own folder, the state of its one file that may change, and words -> what they compose to."""
+_groups: dict[tuple[Any, ...], Mapping[str, tuple[str, ...]]] = {}
+"""Folder and state as above -> its groups."""
 
 
 def _changed(path: Path) -> int | None:
@@ -72,6 +74,18 @@ class HydraApp:
     @cached_property
     def groups(self) -> Mapping[str, tuple[str, ...]]:
         """Group, `/` between levels -> its choices, sorted."""
+        own = self._own()
+        if own is None:
+            return self._walked()
+        if own not in _groups:
+            _groups[own] = self._walked()
+        return _groups[own]
+
+    def _own(self) -> tuple[Any, ...] | None:
+        """What everything found here follows from; None where it follows from a user's folder."""
+        return None if self._foreign else (self._conf, _changed(self._conf / "local" / "default.yaml"))
+
+    def _walked(self) -> Mapping[str, tuple[str, ...]]:
         found: dict[str, tuple[str, ...]] = {}
 
         def walk(parent: str, depth: int) -> None:
@@ -117,7 +131,7 @@ class HydraApp:
         Reading thirty files costs most of a second, and one command asks for the same words again: the package's own
         files do not change under a process, so what they compose to is kept.
         """
-        own = None if self._foreign else (self._conf, *words, _changed(self._conf / "local" / "default.yaml"))
+        own = (*state, *words) if (state := self._own()) is not None else None
         if own in _composed:
             return copy.deepcopy(_composed[own])
         composed: Any = self.loader.load_configuration(PRIMARY, list(words), RunMode.RUN, from_shell=False)

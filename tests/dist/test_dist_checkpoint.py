@@ -31,11 +31,10 @@ MORE = {
     "dp4_ep2": Layout(world=4, words=("parallel.ep=2",)),
 }
 SOME = [
-    ("one", "dp2_tp2_ep2"), ("dp2_tp2_ep2", "one"), ("tp2", "one"), ("dp2", "tp2"), ("dp2_ep2", "tp2"),
-    ("tp2", "dp2_ep2"), ("tp2", "hsdp2x2"), ("hsdp2x2", "dp2"), ("dp2_ep2", "hsdp2x2"),
-    ("hsdp2x2", "copies2x2"), ("copies2x2", "hsdp2x2"),
+    ("one", "dp2_tp2_ep2"), ("dp2_tp2_ep2", "one"), ("dp2", "tp2"), ("tp2", "dp2_ep2"), ("dp2_ep2", "hsdp2x2"),
+    ("hsdp2x2", "copies2x2"), ("copies2x2", "dp2"),
 ]  # fmt: skip
-"""Each layout as a source and as a target at least once."""
+"""Each layout once as a source and once as a target."""
 
 
 def by_world(names: list[str]) -> dict[int, dict[str, Layout]]:
@@ -90,7 +89,7 @@ def test_files_hold_the_whole_tensors(saved):
 
 
 def test_pairs(saved, tiny_shards):
-    """11 of the 49 pairs; all losses are compared with each other, also where rounding before the save differed."""
+    """7 of the 49 pairs; all losses are compared with each other, also where rounding before the save differed."""
     assert {s for s, _ in SOME} == {t for _, t in SOME} == LAYOUTS.keys()
     print(f"largest relative difference of a loss: {check(saved, tiny_shards, SOME):.1e}")
 

@@ -58,6 +58,7 @@ def test_compiled_graphs_around_what_is_kept() -> None:
     assert graphs == 9
 
 
+@pytest.mark.slow
 def test_compiled_graphs_around_8_bits() -> None:
     """Products stand between graphs, and what passes over their operands is compiled for each kind of them: as many graphs at 4
     layers as at 6."""

@@ -23,9 +23,11 @@ from ecdit_train.parallel.placement import Box, pieces
 FEW_KV = replace(MODEL, kv_heads=1)
 LAYOUTS = {
     2: [{}, {"tp": 2}, {"ep": 2}],
-    4: [{}, {"rep": 2}, {"tp": 2, "ep": 2}, {"rep": 2, "ep": 4}],
+    4: [{"tp": 2, "ep": 2}, {"rep": 2, "ep": 4}],
 }
-"""dp2, tp2, ep2; dp4, hybrid sharding 2 x 2 with ep1 and ep4, dp2 x tp2 with ep2. Eight experts."""
+"""dp2, tp2, ep2; dp2 x tp2 with ep2, hybrid sharding 2 x 2 with ep4. Eight experts."""
+MORE = [{}, {"rep": 2}]
+"""Of four ranks."""
 EXACT = {2: [{"tp": 2, "model": FEW_KV}], 4: [{"tp": 2, "ep": 4}]}
 """Also in float64; the first has a kv head that both ranks hold."""
 WIDE = [{}, {"tp": 2, "ep": 4}, {"rep": 2, "tp": 2, "ep": 2}]
@@ -37,6 +39,11 @@ def test_weights_after_ten_steps(world):
     exact = [case(optim="muon", steps=2, **layout) for layout in EXACT[world]]
     ten = [case(optim="muon", steps=10, dtype="float32", **layout) for layout in LAYOUTS[world]]
     check(world, exact, ten)
+
+
+@pytest.mark.slow
+def test_four_ranks_without_experts_of_their_own():
+    check(4, [], [case(optim="muon", steps=10, dtype="float32", **layout) for layout in MORE])
 
 
 @pytest.mark.slow

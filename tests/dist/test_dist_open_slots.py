@@ -17,12 +17,12 @@ from dist_training import curves, resumed_elsewhere
 from tiny_runs import records
 
 LAB = Path(__file__).parents[1] / "open_slots" / "lab"
-STEPS = 20
+STEPS = 10
 LAB_RUN = ("moe/router=corrected", "moe/experts=gated", "encoders/text=letters", "encoders.text.width=32",
            "encoders.text.max_tokens=8", "sample/sampler=midpoint", "data/stages=mirrored", "cluster=desk",
            f"--config-dir={LAB}")  # fmt: skip
 RUN = (*LAB_RUN, f"train.steps={STEPS}", "train.global_batch=8", "train.microbatch=2", "optim.warmup_steps=4",
-       "checkpoint.every_steps=10", "observe.log_every=5")  # fmt: skip
+       "checkpoint.every_steps=5", "observe.log_every=5")  # fmt: skip
 ONE = {"one": Layout(world=1)}
 FOUR = {
     "dp4": Layout(world=4),
@@ -35,7 +35,7 @@ BUFFER = "buffer/blocks.1.feed_forward.router.usual"
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, tiny_shards):
-    """The same twenty steps on one rank and on four layouts of four."""
+    """The same ten steps on one rank and on four layouts of four."""
     folder = tmp_path_factory.mktemp("lab-runs")
     lives = run_distributed(1, curves, folder, tiny_shards, ONE, RUN, timeout=200)[0]
     lives |= run_distributed(4, curves, folder, tiny_shards, FOUR, RUN, timeout=300)[0]

@@ -4,6 +4,7 @@ at it and stopping it change no bit; a bad number on one rank stops all."""
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +17,8 @@ from tiny_runs import records, steady
 from ecdit_train import checkpoint
 from ecdit_train.checkpoint import manifest
 
-STEPS = 50
-RUN = (f"train.steps={STEPS}", "train.global_batch=8", "train.microbatch=2", "optim.warmup_steps=10",
+STEPS, MORE = 20, 50
+RUN = ("train.global_batch=8", "train.microbatch=2", "optim.warmup_steps=10",
        "checkpoint.every_steps=1000")  # fmt: skip
 UNTRAINED = Layout(world=1, words=("optim.lr=1e-12",))
 LAYOUTS = {
@@ -30,8 +31,9 @@ LAYOUTS = {
 }
 
 
-def on_layouts(folder: Path, shards: Path, extra: tuple[str, ...]) -> dict[str, Life]:
+def on_layouts(folder: Path, shards: Path, extra: tuple[str, ...], *, steps: int) -> dict[str, Life]:
     """All layouts of one world in one start of its ranks."""
+    extra = (*extra, f"train.steps={steps}")
     lives: dict[str, Life] = {}
     for world in sorted({layout.world for layout in LAYOUTS.values()}):
         some = {name: layout for name, layout in LAYOUTS.items() if layout.world == world}
@@ -43,6 +45,7 @@ def on_layouts(folder: Path, shards: Path, extra: tuple[str, ...]) -> dict[str, 
 
 def learned(one: Life, folder: Path, shards: Path, extra: tuple[str, ...]) -> bool:
     """Whether the last steps are better than without updates: else equal curves would say little."""
+    extra = (*extra, f"train.steps={len(one.losses)}")
     frozen = run_distributed(1, curves, folder, shards, {"untrained": UNTRAINED}, extra, timeout=300)[0]["untrained"]
     assert frozen.order == one.order
     return sum(one.losses[-10:]) < 0.9 * sum(frozen.losses[-10:])
@@ -85,7 +88,7 @@ def check(lives: dict[str, Life], folder: Path, *, bound: float) -> float:
     for name, life in lives.items():
         assert life.finished
         assert life.order == one.order, name
-        assert [p for step in life.order for p in step[0]] == list(range(8 * STEPS))
+        assert [p for step in life.order for p in step[0]] == list(range(8 * len(one.losses)))
         errors = [abs(a - b) / b for a, b in zip(life.losses, one.losses, strict=True)]
         error = max(errors)
         first = next((step for step, e in enumerate(errors) if e > bound), None)
@@ -98,8 +101,10 @@ def check(lives: dict[str, Life], folder: Path, *, bound: float) -> float:
     return worst
 
 
-def test_one_run_on_six_layouts(tiny_shards, tmp_path):
-    lives = on_layouts(tmp_path, tiny_shards, RUN)
+@pytest.mark.parametrize("steps", [STEPS, pytest.param(MORE, marks=pytest.mark.slow)])
+def test_one_run_on_six_layouts(steps, tiny_shards, tmp_path):
+    lives = on_layouts(tmp_path, tiny_shards, RUN, steps=steps)
+    assert len(lives["one"].losses) == steps
     assert learned(lives["one"], tmp_path, tiny_shards, RUN)
     worst = check(lives, tmp_path, bound=1e-4)
     print(f"largest relative difference of a loss: {worst:.1e}")
@@ -113,7 +118,7 @@ def test_one_run_on_six_layouts(tiny_shards, tmp_path):
     ("model.layers=4", "parallel.reshard_after_forward=none"),
 ], ids=lambda extra: extra[0])  # fmt: skip
 def test_variants_on_six_layouts(extra, tiny_shards, tmp_path):
-    print(f"{check(on_layouts(tmp_path, tiny_shards, RUN + extra), tmp_path, bound=1e-4):.1e}")
+    print(f"{check(on_layouts(tmp_path, tiny_shards, RUN + extra, steps=MORE), tmp_path, bound=1e-4):.1e}")
 
 
 TWO_RANKS = {
@@ -121,6 +126,11 @@ TWO_RANKS = {
     "tp2": ("train.microbatch=2", "parallel.tp=2"),
     "dp2_bf16": ("train.microbatch=4", "train.precision=bf16"),
 }
+
+
+def some(*names: str) -> list[Any]:
+    """All of `TWO_RANKS`, of which the default suite runs these."""
+    return [name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in TWO_RANKS]
 
 
 def data_files(run: Path) -> dict[str, bytes]:
@@ -136,37 +146,37 @@ def data_files(run: Path) -> dict[str, bytes]:
     }
 
 
-def test_drawing_does_not_touch_training(tiny_shards, tmp_path):
+@pytest.mark.parametrize("name", some("dp2_ep2"))
+def test_drawing_does_not_touch_training(name, tiny_shards, tmp_path):
     """FSDP keeps the root gathered after a forward pass without a backward: weights changed in their shards, as the
     average is swapped in, would go unseen."""
-    for name, (blind, seeing) in run_distributed(2, looked_at, tmp_path, tiny_shards, TWO_RANKS, timeout=240)[
-        0
-    ].items():
-        assert len(list((tmp_path / name / "seeing" / "samples").glob("*.png"))) == 6
-        assert seeing.losses == blind.losses, name
-        assert seeing.tensors == blind.tensors, name
-        files = data_files(tmp_path / name / "blind")
-        assert len({name.partition(" ")[0] for name in files}) == 2, "of two steps"
-        assert data_files(tmp_path / name / "seeing") == files, name
+    runs = {name: TWO_RANKS[name]}
+    blind, seeing = run_distributed(2, looked_at, tmp_path, tiny_shards, runs, timeout=240)[0][name]
+    assert len(list((tmp_path / name / "seeing" / "samples").glob("*.png"))) == 6
+    assert seeing.losses == blind.losses
+    assert seeing.tensors == blind.tensors
+    files = data_files(tmp_path / name / "blind")
+    assert len({name.partition(" ")[0] for name in files}) == 2, "of two steps"
+    assert data_files(tmp_path / name / "seeing") == files
 
 
-def test_interrupted_and_resumed(tiny_shards, tmp_path):
-    for name, (whole, *parts) in run_distributed(2, interrupted, tmp_path, tiny_shards, TWO_RANKS, timeout=240)[
-        0
-    ].items():
-        assert [life.step for life in parts] == [1, 5, 12]
-        assert [life.finished for life in parts] == [False, False, True]
-        assert tuple(loss for life in parts for loss in life.losses) == whole.losses, name
-        assert tuple(step for life in parts for step in life.order) == whole.order, name
-        assert parts[1].loaded == parts[0].tensors, name
-        assert parts[2].loaded == parts[1].tensors, name
-        assert parts[2].tensors == whole.tensors, name
-        last = "12 "
-        files = {name: data for name, data in data_files(tmp_path / name / "parts").items() if name.startswith(last)}
-        assert files, "the last step was not saved"
-        assert files == {n: data for n, data in data_files(tmp_path / name / "whole").items() if n.startswith(last)}
-        a, b = (steady(records(tmp_path / name / run)) for run in ("whole", "parts"))
-        assert a == b, name
+@pytest.mark.parametrize("name", some("tp2", "dp2_bf16"))
+def test_interrupted_and_resumed(name, tiny_shards, tmp_path):
+    runs = {name: TWO_RANKS[name]}
+    whole, *parts = run_distributed(2, interrupted, tmp_path, tiny_shards, runs, timeout=240)[0][name]
+    assert [life.step for life in parts] == [1, 5, 12]
+    assert [life.finished for life in parts] == [False, False, True]
+    assert tuple(loss for life in parts for loss in life.losses) == whole.losses
+    assert tuple(step for life in parts for step in life.order) == whole.order
+    assert parts[1].loaded == parts[0].tensors
+    assert parts[2].loaded == parts[1].tensors
+    assert parts[2].tensors == whole.tensors
+    last = "12 "
+    files = {name: data for name, data in data_files(tmp_path / name / "parts").items() if name.startswith(last)}
+    assert files, "the last step was not saved"
+    assert files == {n: data for n, data in data_files(tmp_path / name / "whole").items() if n.startswith(last)}
+    a, b = (steady(records(tmp_path / name / run)) for run in ("whole", "parts"))
+    assert a == b
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])

@@ -97,12 +97,24 @@ def test_what_the_start_of_a_run_costs_is_measured(results, capsys):
     assert [bar.passed for bar in timing.read_bars("data_setup")] == [True, True]
 
 
+FEW = 200
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    with pytest.MonkeyPatch.context() as here:
+        here.setattr(data_peers, "PER_SHARD", FEW)
+        data_peers.make_tars(folder)
+    index_folder(folder)
+    return folder
+
+
 @pytest.mark.parametrize("name", ["floor", "ours", "webdataset, our decoder", "torchdata over our index, our decoder"])
-def test_peers_make_the_same_batches(tmp_path, monkeypatch, name):
+def test_peers_make_the_same_batches(photos, monkeypatch, name):
     monkeypatch.setattr(data_peers, "WARM", 2)
-    data_peers.make_tars(tmp_path)
-    index_folder(tmp_path)
-    assert data_peers.measure(name, tmp_path, batches=2)["us"] > 0
+    monkeypatch.setattr(data_peers, "PER_SHARD", FEW)
+    assert data_peers.measure(name, photos, batches=2)["us"] > 0
 
 
 def test_a_peer_that_does_less_is_found_out():
