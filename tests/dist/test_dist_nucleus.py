@@ -96,6 +96,9 @@ TWO_RANKS = {
 }
 ONE = {"one": Layout(world=1)}
 FOUR = {"dp2_tp2_ep4": Layout(world=4, words=("parallel.tp=2", "parallel.ep=4"))}
+MORE = FOUR | {"dp4": Layout(world=4)}
+LAYOUTS = pytest.mark.parametrize("layouts", [FOUR, pytest.param(MORE, marks=pytest.mark.slow)], ids=["one", "every"])
+"""Of four ranks."""
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +130,8 @@ def test_stages_change_what_is_computed(lives, tiny_shards, tmp_path):
     assert all(a != b for a, b in zip(staged[3:], plain[3:], strict=True))
 
 
-def test_resumed_on_another_layout(lives, tiny_shards, tmp_path):
+@LAYOUTS
+def test_resumed_on_another_layout(layouts, lives, tiny_shards, tmp_path):
     """Saved on two ranks after step 4, within the second stage; loaded to the same bits, buffers too, on one and on four."""
     _, found = lives
     runs = {"staged": (*STAGED, EDGES), "predicted": PREDICTED}
@@ -136,7 +140,7 @@ def test_resumed_on_another_layout(lives, tiny_shards, tmp_path):
         assert life.losses == found[f"{name}_dp2_ep2"][0].losses[:4]
     assert any(n.endswith("router.threshold") for n in saved["predicted"].tensors)
     elsewhere = run_distributed(1, gone_on, tmp_path, tiny_shards, runs, ONE, timeout=120)[0]
-    elsewhere |= run_distributed(4, gone_on, tmp_path, tiny_shards, runs, FOUR, timeout=200)[0]
+    elsewhere |= run_distributed(4, gone_on, tmp_path, tiny_shards, runs, layouts, timeout=200)[0]
     for (name, layout), life in elsewhere.items():
         assert life.loaded == saved[name].tensors, (name, layout)
         assert life.losses == pytest.approx(found[f"{name}_dp2_ep2"][0].losses[4:], rel=1e-4), (name, layout)
@@ -148,11 +152,12 @@ PROMPTS = ["a red circle", "a blue square", "a green triangle"]
 ASKED = [("image", PROMPTS[:1]), ("image", PROMPTS), ("group", PROMPTS)]
 
 
-def test_diffmoe_draws_the_same_on_one_and_on_four_ranks(lives, tiny_shards):
+@LAYOUTS
+def test_diffmoe_draws_the_same_on_one_and_on_four_ranks(layouts, lives, tiny_shards):
     folder, _ = lives
     run = folder / "predicted_dp2_ep2" / "whole"
     drawn = run_distributed(1, draw, run, tiny_shards, {"one": Layout(world=1, words=PREDICTED)}, ASKED, timeout=120)[0]
-    four = {name: Layout(world=4, words=(*PREDICTED, *layout.words)) for name, layout in FOUR.items()}
+    four = {name: Layout(world=4, words=(*PREDICTED, *layout.words)) for name, layout in layouts.items()}
     answers = run_distributed(4, draw, run, tiny_shards, four, ASKED, timeout=240)
     for answer in answers:
         for name, pictures in answer.items():
